@@ -1,0 +1,7 @@
+"""The JAX backend of multiopt."""
+
+from multiopt_jax.backend import JaxBackend
+
+__all__ = ["BACKEND"]
+
+BACKEND = JaxBackend("jax")

@@ -1,0 +1,163 @@
+"""PyTorch tensors, updated in place.
+
+CPU tensors are computed by NumPy through a view of their memory: ``torch.sqrt`` is not correctly
+rounded there (pytorch#31250), NumPy's is. CUDA tensors run the rule as it stands, on their device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat.torch
+import numpy as np
+import torch
+
+from multiopt.backend import Array, Backend, Layout, Task, require_dtype
+from multiopt_numpy.backend import check_no_broadcast
+
+__all__ = ["TorchBackend"]
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64")}
+_DTYPE_NAMES: dict[torch.dtype, str] = {}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    if dtype not in _DTYPE_NAMES:
+        _DTYPE_NAMES[dtype] = str(dtype).removeprefix("torch.")
+    return _DTYPE_NAMES[dtype]
+
+
+def _on_cpu(layout: Layout) -> bool:
+    return layout.device == "cpu"
+
+
+class TorchBackend(Backend):
+    """PyTorch tensors on the CPU and on CUDA devices."""
+
+    # What an array is
+
+    def layout(self, array: Array, label: str) -> Layout:
+        """Inspect a tensor; see ``Backend``."""
+        if array.layout != torch.strided or array.is_quantized or array.is_nested:
+            kind = "quantized" if array.is_quantized else str(array.layout).removeprefix("torch.")
+            raise TypeError(f"{label} is a {kind} tensor; expected a dense one: use .to_dense()")
+        dtype = _dtype_name(array.dtype)
+        require_dtype(dtype, label)
+        if not _has_memory(array):
+            raise TypeError(
+                f"{label} is a {type(array).__name__} without memory of its own (a fake, meta, "
+                "traced or distributed tensor); inside a transformation call the pure rule.update"
+            )
+        return Layout("torch", tuple(array.shape), dtype, str(array.device))
+
+    def check_writable(self, param: Array, label: str) -> None:
+        """Refuse expanded tensors, and inference tensors outside of inference mode."""
+        check_no_broadcast(tuple(param.shape), param.stride(), label)
+        if param.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{label} was made in inference mode; expected a tensor that may be updated in "
+                "place: clone it outside, or step inside torch.inference_mode()"
+            )
+
+    def memory(self, param: Array) -> np.ndarray | None:
+        """The bytes of a CPU tensor; the first byte of a CUDA tensor."""
+        return np.asarray(_Footprint(param))
+
+    def gradient(self, param: Array, label: str) -> Array | None:
+        """The ``.grad`` of a tensor.
+
+        Raises:
+            ValueError: The tensor is not a leaf, so that autograd keeps no gradient for it.
+        """
+        if not (param.is_leaf or param.retains_grad):
+            raise ValueError(
+                f"{label} is not a leaf tensor, so it has no .grad; expected the leaf it was "
+                "computed from, or its gradient as the second argument: step(params, grads)"
+            )
+        grad: Array | None = param.grad
+        return grad
+
+    # A step
+
+    def namespace(self, layout: Layout) -> Any:
+        """NumPy for the CPU, torch for other devices."""
+        return np if _on_cpu(layout) else array_api_compat.torch
+
+    def opened(self, array: Array, layout: Layout) -> Array:
+        """A NumPy view of a CPU tensor, or the detached tensor; float32 if it has 16 bits."""
+        tensor = array.detach().resolve_neg().to(_DTYPES[layout.compute_dtype])
+        return tensor.numpy() if _on_cpu(layout) else tensor
+
+    def closed(self, computed: Array, param: Array) -> Array:
+        """The computed array as a tensor over the same memory."""
+        return computed if isinstance(computed, torch.Tensor) else _from_numpy(computed)
+
+    def sums_of_squares(self, tasks: Sequence[Task], factor: float) -> list[float]:
+        """See ``Backend``; one transfer for all tasks of a device."""
+        return _fetched([self._sum_of_squares(task, factor) for task in tasks])
+
+    def finite(self, tasks: Sequence[Task]) -> list[bool]:
+        """See ``Backend``; one transfer for all tasks of a device."""
+        return [bool(x) for x in _fetched([self._finite(task) for task in tasks])]
+
+    def write(self, task: Task, computed: Array) -> Array:
+        """Copy the values into the tensor, rounded to its dtype; its version counter moves."""
+        with torch.no_grad():
+            task.param.copy_(self.closed(computed, task.param))
+        return task.param
+
+    # Slots outside a step
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """A copy on the CPU."""
+        return np.array(array.detach().cpu().numpy())
+
+    def from_host(self, array: np.ndarray, layout: Layout) -> Array:
+        """A copy on the device of the layout."""
+        return _from_numpy(np.array(array)).to(layout.device)
+
+    def copied(self, array: Array) -> Array:
+        """A clone."""
+        return array.clone()
+
+
+def _from_numpy(array: Any) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array))
+
+
+def _fetched(scalars: Sequence[Any]) -> list[Any]:
+    """Host numbers of 0-d arrays, with one transfer for all tensors of a device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, x in enumerate(scalars):
+        if isinstance(x, torch.Tensor):
+            by_device.setdefault(x.device, []).append(i)
+    fetched = list(scalars)
+    for where in by_device.values():
+        values = torch.stack([scalars[i] for i in where]).tolist()
+        for i, value in zip(where, values, strict=True):
+            fetched[i] = value
+    return [x.item() if isinstance(x, np.ndarray | np.generic) else x for x in fetched]
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is plain strided memory, not a stand-in for something else."""
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return tensor.device.type != "meta"
+
+
+class _Footprint:
+    """The addresses of a tensor for ``np.shares_memory``, which reads none of them."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(size * stride for stride in tensor.stride()),
+            "data": (tensor.data_ptr(), True),
+        }

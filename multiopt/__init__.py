@@ -1,0 +1,32 @@
+"""Stochastic optimizers for named parameters that appear while a model runs.
+
+One update rule, written once against the Array API, gives equal results, to the last bit, on
+NumPy, PyTorch and JAX arrays.
+
+>>> import numpy as np
+>>> import multiopt as mo
+>>> opt = mo.Optimizer(mo.Adam(lr=1e-2))
+>>> params = opt.step({"loc": np.zeros(2)}, {"loc": np.array([1.0, -2.0])})
+>>> params["loc"].round(4).tolist()
+[-0.01, 0.01]
+"""
+
+from multiopt.clipping import Clip
+from multiopt.errors import CheckpointError
+from multiopt.optimizer import Optimizer, Report, State
+from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, Rule
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CheckpointError",
+    "Clip",
+    "ClippedAdam",
+    "Optimizer",
+    "Report",
+    "Rule",
+    "State",
+]
+
+__version__ = "0.1.0"

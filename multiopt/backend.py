@@ -1,0 +1,331 @@
+"""How an array finds its backend, and what a backend does for the registry.
+
+A backend knows one array library: how to inspect an array, where to compute with it, how to write
+the result back. The base class serves any Array API library with the rule as it stands; the
+packages under ``backends/`` refine it for one library each.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple, TypeAlias
+
+import array_api_compat
+import numpy as np
+
+from multiopt.rules.arithmetic import clamp, sum_of_squares
+from multiopt.rules.rule import Update
+
+__all__ = [
+    "COMPUTE_DTYPE",
+    "Array",
+    "Backend",
+    "Layout",
+    "Result",
+    "Task",
+    "backend_of",
+    "by_backend",
+    "named",
+]
+
+#: An array of any library.
+Array: TypeAlias = Any
+
+#: The dtypes of parameters, and the dtype in which each one is computed and keeps its slots.
+COMPUTE_DTYPE: Mapping[str, str] = {
+    "bfloat16": "float32",
+    "float16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+}
+
+#: The libraries with a package of their own. A library that nothing has imported is never asked.
+PACKAGES: Mapping[str, str] = {
+    "numpy": "multiopt_numpy",
+    "torch": "multiopt_torch",
+    "jax": "multiopt_jax",
+}
+
+
+class Layout(NamedTuple):
+    """What is known of a parameter without holding it: plain data, equal across processes.
+
+    Attributes:
+        library: A key of ``PACKAGES``, or the module name of another Array API namespace.
+        shape: As in NumPy.
+        dtype: A key of ``COMPUTE_DTYPE``.
+        device: As the library writes it.
+    """
+
+    library: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of the computation and of the slots."""
+        return COMPUTE_DTYPE[self.dtype]
+
+
+@dataclass(slots=True)
+class Task:
+    """One parameter's share of a step, as the registry hands it to a backend.
+
+    Attributes:
+        name: The parameter's name.
+        backend: Where it runs.
+        param: Its array, which only ``Backend.write`` may change.
+        grad: Its gradient, which nothing may change.
+        layout: The parameter's layout.
+        slots: The slots in the order of the rule, library arrays in the compute dtype.
+        update: The rule's formula.
+        scalars: The numbers of the step, rounded to the compute dtype.
+        scales: Clip coefficients, rounded to the compute dtype, applied one after the other.
+        bound: Bound of each element of the scaled gradient, rounded likewise, or None.
+    """
+
+    name: str
+    backend: "Backend"
+    param: Array
+    grad: Array
+    layout: Layout
+    slots: tuple[Array, ...]
+    update: Update
+    scalars: Any
+    scales: list[float] = field(default_factory=list)
+    bound: float | None = None
+
+
+class Result(NamedTuple):
+    """What a backend computed for one task; nothing is written yet.
+
+    Attributes:
+        param: The new parameter, in the compute dtype, in the namespace of the computation.
+        slots: The new slots, library arrays.
+        grad: The clipped gradient, in the namespace of the computation.
+        limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
+            array that is still on its device.
+    """
+
+    param: Array
+    slots: tuple[Array, ...]
+    grad: Array
+    limited: Any
+
+
+class Backend:
+    """The rule as it stands on any Array API library; new arrays come back.
+
+    Args:
+        library: The name by which ``named`` finds it: the module name of the namespace.
+    """
+
+    def __init__(self, library: str) -> None:
+        """Serve the namespace of this name."""
+        self.library = library
+
+    # What an array is
+
+    def layout(self, array: Array, label: str) -> Layout:
+        """Inspect an array.
+
+        Args:
+            array: An array of this library.
+            label: What the array is, for messages, as in ``parameter 'loc'``.
+
+        Raises:
+            TypeError: It is an array that no rule can work with.
+        """
+        dtype = str(array.dtype).rpartition(".")[2]
+        require_dtype(dtype, label)
+        return Layout(self.library, tuple(array.shape), dtype, str(array.device))
+
+    def check_writable(self, param: Array, label: str) -> None:
+        """Refuse a parameter that cannot be updated.
+
+        Raises:
+            ValueError: The array cannot be written, or has fewer places than elements.
+        """
+
+    def memory(self, param: Array) -> np.ndarray | None:
+        """A NumPy array over the addresses that an update writes; None if it writes none."""
+        return None
+
+    def gradient(self, param: Array, label: str) -> Array | None:
+        """The gradient that an array carries itself, as torch's do.
+
+        Raises:
+            TypeError: Arrays of this library carry none.
+        """
+        raise TypeError(
+            f"{label} is a {self.library} array, which carries no gradient; "
+            "pass the gradients as the second argument: step(params, grads)"
+        )
+
+    # A step
+
+    def namespace(self, layout: Layout) -> Any:
+        """The Array API namespace that computes for a layout."""
+        return import_module(self.library)
+
+    def opened(self, array: Array, layout: Layout) -> Array:
+        """An array ready for the computation: in its namespace, in the compute dtype."""
+        xp = self.namespace(layout)
+        return xp.astype(array, getattr(xp, layout.compute_dtype), copy=False)
+
+    def closed(self, computed: Array, param: Array) -> Array:
+        """A computed array as an array of the library, beside its parameter."""
+        return computed
+
+    def sums_of_squares(self, tasks: Sequence[Task], factor: float) -> list[float]:
+        """For each task the sum of squares of its gradient, scaled so far, times ``factor``."""
+        return [float(self._sum_of_squares(task, factor)) for task in tasks]
+
+    def _sum_of_squares(self, task: Task, factor: float) -> Array:
+        xp = self.namespace(task.layout)
+        grad = xp.astype(self._scaled(task), xp.float64, copy=False)
+        return sum_of_squares(xp, grad if factor == 1 else factor * grad)
+
+    def finite(self, tasks: Sequence[Task]) -> list[bool]:
+        """For each task whether its gradient, as it came in, has no infinity and no NaN."""
+        return [bool(self._finite(task)) for task in tasks]
+
+    def _finite(self, task: Task) -> Array:
+        xp = self.namespace(task.layout)
+        return xp.all(xp.isfinite(self.opened(task.grad, task.layout)))
+
+    def _scaled(self, task: Task) -> Array:
+        grad = self.opened(task.grad, task.layout)
+        for scale in task.scales:
+            if scale != 1:
+                grad = scale * grad
+        return grad
+
+    def run(self, tasks: Sequence[Task]) -> list[Result]:
+        """Clip, then update, all parameters of a step on this backend; write nothing."""
+        return [self._run(task) for task in tasks]
+
+    def _run(self, task: Task) -> Result:
+        xp = self.namespace(task.layout)
+        grad, limited = self._scaled(task), False
+        if task.bound is not None:
+            limited = xp.any(xp.abs(grad) > task.bound)
+            grad = clamp(xp, grad, task.bound)
+        param = self.opened(task.param, task.layout)
+        slots = tuple(self.opened(slot, task.layout) for slot in task.slots)
+        new_param, new_slots = task.update(xp, param, grad, slots, task.scalars)
+        for new in (new_param, *new_slots):
+            if new.dtype != param.dtype or new.shape != param.shape:
+                raise TypeError(
+                    f"the rule of parameter {task.name!r} returned an array of shape "
+                    f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(param.shape)} and "
+                    f"{param.dtype}: an update has no literals and keeps shapes"
+                )
+        # A rule may hand a gradient on as a slot; what the caller lent is not ours to keep.
+        lent = {id(param), id(grad)}
+        kept = (xp.asarray(slot, copy=True) if id(slot) in lent else slot for slot in new_slots)
+        closed = tuple(self.closed(slot, task.param) for slot in kept)
+        return Result(new_param, closed, grad, limited)
+
+    def write(self, task: Task, computed: Array) -> Array:
+        """Turn the computed parameter into the caller's: here a new array."""
+        return self._as_param(task, computed)
+
+    def _as_param(self, task: Task, computed: Array) -> Array:
+        xp = self.namespace(task.layout)
+        return xp.astype(computed, getattr(xp, task.layout.dtype), copy=False)
+
+    # Slots outside a step
+
+    def zeros(self, layout: Layout) -> Array:
+        """A new slot."""
+        return self.from_host(np.zeros(layout.shape, layout.compute_dtype), layout)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """A slot as a NumPy array of its own."""
+        return np.array(np.from_dlpack(array), copy=True)
+
+    def from_host(self, array: np.ndarray, layout: Layout) -> Array:
+        """A NumPy array as a slot of its own for a parameter of this layout."""
+        xp = import_module(self.library)
+        devices = xp.__array_namespace_info__().devices()
+        device = next((d for d in devices if str(d) == layout.device), None)
+        return xp.asarray(array.copy(), device=device)
+
+    def copied(self, array: Array) -> Array:
+        """A slot copied within the library, so that neither sees a change of the other."""
+        return import_module(self.library).asarray(array, copy=True)
+
+
+def by_backend(tasks: Iterable[Task]) -> list[tuple[Backend, list[Task]]]:
+    """The tasks of each backend, in their order."""
+    groups: dict[Backend, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.backend, []).append(task)
+    return list(groups.items())
+
+
+def require_dtype(dtype: str, label: str) -> None:
+    """Refuse a dtype that no rule can work with.
+
+    Raises:
+        TypeError: It is not a real floating dtype of ``COMPUTE_DTYPE``.
+    """
+    if dtype not in COMPUTE_DTYPE:
+        raise TypeError(
+            f"{label} has dtype {dtype}; expected one of {', '.join(sorted(COMPUTE_DTYPE))}: "
+            "convert it to a real floating dtype"
+        )
+
+
+@cache
+def named(library: str) -> Backend:
+    """The backend of a library, by the name that a ``Layout`` has."""
+    if library in PACKAGES:
+        backend: Backend = import_module(PACKAGES[library]).BACKEND
+        return backend
+    return Backend(library)
+
+
+def backend_of(array: Any, label: str) -> Backend:
+    """The backend of an array.
+
+    Args:
+        array: Any object.
+        label: What it is, for messages, as in ``parameter 'loc'``.
+
+    Raises:
+        TypeError: It is no array.
+
+    >>> backend_of(np.zeros(2), "parameter 'loc'").library
+    'numpy'
+    """
+    backend = _backend_by_type.get(type(array))
+    if backend is None:
+        backend = _backend_by_type[type(array)] = _find_backend(array, label)
+    return backend
+
+
+_backend_by_type: dict[type, Backend] = {}
+
+
+def _find_backend(array: Any, label: str) -> Backend:
+    if isinstance(array, np.ndarray):
+        return named("numpy")
+    if "torch" in sys.modules and array_api_compat.is_torch_array(array):
+        return named("torch")
+    if "jax" in sys.modules and array_api_compat.is_jax_array(array):
+        return named("jax")
+    if isinstance(array, int | float | complex | np.generic | list | tuple):
+        raise TypeError(
+            f"{label} is {array!r}, a {type(array).__name__}; expected an array: use np.asarray"
+        )
+    if not array_api_compat.is_array_api_obj(array):
+        raise TypeError(
+            f"{label} is a {type(array).__name__}; expected an array of NumPy, PyTorch, JAX or "
+            "another Array API library"
+        )
+    return named(array_api_compat.array_namespace(array).__name__)

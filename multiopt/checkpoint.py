@@ -1,0 +1,110 @@
+"""The state of an optimizer in one file: safetensors, no pickle, readable by any backend.
+
+The header's metadata has one key, ``multiopt``: JSON with the format's version and, by parameter
+name, the rule, the step and the key of each slot's tensor. ``spec/registry.md`` says what a state
+is.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from multiopt.errors import CheckpointError
+
+__all__ = ["VERSION", "check_state_dict", "read", "write"]
+
+#: The version of the file format and of ``state_dict``.
+VERSION = 1
+
+
+def write(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
+    """Write a state dict with NumPy slots to a file, whole or not at all.
+
+    Args:
+        path: The file, replaced if it exists.
+        state_dict: As ``Optimizer.state_dict`` gives it, its slots NumPy arrays.
+    """
+    tensors: dict[str, np.ndarray] = {}
+
+    def stored(entry: Mapping[str, Any]) -> dict[str, Any]:
+        slots = {}
+        for slot, array in entry["slots"].items():
+            slots[slot] = str(len(tensors))
+            tensors[slots[slot]] = np.array(array, order="C")
+        return {**entry, "slots": slots}
+
+    document = {
+        key: {name: stored(entry) for name, entry in value.items()} if key != "version" else value
+        for key, value in state_dict.items()
+    }
+    metadata = {"multiopt": json.dumps(document, allow_nan=False)}
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, beside, metadata=metadata)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a state dict with NumPy slots from a file.
+
+    Raises:
+        CheckpointError: The file is damaged or not ours.
+        OSError: The file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            document = json.loads((file.metadata() or {})["multiopt"])
+            for part in ("entries", "pending"):
+                for entry in document[part].values():
+                    entry["slots"] = {
+                        slot: file.get_tensor(key) for slot, key in entry["slots"].items()
+                    }
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{os.fspath(path)}: expected a multiopt checkpoint; it is damaged or another kind of "
+            f"file ({type(error).__name__}: {error})"
+        ) from error
+    state_dict: dict[str, Any] = document
+    return state_dict
+
+
+def check_state_dict(state_dict: Any) -> None:
+    """Refuse what has not the form of a state dict.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if not isinstance(state_dict, Mapping) or "version" not in state_dict:
+        raise ValueError("expected a state dict with 'version', 'entries' and 'pending'")
+    if state_dict["version"] != VERSION:
+        raise ValueError(
+            f"expected a state dict of version {VERSION}; got version {state_dict['version']!r}: "
+            "it needs another release of multiopt"
+        )
+    for part in ("entries", "pending"):
+        entries = state_dict.get(part)
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"expected a mapping under {part!r}; got {type(entries).__name__}")
+        for name, entry in entries.items():
+            if not isinstance(name, str):
+                raise ValueError(f"expected names under {part!r} to be strings; got {name!r}")
+            step = entry.get("step") if isinstance(entry, Mapping) else None
+            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+                raise ValueError(
+                    f"the state of {name!r} has step {step!r}; expected an integer >= 0"
+                )
+            if not isinstance(entry.get("slots"), Mapping) or not isinstance(
+                entry.get("rule"), Mapping
+            ):
+                raise ValueError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")

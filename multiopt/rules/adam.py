@@ -1,0 +1,185 @@
+"""Adam, with AMSGrad: ``spec/rules/adam.md``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.arithmetic import maximum, power
+from multiopt.rules.decay import descending, penalized, shrunk
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
+
+__all__ = ["Adam", "descend", "first_moment", "second_moment"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of Adam or AdamW."""
+
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    step_size: float
+    root_scale: float
+    second_moment_scale: float
+    eps: float
+    weight_decay: float
+    penalizes: bool
+    shrinkage: float
+    shrinks: bool
+    maximizes: bool
+
+
+def adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Kingma & Ba, Algorithm 1."""
+    exp_avg, exp_avg_sq = slots
+    grad = penalized(param, descending(grad, c), c)
+    exp_avg = first_moment(exp_avg, grad, c)
+    exp_avg_sq = second_moment(exp_avg_sq, grad, c)
+    return descend(xp, shrunk(param, c), exp_avg, exp_avg_sq, c), (exp_avg, exp_avg_sq)
+
+
+def amsgrad(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """AMSGrad as torch has it: the largest raw second moment, its bias corrected afterwards."""
+    exp_avg, exp_avg_sq, largest = slots
+    grad = penalized(param, descending(grad, c), c)
+    exp_avg = first_moment(exp_avg, grad, c)
+    exp_avg_sq = second_moment(exp_avg_sq, grad, c)
+    largest = maximum(xp, largest, exp_avg_sq)
+    return descend(xp, shrunk(param, c), exp_avg, largest, c), (exp_avg, exp_avg_sq, largest)
+
+
+def amsgrad_corrected(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """AMSGrad of the corrected second moment, so that the denominator never shrinks."""
+    exp_avg, exp_avg_sq, largest = slots
+    grad = penalized(param, descending(grad, c), c)
+    exp_avg = first_moment(exp_avg, grad, c)
+    exp_avg_sq = second_moment(exp_avg_sq, grad, c)
+    largest = maximum(xp, largest, c.second_moment_scale * exp_avg_sq)
+    param = shrunk(param, c) - c.step_size * exp_avg / (xp.sqrt(largest) + c.eps)
+    return param, (exp_avg, exp_avg_sq, largest)
+
+
+def first_moment(exp_avg: Any, grad: Any, c: Any) -> Any:
+    """The exponential average of the gradient."""
+    return c.beta1 * exp_avg + c.one_minus_beta1 * grad
+
+
+def second_moment(exp_avg_sq: Any, grad: Any, c: Any) -> Any:
+    """The exponential average of the squared gradient.
+
+    ``(1 - beta2) * grad`` comes first, as in torch: float32 then holds up to 5.8e20 instead of
+    1.8e19 before the square is infinite.
+    """
+    return c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad
+
+
+def descend(xp: Any, param: Any, exp_avg: Any, exp_avg_sq: Any, c: Any) -> Any:
+    """Descend along the first moment over the root of the second."""
+    return param - c.step_size * exp_avg / (c.root_scale * xp.sqrt(exp_avg_sq) + c.eps)
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam: steps scaled by running averages of the gradient and of its square.
+
+    Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (ICLR 2015,
+    arXiv:1412.6980), Algorithm 1, with ``eps`` outside the root of the corrected second moment;
+    AMSGrad: Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), Algorithm 2.
+    Names and defaults are those of ``torch.optim.Adam``.
+
+    Args:
+        lr: Learning rate, >= 0.
+        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        eps: Added to the root of the corrected second moment, >= 0.
+        weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
+        amsgrad: Divide by the largest second moment so far. ``True`` is torch's: the largest raw
+            moment, its bias corrected afterwards, which can shrink. ``"corrected"`` is the largest
+            corrected moment, which cannot.
+        maximize: Ascend instead.
+
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.Adam(lr=0.5))
+    >>> w = np.array([1.0, -1.0])
+    >>> _ = opt.step({"w": w}, {"w": np.array([4.0, -0.01])})
+    >>> w.round(4).tolist()
+    [0.5, -0.5]
+    """
+
+    lr: Hyperparameter = 1e-3
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
+    eps: Hyperparameter = 1e-8
+    weight_decay: Hyperparameter = 0.0
+    amsgrad: bool | Literal["corrected"] = False
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "betas": FRACTION,
+        "eps": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+    }
+    switches: ClassVar = ("maximize",)
+    #: Whether the decay shrinks the parameter (AdamW) instead of joining the gradient (Adam).
+    decoupled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        check_betas(self)
+        super().__post_init__()
+        if not (isinstance(self.amsgrad, bool) or self.amsgrad == "corrected"):
+            raise ValueError(
+                f"{type(self).__name__}: amsgrad must be False, True or 'corrected'; "
+                f"got {self.amsgrad!r}"
+            )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``exp_avg``, ``exp_avg_sq`` and, for AMSGrad, ``max_exp_avg_sq``."""
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        if self.amsgrad == "corrected":
+            return amsgrad_corrected
+        return amsgrad if self.amsgrad else adam
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        beta1, beta2 = h.betas
+        correction1 = 1.0 - power(beta1, step)
+        correction2 = 1.0 - power(beta2, step)
+        return Scalars(
+            beta1=beta1,
+            one_minus_beta1=1.0 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1.0 - beta2,
+            step_size=h.lr / correction1,
+            root_scale=1.0 / np.sqrt(correction2),
+            second_moment_scale=1.0 / correction2,
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            penalizes=not cls.decoupled and h.weight_decay != 0,
+            shrinkage=1.0 - h.lr * h.weight_decay,
+            shrinks=cls.decoupled and h.weight_decay != 0,
+            maximizes=h.maximize,
+        )
+
+
+def check_betas(rule: Any) -> None:
+    """Hold ``betas`` to a pair, and make a list of two a tuple.
+
+    Raises:
+        ValueError: It is no pair.
+    """
+    pair = rule.betas
+    if not (isinstance(pair, tuple | list) and len(pair) == 2):
+        raise ValueError(f"{type(rule).__name__}: betas must be a pair of numbers; got {pair!r}")
+    object.__setattr__(rule, "betas", tuple(pair))

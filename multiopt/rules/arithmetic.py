@@ -1,0 +1,136 @@
+"""The exact arithmetic that rules and clipping share: ``spec/arithmetic.md`` in code.
+
+IEEE 754 fixes ``+ - * / sqrt`` and comparisons to the last bit; negation, ``abs`` and ``where``
+select exactly. Everything here is made of those, in a written order, so that every array library
+which performs them one by one gives the same numbers.
+"""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+__all__ = ["BLOCK", "clamp", "maximum", "power", "rounded", "sum_of_squares", "tree_sum"]
+
+#: Elements in one block of the summation tree. A power of two.
+BLOCK = 4096
+
+
+def power(base: Any, exponent: Any) -> Any:
+    """``base ** exponent`` for an integer exponent >= 0, in float64, by repeated squaring.
+
+    The bits of the exponent are taken from the lowest to the highest (right to left). libm's
+    ``pow`` differs between platforms in the last bit; this uses only multiplications.
+
+    Args:
+        base: A number, or an array of numbers.
+        exponent: An integer, or an array of integers that broadcasts with ``base``.
+
+    Returns:
+        A float, or a float64 array where either argument is an array.
+
+    >>> power(0.9, 3) == 0.9 * (0.9 * 0.9)
+    True
+    >>> power(0.5, np.array([0, 1, 10])).tolist()
+    [1.0, 0.5, 0.0009765625]
+    """
+    if np.ndim(base) or np.ndim(exponent):
+        return np.vectorize(power, otypes=[np.float64])(base, exponent)
+    result, square, bits = 1.0, float(base), int(exponent)
+    while bits:
+        if bits & 1:
+            result = result * square
+        square = square * square
+        bits >>= 1
+    return result
+
+
+def rounded(value: Any, dtype: str) -> float:
+    """A host number rounded once to ``"float32"`` or ``"float64"``, as a Python float.
+
+    A Python float takes the dtype of the array it meets in every library; ``np.float64`` would
+    promote a float32 array.
+
+    >>> rounded(0.1, "float32")
+    0.10000000149011612
+    """
+    return float(np.dtype(dtype).type(value))
+
+
+def maximum(xp: Any, a: Any, b: Any) -> Any:
+    """The larger of two arrays, element by element; NaN where either is NaN.
+
+    Libraries differ on NaN and on the sign of zero in their own ``maximum``, so it is spelled out.
+
+    >>> maximum(np, np.asarray([1.0, np.nan]), np.asarray([2.0, 0.0])).tolist()
+    [2.0, nan]
+    """
+    return xp.where(a != a, a, xp.where(a > b, a, b))
+
+
+def clamp(xp: Any, x: Any, bound: float) -> Any:
+    """``x`` limited to [-bound, bound], element by element; NaN stays NaN.
+
+    >>> clamp(np, np.asarray([-3.0, 0.5, np.nan]), 1.0).tolist()
+    [-1.0, 0.5, nan]
+    """
+    x = xp.where(x > bound, bound, x)
+    return xp.where(x < -bound, -bound, x)
+
+
+def sum_of_squares(xp: Any, x: Any) -> Any:
+    """The sum of squares of a float64 array over one fixed tree of additions.
+
+    Elements are taken in row-major order, in blocks of ``BLOCK``, the last one filled up with
+    zeros. A block is folded: its upper half is added to its lower half until one number is left.
+    The sums of the blocks, filled up with zeros to a power of two, are folded the same way.
+
+    Args:
+        xp: The namespace of ``x``.
+        x: A float64 array of any shape, empty included.
+
+    Returns:
+        A 0-d float64 array; 0 for an empty array. NaN and infinity propagate.
+
+    >>> float(sum_of_squares(np, np.asarray([[3.0, 4.0], [0.0, 12.0]])))
+    169.0
+    """
+    x = xp.reshape(x, (-1,))
+    size = prod(x.shape)
+    # A block of zeros adds nothing, so a short array may use a short block: the same bits.
+    width = min(BLOCK, _power_of_two(size))
+    blocks = max(1, -(-size // width))
+    x = _zero_padded(xp, x, blocks * width)
+    sums = _fold(xp, xp.reshape(x * x, (blocks, width)))
+    return tree_sum(xp, sums)
+
+
+def tree_sum(xp: Any, x: Any) -> Any:
+    """The sum of a 1-d array, filled up with zeros to a power of two and folded by halves.
+
+    >>> float(tree_sum(np, np.asarray([1.0, 2.0, 4.0])))
+    7.0
+    """
+    return _fold(xp, _zero_padded(xp, x, _power_of_two(x.shape[0])))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _zero_padded(xp: Any, x: Any, size: int) -> Any:
+    """A 1-d array filled up with zeros to ``size`` elements."""
+    missing = size - x.shape[0]
+    if missing == 0:
+        return x
+    return xp.concat([x, xp.zeros((missing,), dtype=x.dtype, device=x.device)])
+
+
+def _fold(xp: Any, x: Any) -> Any:
+    """Add the upper half of the last axis to its lower half until one element is left."""
+    n = x.shape[-1]
+    while n > 1:
+        n //= 2
+        x = x[..., :n] + x[..., n : 2 * n]
+    return x[..., 0]

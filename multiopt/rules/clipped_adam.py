@@ -1,0 +1,124 @@
+"""Pyro's ClippedAdam: ``spec/rules/clipped_adam.md``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.adam import check_betas, descend, first_moment, second_moment
+from multiopt.rules.arithmetic import clamp, power
+from multiopt.rules.decay import penalized
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, Update
+
+__all__ = ["ClippedAdam"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of ClippedAdam."""
+
+    clip_norm: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    step_size: float
+    root_scale: float
+    eps: float
+    weight_decay: float
+    penalizes: bool
+    centered: bool
+
+
+def clipped_adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Adam on the gradient limited element by element."""
+    exp_avg, exp_avg_sq = slots
+    grad = penalized(param, clamp(xp, grad, c.clip_norm), c)
+    exp_avg = first_moment(exp_avg, grad, c)
+    exp_avg_sq = second_moment(exp_avg_sq, grad - exp_avg if c.centered else grad, c)
+    return descend(xp, param, exp_avg, exp_avg_sq, c), (exp_avg, exp_avg_sq)
+
+
+@dataclass(frozen=True)
+class ClippedAdam(Rule):
+    """Pyro's Adam with clipping by value and a learning rate that decays at each step.
+
+    Source: ``pyro.optim.clipped_adam.ClippedAdam`` (Pyro 1.9): Kingma & Ba (arXiv:1412.6980),
+    section 2, the form with ``eps`` beside the root of the uncorrected second moment. Names and
+    defaults are Pyro's.
+
+    Args:
+        lr: Learning rate before the first decay, >= 0.
+        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        eps: Added to the root of the uncorrected second moment, >= 0.
+        weight_decay: L2 penalty, >= 0, added to the clipped gradient.
+        clip_norm: Bound of each element of the gradient, >= 0, infinity for none. Pyro calls it a
+            norm; it limits values.
+        lrd: Factor of the learning rate, >= 0: step ``t`` uses ``lr * lrd ** t``, the first
+            one ``lr * lrd``.
+        centered_variance: Average the squared deviation from ``exp_avg`` in place of the square.
+
+    Each of the first six (and either of ``betas``) may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.ClippedAdam(lr=0.5, lrd=0.5))
+    >>> w = np.array([1.0, -1.0])
+    >>> _ = opt.step({"w": w}, {"w": np.array([400.0, -0.01])})
+    >>> w.round(4).tolist()
+    [0.75, -0.75]
+    """
+
+    lr: Hyperparameter = 1e-3
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
+    eps: Hyperparameter = 1e-8
+    weight_decay: Hyperparameter = 0.0
+    clip_norm: Hyperparameter = 10.0
+    lrd: Hyperparameter = 1.0
+    centered_variance: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "betas": FRACTION,
+        "eps": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+        "clip_norm": Range("a number >= 0", infinite=True),
+        "lrd": NONNEGATIVE,
+    }
+    switches: ClassVar = ("centered_variance",)
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        check_betas(self)
+        super().__post_init__()
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``exp_avg`` and ``exp_avg_sq``."""
+        return ("exp_avg", "exp_avg_sq")
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return clipped_adam
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        beta1, beta2 = h.betas
+        correction1 = 1.0 - power(beta1, step)
+        correction2 = 1.0 - power(beta2, step)
+        return Scalars(
+            clip_norm=h.clip_norm,
+            beta1=beta1,
+            one_minus_beta1=1.0 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1.0 - beta2,
+            step_size=h.lr * power(h.lrd, step) * np.sqrt(correction2) / correction1,
+            root_scale=1.0,
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            penalizes=h.weight_decay != 0,
+            centered=h.centered_variance,
+        )

@@ -1,0 +1,23 @@
+"""Steps that most rules begin with: ascent turned into descent, and the two weight decays.
+
+A decay that is off is not computed: ``0 * param`` is NaN where the parameter is infinite.
+"""
+
+from typing import Any
+
+__all__ = ["descending", "penalized", "shrunk"]
+
+
+def descending(grad: Any, c: Any) -> Any:
+    """The gradient of what is minimized: the negative one where the rule maximizes."""
+    return -grad if c.maximizes else grad
+
+
+def penalized(param: Any, grad: Any, c: Any) -> Any:
+    """The gradient with that of the L2 penalty, ``weight_decay / 2 * param ** 2``, added."""
+    return grad + c.weight_decay * param if c.penalizes else grad
+
+
+def shrunk(param: Any, c: Any) -> Any:
+    """The parameter after decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2)."""
+    return c.shrinkage * param if c.shrinks else param

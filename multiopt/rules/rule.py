@@ -1,0 +1,163 @@
+"""What every rule is: hyperparameters, the numbers of a step, slots and one pure update."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from math import inf, nan
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
+
+__all__ = ["FINITE", "FRACTION", "NONNEGATIVE", "Hyperparameter", "Range", "Rule", "Update"]
+
+#: A number, or a schedule: a callable that gives the number for each step (1, 2, ...).
+Hyperparameter: TypeAlias = float | Callable[[int], float]
+#: ``update(xp, param, grad, slots, c) -> (param, slots)``: arrays in, new arrays out.
+Update: TypeAlias = Callable[[Any, Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
+
+
+class Range(NamedTuple):
+    """The values that a hyperparameter may take."""
+
+    words: str
+    low: float = 0.0
+    below: float = inf
+    infinite: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a value is in the range; NaN never is."""
+        return self.low <= value < self.below or (self.infinite and value == inf)
+
+
+FINITE = Range("a finite number", low=-np.finfo(np.float64).max.item())
+NONNEGATIVE = Range("a finite number >= 0")
+FRACTION = Range("a number >= 0 and < 1", below=1.0)
+
+
+class Rule(ABC):
+    """An update rule: a frozen dataclass of hyperparameters with three parts.
+
+    * its fields, the hyperparameters, held to ``ranges`` when it is made;
+    * ``scalars``: from them the numbers of one step, on the host, in float64;
+    * ``update``: the mathematics, a plain function of arrays.
+
+    A rule holds no state and does not know the names it is used for. ``CONTRIBUTING.md`` says how
+    to write one.
+
+    >>> import numpy as np, multiopt as mo
+    >>> rule = mo.SGD(lr=lambda step: 1.0 / step)
+    >>> param, slots = rule.update(np, np.ones(2), np.ones(2), (), rule.coefficients(step=2))
+    >>> param.tolist()
+    [0.5, 0.5]
+    """
+
+    #: The range of each numeric hyperparameter, by name. Each may also be a schedule.
+    ranges: ClassVar[Mapping[str, Range]]
+    #: The hyperparameters that are True or False.
+    switches: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Hold the hyperparameters to their ranges and store the numbers as floats.
+
+        Raises:
+            ValueError: A hyperparameter is out of its range or of another kind.
+        """
+        for name in self.ranges:
+            object.__setattr__(self, name, self._checked(name, getattr(self, name)))
+        for name in self.switches:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be True or False; got {value!r}"
+                )
+
+    @property
+    @abstractmethod
+    def slots(self) -> tuple[str, ...]:
+        """The names of the arrays that the rule keeps for a parameter, all zero at first."""
+
+    @property
+    @abstractmethod
+    def update(self) -> Update:
+        """The formula: ``update(xp, param, grad, slots, c) -> (param, slots)``.
+
+        ``xp`` is the Array API namespace of the arrays, ``slots`` a tuple in the order of the
+        rule's ``slots``, ``c`` what ``coefficients`` gave. The function is pure, has no number
+        literal and uses only the operations of ``spec/arithmetic.md``, so it may be traced,
+        compiled or differentiated.
+        """
+
+    @classmethod
+    @abstractmethod
+    def scalars(cls, h: Any, step: Any) -> Any:
+        """The numbers of a step, as a named tuple of floats (float64) and bool switches.
+
+        Args:
+            h: What has the hyperparameters as attributes, each a number, or an array of numbers.
+            step: The number of the step, 1 for the first, or an integer array of such numbers.
+        """
+
+    def coefficients(self, step: Any) -> Any:
+        """The numbers that ``update`` needs at a step, schedules evaluated, in float64.
+
+        Args:
+            step: The number of the step, 1 for the first, or an integer array of such numbers.
+
+        Raises:
+            ValueError: A schedule gave a value out of range.
+        """
+        return self.scalars(self.at(step), step)
+
+    def at(self, step: Any) -> Any:
+        """This rule with every schedule replaced by the number it gives at a step.
+
+        Raises:
+            ValueError: A schedule gave no number, or one out of range.
+
+        >>> import multiopt as mo
+        >>> mo.SGD(lr=lambda step: 1.0 / step).at(4).lr
+        0.25
+        """
+        if not any(_is_schedule(getattr(self, name)) for name in self.ranges):
+            return self
+        now = copy.copy(self)
+        for name in self.ranges:
+            value = getattr(self, name)
+            if _is_schedule(value):
+                object.__setattr__(now, name, self._scheduled(name, value, step))
+        return now
+
+    def _scheduled(self, name: str, value: Any, step: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._scheduled(name, part, step) for part in value)
+        if not callable(value):
+            return value
+        if np.ndim(step):
+            return np.vectorize(lambda s: self._scheduled(name, value, int(s)), [float])(step)
+        try:
+            number = float(value(step))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(self).__name__}: the schedule of {name} gave no number at step {step}: "
+                f"{error}"
+            ) from error
+        return self._checked(name, number, f" at step {step}")
+
+    def _checked(self, name: str, value: Any, when: str = "") -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._checked(name, part) for part in value)
+        if callable(value):
+            return value
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        number = float(value) if real else nan
+        if not self.ranges[name].holds(number):
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be {self.ranges[name].words}, "
+                f"or a schedule step -> number; got {value!r}{when}"
+            )
+        return number
+
+
+def _is_schedule(value: Any) -> bool:
+    return any(map(callable, value)) if isinstance(value, tuple) else callable(value)

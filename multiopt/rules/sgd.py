@@ -1,0 +1,117 @@
+"""Stochastic gradient descent: ``spec/rules/sgd.md``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.decay import descending, penalized
+from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Rule, Update
+
+__all__ = ["SGD"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of SGD."""
+
+    lr: float
+    momentum: float
+    gradient_share: Any
+    weight_decay: float
+    penalizes: bool
+    maximizes: bool
+    nesterov: bool
+
+
+def descend(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Descend along the gradient."""
+    return param - c.lr * penalized(param, descending(grad, c), c), slots
+
+
+def descend_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Descend along the momentum buffer, or look ahead of it (Nesterov)."""
+    (buffer,) = slots
+    grad = penalized(param, descending(grad, c), c)
+    buffer = c.momentum * buffer + c.gradient_share * grad
+    direction = grad + c.momentum * buffer if c.nesterov else buffer
+    return param - c.lr * direction, (buffer,)
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """Stochastic gradient descent, with momentum, Nesterov's look-ahead and an L2 penalty.
+
+    Source: Sutskever, Martens, Dahl & Hinton, "On the importance of initialization and momentum
+    in deep learning" (ICML 2013), equations 1-4, in torch's form, where the learning rate
+    multiplies the buffer: ``buffer = momentum * buffer + (1 - dampening) * grad``,
+    ``param -= lr * buffer``. The first gradient enters the buffer undampened, as in torch. Names
+    and defaults are those of ``torch.optim.SGD``.
+
+    Args:
+        lr: Learning rate, >= 0.
+        momentum: Share of the buffer that stays, >= 0; 0 keeps no buffer.
+        dampening: Share of the gradient that stays out of the buffer, from the second step on.
+        weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
+        nesterov: Descend along ``grad + momentum * buffer``; needs momentum and no dampening.
+        maximize: Ascend instead.
+
+    Each of the first four may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.SGD(lr=0.5, momentum=0.5))
+    >>> w = np.array([1.0, 2.0])
+    >>> for _ in range(2):
+    ...     _ = opt.step({"w": w}, {"w": np.array([1.0, -1.0])})
+    >>> w.tolist()
+    [-0.25, 3.25]
+    """
+
+    lr: Hyperparameter = 1e-3
+    momentum: Hyperparameter = 0.0
+    dampening: Hyperparameter = 0.0
+    weight_decay: Hyperparameter = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "momentum": NONNEGATIVE,
+        "dampening": FINITE,
+        "weight_decay": NONNEGATIVE,
+    }
+    switches: ClassVar = ("nesterov", "maximize")
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        super().__post_init__()
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                "SGD: nesterov needs a momentum and no dampening; "
+                f"got momentum={self.momentum!r}, dampening={self.dampening!r}"
+            )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``momentum_buffer``, where there is a momentum."""
+        return () if self.momentum == 0 else ("momentum_buffer",)
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return descend if self.momentum == 0 else descend_with_momentum
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        return Scalars(
+            lr=h.lr,
+            momentum=h.momentum,
+            gradient_share=np.where(step == 1, 1.0, 1.0 - h.dampening),
+            weight_decay=h.weight_decay,
+            penalizes=h.weight_decay != 0,
+            maximizes=h.maximize,
+            nesterov=h.nesterov,
+        )
