@@ -2,16 +2,25 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from math import isfinite
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from multiopt import checkpoint
-from multiopt.backend import Array, Backend, Layout, Task, backend_of, by_backend, named
+from multiopt.backend import Array, Layout, Task, backend_of, by_backend, named
 from multiopt.clipping import Clip, clip_by_norms
+from multiopt.entry import (
+    Entry,
+    check_rule,
+    check_slot_names,
+    chosen,
+    described,
+    restored,
+    with_rule,
+)
 from multiopt.errors import CheckpointError
+from multiopt.inputs import check_no_shared_memory, checked_gradient, paired
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import rounded
 
@@ -56,17 +65,6 @@ class Report:
         return tuple(name for name, limited in self._limited.items() if bool(limited))
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One parameter of the registry. Replaced whole by each step, never changed."""
-
-    rule: Rule
-    clip: Clip | None
-    step: int
-    slots: tuple[Array, ...]
-    layout: Layout
-
-
 class Optimizer:
     """Optimizes named parameters that may appear at any time, on any array library.
 
@@ -107,8 +105,7 @@ class Optimizer:
         on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
     ) -> None:
         """Make an optimizer that has seen no parameter yet."""
-        if not isinstance(rule, Rule) and not callable(rule):
-            raise TypeError(f"rule must be a rule or a callable name -> rule; got {rule!r}")
+        check_rule(rule)
         if not (clip is None or isinstance(clip, Clip) or callable(clip)):
             raise TypeError(f"clip must be a Clip, a callable name -> Clip or None; got {clip!r}")
         if on_nonfinite not in ("propagate", "raise", "skip"):
@@ -118,7 +115,7 @@ class Optimizer:
         self._rule = rule
         self._clip = clip
         self._on_nonfinite = on_nonfinite
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         # Loaded state of names not seen yet, as a state dict has it, the slots NumPy arrays.
         self._pending: dict[str, dict[str, Any]] = {}
         self.last = Report()
@@ -145,7 +142,7 @@ class Optimizer:
         if entry is None:
             why = "its loaded state is pending" if name in self._pending else "it was never stepped"
             raise KeyError(f"no state for parameter {name!r}: {why}")
-        return State(entry.step, _slots(entry, named(entry.layout.library).copied))
+        return State(entry.step, entry.named_slots(named(entry.layout.library).copied))
 
     def __len__(self) -> int:
         """The number of names seen."""
@@ -182,19 +179,12 @@ class Optimizer:
 
     @rule.setter
     def rule(self, rule: Rule | Callable[[str], Rule]) -> None:
-        changed = {}
-        for name, entry in self._entries.items():
-            backend = named(entry.layout.library)
-            new = _for_name(rule, name, Rule, "rule")
-            kept = dict(zip(entry.rule.slots, entry.slots, strict=True))
-            slots = tuple(
-                kept[slot] if slot in kept else backend.zeros(entry.layout) for slot in new.slots
-            )
-            changed[name] = replace(entry, rule=new, slots=slots)
-        if not isinstance(rule, Rule) and not callable(rule):
-            raise TypeError(f"rule must be a rule or a callable name -> rule; got {rule!r}")
+        check_rule(rule)
+        self._entries = {
+            name: with_rule(entry, chosen(rule, name, Rule, "rule"))
+            for name, entry in self._entries.items()
+        }
         self._rule = rule
-        self._entries = changed
 
     def forget(self, name: str) -> None:
         """Drop a name with its state, seen or pending; seen again, it starts anew.
@@ -259,23 +249,23 @@ class Optimizer:
         """
         # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step in half.
         with np.errstate(all="ignore"):
-            return self._step(params, _paired(params, grads))
+            return self._step(params, paired(params, grads))
 
     def _step(
         self, params: Mapping[str, Array], pairs: list[tuple[str, Array, Array]]
     ) -> dict[str, Array]:
-        entries: dict[str, _Entry] = {}
+        entries: dict[str, Entry] = {}
         tasks: list[Task] = []
         for name, param, grad in pairs:
             backend = backend_of(param, f"parameter {name!r}")
-            grad = _checked_gradient(name, param, grad, backend)
             layout = backend.layout(param, f"parameter {name!r}")
+            grad = checked_gradient(name, grad, layout)
             backend.check_writable(param, f"parameter {name!r}")
             entries[name] = entry = self._settled(name, layout)
             tasks.append(
                 Task(name, backend, param, grad, layout, entry.slots, entry.rule.update, None)
             )
-        _check_no_shared_memory(tasks)
+        check_no_shared_memory(tasks)
         skipped = self._nonfinite(tasks)
         tasks = [task for task in tasks if task.name not in skipped]
         _set_scalars(tasks, entries)
@@ -301,23 +291,27 @@ class Optimizer:
             written[task.name] = task.backend.write(task, result.param)
             self._entries[task.name] = replace(entry, step=entry.step + 1, slots=result.slots)
             self._pending.pop(task.name, None)
-            if task.name in limited and not limited[task.name]:
-                limited[task.name] = result.limited
+            if task.name in limited:
+                limited[task.name] = limited[task.name] or result.limited
+                self._after_clipping(task, result.grad)
         updated = tuple(task.name for task in tasks)
         self.last = Report(new, updated, skipped, norms, global_norms, limited)
         return {name: written.get(name, param) for name, param in params.items()}
 
-    def _settled(self, name: str, layout: Layout) -> _Entry:
+    def _after_clipping(self, task: Task, grad: Array) -> None:
+        """For hosts that expect to find the clipped gradient; here nothing."""
+
+    def _settled(self, name: str, layout: Layout) -> Entry:
         """The entry a step of this parameter starts from; nothing is registered yet."""
         backend = named(layout.library)
         entry = self._entries.get(name)
         if entry is None:
-            rule = _for_name(self._rule, name, Rule, "rule")
-            clip = None if self._clip is None else _for_name(self._clip, name, Clip, "clip")
+            rule = chosen(self._rule, name, Rule, "rule")
+            clip = None if self._clip is None else chosen(self._clip, name, Clip, "clip")
             if name in self._pending:
-                return _restored(name, self._pending[name], rule, clip, layout)
+                return restored(name, self._pending[name], rule, clip, layout)
             slots = tuple(backend.zeros(layout) for _ in rule.slots)
-            return _Entry(rule, clip, 0, slots, layout)
+            return Entry(rule, clip, 0, slots, layout)
         if layout.shape != entry.layout.shape:
             raise ValueError(
                 f"parameter {name!r} has shape {layout.shape}; expected {entry.layout.shape}, that "
@@ -368,16 +362,11 @@ class Optimizer:
         """
         return self._state_dict(lambda entry: named(entry.layout.library).copied)
 
-    def _state_dict(self, convert: Callable[[_Entry], Callable[[Array], Array]]) -> dict[str, Any]:
+    def _state_dict(self, convert: Callable[[Entry], Callable[[Array], Array]]) -> dict[str, Any]:
         return {
             "version": checkpoint.VERSION,
             "entries": {
-                name: {
-                    "rule": _described(entry.rule, entry.step),
-                    "step": entry.step,
-                    "slots": _slots(entry, convert(entry)),
-                }
-                for name, entry in self._entries.items()
+                name: described(entry, convert(entry)) for name, entry in self._entries.items()
             },
             "pending": {
                 name: {
@@ -416,10 +405,10 @@ class Optimizer:
             }
             entry = self._entries.get(name)
             if entry is not None:
-                entries[name] = _restored(name, host, entry.rule, entry.clip, entry.layout)
+                entries[name] = restored(name, host, entry.rule, entry.clip, entry.layout)
             else:
                 if isinstance(self._rule, Rule):
-                    _check_slot_names(name, host, self._rule)
+                    check_slot_names(name, host, self._rule)
                 pending[name] = host
         self._entries.update(entries)
         self._pending.update(pending)
@@ -450,94 +439,7 @@ class Optimizer:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
 
 
-def _paired(
-    params: Mapping[str, Array], grads: Mapping[str, Array | None] | None
-) -> list[tuple[str, Array, Array]]:
-    """The names that have a gradient, with parameter and gradient."""
-    for what, mapping in (("params", params), ("grads", grads)):
-        if mapping is None and what == "grads":
-            continue
-        if not isinstance(mapping, Mapping):
-            raise TypeError(f"{what} must be a mapping of names to arrays; got {mapping!r}")
-        for name in mapping:
-            if not isinstance(name, str):
-                raise TypeError(f"{what} must have names that are strings; got {name!r}")
-    pairs = []
-    if grads is None:
-        for name, param in params.items():
-            label = f"parameter {name!r}"
-            pairs.append((name, param, backend_of(param, label).gradient(param, label)))
-    else:
-        for name in grads:
-            if name not in params:
-                raise KeyError(
-                    f"gradient of {name!r}: there is no parameter of this name; expected one of "
-                    f"{', '.join(map(repr, params)) or 'none'}: pass it among params"
-                )
-        pairs = [(name, param, grads.get(name)) for name, param in params.items()]
-    return [pair for pair in pairs if pair[2] is not None]
-
-
-def _checked_gradient(name: str, param: Array, grad: Array, backend: Backend) -> Array:
-    """The gradient, as an array that fits its parameter."""
-    label = f"gradient of {name!r}"
-    if isinstance(grad, np.generic) and isinstance(param, np.ndarray):
-        grad = np.asarray(grad)
-    its = backend_of(grad, label)
-    if its is not backend:
-        raise TypeError(
-            f"{label} is a {its.library} array; expected one of {backend.library}, as its "
-            "parameter: convert it"
-        )
-    have, want = its.layout(grad, label), backend.layout(param, f"parameter {name!r}")
-    if have.shape != want.shape:
-        raise ValueError(
-            f"{label} has shape {have.shape}; expected {want.shape}, that of its parameter: "
-            "reshape it"
-        )
-    if have.dtype != want.dtype:
-        raise TypeError(
-            f"{label} has dtype {have.dtype}; expected {want.dtype}, that of its parameter: "
-            "convert it"
-        )
-    if have.device != want.device:
-        raise TypeError(
-            f"{label} is on device {have.device}; expected {want.device}, that of its parameter: "
-            "move it"
-        )
-    return grad
-
-
-def _check_no_shared_memory(tasks: list[Task]) -> None:
-    """Refuse two parameters that an update would write to one place."""
-    seen: dict[int, str] = {}
-    spans = []
-    for task in tasks:
-        other = seen.setdefault(id(task.param), task.name)
-        if other != task.name:
-            raise ValueError(_same_array(other, task.name))
-        memory = task.backend.memory(task.param)
-        if memory is not None and memory.size:
-            low, high = np.lib.array_utils.byte_bounds(memory)
-            spans.append((task.layout.device, low, high, task.name, memory))
-    spans.sort(key=lambda span: span[:3])
-    open_spans: list[Any] = []
-    for span in spans:
-        open_spans = [o for o in open_spans if o[0] == span[0] and o[2] > span[1]]
-        for other_span in open_spans:
-            if np.shares_memory(other_span[4], span[4]):
-                raise ValueError(_same_array(*sorted((other_span[3], span[3]))))
-        open_spans.append(span)
-
-
-def _same_array(first: str, second: str) -> str:
-    return (
-        f"parameters {first!r} and {second!r} share memory, so one step would update it twice; "
-        "expected an array for each name: copy one, or pass it under one name"
-    )
-
-
-def _set_scalars(tasks: list[Task], entries: Mapping[str, _Entry]) -> None:
+def _set_scalars(tasks: list[Task], entries: Mapping[str, Entry]) -> None:
     """Give each task the numbers of its step; names alike share one computation."""
     known: dict[tuple[int, int, str], Any] = {}
     for task in tasks:
@@ -552,67 +454,3 @@ def _set_scalars(tasks: list[Task], entries: Mapping[str, _Entry]) -> None:
                 bool(x) if isinstance(x, bool | np.bool_) else rounded(x, key[2]) for x in scalars
             )
         task.scalars = known[key]
-
-
-def _for_name(given: Any, name: str, kind: type, what: str) -> Any:
-    """The rule or the clip of a name: the one given for all, or what the callable says."""
-    if isinstance(given, kind):
-        return given
-    chosen = given(name)
-    if not isinstance(chosen, kind) and not (kind is Clip and chosen is None):
-        raise TypeError(
-            f"the {what} callable gave {chosen!r} for parameter {name!r}; expected a "
-            f"{kind.__name__}"
-        )
-    return chosen
-
-
-def _check_slot_names(name: str, stored: Mapping[str, Any], rule: Rule) -> None:
-    have, want = sorted(stored["slots"]), sorted(rule.slots)
-    if have != want:
-        raise ValueError(
-            f"the loaded state of parameter {name!r} has the slots {have} (of "
-            f"{stored['rule'].get('name', 'an unknown rule')}); expected {want}, those of its rule "
-            f"{rule!r}: load with the rule that was saved, then assign opt.rule"
-        )
-
-
-def _restored(
-    name: str, stored: Mapping[str, Any], rule: Rule, clip: Clip | None, layout: Layout
-) -> _Entry:
-    """An entry from loaded state, its slots NumPy arrays."""
-    _check_slot_names(name, stored, rule)
-    for slot, array in stored["slots"].items():
-        if array.shape != layout.shape:
-            raise ValueError(
-                f"the loaded slot {slot!r} of parameter {name!r} has shape {array.shape}; expected "
-                f"{layout.shape}, that of the parameter: forget the name to start anew"
-            )
-        if array.dtype.name != layout.compute_dtype:
-            raise ValueError(
-                f"the loaded slot {slot!r} of parameter {name!r} has dtype {array.dtype.name}; "
-                f"expected {layout.compute_dtype}, for a parameter of dtype {layout.dtype}: "
-                "convert it, or forget the name to start anew"
-            )
-    backend = named(layout.library)
-    slots = tuple(backend.from_host(stored["slots"][slot], layout) for slot in rule.slots)
-    return _Entry(rule, clip, stored["step"], slots, layout)
-
-
-def _slots(entry: _Entry, convert: Callable[[Array], Array]) -> dict[str, Array]:
-    return {slot: convert(array) for slot, array in zip(entry.rule.slots, entry.slots, strict=True)}
-
-
-def _described(rule: Rule, step: int) -> dict[str, Any]:
-    """A rule as plain data: its name, and its hyperparameters at a step."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(part) for part in value]
-        return repr(value) if isinstance(value, float) and not isfinite(value) else value
-
-    now = rule.at(max(step, 1))
-    return {
-        "name": type(rule).__name__,
-        **{f.name: plain(getattr(now, f.name)) for f in fields(now)},
-    }

@@ -1,0 +1,1 @@
+"""Hosts that multiopt can serve in place of their own optimizers: one file a host."""

@@ -1,0 +1,137 @@
+"""What the registry holds for one name, and its forms outside: plain data and loaded state."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from math import isfinite
+from typing import Any
+
+from multiopt.backend import Array, Layout, named
+from multiopt.clipping import Clip
+from multiopt.rules import Rule
+
+__all__ = [
+    "Entry",
+    "check_rule",
+    "check_slot_names",
+    "chosen",
+    "described",
+    "described_rule",
+    "restored",
+    "with_rule",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter of the registry. Replaced whole by each step, never changed."""
+
+    rule: Rule
+    clip: Clip | None
+    step: int
+    slots: tuple[Array, ...]
+    layout: Layout
+
+    def named_slots(self, convert: Callable[[Array], Array]) -> dict[str, Array]:
+        """The slots by name, each converted."""
+        return dict(zip(self.rule.slots, map(convert, self.slots), strict=True))
+
+
+def check_rule(rule: Any) -> None:
+    """Refuse what is neither a rule nor a callable.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if not isinstance(rule, Rule) and not callable(rule):
+        raise TypeError(f"rule must be a rule or a callable name -> rule; got {rule!r}")
+
+
+def chosen(given: Any, name: str, kind: type, what: str) -> Any:
+    """The rule or the clip of a name: the one given for all, or what the callable says.
+
+    Raises:
+        TypeError: The callable gave something else.
+    """
+    if isinstance(given, kind):
+        return given
+    choice = given(name)
+    if not isinstance(choice, kind) and not (kind is Clip and choice is None):
+        raise TypeError(
+            f"the {what} callable gave {choice!r} for parameter {name!r}; expected a "
+            f"{kind.__name__}"
+        )
+    return choice
+
+
+def with_rule(entry: Entry, rule: Rule) -> Entry:
+    """An entry under another rule: slots that both have are kept, others start at zero."""
+    kept = dict(zip(entry.rule.slots, entry.slots, strict=True))
+    zeros = named(entry.layout.library).zeros
+    slots = tuple(kept[slot] if slot in kept else zeros(entry.layout) for slot in rule.slots)
+    return replace(entry, rule=rule, slots=slots)
+
+
+def restored(
+    name: str, stored: Mapping[str, Any], rule: Rule, clip: Clip | None, layout: Layout
+) -> Entry:
+    """An entry from loaded state, its slots NumPy arrays.
+
+    Raises:
+        ValueError: A slot does not fit the rule, the shape or the dtype.
+    """
+    check_slot_names(name, stored, rule)
+    for slot, array in stored["slots"].items():
+        if array.shape != layout.shape:
+            raise ValueError(
+                f"the loaded slot {slot!r} of parameter {name!r} has shape {array.shape}; expected "
+                f"{layout.shape}, that of the parameter: forget the name to start anew"
+            )
+        if array.dtype.name != layout.compute_dtype:
+            raise ValueError(
+                f"the loaded slot {slot!r} of parameter {name!r} has dtype {array.dtype.name}; "
+                f"expected {layout.compute_dtype}, for a parameter of dtype {layout.dtype}: "
+                "convert it, or forget the name to start anew"
+            )
+    backend = named(layout.library)
+    slots = tuple(backend.from_host(stored["slots"][slot], layout) for slot in rule.slots)
+    return Entry(rule, clip, stored["step"], slots, layout)
+
+
+def check_slot_names(name: str, stored: Mapping[str, Any], rule: Rule) -> None:
+    """Refuse loaded state whose slots are not those of a rule.
+
+    Raises:
+        ValueError: They are not.
+    """
+    have, want = sorted(stored["slots"]), sorted(rule.slots)
+    if have != want:
+        raise ValueError(
+            f"the loaded state of parameter {name!r} has the slots {have} (of "
+            f"{stored['rule'].get('name', 'an unknown rule')}); expected {want}, those of its rule "
+            f"{rule!r}: load with the rule that was saved, then assign opt.rule"
+        )
+
+
+def described(entry: Entry, convert: Callable[[Array], Array]) -> dict[str, Any]:
+    """An entry as plain data."""
+    return {
+        "rule": described_rule(entry.rule, entry.step),
+        "step": entry.step,
+        "slots": entry.named_slots(convert),
+    }
+
+
+def described_rule(rule: Rule, step: int) -> dict[str, Any]:
+    """A rule as plain data: its name, and its hyperparameters at a step."""
+    now = rule.at(max(step, 1))
+    return {
+        "name": type(rule).__name__,
+        **{f.name: _plain(getattr(now, f.name)) for f in fields(now)},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as JSON has it, which knows no tuple and no infinity."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return repr(value) if isinstance(value, float) and not isfinite(value) else value

@@ -1,0 +1,122 @@
+"""What comes into a step: each name with its array and its gradient, checked before any use."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multiopt.backend import Array, Layout, Task, backend_of
+
+__all__ = ["check_no_shared_memory", "checked_gradient", "paired"]
+
+
+def paired(
+    params: Mapping[str, Array], grads: Mapping[str, Array | None] | None
+) -> list[tuple[str, Array, Array]]:
+    """The names that have a gradient, with parameter and gradient.
+
+    Raises:
+        TypeError: There is no mapping of strings, or an array carries no gradient itself.
+        KeyError: A gradient has no parameter.
+    """
+    _check_names("params", params)
+    if grads is None:
+        grads = {name: _own_gradient(name, param) for name, param in params.items()}
+    _check_names("grads", grads)
+    for name in grads:
+        if name not in params:
+            raise KeyError(
+                f"gradient of {name!r}: there is no parameter of this name among "
+                f"{', '.join(map(repr, params)) or 'none'}: pass it in params"
+            )
+    given = [(name, param, grads.get(name)) for name, param in params.items()]
+    return [(name, param, grad) for name, param, grad in given if grad is not None]
+
+
+def _check_names(what: str, arrays: Any) -> None:
+    if not isinstance(arrays, Mapping):
+        raise TypeError(
+            f"{what} is a {type(arrays).__name__}; expected a mapping of names to arrays: pass a "
+            "dict"
+        )
+    for name in arrays:
+        if not isinstance(name, str):
+            raise TypeError(f"{what} has the name {name!r}; expected a string")
+
+
+def _own_gradient(name: str, param: Array) -> Array | None:
+    label = f"parameter {name!r}"
+    return backend_of(param, label).gradient(param, label)
+
+
+def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
+    """A gradient as an array that fits its parameter.
+
+    Args:
+        name: The parameter's name.
+        grad: What came as its gradient.
+        layout: The parameter's layout.
+
+    Raises:
+        TypeError: It is no array of the parameter's library, dtype and device.
+        ValueError: It has another shape.
+    """
+    label = f"gradient of {name!r}"
+    if isinstance(grad, np.generic) and layout.library == "numpy":
+        grad = np.asarray(grad)
+    came = backend_of(grad, label).layout(grad, label)
+    for what, have, want, remedy, error in (
+        ("library", came.library, layout.library, "convert it", TypeError),
+        ("shape", came.shape, layout.shape, "reshape it", ValueError),
+        ("dtype", came.dtype, layout.dtype, "convert it", TypeError),
+        ("device", came.device, layout.device, "move it", TypeError),
+    ):
+        if have != want:
+            raise error(
+                f"{label} has {what} {have}; expected {want}, that of its parameter: {remedy}"
+            )
+    return grad
+
+
+class _Span(NamedTuple):
+    """The addresses that the update of a parameter writes."""
+
+    device: str
+    low: int
+    high: int
+    name: str
+    memory: np.ndarray
+
+
+def check_no_shared_memory(tasks: Sequence[Task]) -> None:
+    """Refuse two parameters that an update would write to one place.
+
+    Raises:
+        ValueError: Two names have one array, or arrays that overlap.
+    """
+    seen: dict[int, str] = {}
+    spans = []
+    for task in tasks:
+        first = seen.setdefault(id(task.param), task.name)
+        if first != task.name:
+            raise ValueError(_shared(first, task.name))
+        memory = task.backend.memory(task.param)
+        if memory is not None and memory.size:
+            bounds = np.lib.array_utils.byte_bounds(memory)
+            spans.append(_Span(task.layout.device, *bounds, task.name, memory))
+    reaching: list[_Span] = []
+    for span in sorted(spans, key=lambda span: span[:3]):
+        reaching = [s for s in reaching if s.device == span.device and s.high > span.low]
+        for earlier in reaching:
+            # Columns of one matrix reach into each other without sharing an element.
+            if np.shares_memory(earlier.memory, span.memory):
+                raise ValueError(_shared(earlier.name, span.name))
+        reaching.append(span)
+
+
+def _shared(first: str, second: str) -> str:
+    first, second = sorted((first, second))
+    return (
+        f"parameters {first!r} and {second!r} share memory, so a step would update it twice; "
+        "expected an array for each name: copy one, or pass it under one name"
+    )
