@@ -65,7 +65,8 @@ def check_no_broadcast(shape: tuple[int, ...], strides: tuple[int, ...], label: 
     Raises:
         ValueError: A stride is 0 along more than one element.
     """
-    if any(stride == 0 and n > 1 for n, stride in zip(shape, strides, strict=True)):
+    repeated = any(stride == 0 and n > 1 for n, stride in zip(shape, strides, strict=True))
+    if repeated and 0 not in shape:
         raise ValueError(
             f"{label} is expanded (a stride of 0): several elements share one place in memory; "
             "expected an array with a place for each: copy it"

@@ -45,7 +45,7 @@ class TorchBackend(Backend):
         if not _has_memory(array):
             raise TypeError(
                 f"{label} is a {type(array).__name__} without memory of its own (a fake, meta, "
-                "traced or distributed tensor); inside a transformation call the pure rule.update"
+                "traced, distributed or released tensor); inside a transformation call the pure rule.update"
             )
         return Layout("torch", tuple(array.shape), dtype, str(array.device))
 
@@ -146,7 +146,8 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         tensor.data_ptr()
     except RuntimeError:
         return False
-    return tensor.device.type != "meta"
+    released = tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    return tensor.device.type != "meta" and not released
 
 
 class _Footprint:

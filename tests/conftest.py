@@ -1,0 +1,32 @@
+"""Profiles for hypothesis, strict settings of the libraries, and the ``library`` fixture."""
+
+import array_api_strict
+import hypothesis
+import jax
+import pytest
+
+from tests.libraries import LIBRARIES, Library, missing
+
+hypothesis.settings.register_profile("default", max_examples=50, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile("default")
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+array_api_strict.set_array_api_strict_flags(
+    boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
+)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(library, id=library.id, marks=[pytest.mark.cuda] * library.needs_cuda)
+        for library in LIBRARIES
+    ],
+)
+def library(request: pytest.FixtureRequest) -> Library:
+    """Each array library, a library with read-only gradients among them."""
+    if why := missing(request.param):
+        pytest.skip(why)
+    return request.param

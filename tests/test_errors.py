@@ -1,0 +1,497 @@
+"""Bad input: each message names the parameter, what was expected, what came and the remedy, and
+nothing has changed afterwards."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import array_api_strict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import multiopt as mo
+from tests.libraries import LIBRARIES, NUMPY, Library, assert_equal
+
+
+def ones(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.ones(shape, dtype)
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.zeros(3)
+
+
+def inference_tensor() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.zeros(3)
+
+
+def deleted() -> jax.Array:
+    array = jnp.ones(3)
+    array.delete()
+    return array
+
+
+def released() -> torch.Tensor:
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+NAN = np.array([1.0, np.nan, 1.0], np.float32)
+
+# What comes beside the good parameter "good", the error, and what its message says.
+BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]] = {
+    "shape": (
+        lambda: (ones(3), ones(4)),
+        ValueError,
+        r"gradient of 'bad' has shape \(4,\); expected \(3,\), that of its parameter: reshape it",
+    ),
+    "dtype": (
+        lambda: (ones(3), ones(3, dtype=np.float64)),
+        TypeError,
+        "gradient of 'bad' has dtype float64; expected float32, that of its parameter: convert it",
+    ),
+    "library": (
+        lambda: (torch.ones(3), ones(3)),
+        TypeError,
+        "gradient of 'bad' has library numpy; expected torch, that of its parameter: convert it",
+    ),
+    "device": (
+        lambda: (
+            array_api_strict.ones(3, dtype=array_api_strict.float32),
+            array_api_strict.ones(
+                3, dtype=array_api_strict.float32, device=array_api_strict.Device("device1")
+            ),
+        ),
+        TypeError,
+        "gradient of 'bad' has device .*device1.*; expected .*CPU.*: move it",
+    ),
+    "read-only": (
+        lambda: (frozen(ones(3)), ones(3)),
+        ValueError,
+        "parameter 'bad' is read-only; expected an array to update in place: copy it",
+    ),
+    "expanded tensor": (
+        lambda: (torch.ones(1).expand(3), torch.ones(3)),
+        ValueError,
+        r"parameter 'bad' is expanded \(a stride of 0\).*: copy it",
+    ),
+    "broadcast array": (
+        lambda: (np.lib.stride_tricks.as_strided(ones(1), (3,), (0,)), ones(3)),
+        ValueError,
+        r"parameter 'bad' is expanded \(a stride of 0\).*: copy it",
+    ),
+    "Python scalar": (lambda: (1.0, 1.0), TypeError, "parameter 'bad' is 1.0, a float; .*asarray"),
+    "NumPy scalar": (
+        lambda: (np.float32(1.0), np.float32(1.0)),
+        TypeError,
+        r"parameter 'bad' is np.float32\(1.0\), a float32; expected an array: use np.asarray",
+    ),
+    "list": (lambda: ([1.0], ones(1)), TypeError, "parameter 'bad' is .*a list; .*use np.asarray"),
+    "no array": (
+        lambda: (object(), ones(3)),
+        TypeError,
+        "parameter 'bad' is a object; expected an array of NumPy, PyTorch, JAX or",
+    ),
+    "scalar gradient": (
+        lambda: (ones(3), 1.0),
+        TypeError,
+        "gradient of 'bad' is 1.0, a float; expected an array: use np.asarray",
+    ),
+    "integers": (
+        lambda: (ones(3, dtype=np.int64), ones(3, dtype=np.int64)),
+        TypeError,
+        "parameter 'bad' has dtype int64; expected one of bfloat16, float16, float32, float64: con",
+    ),
+    "integers of torch": (
+        lambda: (torch.ones(3, dtype=torch.int32), torch.ones(3, dtype=torch.int32)),
+        TypeError,
+        "parameter 'bad' has dtype int32; expected",
+    ),
+    "integers of JAX": (
+        lambda: (jnp.ones(3, jnp.int32), jnp.ones(3, jnp.int32)),
+        TypeError,
+        "parameter 'bad' has dtype int32; expected",
+    ),
+    "complex": (
+        lambda: (ones(3, dtype=np.complex64), ones(3, dtype=np.complex64)),
+        TypeError,
+        "parameter 'bad' has dtype complex64; expected",
+    ),
+    "objects": (
+        lambda: (np.array([1.0, None]), ones(2)),
+        TypeError,
+        "parameter 'bad' has dtype object; expected",
+    ),
+    "long double": (
+        lambda: (ones(3, dtype=np.longdouble), ones(3, dtype=np.longdouble)),
+        TypeError,
+        "parameter 'bad' has dtype float128; expected",
+    ),
+    "masked": (
+        lambda: (np.ma.masked_array(ones(3), mask=[0, 1, 0]), ones(3)),
+        TypeError,
+        "parameter 'bad' is a masked array, whose mask no rule knows: fill it first",
+    ),
+    "sparse parameter": (
+        lambda: (torch.ones(3).to_sparse(), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' is a sparse_coo tensor; expected a dense one: use .to_dense",
+    ),
+    "sparse gradient": (
+        lambda: (torch.ones(3), torch.ones(3).to_sparse()),
+        TypeError,
+        "gradient of 'bad' is a sparse_coo tensor; expected a dense one: use .to_dense",
+    ),
+    "fake tensor": (
+        lambda: (fake(), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' is a FakeTensor without memory of its own.*call the pure rule.update",
+    ),
+    "meta tensor": (
+        lambda: (torch.ones(3, device="meta"), torch.ones(3, device="meta")),
+        TypeError,
+        "parameter 'bad' is a Tensor without memory of its own.*call the pure rule.update",
+    ),
+    "released tensor": (
+        lambda: (released(), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' is a Tensor without memory of its own",
+    ),
+    "inference tensor": (
+        lambda: (inference_tensor(), torch.ones(3)),
+        ValueError,
+        "parameter 'bad' was made in inference mode; expected .*: clone it outside, or step inside",
+    ),
+    "deleted JAX array": (
+        lambda: (deleted(), jnp.ones(3)),
+        TypeError,
+        r"parameter 'bad' is a deleted JAX array \(donated\?\); expected a live one",
+    ),
+}
+
+
+def snapshot(opt: mo.Optimizer) -> Any:
+    return copy.deepcopy(opt.state_dict()), opt.names, opt.pending, repr(opt), opt.last
+
+
+def assert_unchanged(opt: mo.Optimizer, before: Any) -> None:
+    assert repr(snapshot(opt)) == repr(before)
+
+
+@pytest.mark.parametrize("case", BAD_STEPS, ids=str)
+def test_a_bad_step_says_why_and_changes_nothing(case: str) -> None:
+    make, error, message = BAD_STEPS[case]
+    opt = mo.Optimizer(mo.Adam(lr=0.1), clip=mo.Clip(global_norm=1.0))
+    params = opt.step({"good": ones(3)}, {"good": ones(3)})
+    before, good = snapshot(opt), params["good"].copy()
+    bad, grad = make()
+    with pytest.raises(error, match=message):
+        opt.step(
+            {"new": ones(2), **params, "bad": bad}, {"new": ones(2), "good": good, "bad": grad}
+        )
+    assert_unchanged(opt, before)
+    assert_equal(params["good"], good)
+    if isinstance(bad, np.ndarray):
+        assert_equal(bad, make()[0])
+
+
+def test_a_gradient_without_a_parameter() -> None:
+    opt = mo.Optimizer(mo.Adam())
+    with pytest.raises(
+        KeyError, match="gradient of 'b': there is no parameter of this name among "
+    ):
+        opt.step({"a": ones(3)}, {"b": ones(3)})
+    assert len(opt) == 0
+
+
+def test_no_mapping_and_no_names() -> None:
+    opt = mo.Optimizer(mo.Adam())
+    with pytest.raises(TypeError, match="params is a ndarray; expected a mapping of names"):
+        opt.step(ones(3), ones(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="grads is a list; expected a mapping of names"):
+        opt.step({"a": ones(3)}, [ones(3)])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="params has the name 1; expected a string"):
+        opt.step({1: ones(3)}, {1: ones(3)})  # type: ignore[dict-item]
+
+
+def test_no_gradients_for_a_library_without(library: Library) -> None:
+    if library.id.startswith("torch"):
+        pytest.skip("torch's arrays carry gradients")
+    with pytest.raises(
+        TypeError, match=r"array, which carries no gradient; pass .* step\(params, gr"
+    ):
+        mo.Optimizer(mo.Adam()).step({"a": library.param(ones(3))})
+
+
+def test_a_tensor_that_is_no_leaf() -> None:
+    loc = torch.ones(3, requires_grad=True)
+    with pytest.raises(
+        ValueError, match=r"parameter 'a' is not a leaf tensor, so it has no \.grad"
+    ):
+        mo.Optimizer(mo.Adam()).step({"a": loc * 2})
+
+
+SHARING: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "one array": lambda w: (w, w),
+    "a view": lambda w: (w, w[:]),
+    "a reversed part": lambda w: (w[:4], w[2:]),
+    "a row and a column": lambda w: (w.reshape(3, 2)[0], w.reshape(3, 2)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("case", SHARING, ids=str)
+@pytest.mark.parametrize("make", [lambda: ones(6), lambda: torch.ones(6)], ids=["numpy", "torch"])
+def test_memory_under_two_names(case: str, make: Callable[[], Any]) -> None:
+    a, b = SHARING[case](make())
+    opt = mo.Optimizer(mo.Adam())
+    with pytest.raises(
+        ValueError, match=r"parameters 'a' and 'b' share memory, .*: copy one, or pa"
+    ):
+        opt.step({"b": b, "a": a}, {"a": 2 * a, "b": 2 * b})
+    assert len(opt) == 0
+    assert (a == 1).all()
+    assert (b == 1).all()
+
+
+def test_one_array_of_any_library_under_two_names(library: Library) -> None:
+    w, grad = library.param(ones(3)), library.grad(ones(3))
+    with pytest.raises(ValueError, match="parameters 'a' and 'b' share memory"):
+        mo.Optimizer(mo.Adam()).step({"b": w, "a": w}, {"a": grad, "b": grad})
+
+
+def test_columns_of_one_matrix_are_two_parameters() -> None:
+    w = ones(3, 2)
+    opt = mo.Optimizer(mo.SGD(lr=1.0))
+    opt.step({"a": w[:, 0], "b": w[:, 1]}, {"a": ones(3), "b": 2 * ones(3)})
+    assert w.tolist() == [[0.0, -1.0]] * 3
+
+
+def test_numpy_memory_seen_by_torch_is_shared_too() -> None:
+    w = ones(3)
+    with pytest.raises(ValueError, match="share memory"):
+        mo.Optimizer(mo.Adam()).step(
+            {"a": w, "b": torch.from_numpy(w)}, {"a": ones(3), "b": torch.ones(3)}
+        )
+
+
+def test_a_numpy_scalar_is_a_gradient_without_dimensions() -> None:
+    w = np.ones((), np.float32)
+    mo.Optimizer(mo.SGD(lr=1.0)).step({"w": w}, {"w": np.float32(0.25)})
+    assert w == 0.75
+
+
+def test_shape_and_dtype_of_a_name_stay(library: Library) -> None:
+    opt = mo.Optimizer(mo.Adam())
+    opt.step({"w": library.param(ones(3))}, {"w": library.grad(ones(3))})
+    before = snapshot(opt)
+    with pytest.raises(
+        ValueError, match=r"parameter 'w' has shape \(4,\); expected \(3,\).*forget"
+    ):
+        opt.step({"w": library.param(ones(4))}, {"w": library.grad(ones(4))})
+    double = ones(3, dtype=np.float64)
+    with pytest.raises(
+        TypeError, match=r"parameter 'w' has dtype float64; expected float32.*forget"
+    ):
+        opt.step({"w": library.param(double)}, {"w": library.grad(double)})
+    assert_unchanged(opt, before)
+    opt.forget("w")
+    opt.step({"w": library.param(ones(4))}, {"w": library.grad(ones(4))})
+    assert opt.state("w").step == 1
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap], ids=["jit", "grad", "vmap"])
+def test_a_tracer_points_to_the_pure_update(transform: Any) -> None:
+    opt = mo.Optimizer(mo.Adam())
+
+    def body(x: Any) -> Any:
+        return opt.step({"w": x}, {"w": x})["w"].sum()
+
+    with pytest.raises(
+        TypeError, match=r"parameter 'w' is a JAX tracer.*call the pure rule.update"
+    ):
+        transform(body)(jnp.ones((2, 2)))
+    assert len(opt) == 0
+
+    rule = mo.Adam(lr=0.5)
+    zeros, scalars = jnp.zeros(2), rule.coefficients(1)
+    update = jax.jit(lambda p, g: rule.update(jnp, p, g, (zeros, zeros), scalars)[0])
+    np.testing.assert_allclose(update(jnp.ones(2), jnp.ones(2)), 0.5)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap], ids=["grad", "vmap"])
+def test_a_functorch_tensor_points_to_the_pure_update(transform: Any) -> None:
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return mo.Optimizer(mo.Adam()).step({"w": x}, {"w": x})["w"].sum()
+
+    with pytest.raises(TypeError, match="parameter 'w' is a Tensor without memory of its own"):
+        transform(body)(torch.ones(2, 2))
+
+
+def test_jax_float64_while_x64_is_off() -> None:
+    array = jnp.ones(3, "float64")
+    with (
+        jax.enable_x64(False),
+        pytest.raises(TypeError, match="float64, of which JAX makes no arr"),
+    ):
+        mo.Optimizer(mo.Adam()).step({"w": array}, {"w": array})
+
+
+@pytest.mark.parametrize("what", ["rule", "clip", "schedule"])
+def test_a_callable_that_gives_nonsense(what: str) -> None:
+    kinds: dict[str, tuple[Callable[[], mo.Optimizer], type[Exception], str]] = {
+        "rule": (
+            lambda: mo.Optimizer(lambda name: mo.Adam() if name == "good" else None),  # type: ignore[arg-type,return-value]
+            TypeError,
+            "the rule callable gave None for parameter 'bad'; expected a Rule",
+        ),
+        "clip": (
+            lambda: mo.Optimizer(mo.Adam(), lambda name: None if name == "good" else 1.0),  # type: ignore[arg-type,return-value]
+            TypeError,
+            "the clip callable gave 1.0 for parameter 'bad'; expected a Clip",
+        ),
+        "schedule": (
+            lambda: mo.Optimizer(
+                lambda name: mo.Adam() if name == "good" else mo.Adam(lr=lambda step: -step)
+            ),
+            ValueError,
+            r"parameter 'bad': Adam: lr must be a finite number >= 0.*; got -1.0 at step 1",
+        ),
+    }
+    make, error, message = kinds[what]
+    opt = make()
+    params = opt.step({"good": ones(3)}, {"good": ones(3)})
+    before, good = snapshot(opt), params["good"].copy()
+    with pytest.raises(error, match=message):
+        opt.step({**params, "bad": ones(2)}, {"good": ones(3), "bad": ones(2)})
+    assert_unchanged(opt, before)
+    assert_equal(params["good"], good)
+
+
+def test_a_schedule_without_a_number() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: None))  # type: ignore[arg-type,return-value]
+    with pytest.raises(
+        ValueError, match="parameter 'w': SGD: the schedule of lr gave no number at s"
+    ):
+        opt.step({"w": ones(1)}, {"w": ones(1)})
+
+
+def test_nonfinite_gradients_raise_by_name(library: Library) -> None:
+    opt = mo.Optimizer(mo.Adam(), on_nonfinite="raise")
+    params = {name: library.param(ones(3)) for name in "abc"}
+    params = opt.step(params, {name: library.grad(ones(3)) for name in "abc"})
+    before, old = snapshot(opt), {n: library.numpy(p).copy() for n, p in params.items()}
+    grads = {"a": library.grad(NAN), "b": library.grad(ones(3)), "c": library.grad(NAN)}
+    with pytest.raises(
+        ValueError, match="the gradient of 'a', 'c' has infinities or NaNs; expected"
+    ):
+        opt.step(params, grads)
+    assert_unchanged(opt, before)
+    for name, param in params.items():
+        assert_equal(library.numpy(param), old[name])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: mo.Optimizer("adam"), TypeError, "rule must be a rule or a callable"),
+        (lambda: mo.Optimizer(mo.Adam(), clip=1.0), TypeError, "clip must be a Clip, a callable"),
+        (
+            lambda: mo.Optimizer(mo.Adam(), on_nonfinite="stop"),
+            ValueError,
+            "on_nonfinite must be 'propagate', 'raise' or 'skip'; got 'stop'",
+        ),
+        (lambda: mo.Adam(lr=-1), ValueError, "Adam: lr must be a finite number >= 0, or a sch"),
+        (lambda: mo.Adam(lr=float("nan")), ValueError, "Adam: lr must be a finite number >= 0"),
+        (lambda: mo.Adam(lr=float("inf")), ValueError, "Adam: lr must be a finite number >= 0"),
+        (lambda: mo.Adam(lr="fast"), ValueError, "Adam: lr must be .*; got 'fast'"),
+        (lambda: mo.Adam(lr=True), ValueError, "Adam: lr must be .*; got True"),
+        (lambda: mo.Adam(betas=(0.9, 1.0)), ValueError, "betas must be a number >= 0 and < 1"),
+        (lambda: mo.Adam(betas=0.9), ValueError, "betas must be a pair of numbers; got 0.9"),
+        (lambda: mo.Adam(betas=(0.9,)), ValueError, "betas must be a pair of numbers"),
+        (lambda: mo.Adam(amsgrad="yes"), ValueError, "amsgrad must be False, True or 'corrected'"),
+        (lambda: mo.Adam(maximize=1), ValueError, "Adam: maximize must be True or False; got 1"),
+        (lambda: mo.AdamW(eps=-1e-8), ValueError, "AdamW: eps must be a finite number >= 0"),
+        (lambda: mo.SGD(nesterov=True), ValueError, "SGD: nesterov needs a momentum and no damp"),
+        (
+            lambda: mo.SGD(momentum=0.9, dampening=0.1, nesterov=True),
+            ValueError,
+            "SGD: nesterov needs a momentum and no dampening; got momentum=0.9, dampening=0.1",
+        ),
+        (lambda: mo.SGD(dampening=float("inf")), ValueError, "SGD: dampening must be a finite n"),
+        (lambda: mo.ClippedAdam(clip_norm=-1), ValueError, "ClippedAdam: clip_norm must be a num"),
+        (lambda: mo.Clip(norm=-1), ValueError, "Clip: norm must be a number >= 0; got -1"),
+        (lambda: mo.Clip(global_norm=float("nan")), ValueError, "Clip: global_norm must be a n"),
+        (lambda: mo.Clip(value="1"), ValueError, "Clip: value must be a number >= 0; got '1'"),
+        (lambda: mo.Clip(value=1, eps=float("inf")), ValueError, "Clip: eps must be .*; got inf"),
+        (lambda: mo.Clip(norm=1, eps=None), ValueError, "Clip: eps must be .*; got None"),
+    ],
+)
+def test_bad_settings(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_errors_of_names() -> None:
+    opt = mo.Optimizer(mo.Adam())
+    opt.step({"a": ones(1), "b": ones(1)}, {"a": ones(1), "b": ones(1)})
+    before = snapshot(opt)
+    with pytest.raises(KeyError, match="no state for parameter 'c': it was never stepped"):
+        opt.state("c")
+    with pytest.raises(KeyError, match="cannot forget parameter 'c': it is neither seen nor pend"):
+        opt.forget("c")
+    with pytest.raises(KeyError, match="cannot rename parameter 'c': it is neither seen nor pend"):
+        opt.rename({"a": "d", "c": "e"})
+    with pytest.raises(ValueError, match="cannot rename: two parameters would be called 'b'"):
+        opt.rename({"a": "b"})
+    with pytest.raises(TypeError, match="rule must be a rule or a callable name -> rule; got None"):
+        opt.rule = None  # type: ignore[assignment]
+    assert_unchanged(opt, before)
+
+
+def test_a_rule_that_breaks_its_contract_changes_nothing() -> None:
+    class Widening(mo.SGD):
+        @property
+        def update(self) -> Any:
+            return lambda xp, p, g, slots, c: (p - np.float64(0.1) * g, slots)
+
+    w = ones(3)
+    with pytest.raises(
+        TypeError, match=r"the rule of parameter 'w' returned .* dtype float64; expec"
+    ):
+        mo.Optimizer(Widening()).step({"w": w}, {"w": ones(3)})
+    assert_equal(w, ones(3))
+
+
+@pytest.mark.parametrize("what", ["divide", "over", "under", "invalid"])
+def test_numpy_error_settings_cannot_tear_a_step(what: str) -> None:
+    grads = {"w": np.array([0.0, np.inf, 1e-30, 1e30, np.nan], np.float32)}
+    results = []
+    for setting in ("raise", "ignore"):
+        with np.errstate(**{what: setting}):  # type: ignore[arg-type]
+            w, opt = ones(5), mo.Optimizer(mo.Adam(eps=0.0), clip=mo.Clip(norm=1.0))
+            for _ in range(3):
+                opt.step({"w": w}, grads)
+            results.append(w)
+    assert_equal(*results)
+
+
+def test_table_covers_every_library() -> None:
+    assert {library.id.split("-")[0] for library in LIBRARIES} == {
+        "numpy",
+        "strict",
+        "torch",
+        "jax",
+    }
+    assert NUMPY in LIBRARIES

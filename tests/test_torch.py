@@ -1,0 +1,102 @@
+"""What a torch user relies on: leaves, version counters, .grad, autograd's own checks."""
+
+import numpy as np
+import pytest
+import torch
+
+import multiopt as mo
+
+
+def test_a_leaf_is_updated_in_place_from_its_grad() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=0.5))
+    w = torch.nn.Parameter(torch.ones(3))
+    storage = w.data_ptr()
+    (w * w).sum().backward()
+    grad = w.grad
+    assert opt.step({"w": w})["w"] is w
+    assert w.tolist() == [0.0, 0.0, 0.0]
+    assert w.is_leaf
+    assert w.requires_grad
+    assert w.data_ptr() == storage
+    assert w.grad is grad
+    assert grad is not None
+    assert grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_stepping_before_a_backward_that_needs_the_old_value_raises() -> None:
+    w = torch.ones(3, requires_grad=True)
+    loss = (w * w).sum()
+    opt, version = mo.Optimizer(mo.SGD(lr=0.5)), w._version
+    opt.step({"w": w}, {"w": torch.ones(3)})
+    assert w._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_leaves_move_their_version_too(dtype: torch.dtype) -> None:
+    w = torch.ones(3, dtype=dtype, requires_grad=True)
+    version = w._version
+    mo.Optimizer(mo.SGD(lr=0.5)).step({"w": w}, {"w": torch.ones(3, dtype=dtype)})
+    assert w._version > version
+    assert w.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_a_parameter_without_a_grad_is_left_alone() -> None:
+    a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    a.sum().backward()
+    opt = mo.Optimizer(mo.SGD(lr=0.5))
+    opt.step({"a": a, "b": b})
+    assert opt.names == ("a",)
+    assert b.item() == 1.0
+
+
+def test_views_and_strides_are_written_where_they_lie() -> None:
+    base = torch.zeros(4, 4)
+    opt = mo.Optimizer(mo.SGD(lr=1.0))
+    opt.step({"w": base.T[1:3]}, {"w": torch.ones(2, 4)})
+    assert base.sum().item() == -8.0
+    assert base[:, 1:3].eq(-1).all()
+
+
+def test_a_gradient_may_carry_a_graph_and_a_negative_bit() -> None:
+    w = torch.ones(2, requires_grad=True)
+    (grad,) = torch.autograd.grad((w**3).sum(), w, create_graph=True)
+    assert grad.grad_fn is not None
+    opt = mo.Optimizer(mo.SGD(lr=0.25))
+    opt.step({"w": w}, {"w": grad})
+    assert w.tolist() == [0.25, 0.25]
+    negative = torch.complex(torch.zeros(2), torch.ones(2)).conj().imag
+    assert negative.is_neg()
+    opt.step({"w": w}, {"w": negative})
+    assert w.tolist() == [0.5, 0.5]
+
+
+def test_a_tensor_may_be_resized_away_and_swapped_between_steps() -> None:
+    w = torch.ones(3, requires_grad=True)
+    opt = mo.Optimizer(mo.SGD(lr=1.0, momentum=0.5))
+    opt.step({"w": w}, {"w": torch.ones(3)})
+    w.data = torch.full((3,), 5.0)
+    opt.step({"w": w}, {"w": torch.zeros(3)})
+    assert w.tolist() == [4.5, 4.5, 4.5]
+
+
+def test_inference_tensors_step_inside_inference_mode() -> None:
+    with torch.inference_mode():
+        w = torch.ones(2)
+        mo.Optimizer(mo.SGD(lr=1.0)).step({"w": w}, {"w": torch.ones(2)})
+        assert w.tolist() == [0.0, 0.0]
+
+
+def test_default_dtype_and_deterministic_mode_change_nothing() -> None:
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            w = torch.ones(3, dtype=torch.float32)
+            opt = mo.Optimizer(mo.Adam(lr=0.1), mo.Clip(norm=0.5, value=0.2))
+            opt.step({"w": w}, {"w": torch.ones(3, dtype=torch.float32)})
+            results.append(w.numpy())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(*results)
