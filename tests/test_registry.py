@@ -305,6 +305,15 @@ def test_another_rule_keeps_the_clock_and_the_slots_that_fit(library: Library) -
     assert opt.state("w").step == 2
 
 
+@pytest.mark.parametrize("rule", [mo.SGD(), mo.Adam(), mo.AdamW(weight_decay=0), mo.ClippedAdam()])
+def test_a_decay_that_is_off_is_not_computed(library: Library, rule: mo.Rule) -> None:
+    # 0 * infinity is NaN, which would spread to the slots.
+    opt = mo.Optimizer(rule)
+    params = opt.step({"w": library.param(np.inf * ones(1))}, {"w": library.grad(ones(1))})
+    assert library.numpy(params["w"]) == np.inf
+    assert all(np.isfinite(library.numpy(slot)) for slot in opt.state("w").slots.values())
+
+
 # Schedules
 
 

@@ -1,0 +1,148 @@
+"""The suite fails when the code is wrong: faults are planted in a copy, which is then tested."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of one place, and the tests that must notice it."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    Fault(
+        "eps inside the root",
+        "multiopt/rules/adam.py",
+        "c.root_scale * xp.sqrt(exp_avg_sq) + c.eps",
+        "c.root_scale * xp.sqrt(exp_avg_sq + c.eps)",
+        "test_peers.py",
+    ),
+    Fault(
+        "one clock for all names",
+        "multiopt/optimizer.py",
+        "entry.rule.coefficients(entry.step + 1)",
+        "entry.rule.coefficients(max(e.step for e in entries.values()) + 1)",
+        "test_backends.py::test_a_late_parameter_equals_one_that_started_alone",
+    ),
+    Fault(
+        "clipping switched off",
+        "multiopt/clipping.py",
+        "task.scales.append(rounded(coefficient, task.layout.compute_dtype))",
+        "task.scales.append(1.0)",
+        "test_clipping.py::test_the_bound_holds_to_one_ulp_and_the_direction_stays",
+    ),
+    Fault(
+        "value clipping switched off",
+        "multiopt/backend.py",
+        "grad = clamp(xp, grad, task.bound)",
+        "pass",
+        "test_clipping.py::test_value_clipping_is_exact",
+    ),
+    Fault(
+        "a step that does nothing",
+        "backends/multiopt_numpy/backend.py",
+        "np.copyto(task.param, computed, casting=",
+        "dict(to=task.param, casting=",
+        "test_peers.py",
+    ),
+    Fault(
+        "a sum of squares in another order",
+        "multiopt/rules/arithmetic.py",
+        "sums = _fold(xp, xp.reshape(x * x, (blocks, width)))",
+        "sums = xp.sum(xp.reshape(x * x, (blocks, width)), axis=-1)",
+        "test_clipping.py::test_the_norm_is_the_tree_of_the_spec",
+    ),
+    Fault(
+        "JAX computed by XLA",
+        "backends/multiopt_jax/backend.py",
+        'return layout.device.startswith("cpu")',
+        "return False",
+        "test_clipping.py::test_norms_neither_overflow_nor_underflow",
+    ),
+    Fault(
+        "roots taken by torch on the CPU",
+        "backends/multiopt_torch/backend.py",
+        'return layout.device == "cpu"',
+        "return False",
+        "test_backends.py::test_every_rule_over_fifty_steps",
+    ),
+    Fault(
+        "a write that torch does not see",
+        "backends/multiopt_torch/backend.py",
+        "task.param.copy_(self.closed(computed, task.param))",
+        "task.param.detach().numpy()[...] = computed",
+        "test_torch.py",
+    ),
+    Fault(
+        "16 bits computed in 16 bits",
+        "multiopt/backend.py",
+        '"float16": "float32",',
+        '"float16": "float16",',
+        "test_backends.py::test_sixteen_bits_keep_float32_slots",
+    ),
+    Fault(
+        "an L2 penalty computed where it is off",
+        "multiopt/rules/decay.py",
+        "return grad + c.weight_decay * param if c.penalizes else grad",
+        "return grad + c.weight_decay * param",
+        "test_registry.py::test_a_decay_that_is_off_is_not_computed",
+    ),
+    Fault(
+        "pending state lost by saving",
+        "multiopt/optimizer.py",
+        '"slots": {slot: array.copy() for slot, array in entry["slots"].items()},',
+        '"slots": {},',
+        "test_checkpoint.py::test_pending_state_survives_save_load_save",
+    ),
+    Fault(
+        "parameters written before all is checked",
+        "multiopt/inputs.py",
+        'raise error(\n                f"{label} has {what}',
+        'warnings.warn(\n                f"{label} has {what}',
+        "test_errors.py",
+    ),
+]
+
+
+def run_in_copy(folder: Path, tests: str) -> int:
+    """Run tests in a copy of the project; 0 if they pass, 1 if one fails."""
+    paths = [f"tests/{test}" for test in tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
+    return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of what the tests need."""
+    for name in ("multiopt", "backends", "spec", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_planted_fault_is_noticed(project: Path, fault: Fault) -> None:
+    path = project / fault.file
+    source = path.read_text()
+    assert source.count(fault.old) == 1, "the fault no longer fits the code"
+    path.write_text(source.replace(fault.old, fault.new))
+    assert run_in_copy(project, fault.tests) == 1
+
+
+def test_the_copy_passes_without_a_fault(project: Path) -> None:
+    # Otherwise a copy that fails for a reason of its own would look like a fault noticed.
+    tests = dict.fromkeys(test for fault in FAULTS for test in fault.tests.split())
+    assert run_in_copy(project, " ".join(tests)) == 0
