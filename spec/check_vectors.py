@@ -1,0 +1,251 @@
+"""Check the vectors against exact arithmetic: ``python spec/check_vectors.py [DIRECTORY]``.
+
+The rules stand here a second time, as the equations of their papers, in mpmath with 256 bits (77
+digits). Nothing of multiopt is imported, so a slip in a rule cannot hide in its own check. Each
+history is recomputed whole, from the parameter, the gradients and the hyperparameters in the file:
+an error at any step stays visible in all later ones.
+
+Prints a line for each file; the exit status is 1 if a file has a fault, or if there is no file.
+"""
+
+import json
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+from math import isfinite
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mpmath import MPContext
+
+exact = MPContext()
+exact.prec = 256
+
+# How far a result may be from the exact one, by name, in ulps: the spacing of the dtype at the
+# largest magnitude that the element of the parameter or slot has had. (Where numbers cancel, what
+# is left carries the rounding errors of the larger ones.) With u half an ulp, coefficients rounded
+# like everything else, and each rounding at its worst, a step adds
+#
+# * to ``momentum_buffer`` and ``exp_avg``, a * x + b * y, 3 u: coefficient, product, sum;
+# * to ``exp_avg_sq`` the same, and 1 u more for the second product of its new term;
+# * to ``max_exp_avg_sq``, where it is corrected, once 2 u: coefficient, product;
+# * to ``param`` 1 u for the subtraction, 2 u for a decay, and, by its share in the parameter, the
+#   change: 7 u of its own, what ``exp_avg`` is off by, and half of what ``exp_avg_sq`` is.
+#
+# For a few steps that is about 2 ulps a step and less than that as errors have either sign.
+SGD_ULPS = {"param": 4.0, "momentum_buffer": 4.0}
+ADAM_ULPS = {"param": 8.0, "exp_avg": 8.0, "exp_avg_sq": 8.0, "max_exp_avg_sq": 8.0}
+# In float64 the coefficients are no more exact than the arrays, and 1 - beta^t cancels: it is off
+# by up to u / (1 - beta), which is 1000 u for the default beta2 of 0.999. All of that reaches a
+# corrected ``max_exp_avg_sq``, half of it the change of the parameter, and through an L2 penalty
+# the moments.
+ADAM_ULPS_64 = {"param": 64.0, "exp_avg": 96.0, "exp_avg_sq": 64.0, "max_exp_avg_sq": 128.0}
+ULPS = {
+    "SGD": {"float32": SGD_ULPS, "float64": SGD_ULPS},
+    "Adam": {"float32": ADAM_ULPS, "float64": ADAM_ULPS_64},
+    "AdamW": {"float32": ADAM_ULPS, "float64": ADAM_ULPS_64},
+    "ClippedAdam": {"float32": ADAM_ULPS, "float64": ADAM_ULPS_64},
+}
+
+#: Bits of the significand, the exponent of the smallest number, and the letter for ``struct``.
+FORMATS = {"float32": (24, -149, "f"), "float64": (53, -1074, "d")}
+
+
+# The rules. Each yields the exact parameter and slots after each step, of one element.
+
+
+def sgd(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Sutskever et al. (2013), equations 1-4, with the learning rate outside the buffer."""
+    has_buffer = options["momentum"] != 0
+    buffer = None
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        direction = grad
+        if has_buffer:
+            buffer = grad if step == 1 else h.momentum * buffer + (1 - h.dampening) * grad
+            direction = grad + h.momentum * buffer if h.nesterov else buffer
+        param -= h.lr * direction
+        yield {"param": param, "momentum_buffer": buffer}
+
+
+def adam(
+    param: Any, grads: Iterable[Any], options: dict[str, Any], *, decoupled: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Kingma & Ba (2015), Algorithm 1; the AMSGrad of Reddi et al. (2018), and torch's."""
+    m = v = largest = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        grad = -grad if h.maximize else grad
+        if decoupled:
+            param -= h.lr * h.weight_decay * param
+        else:
+            grad += h.weight_decay * param
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        m_hat = m / (1 - beta1**step)
+        v_hat = v / (1 - beta2**step)
+        if h.amsgrad == "corrected":
+            v_hat = largest = max(largest, v_hat)
+        elif h.amsgrad:
+            largest = max(largest, v)
+            v_hat = largest / (1 - beta2**step)
+        param -= h.lr * m_hat / (exact.sqrt(v_hat) + h.eps)
+        yield {"param": param, "exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest}
+
+
+def adamw(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Loshchilov & Hutter (2019), Algorithm 2."""
+    return adam(param, grads, options, decoupled=True)
+
+
+def clipped_adam(
+    param: Any, grads: Iterable[Any], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Kingma & Ba (2015), section 2: the bias corrections in the step size; Pyro's additions."""
+    m = v = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        grad = max(-h.clip_norm, min(grad, h.clip_norm)) + h.weight_decay * param
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * (grad - m if h.centered_variance else grad) ** 2
+        lr = h.lr * h.lrd**step
+        step_size = lr * exact.sqrt(1 - beta2**step) / (1 - beta1**step)
+        param -= step_size * m / (exact.sqrt(v) + h.eps)
+        yield {"param": param, "exp_avg": m, "exp_avg_sq": v}
+
+
+RULES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "ClippedAdam": clipped_adam}
+
+
+def at(options: dict[str, Any], step: int) -> SimpleNamespace:
+    """The hyperparameters at a step: floats become exact, switches stay."""
+
+    def exactly(value: Any) -> Any:
+        if isinstance(value, dict):
+            return exactly(value["schedule"][step - 1])
+        if isinstance(value, list):
+            return [exactly(part) for part in value]
+        return exact.mpf(value) if isinstance(value, float) else value
+
+    return SimpleNamespace(**{name: exactly(value) for name, value in options.items()})
+
+
+# The comparison
+
+
+def deviations(
+    rule: str,
+    dtype: str,
+    options: dict[str, Any],
+    param: float,
+    grads: list[float],
+    steps: list[dict[str, float]],
+) -> dict[str, list[float]]:
+    """How far the history of one element is from the exact one.
+
+    Args:
+        rule: A key of ``RULES``.
+        dtype: A key of ``FORMATS``.
+        options: The hyperparameters: floats, bools, ``{"schedule": [...]}``.
+        param: The parameter before the first step.
+        grads: The gradient of each step.
+        steps: The parameter and the slots after each step, by name.
+
+    Returns:
+        By name, for each step, the distance in ulps, as ``ULPS`` has them.
+    """
+    start = exact.mpf(param)
+    truth = RULES[rule](start, map(exact.mpf, grads), options)
+    largest = dict.fromkeys(steps[0], exact.zero) | {"param": abs(start)}
+    result: dict[str, list[float]] = {name: [] for name in steps[0]}
+    for got, wanted in zip(steps, truth, strict=True):
+        for name, value in got.items():
+            largest[name] = max(largest[name], abs(wanted[name]))
+            distance = abs(value - wanted[name]) / ulp(largest[name], dtype)
+            result[name].append(float(distance))
+    return result
+
+
+def ulp(x: Any, dtype: str) -> Any:
+    """The spacing of the numbers of a dtype at a magnitude."""
+    bits, smallest, _ = FORMATS[dtype]
+    exponent = exact.frexp(x)[1] - bits if x else smallest
+    return exact.ldexp(1, max(exponent, smallest))
+
+
+# The files
+
+
+def parsed(value: Any) -> Any:
+    """JSON with its hexadecimal strings as floats."""
+    if isinstance(value, dict):
+        return {key: parsed(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [parsed(part) for part in value]
+    return float.fromhex(value) if isinstance(value, str) and value != "corrected" else value
+
+
+def check(path: Path) -> tuple[str, list[str]]:
+    """Check a file of vectors.
+
+    Elements that meet an infinity or a NaN are left out; a case that has one must say so.
+
+    Returns:
+        What was checked, in words, and the faults found.
+    """
+    file = json.loads(path.read_text(encoding="utf-8"))
+    rule, faults, numbers = file["rule"], [], 0
+    worst: dict[str, dict[str, float]] = {dtype: {} for dtype in FORMATS}
+    for case in file["cases"]:
+        dtype, where = case["dtype"], f"{case['name']}, {case['dtype']}"
+        bounds, letter = ULPS[rule][dtype], FORMATS[dtype][2]
+        options, param, grads, steps = (
+            parsed(case[key]) for key in ("hyperparameters", "param", "grads", "steps")
+        )
+        finite = True
+        for i, start in enumerate(param):
+            inputs = [grad[i] for grad in grads]
+            results = [{name: array[i] for name, array in after.items()} for after in steps]
+            values = [start, *inputs, *(x for after in results for x in after.values())]
+            if not all(map(isfinite, values)):
+                finite = False
+                continue
+            if any(struct.unpack(letter, struct.pack(letter, x))[0] != x for x in values):
+                faults.append(f"{where}: element {i} has a number that is no {dtype}")
+            numbers += len(results) * len(results[0])
+            for name, off in deviations(rule, dtype, options, start, inputs, results).items():
+                worst[dtype][name] = max(worst[dtype].get(name, 0.0), *off)
+                faults += [
+                    f"{where}: {name}[{i}] after step {step} is off by {distance:.3g} ulps; "
+                    f"at most {bounds[name]:g} are allowed"
+                    for step, distance in enumerate(off, start=1)
+                    if not distance <= bounds[name]
+                ]
+        if finite != case["finite"]:
+            faults.append(f"{where}: 'finite' says {case['finite']}, but it is {finite}")
+    margins = "; ".join(
+        f"{dtype} " + ", ".join(f"{name} {x:.1f}/{ULPS[rule][dtype][name]:g}" for name, x in row)
+        for dtype, row in ((dtype, row.items()) for dtype, row in worst.items())
+    )
+    return f"{len(file['cases'])} cases, {numbers} numbers, worst ulps: {margins}", faults
+
+
+def main(directory: Path) -> int:
+    """Check every file in a directory; return the exit status."""
+    paths = sorted(directory.glob("*.json"))
+    failed = not paths
+    for path in paths:
+        summary, faults = check(path)
+        print(f"{path.name}: {'FAILED' if faults else 'ok'}: {summary}")
+        for fault in faults:
+            print(f"  {fault}", file=sys.stderr)
+        failed = failed or bool(faults)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "vectors"))

@@ -1,0 +1,253 @@
+"""Write the vectors from the NumPy backend: ``python spec/make_vectors.py [DIRECTORY]``.
+
+The same files come out on every machine: the inputs stand here, and the arithmetic is that of
+``arithmetic.md``. Whether the numbers are right is for ``check_vectors.py`` to say.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from math import inf, nan
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+import multiopt as mo
+
+#: For each dtype a row for each element: the parameter, then its gradients, one a step.
+Rows: TypeAlias = Mapping[str, list[list[float]]]
+
+COMMON = [
+    [1.0, 0.5, -0.25, 0.125, -0.0625, 2.0],  # exact in binary, signs change
+    [-0.7, -0.3, -0.2, -0.9, -0.1, -0.4],
+    [250.0, 3.0, 40.0, 0.7, 0.01, 0.002],  # rises, then falls: AMSGrad holds the largest
+    [1e-3, 1e-12, 3e-12, 2e-9, -1e-8, 5e-9],  # about as small as eps
+    [-2.5, 0.0, 0.0, 0.6, 0.0, -0.1],  # no gradient at first, nor now and then
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    [-0.0, -0.01, 0.02, 0.03, -0.04, 0.05],
+]
+ROWS: Rows = {
+    "float32": [
+        *COMMON,
+        [1.5, 1e18, -2e18, 3e17, 1e18, 2e18],
+        [-1.5, 1e-41, -3e-42, 1.4e-45, 0.0, 2e-39],  # subnormal
+    ],
+    "float64": [
+        *COMMON,
+        [1.5, 1e153, -2e153, 3e152, 1e153, 2e153],
+        [-1.5, 1e-310, -3e-311, 5e-324, 0.0, 2e-308],
+    ],
+}
+
+#: Squares that overflow, where a thousandth of them does not.
+HUGE: Rows = {
+    "float32": [[1.5, 1e20, -2e20, 3e19, 1e20, 2e20]],
+    "float64": [[1.5, 1e155, -2e155, 3e154, 1e155, 2e155]],
+}
+
+#: Enough steps to tell one way of repeated squaring from another: they first differ at the sixth.
+TWENTY_STEPS = [[1.0, *[0.3, -0.7, 1.1, 0.2] * 5], [-3.0, *[2.0, 0.5] * 10]]
+LONG: Rows = {"float32": TWENTY_STEPS, "float64": TWENTY_STEPS}
+
+#: Infinity, NaN and overflow, and one element beside them that comes to no harm.
+NONFINITE_COMMON = [
+    [1.0, inf, 0.5, 0.25, -1.0, 2.0],
+    [1.0, 0.5, -inf, 0.25, -1.0, 2.0],
+    [1.0, 0.5, nan, 0.25, -1.0, 2.0],
+    [inf, 0.5, -0.5, 0.25, -1.0, 2.0],
+    [1.0, 0.5, -0.5, 0.25, -1.0, 2.0],
+]
+NONFINITE: Rows = {
+    "float32": [*NONFINITE_COMMON, [1.0, 1e20, 1e21, 0.25, -1.0, 2.0]],
+    "float64": [*NONFINITE_COMMON, [1.0, 1e155, 1e156, 0.25, -1.0, 2.0]],
+}
+
+#: For eps = 0: zero over zero, and gradients that are not zero though a thousandth of their
+#: square is.
+NO_EPS: Rows = {
+    "float32": [*COMMON[:3], [1.0, 0.0, 0.5, -0.5, 1.0, 2.0], [1.0, 1e-22, 0.5, -0.5, 1.0, 2.0]],
+    "float64": [*COMMON[:3], [1.0, 0.0, 0.5, -0.5, 1.0, 2.0], [1.0, 1e-162, 0.5, -0.5, 1.0, 2.0]],
+}
+
+
+class Schedule:
+    """A schedule that is a list of numbers, one a step."""
+
+    def __init__(self, *numbers: float) -> None:
+        """Take the numbers of steps 1, 2, ..."""
+        self.numbers = numbers
+
+    def __call__(self, step: int) -> float:
+        """The number of a step."""
+        return self.numbers[step - 1]
+
+
+LR = Schedule(0.1, 0.05, 0.02, 0.01, 0.005)
+BETAS = (Schedule(0.5, 0.9, 0.6, 0.8, 0.95), Schedule(0.9, 0.99, 0.999, 0.5, 0.0))
+EPS = Schedule(1e-8, 1e-3, 1e-6, 1e-8, 0.1)
+DECAY = Schedule(0.0, 0.1, 0.0, 0.01, 0.2)
+
+
+class Case(NamedTuple):
+    """A rule with a name for its options, and what it runs on."""
+
+    name: str
+    rule: mo.Rule
+    rows: Rows = ROWS
+
+
+CASES = {
+    "sgd": [
+        Case("defaults", mo.SGD()),
+        Case("momentum", mo.SGD(lr=0.1, momentum=0.9)),
+        Case("dampening", mo.SGD(lr=0.1, momentum=0.9, dampening=0.3)),
+        Case("dampening without momentum", mo.SGD(lr=0.1, dampening=0.3)),
+        Case("nesterov", mo.SGD(lr=0.1, momentum=0.9, nesterov=True)),
+        Case("weight_decay", mo.SGD(lr=0.1, weight_decay=0.01)),
+        Case("maximize", mo.SGD(lr=0.1, maximize=True)),
+        Case(
+            "nesterov, weight_decay, maximize",
+            mo.SGD(lr=0.1, momentum=0.8, weight_decay=0.3, nesterov=True, maximize=True),
+        ),
+        Case(
+            "schedules",
+            mo.SGD(
+                lr=LR,
+                momentum=Schedule(0.9, 0.5, 0.0, 0.99, 0.8),
+                dampening=Schedule(0.5, 0.0, 0.3, 0.1, -1.0),
+                weight_decay=DECAY,
+            ),
+        ),
+        Case("not finite", mo.SGD(lr=0.1), NONFINITE),
+        Case("not finite, momentum", mo.SGD(lr=0.1, momentum=0.9), NONFINITE),
+    ],
+    "adam": [
+        Case("defaults", mo.Adam()),
+        Case("lr, betas, eps", mo.Adam(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
+        Case("betas of zero", mo.Adam(lr=0.1, betas=(0.0, 0.0))),
+        Case("weight_decay", mo.Adam(lr=0.1, weight_decay=0.01)),
+        Case("maximize", mo.Adam(lr=0.1, maximize=True)),
+        Case("amsgrad", mo.Adam(lr=0.1, betas=(0.9, 0.9), amsgrad=True)),
+        Case("amsgrad corrected", mo.Adam(lr=0.1, betas=(0.9, 0.9), amsgrad="corrected")),
+        Case(
+            "amsgrad, weight_decay, maximize",
+            mo.Adam(lr=0.1, weight_decay=0.3, amsgrad=True, maximize=True),
+        ),
+        Case("schedules", mo.Adam(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
+        Case("huge gradients", mo.Adam(lr=0.1), HUGE),
+        Case("twenty steps", mo.Adam(lr=0.1), LONG),
+        Case("eps of zero", mo.Adam(lr=0.1, eps=0.0), NO_EPS),
+        Case("not finite", mo.Adam(lr=0.1), NONFINITE),
+        Case("not finite, amsgrad", mo.Adam(lr=0.1, amsgrad=True), NONFINITE),
+        Case("not finite, amsgrad corrected", mo.Adam(lr=0.1, amsgrad="corrected"), NONFINITE),
+    ],
+    "adamw": [
+        Case("defaults", mo.AdamW()),
+        Case("weight_decay", mo.AdamW(lr=0.1, weight_decay=0.5)),
+        Case("weight_decay of zero", mo.AdamW(lr=0.1, weight_decay=0.0)),
+        Case("lr, betas, eps", mo.AdamW(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
+        Case("maximize", mo.AdamW(lr=0.1, weight_decay=0.3, maximize=True)),
+        Case("amsgrad", mo.AdamW(lr=0.1, betas=(0.9, 0.9), weight_decay=0.3, amsgrad=True)),
+        Case(
+            "amsgrad corrected",
+            mo.AdamW(lr=0.1, betas=(0.9, 0.9), weight_decay=0.3, amsgrad="corrected"),
+        ),
+        Case("schedules", mo.AdamW(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
+        Case("twenty steps", mo.AdamW(lr=0.1), LONG),
+        Case("not finite", mo.AdamW(lr=0.1), NONFINITE),
+    ],
+    "clipped_adam": [
+        Case("defaults", mo.ClippedAdam()),
+        Case("clip_norm", mo.ClippedAdam(lr=0.1, clip_norm=0.3)),
+        Case("clip_norm of zero", mo.ClippedAdam(lr=0.1, clip_norm=0.0)),
+        Case("clip_norm of infinity", mo.ClippedAdam(lr=0.1, clip_norm=inf)),
+        Case("lr, betas, eps", mo.ClippedAdam(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
+        Case("weight_decay", mo.ClippedAdam(lr=0.1, weight_decay=0.01)),
+        Case("centered_variance", mo.ClippedAdam(lr=0.1, centered_variance=True)),
+        Case(
+            "centered_variance, weight_decay, clip_norm, lrd",
+            mo.ClippedAdam(
+                lr=0.1, weight_decay=0.3, clip_norm=0.3, lrd=0.7, centered_variance=True
+            ),
+        ),
+        Case(
+            "schedules",
+            mo.ClippedAdam(
+                lr=LR,
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=DECAY,
+                clip_norm=Schedule(10.0, 0.2, 1.0, inf, 0.03),
+                lrd=Schedule(1.0, 0.5, 0.9, 1.1, 0.99),
+            ),
+        ),
+        Case("twenty steps, lrd", mo.ClippedAdam(lr=0.1, lrd=0.9), LONG),
+        Case("not finite", mo.ClippedAdam(lr=0.1), NONFINITE),
+    ],
+}
+
+
+def vectors(cases: list[Case]) -> dict[str, Any]:
+    """The content of a file: every case in float32 and in float64."""
+    return {
+        "rule": type(cases[0].rule).__name__,
+        "cases": [
+            {"name": case.name, "dtype": dtype, **history(case.rule, np.array(rows, dtype))}
+            for case in cases
+            for dtype, rows in case.rows.items()
+        ],
+    }
+
+
+def history(rule: mo.Rule, rows: np.ndarray) -> dict[str, Any]:
+    """The inputs and the results of one case."""
+    start, *grads = np.ascontiguousarray(rows.T)
+    opt = mo.Optimizer(rule)
+    param = start.copy()
+    steps = []
+    for grad in grads:
+        opt.step({"w": param}, {"w": grad})
+        steps.append({"param": param.copy(), **opt.state("w").slots})
+    arrays = [start, *grads, *(array for after in steps for array in after.values())]
+    return {
+        "finite": all(bool(np.isfinite(array).all()) for array in arrays),
+        "hyperparameters": {name: plain(value) for name, value in vars(rule).items()},
+        "param": plain(start),
+        "grads": plain(grads),
+        "steps": plain(steps),
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as the files have it: numbers as hexadecimal strings, schedules as lists of them."""
+    if isinstance(value, Schedule):
+        return {"schedule": plain(value.numbers)}
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(part) for part in value]
+    return value if isinstance(value, bool | str) else float(value).hex()
+
+
+def text(value: Any, newline: str = "\n") -> str:
+    """JSON with a line for each array of numbers, for readers and for diffs."""
+    parts = value.values() if isinstance(value, dict) else value
+    if isinstance(value, bool | str) or not any(isinstance(part, dict | list) for part in parts):
+        return json.dumps(value)
+    deeper = newline + " "
+    items = [text(part, deeper) for part in parts]
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {item}" for key, item in zip(value, items, strict=True)]
+    left, right = "{}" if isinstance(value, dict) else "[]"
+    return left + deeper + f",{deeper}".join(items) + newline + right
+
+
+def main(directory: Path) -> None:
+    """Write every file."""
+    for name, cases in CASES.items():
+        (directory / f"{name}.json").write_text(text(vectors(cases)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "vectors")
