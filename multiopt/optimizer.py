@@ -451,6 +451,6 @@ def _set_scalars(tasks: list[Task], entries: Mapping[str, Entry]) -> None:
             except ValueError as error:
                 raise ValueError(f"parameter {task.name!r}: {error}") from error
             known[key] = scalars._make(
-                bool(x) if isinstance(x, bool | np.bool_) else rounded(x, key[2]) for x in scalars
+                x if isinstance(x, bool) else rounded(x, key[2]) for x in scalars
             )
         task.scalars = known[key]

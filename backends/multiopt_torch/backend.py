@@ -45,7 +45,8 @@ class TorchBackend(Backend):
         if not _has_memory(array):
             raise TypeError(
                 f"{label} is a {type(array).__name__} without memory of its own (a fake, meta, "
-                "traced, distributed or released tensor); inside a transformation call the pure rule.update"
+                "traced, distributed or released tensor); inside a transformation call the pure "
+                "rule.update"
             )
         return Layout("torch", tuple(array.shape), dtype, str(array.device))
 

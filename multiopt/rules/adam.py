@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from multiopt.rules.arithmetic import maximum, power
+from multiopt.rules.arithmetic import maximum, one_minus_power
 from multiopt.rules.decay import descending, penalized, shrunk
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
 
@@ -140,7 +140,13 @@ class Adam(Rule):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """``exp_avg``, ``exp_avg_sq`` and, for AMSGrad, ``max_exp_avg_sq``."""
+        """``exp_avg``, ``exp_avg_sq`` and, for AMSGrad, the largest second moment.
+
+        Its name says whether it is raw, as torch's ``max_exp_avg_sq``, or corrected, so that the
+        one is never taken for the other.
+        """
+        if self.amsgrad == "corrected":
+            return ("exp_avg", "exp_avg_sq", "max_corrected_exp_avg_sq")
         return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
 
     @property
@@ -154,8 +160,8 @@ class Adam(Rule):
     def scalars(cls, h: Any, step: Any) -> Scalars:
         """The numbers of a step."""
         beta1, beta2 = h.betas
-        correction1 = 1.0 - power(beta1, step)
-        correction2 = 1.0 - power(beta2, step)
+        correction1 = one_minus_power(beta1, step)
+        correction2 = one_minus_power(beta2, step)
         return Scalars(
             beta1=beta1,
             one_minus_beta1=1.0 - beta1,

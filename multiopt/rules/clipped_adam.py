@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from multiopt.rules.adam import check_betas, descend, first_moment, second_moment
-from multiopt.rules.arithmetic import clamp, power
+from multiopt.rules.arithmetic import clamp, one_minus_power, power
 from multiopt.rules.decay import penalized
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, Update
 
@@ -107,8 +107,8 @@ class ClippedAdam(Rule):
     def scalars(cls, h: Any, step: Any) -> Scalars:
         """The numbers of a step."""
         beta1, beta2 = h.betas
-        correction1 = 1.0 - power(beta1, step)
-        correction2 = 1.0 - power(beta2, step)
+        correction1 = one_minus_power(beta1, step)
+        correction2 = one_minus_power(beta2, step)
         return Scalars(
             clip_norm=h.clip_norm,
             beta1=beta1,

@@ -107,7 +107,13 @@ class Rule(ABC):
         Raises:
             ValueError: A schedule gave a value out of range.
         """
-        return self.scalars(self.at(step), step)
+        scalars = self.scalars(self.at(step), step)
+        if np.ndim(step):
+            return scalars
+        # Python's own numbers, since an np.float64 would promote a float32 array.
+        return scalars._make(
+            bool(x) if isinstance(x, bool | np.bool_) else float(x) for x in scalars
+        )
 
     def at(self, step: Any) -> Any:
         """This rule with every schedule replaced by the number it gives at a step.
