@@ -182,7 +182,7 @@ CASES = {
                 lrd=Schedule(1.0, 0.5, 0.9, 1.1, 0.99),
             ),
         ),
-        Case("twenty steps, lrd", mo.ClippedAdam(lr=0.1, lrd=0.9), LONG),
+        Case("twenty steps, lrd", mo.ClippedAdam(lr=8.0, lrd=1.01), LONG),
         Case("not finite", mo.ClippedAdam(lr=0.1), NONFINITE),
     ],
 }
