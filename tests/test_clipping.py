@@ -122,6 +122,7 @@ EXTREMES = [
     ("float32", 1e-45),
     ("float64", 1e200),
     ("float64", 1e307),
+    ("float64", 1e-157),  # its square is subnormal
     ("float64", 1e-200),
     ("float64", 5e-324),
 ]
@@ -189,6 +190,25 @@ def test_gradients_at_the_bound_stay() -> None:
     assert_equal(clipped(mo.Clip(norm=5.0, eps=0.0), w=f32(3, 4))["w"], f32(3, 4))
 
 
+def test_a_norm_within_eps_of_the_bound_is_clipped_as_torch_does() -> None:
+    grad = np.array([1.0 - 1e-7])
+    result = clipped(mo.Clip(norm=1.0), w=grad)["w"]
+    assert result == grad * (1.0 / (grad.item() + 1e-6)) < grad
+
+
+def test_each_coefficient_is_rounded_and_multiplied_by_itself() -> None:
+    grad = fill(np.random.default_rng(0), (1000,), "float32", "moderate")
+    opt = mo.Optimizer(IDENTITY, mo.Clip(norm=0.7, global_norm=0.3))
+    params = opt.step({"w": np.zeros(1000, np.float32)}, {"w": grad})
+    (shared,) = opt.last.global_norms.values()
+    coefficients = [
+        np.float32(0.7 / (opt.last.norms["w"] + 1e-6)),
+        np.float32(0.3 / (shared + 1e-6)),
+    ]
+    assert_equal(-params["w"], coefficients[1] * (coefficients[0] * grad))
+    assert (coefficients[1] * coefficients[0] * grad != -params["w"]).any()
+
+
 # The tree
 
 
@@ -230,10 +250,15 @@ def test_the_tree_is_not_just_any_sum() -> None:
 
 
 def test_the_global_norm_is_folded_in_the_order_of_names() -> None:
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(10)
     grads = {name: rng.standard_normal(5) for name in ("z", "a", "B", "é", "m")}
-    sums = [tree(grads[name]) for name in sorted(grads)]
-    expected = ((sums[0] + sums[4]) + sums[2]) + (sums[1] + sums[3])
+
+    def folded(names: list[str]) -> float:
+        sums = [tree(grads[name]) for name in names]
+        return ((sums[0] + sums[4]) + sums[2]) + (sums[1] + sums[3])
+
+    expected = folded(sorted(grads))
+    assert math.sqrt(expected) != math.sqrt(folded(sorted(grads, key=str.lower)))
     found = set()
     for order in (list(grads), sorted(grads), sorted(grads, reverse=True)):
         opt = mo.Optimizer(IDENTITY, mo.Clip(global_norm=1.0))

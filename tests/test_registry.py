@@ -131,15 +131,17 @@ def test_a_state_is_a_snapshot(library: Library) -> None:
         assert_equal(library.numpy(opt.state("w").slots["exp_avg"]), after)
 
 
-def test_a_rule_that_keeps_the_gradient_keeps_a_copy() -> None:
+def test_a_rule_that_keeps_what_it_was_lent_keeps_a_copy() -> None:
     class Remembering(mo.SGD):
-        slots = ("last",)  # type: ignore[assignment]
-        update = staticmethod(lambda xp, p, g, slots, c: (p, (g,)))  # type: ignore[assignment]
+        slots = ("param", "grad")  # type: ignore[assignment]
+        update = staticmethod(lambda xp, p, g, slots, c: (p + g, (p, g)))  # type: ignore[assignment]
 
-    opt, grad = mo.Optimizer(Remembering()), ones(3)
-    opt.step({"w": ones(3)}, {"w": grad})
+    opt, w, grad = mo.Optimizer(Remembering()), ones(3), ones(3)
+    opt.step({"w": w}, {"w": grad})
     grad[...] = 5.0
-    assert_equal(opt.state("w").slots["last"], ones(3))
+    assert_equal(w, 2 * ones(3))
+    assert_equal(opt.state("w").slots["grad"], ones(3))
+    assert_equal(opt.state("w").slots["param"], ones(3))
 
 
 # Pending state
@@ -175,14 +177,34 @@ def test_loading_a_seen_name_replaces_its_state_at_once_and_leaves_others() -> N
     assert late.state("b").step == 5
 
 
+def test_an_entry_wins_over_pending_state_of_its_name() -> None:
+    state, old = stepped(None, "a", steps=3).state_dict(), stepped(None, "a").state_dict()
+    opt = mo.Optimizer(mo.Adam())
+    opt.load_state_dict({**state, "pending": old["entries"]})
+    assert opt.state_dict()["pending"]["a"]["step"] == 3
+
+
+def test_slots_are_taken_by_name_in_whatever_order_they_come() -> None:
+    opt, state = stepped(None, "a", steps=3), stepped(None, "a", steps=3).state_dict()
+    slots = state["entries"]["a"]["slots"]
+    state["entries"]["a"]["slots"] = dict(reversed(slots.items()))
+    opt.load_state_dict(state)
+    for slot, array in slots.items():
+        assert_equal(opt.state("a").slots[slot], array)
+
+
 def test_a_loaded_state_is_a_copy() -> None:
     state = stepped(None, "a").state_dict()
     opt = mo.Optimizer(mo.Adam())
     opt.load_state_dict(state)
     state["entries"]["a"]["slots"]["exp_avg"][...] = 9.0
-    assert (opt.state_dict()["pending"]["a"]["slots"]["exp_avg"] != 9.0).all()
-    opt.state_dict()["pending"]["a"]["slots"]["exp_avg"][...] = 9.0
-    assert (opt.state_dict()["pending"]["a"]["slots"]["exp_avg"] != 9.0).all()
+    state["entries"]["a"]["rule"]["lr"] = 9.0
+    for _ in range(2):
+        pending = opt.state_dict()["pending"]["a"]
+        assert (pending["slots"]["exp_avg"] != 9.0).all()
+        assert pending["rule"]["lr"] == 0.1
+        pending["slots"]["exp_avg"][...] = 9.0
+        pending["rule"]["lr"] = 9.0
 
 
 def test_state_that_does_not_fit_a_seen_name_changes_nothing() -> None:
