@@ -276,6 +276,21 @@ def test_the_clipped_gradient_is_left_behind(module: Any, name: str, arguments: 
     )
 
 
+def test_a_gradient_that_no_clip_touches_stays_the_same_object() -> None:
+    loc = give(param("loc"))
+    grad = loc.grad
+    optim.Adam({"lr": 0.1}, {"clip_norm": 100.0})({loc})
+    assert loc.grad is grad
+
+
+def test_a_clipped_sixteen_bit_gradient_keeps_its_dtype() -> None:
+    loc = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    optim.Adam({"lr": 0.1}, {"clip_norm": 1.0})({give(loc, 3.0, -4.0)})
+    assert loc.grad is not None
+    assert loc.grad.dtype == torch.bfloat16
+    assert loc.grad.tolist() == [0.6015625, -0.80078125]
+
+
 def test_execution_arguments_are_accepted_and_change_nothing() -> None:
     results = []
     for extra in (
@@ -346,6 +361,30 @@ def test_the_learning_rate_can_be_read_and_set_where_pyro_has_it(module: Any) ->
 
 
 @BOTH
+def test_a_rate_set_before_the_first_step_and_beside_a_decay(module: Any) -> None:
+    loc, other = param("loc"), param("other")
+    opt = module.ClippedAdam({"lr": 0.1, "lrd": 0.5})
+    opt({give(loc), other})
+    for tensor in (loc, other):
+        opt.optim_objs[tensor].param_groups[0]["lr"] = 0.4
+    before = loc.tolist()
+    opt({give(loc), give(other)})
+    np.testing.assert_allclose(loc.detach() - torch.tensor(before), -0.2, rtol=1e-5)
+    # Pyro decays the rate of a tensor without a gradient, too; here its clock stands still.
+    np.testing.assert_allclose(other.detach(), -0.2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_can_be_zeroed_where_pyro_has_it(set_to_none: bool) -> None:
+    loc, opt = param("loc"), optim.SGD({"lr": 0.5})
+    opt({give(loc)})
+    opt.optim_objs[loc].zero_grad(set_to_none=set_to_none)
+    assert (loc.grad is None) == set_to_none
+    if loc.grad is not None:
+        assert loc.grad.tolist() == [0.0, 0.0]
+
+
+@BOTH
 @pytest.mark.parametrize("lrd", [1.0, 3.0, 5.0])
 def test_clipped_adam_decays_its_rate_as_pyro_tests_it(module: Any, lrd: float) -> None:
     loc, opt = param("loc"), module.ClippedAdam({"lr": 0.01, "lrd": lrd})
@@ -391,6 +430,7 @@ def test_a_tensor_that_leaves_the_store_leaves_nothing_behind() -> None:
         slots.append(weakref.ref(opt._core._entries[next(iter(opt._core))].slots[0]))
         del loc
         gc.collect()
+        assert len(opt._core) == 1
     assert list(opt.get_state()) == ["loc"]
     assert len(opt.optim_objs) == 1
     opt({give(param("loc"))})
@@ -438,7 +478,133 @@ def test_two_stores_keep_an_entry_each() -> None:
                 assert steps_of(opt, "loc") == (1 + i) * count
 
 
+def test_state_is_set_name_by_name() -> None:
+    opt = optim.Adam({"lr": 0.1})
+    opt({give(param("a")), give(param("b"))})
+    state = opt.get_state()
+    other = optim.Adam({"lr": 0.1})
+    other.set_state({"a": state["a"]})
+    other.set_state({"b": state["b"]})
+    assert list(other.get_state()) == ["a", "b"]
+
+
+def test_state_that_waits_shares_no_memory() -> None:
+    opt, loc = optim.Adam({"lr": 0.1}), param("loc")
+    opt({give(loc)})
+    state = opt.get_state()
+    other = optim.Adam({"lr": 0.1})
+    other.set_state(state)
+    state["loc"]["state"][0]["exp_avg"].fill_(9.0)
+    for _ in range(2):
+        waiting = other.get_state()["loc"]["state"][0]["exp_avg"]
+        np.testing.assert_allclose(waiting, 0.1, rtol=1e-6)
+        waiting.fill_(9.0)
+
+
+def test_loaded_state_of_a_parameter_never_stepped_starts_it_anew() -> None:
+    opt, loc = optim.Adam({"lr": 0.1}), param("loc")
+    opt({loc})
+    unstepped = opt.get_state()
+    opt({give(loc)})
+    opt.set_state(unstepped)
+    opt({give(loc)})
+    assert steps_of(opt, "loc") == 1
+
+
 # Files and Pyro's format
+
+
+def test_the_format_is_pyros() -> None:
+    for name in NAMES:
+        pyro.clear_param_store()
+        settings = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
+        states = []
+        for module in (optim, pyro.optim):
+            opt = getattr(module, name)(settings)
+            opt([give(param("loc"))])
+            states.append(opt.get_state()["loc"])
+        ours, theirs = states
+        assert ours["param_groups"] == theirs["param_groups"]
+        for slot, value in theirs["state"][0].items():
+            assert type(ours["state"][0][slot]) is type(value)
+            np.testing.assert_allclose(ours["state"][0][slot], value, rtol=1e-6)
+
+
+def test_the_state_of_a_scheduler_of_pyro_is_taken_without_its_schedule() -> None:
+    loc = param("loc")
+    settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}
+    theirs = pyro.optim.ExponentialLR(settings)
+    theirs([give(loc)])
+    theirs.step()
+    ours = optim.Adam({"lr": 123.0})
+    ours.set_state(theirs.get_state())
+    ours([give(loc)])
+    assert steps_of(ours, "loc") == 2
+    assert ours.get_state()["loc"]["param_groups"][0]["lr"] == 0.05
+
+
+def test_decoupled_decay_goes_through_state_both_ways() -> None:
+    loc = param("loc", 1.0)
+    settings = {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True}
+    theirs, ours = pyro.optim.Adam(settings), optim.Adam(settings)
+    theirs([give(loc)])
+    ours.set_state(theirs.get_state())
+    ours([give(loc)])
+    (group,) = ours.get_state()["loc"]["param_groups"]
+    assert group["decoupled_weight_decay"] is True
+    assert group["weight_decay"] == 0.5
+
+
+def test_a_file_of_another_rule_with_the_same_slots_keeps_the_settings_here(tmp_path: Path) -> None:
+    loc, theirs = param("loc"), optim.ClippedAdam({"lr": 0.5})
+    theirs([give(loc)])
+    theirs.save(tmp_path / "opt")
+    ours = optim.Adam({"lr": 0.1})
+    ours.load(tmp_path / "opt")
+    ours([give(loc)])
+    (group,) = ours.get_state()["loc"]["param_groups"]
+    assert (group["lr"], steps_of(ours, "loc")) == (0.1, 2)
+
+
+def test_a_file_of_the_core_with_pending_state(tmp_path: Path) -> None:
+    core = mo.Optimizer(mo.Adam(lr=0.1))
+    core.step({"a": np.zeros(2, "f4")}, {"a": np.ones(2, "f4")})
+    core.save(tmp_path / "first")
+    core = mo.Optimizer(mo.Adam(lr=0.1))
+    core.load(tmp_path / "first")
+    core.step({"b": np.zeros(2, "f4")}, {"b": np.ones(2, "f4")})
+    core.save(tmp_path / "second")
+    opt = optim.Adam({"lr": 0.1})
+    opt.load(tmp_path / "second")
+    assert sorted(opt.get_state()) == ["a", "b"]
+
+
+def test_only_what_was_stepped_is_saved(tmp_path: Path) -> None:
+    opt = optim.Adam({"lr": 0.1})
+    opt({give(param("a")), param("b")})
+    assert sorted(opt.get_state()) == ["a", "b"]
+    opt.save(tmp_path / "opt")
+    core = mo.Optimizer(mo.Adam())
+    core.load(tmp_path / "opt")
+    assert core.pending == ("a",)
+
+
+def test_a_schedule_is_not_asked_for_before_its_first_step() -> None:
+    loc, opt = param("loc"), optim.SGD({"lr": lambda step: 1.0 / step})
+    opt({loc})
+    assert opt.get_state()["loc"]["param_groups"][0]["lr"] == 1.0
+
+
+def test_map_location_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({}, tmp_path / "opt")
+    seen, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda f, where, **options: seen.append(where) or load(f, where, **options)
+    )
+    opt = optim.Adam({"lr": 0.1})
+    opt.load(tmp_path / "opt")
+    opt.load(tmp_path / "opt", map_location=torch.device("cpu"))
+    assert seen == ["cpu", torch.device("cpu")]
 
 
 @pytest.mark.parametrize("name", NAMES)
