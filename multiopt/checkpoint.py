@@ -75,6 +75,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{os.fspath(path)}: expected a multiopt checkpoint; it is damaged or another kind of "
             f"file ({type(error).__name__}: {error})"
         ) from error
+    try:
+        check_state_dict(document)
+    except ValueError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
     state_dict: dict[str, Any] = document
     return state_dict
 

@@ -74,12 +74,15 @@ def with_rule(entry: Entry, rule: Rule) -> Entry:
 def restored(
     name: str, stored: Mapping[str, Any], rule: Rule, clip: Clip | None, layout: Layout
 ) -> Entry:
-    """An entry from loaded state, its slots NumPy arrays.
+    """An entry from loaded state, its slots NumPy arrays; of step 0 it may have none.
 
     Raises:
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
     check_slot_names(name, stored, rule)
+    backend = named(layout.library)
+    if is_unstepped(stored):
+        return Entry(rule, clip, 0, tuple(backend.zeros(layout) for _ in rule.slots), layout)
     for slot, array in stored["slots"].items():
         if array.shape != layout.shape:
             raise ValueError(
@@ -92,7 +95,6 @@ def restored(
                 f"expected {layout.compute_dtype}, for a parameter of dtype {layout.dtype}: "
                 "convert it, or forget the name to start anew"
             )
-    backend = named(layout.library)
     slots = tuple(backend.from_host(stored["slots"][slot], layout) for slot in rule.slots)
     return Entry(rule, clip, stored["step"], slots, layout)
 
@@ -104,12 +106,17 @@ def check_slot_names(name: str, stored: Mapping[str, Any], rule: Rule) -> None:
         ValueError: They are not.
     """
     have, want = sorted(stored["slots"]), sorted(rule.slots)
-    if have != want:
+    if have != want and not is_unstepped(stored):
         raise ValueError(
             f"the loaded state of parameter {name!r} has the slots {have} (of "
             f"{stored['rule'].get('name', 'an unknown rule')}); expected {want}, those of its rule "
             f"{rule!r}: load with the rule that was saved, then assign opt.rule"
         )
+
+
+def is_unstepped(stored: Mapping[str, Any]) -> bool:
+    """Whether loaded state is that of a parameter before its first step, which needs no slots."""
+    return stored["step"] == 0 and not stored["slots"]
 
 
 def described(entry: Entry, convert: Callable[[Array], Array]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The Pyro drop-in: what Pyro asks of an optimizer, its traps, and its four faults mended."""
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from torch.distributions import constraints
 
 import multiopt as mo
 import multiopt.adapters.pyro as optim
+from multiopt import checkpoint
 
 NAMES = ["SGD", "Adam", "AdamW", "ClippedAdam"]
 BOTH = pytest.mark.parametrize("module", [pyro.optim, optim], ids=["pyro", "multiopt"])
@@ -579,14 +582,31 @@ def test_a_file_of_the_core_with_pending_state(tmp_path: Path) -> None:
     assert sorted(opt.get_state()) == ["a", "b"]
 
 
-def test_only_what_was_stepped_is_saved(tmp_path: Path) -> None:
-    opt = optim.Adam({"lr": 0.1})
-    opt({give(param("a")), param("b")})
-    assert sorted(opt.get_state()) == ["a", "b"]
+def test_settings_of_what_was_not_stepped_are_saved_too(tmp_path: Path) -> None:
+    opt, a, b = optim.Adam({"lr": 0.1}), param("a"), param("b")
+    opt({give(a), b})
+    opt.optim_objs[b].param_groups[0]["lr"] = 0.5
     opt.save(tmp_path / "opt")
+    resumed = optim.Adam({"lr": 0.1})
+    resumed.load(tmp_path / "opt")
+    resumed({give(b)})
+    np.testing.assert_allclose(b.detach(), -0.5, rtol=1e-6)
     core = mo.Optimizer(mo.Adam())
     core.load(tmp_path / "opt")
-    assert core.pending == ("a",)
+    core.step({"b": np.zeros(2, "f4")}, {"b": np.ones(2, "f4")})
+    assert core.state("b").step == 1
+
+
+def test_the_settings_of_plain_sgd_survive_a_file(tmp_path: Path) -> None:
+    theirs, loc = pyro.optim.SGD({"lr": 0.25}), param("loc")
+    theirs([give(loc)])
+    ours = optim.SGD({"lr": 9.0})
+    ours.set_state(theirs.get_state())
+    ours.save(tmp_path / "opt")
+    resumed = optim.SGD({"lr": 9.0})
+    resumed.load(tmp_path / "opt")
+    resumed({give(loc)})
+    assert loc.tolist() == [-0.5, -0.5]
 
 
 def test_a_schedule_is_not_asked_for_before_its_first_step() -> None:
@@ -715,6 +735,80 @@ def test_state_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert [steps_of(resumed, name) for name in "ab"] == [1, 1]
 
 
+def test_a_state_of_another_kind_is_found_at_once(tmp_path: Path) -> None:
+    loc, sgd = param("loc"), optim.SGD({"lr": 0.1, "momentum": 0.9})
+    sgd({give(loc)})
+    sgd.save(tmp_path / "sgd")
+    torch.save(sgd.get_state(), tmp_path / "sgd.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    adam = optim.Adam({"lr": 0.1})
+    with pytest.raises(mo.CheckpointError, match=r"'loc' has the slots \['momentum_buffer'\]"):
+        adam.load(tmp_path / "sgd")
+    with pytest.raises(mo.CheckpointError, match="'loc' has the slots"):
+        adam.load(tmp_path / "sgd.pt")
+    with pytest.raises(
+        mo.CheckpointError, match="expected the states of parameters by name; got a l"
+    ):
+        adam.load(tmp_path / "list.pt")
+    state = sgd.get_state()
+    state["loc"]["param_groups"][0]["lr"] = -1.0
+    with pytest.raises(mo.CheckpointError, match="SGD: lr must be a finite number >= 0"):
+        sgd.set_state(state)
+    assert not adam._state_waiting_to_be_consumed
+    assert steps_of(sgd, "loc") == 1
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path / "opt", {"version": 99, "entries": {}, "pending": {}})
+    with pytest.raises(
+        mo.CheckpointError, match="expected a state dict of version 1; got version 99"
+    ):
+        optim.Adam({"lr": 0.1}).load(tmp_path / "opt")
+
+
+def test_numpy_numbers_and_infinity_go_through_files(tmp_path: Path) -> None:
+    loc = param("loc")
+    theirs = pyro.optim.ClippedAdam({"lr": np.float64(0.25), "clip_norm": float("inf")})
+    theirs([give(loc)])
+    theirs.save(str(tmp_path / "theirs"))
+    ours = optim.ClippedAdam({"lr": 123.0})
+    ours.load(tmp_path / "theirs")
+    ours.save(tmp_path / "ours")
+    again = optim.ClippedAdam({"lr": 123.0})
+    again.load(tmp_path / "ours")
+    (group,) = again.get_state()["loc"]["param_groups"]
+    assert (group["lr"], group["clip_norm"]) == (0.25, float("inf"))
+
+
+def test_state_is_cast_to_the_parameter_as_torch_does() -> None:
+    loc, theirs = param("loc"), pyro.optim.Adam({"lr": 0.1})
+    theirs([give(loc)])
+    state = theirs.get_state()
+    pyro.clear_param_store()
+    double = pyro.param("loc", torch.zeros(2, dtype=torch.float64)).unconstrained()
+    ours = optim.Adam({"lr": 0.1})
+    ours.set_state(state)
+    ours([give(double)])
+    assert ours.get_state()["loc"]["state"][0]["exp_avg"].dtype == torch.float64
+    assert steps_of(ours, "loc") == 2
+
+
+@pytest.mark.parametrize(("first", "second"), [("Adam", "AdamW"), ("AdamW", "Adam")])
+def test_adam_and_adamw_load_each_other_as_in_torch(first: str, second: str) -> None:
+    loc = param("loc", 1.0)
+    theirs = getattr(pyro.optim, first)({"lr": 0.25, "weight_decay": 0.5})
+    theirs([give(loc)])
+    resumed = [getattr(module, second)({"lr": 123.0}) for module in (optim, pyro.optim)]
+    results = []
+    for opt in resumed:
+        with torch.no_grad():
+            loc.fill_(1.0)
+        opt.set_state(theirs.get_state())
+        opt([give(loc)])
+        results.append(loc.tolist())
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
 @pytest.mark.parametrize("content", [b"", b"nothing of ours", b"PK\x03\x04half a file"])
 def test_a_damaged_file_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "opt").write_bytes(content)
@@ -741,6 +835,205 @@ def test_a_state_of_another_form_is_a_checkpoint_error() -> None:
     ):
         opt.set_state({"a": {"state": {}, "param_groups": [{"lr": 1}]}, "b": {"momentum": 1}})
     assert opt.get_state() == {}
+
+
+# Copies
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_by_name(copy_of: Callable[[Any], Any]) -> None:
+    opt, loc = optim.Adam({"lr": 0.5}, {"clip_norm": 1.0}), param("loc")
+    fresh = copy_of(opt)
+    opt({give(loc)})
+    other = copy_of(opt)
+    for one in (fresh, other):
+        assert isinstance(one, pyro.optim.PyroOptim)
+        one({give(loc), give(param("late"))})
+    assert [steps_of(one, "loc") for one in (opt, fresh, other)] == [1, 1, 2]
+    assert other.pt_clip_args == {"clip_norm": 1.0}
+
+
+def test_an_optimizer_that_goes_is_freed_at_once() -> None:
+    opt, loc = optim.Adam({"lr": 0.5}), param("loc")
+    opt({give(loc)})
+    slot = weakref.ref(opt._core.entry("loc").slots[0])
+    gc.disable()
+    try:
+        del opt
+        assert slot() is None
+    finally:
+        gc.enable()
+
+
+# Names that change, and two tensors of one name
+
+
+def test_loaded_state_is_found_under_the_name_of_today() -> None:
+    opt, weight = optim.Adam({"lr": 0.1}), torch.nn.Linear(1, 1, bias=False)
+    pyro.module("m", weight)
+    weight.weight.grad = torch.ones(1, 1)
+    opt({weight.weight})
+    pyro.clear_param_store()
+    pyro.module("n", weight)
+    opt.set_state(opt.get_state())
+    for _ in range(2):
+        opt({weight.weight})
+    assert steps_of(opt, "n$$$weight") == 3
+
+
+def test_of_two_tensors_of_a_name_the_one_in_the_store_takes_the_state() -> None:
+    opt, store = optim.Adam({"lr": 0.1}), pyro.get_param_store()
+    old = param("loc")
+    for _ in range(3):
+        opt({give(old)})
+    state = opt.get_state()
+    store["loc"] = torch.ones(2)
+    new = store["loc"].unconstrained()
+    for order in ([old, new], [new, old]):
+        opt.set_state(state)
+        opt([give(tensor) for tensor in order])
+        assert steps_of(opt, "loc") == 4
+
+
+@BOTH
+def test_a_non_leaf_is_an_error(module: Any) -> None:
+    w = torch.ones(2, requires_grad=True)
+    loc = w * 2
+    (loc**2).sum().backward()
+    with pytest.raises(ValueError, match=r"non-leaf|not a leaf"):
+        module.SGD({"lr": 1.0})([loc])
+
+
+# What users do with optim_objs
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["del", "pop", "clear", "assign"])
+def test_an_entry_that_is_deleted_starts_anew(module: Any, how: str) -> None:
+    opt, loc = module.Adam({"lr": 0.1}), param("loc")
+    for _ in range(3):
+        opt({give(loc)})
+    assert loc in opt.optim_objs
+    assert len(opt.optim_objs) == 1
+    if how == "del":
+        del opt.optim_objs[loc]
+    elif how == "pop":
+        opt.optim_objs.pop(loc)
+    elif how == "clear":
+        opt.optim_objs.clear()
+    else:
+        opt.optim_objs = {}
+    assert loc not in opt.optim_objs
+    with pytest.raises(KeyError):
+        opt.optim_objs[loc]
+    with pytest.raises(KeyError):
+        del opt._state_waiting_to_be_consumed["loc"]
+    opt({give(loc)})
+    assert steps_of(opt, "loc") == 1
+
+
+def test_optim_objs_takes_no_optimizers() -> None:
+    opt, loc = optim.Adam({"lr": 0.1}), param("loc")
+    with pytest.raises(TypeError, match="optim_objs takes no optimizers"):
+        opt.optim_objs[loc] = torch.optim.Adam([loc])
+    with pytest.raises(TypeError, match="can be emptied by assigning"):
+        opt.optim_objs = {loc: torch.optim.Adam([loc])}
+
+
+@BOTH
+def test_a_group_is_updated_like_a_dict_and_shows_what_is_now(module: Any) -> None:
+    opt, loc = module.ClippedAdam({"lr": 1.0, "lrd": 0.5}), param("loc")
+    opt({give(loc)})
+    group = opt.optim_objs[loc].param_groups[0]
+    assert group["lr"] == 0.5
+    opt({give(loc)})
+    assert group["lr"] == 0.25
+    group.update(lr=8.0, betas=(0.5, 0.5))
+    assert opt.get_state()["loc"]["param_groups"][0]["betas"] == (0.5, 0.5)
+    opt({give(loc)})
+    assert group["lr"] == 4.0
+    group["lrd"] = 0.25
+    assert group["lr"] == 4.0
+    opt({give(loc)})
+    assert group["lr"] == 1.0
+    assert group["params"][0] is loc
+    assert "eps" in group
+
+
+@BOTH
+def test_amsgrad_can_be_switched_on_before_the_first_step(module: Any) -> None:
+    opt, loc = module.Adam({"lr": 0.1}), param("loc")
+    opt({loc})
+    opt.optim_objs[loc].param_groups[0]["amsgrad"] = True
+    opt({give(loc)})
+    assert "max_exp_avg_sq" in opt.get_state()["loc"]["state"][0]
+
+
+def test_a_group_refuses_what_it_cannot_do() -> None:
+    opt, loc = optim.ClippedAdam({"lr": 1.0, "lrd": 0.0}), param("loc")
+    opt({give(loc)})
+    group = opt.optim_objs[loc].param_groups[0]
+    with pytest.raises(KeyError, match="'rate' is no setting; expected one of"):
+        group["rate"] = 1.0
+    with pytest.raises(ValueError, match="ClippedAdam: eps must be"):
+        group["eps"] = -1.0
+    with pytest.raises(
+        ValueError, match=r"lr is 0 after 1 decays by lrd=0\.0; got 0\.5: start anew"
+    ):
+        group["lr"] = 0.5
+    assert group["lr"] == 0.0
+
+
+def test_a_rate_set_right_after_loading_stays() -> None:
+    opt, loc = optim.SGD({"lr": 1.0}), param("loc")
+    opt({give(loc)})
+    opt.set_state(opt.get_state())
+    for one in opt.optim_objs.values():
+        one.param_groups[0]["lr"] = 0.25
+    opt({give(loc)})
+    assert loc.tolist() == [-1.25, -1.25]
+
+
+@BOTH
+def test_a_gradient_is_clipped_in_place(module: Any) -> None:
+    flat = torch.full((4,), 3.0)
+    tensors = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    for i, tensor in enumerate(tensors):
+        tensor.grad = flat[2 * i : 2 * i + 2]
+    module.SGD({"lr": 1.0}, {"clip_value": 0.5})(tensors)
+    assert flat.tolist() == [0.5] * 4
+
+
+def test_an_expanded_gradient_is_replaced_by_the_clipped_one() -> None:
+    loc = torch.zeros(2, requires_grad=True)
+    loc.grad = torch.full((1,), 3.0).expand(2)
+    optim.SGD({"lr": 1.0}, {"clip_value": 0.5})([loc])
+    assert loc.grad.tolist() == [0.5, 0.5]
+
+
+@BOTH
+def test_clip_settings_of_any_arguments(module: Any) -> None:
+    asked = []
+
+    def clip(*names: str) -> dict[str, Any]:
+        asked.append(names)
+        return {"clip_value": 0.5}
+
+    module.SGD({"lr": 1.0}, clip)({give(param("loc"))})
+    assert asked == [("loc", "loc")]
+
+
+def test_truth_values_and_arrays_as_torch_takes_them() -> None:
+    settings = {"lr": np.array(0.5), "betas": torch.tensor([0.5, 0.5]), "maximize": np.bool_(1)}
+    loc = give(param("loc"))
+    optim.Adam(settings, {"clip_norm": torch.tensor(100.0)})({loc})
+    np.testing.assert_allclose(loc.detach(), 0.5, rtol=1e-6)
+
+
+def test_equal_settings_share_one_rule() -> None:
+    opt = optim.Adam(lambda name: {"lr": 0.1})
+    opt({give(param(name)) for name in "abc"})
+    assert len({id(opt._core.entry(name).rule) for name in "abc"}) == 1
 
 
 @BOTH

@@ -5,15 +5,16 @@ purpose. It is keyed by tensor, as Pyro is: one entry for each live tensor, weak
 with the tensor's name in the param store.
 """
 
-import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from inspect import Parameter, signature
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
 from pyro.optim import PyroOptim
@@ -26,14 +27,22 @@ from pyro.params.param_store import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from multiopt import checkpoint, rules
-from multiopt.adapters.torch_state import from_plain, from_torch, number, to_torch
+from multiopt.adapters.pyro_objects import OptimObjs
+from multiopt.adapters.torch_state import (
+    from_plain,
+    from_torch,
+    group_settings,
+    number,
+    rule_settings,
+    to_torch,
+)
 from multiopt.backend import Array, Layout, Task, named
 from multiopt.clipping import Clip
-from multiopt.entry import described, described_rule, restored, with_rule
+from multiopt.entry import Entry, check_slot_names, described, restored, with_rule
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
-from multiopt.rules.arithmetic import power
+from multiopt.rules.rule import is_schedule
 
 __all__ = ["SGD", "Adam", "AdamW", "ClippedAdam", "PyroOptim"]
 
@@ -96,57 +105,65 @@ def ClippedAdam(optim_args: Settings) -> PyroOptim:  # noqa: N802
     return _PyroOptimizer(rules.ClippedAdam, TorchClippedAdam, optim_args, None)
 
 
-@dataclass
-class _Tracked:
-    """What is known of a live tensor.
+class _Tracked(NamedTuple):
+    """How a live tensor is known.
 
     Attributes:
-        key: Its name in the core: the label, made unique.
-        label: Its name in the param store at first sight, or None.
-        rule: Its rule.
-        clip: Its clip.
+        key: In the core: the label, made unique.
+        label: In the param store, at first sight; None if it was in none.
     """
 
     key: str
     label: str | None
-    rule: Rule
-    clip: Clip | None
 
 
 class _Core(Optimizer):
-    """The registry of a host that names its tensors itself and expects clipped gradients."""
+    """The registry of a host that brings its names in and expects clipped gradients."""
 
     def _after_clipping(self, task: Task, grad: Array) -> None:
-        if task.bound is not None or any(scale != 1 for scale in task.scales):
-            clipped = named("torch").closed(grad, task.param)
-            task.param.grad = clipped.to(task.grad.dtype)
+        if task.bound is None and all(scale == 1 for scale in task.scales):
+            return
+        clipped = named("torch").closed(grad, task.param).to(task.grad.dtype)
+        if 0 in task.grad.stride():
+            # Expanded by a backward with create_graph=True: it has no place for each element.
+            task.param.grad = clipped
+        else:
+            task.grad.detach().copy_(clipped)
+
+    def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
+        """Take a name in before its first step."""
+        zeros = named(layout.library).zeros
+        self._entries[name] = Entry(rule, clip, 0, tuple(zeros(layout) for _ in rule.slots), layout)
+
+    def entry(self, name: str) -> Entry:
+        """What is held for a name."""
+        return self._entries[name]
 
     def change_rule(self, name: str, rule: Rule) -> None:
         """Change the rule of one name."""
-        if name in self._entries:
-            self._entries[name] = with_rule(self._entries[name], rule)
+        self._entries[name] = with_rule(self._entries[name], rule)
 
-    def adopt(self, states: Iterable[tuple[_Tracked, Mapping[str, Any], Rule, Layout]]) -> None:
-        """Give tensors loaded state, whether they have been stepped or not.
+    def restore(self, states: Mapping[str, tuple[Mapping[str, Any], Rule]]) -> None:
+        """Give names loaded state and the rules that came with it.
 
         Raises:
             ValueError: A state does not fit; nothing has changed.
         """
+        entries = {name: self._entries[name] for name in states}
         self._entries.update(
             {
-                tracked.key: restored(tracked.key, stored, rule, tracked.clip, layout)
-                for tracked, stored, rule, layout in states
+                name: restored(name, stored, rule, entries[name].clip, entries[name].layout)
+                for name, (stored, rule) in states.items()
             }
         )
 
-    def described(self, name: str) -> dict[str, Any]:
-        """The state of one name as a state dict has it, its slots NumPy arrays."""
-        entry = self._entries[name]
-        return described(entry, named(entry.layout.library).to_host)
-
 
 class _PyroOptimizer(PyroOptim):
-    """A ``PyroOptim`` whose parameters are stepped together by multiopt."""
+    """A ``PyroOptim`` whose parameters are stepped together by multiopt.
+
+    A copy, or one that was pickled, has the settings and the state that ``get_state`` lists, which
+    waits there for the next tensor presented under each name.
+    """
 
     def __init__(
         self,
@@ -161,17 +178,18 @@ class _PyroOptimizer(PyroOptim):
             TypeError: An argument is neither a dict nor a callable, or has an unknown key.
             ValueError: A setting is out of range.
         """
-        # The names under which Pyro's Horovod wrapper and users' tests look for them.
+        # The names under which Pyro's Horovod wrapper and users' code look for them.
         self.pt_optim_constructor = self._constructor = constructor
         self.pt_optim_args = optim_args
         self.pt_clip_args = {} if clip_args is None else clip_args
+        # Loaded state by label, for the next tensor that is presented under it.
+        self._state_waiting_to_be_consumed: dict[str, dict[str, Any]] = {}
         self._rule_class = rule_class
+        self._rules: dict[Rule, Rule] = {}
         # By tensor, weakly: an entry goes when its tensor does.
         self._tracked: MutableMapping[torch.Tensor, _Tracked] = WeakTensorKeyDictionary()
-        self._by_key: dict[str, _Tracked] = {}
-        # Loaded state by label, for the next tensor that is presented under it.
-        self._pending: dict[str, dict[str, Any]] = {}
-        self._core = _Core(lambda key: self._by_key[key].rule, lambda key: self._by_key[key].clip)
+        self._unnamed = 0
+        self._core = _Core(rule_class())
         for what, settings in (("optim_args", optim_args), ("clip_args", self.pt_clip_args)):
             if not isinstance(settings, dict) and not callable(settings):
                 raise TypeError(f"{what} must be a dict or a callable; got {settings!r}")
@@ -187,44 +205,61 @@ class _PyroOptimizer(PyroOptim):
             params: Leaf tensors in any order, such as the set that ``SVI`` passes.
 
         Raises:
-            ValueError: Loaded state does not fit its tensor, and others that ``Optimizer.step``
-                raises; nothing has changed.
+            ValueError: A tensor is no leaf, loaded state does not fit its tensor, and others that
+                ``Optimizer.step`` raises; nothing has changed.
         """
         self._drop_dead()
         tensors = {self._track(tensor).key: tensor for tensor in params}
-        if self._pending:
-            self._settle(tensors)
-        self._core.step(tensors, {key: tensor.grad for key, tensor in tensors.items()})
+        self._settle(tensors.values())
+        self._core.step(tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings, and the state by name."""
+        arguments = (
+            self._rule_class,
+            self._constructor,
+            self.pt_optim_args,
+            self.pt_clip_args,
+        )
+        return {"arguments": arguments, "waiting": self._stored_or_warn()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with the settings, all state waiting."""
+        _PyroOptimizer.__init__(self, *state["arguments"])
+        self._state_waiting_to_be_consumed = state["waiting"]
 
     # Tensors
 
     def _track(self, tensor: torch.Tensor) -> _Tracked:
-        """What is known of a tensor; at first sight its settings are asked for."""
+        """How a tensor is known; at first sight its settings are asked for."""
         tracked = self._tracked.get(tensor)
         if tracked is None:
             label = pyro.get_param_store().param_name(tensor)
-            rule = self._make_rule(self._settings(self.pt_optim_args, "optim_args", tensor, label))
-            clip = _make_clip(self._settings(self.pt_clip_args, "clip_args", tensor, label))
+            rule = self._make_rule(self._settings("optim_args", tensor, label))
+            clip = _make_clip(self._settings("clip_args", tensor, label))
             if isinstance(rule, rules.ClippedAdam):
                 # Once more what the rule does, for the gradient that Pyro leaves behind is clipped.
                 assert not callable(rule.clip_norm)
                 clip = Clip(value=rule.clip_norm)
-            tracked = _Tracked(self._unused_key(label), label, rule, clip)
-            self._tracked[tensor] = self._by_key[tracked.key] = tracked
+            key = self._unused_key(label)
+            layout = named("torch").layout(tensor, f"parameter {key!r}")
+            self._core.enter(key, rule, clip, layout)
+            tracked = self._tracked[tensor] = _Tracked(key, label)
         return tracked
 
     def _unused_key(self, label: str | None) -> str:
         """A name for the core that says in messages which parameter is meant."""
-        key = base = "unnamed tensor" if label is None else label
-        number = 1
-        while key in self._by_key:
-            number += 1
-            key = f"{base} ({number})"
+        if label is None:
+            self._unnamed += 1
+            return f"unnamed tensor {self._unnamed}"
+        key, number_of_it = label, 1
+        while key in self._core:
+            number_of_it += 1
+            key = f"{label} ({number_of_it})"
         return key
 
-    def _settings(
-        self, settings: Settings, what: str, tensor: torch.Tensor, label: str | None
-    ) -> dict[str, Any]:
+    def _settings(self, what: str, tensor: torch.Tensor, label: str | None) -> dict[str, Any]:
+        settings: Settings = getattr(self, f"pt_{what}")
         if isinstance(settings, dict):
             return settings
         if label is None:
@@ -232,17 +267,18 @@ class _PyroOptimizer(PyroOptim):
                 f"{what} is a callable of names, but a tensor of shape {tuple(tensor.shape)} is in "
                 "no param store and has none; pass a dict"
             )
-        if len(inspect.signature(settings).parameters) == 1:
-            chosen_settings = settings(normalize_param_name(label))
+        parameters = list(signature(settings).parameters.values())
+        by_name = len(parameters) == 1
+        if what == "clip_args" and by_name:
+            # Pyro always gives this one two arguments, which *arguments takes.
+            by_name = parameters[0].kind is not Parameter.VAR_POSITIONAL
+        if by_name:
+            given = settings(normalize_param_name(label))
         else:
-            chosen_settings = settings(
-                module_from_param_with_module_name(label), user_param_name(label)
-            )
-        if not isinstance(chosen_settings, dict):
-            raise TypeError(
-                f"{what} gave {chosen_settings!r} for parameter {label!r}; expected a dict"
-            )
-        return chosen_settings
+            given = settings(module_from_param_with_module_name(label), user_param_name(label))
+        if not isinstance(given, dict):
+            raise TypeError(f"{what} gave {given!r} for parameter {label!r}; expected a dict")
+        return given
 
     def _make_rule(self, settings: Mapping[str, Any]) -> Rule:
         given = {name: number(value) for name, value in settings.items()}
@@ -253,55 +289,51 @@ class _PyroOptimizer(PyroOptim):
             )
         for name in EXECUTION:
             given.pop(name, None)
+        for name in self._rule_class.switches:
+            # torch takes any truth value.
+            if given.get(name) in (0, 1):
+                given[name] = bool(given[name])
         rule_class = self._rule_class
         if rule_class is rules.Adam and given.pop("decoupled_weight_decay", False):
             rule_class = rules.AdamW
-        return rule_class(**given)
+        rule = rule_class(**given)
+        # One object for equal rules: the core computes the numbers of a step once for each.
+        return self._rules.setdefault(rule, rule)
 
     def _drop_dead(self) -> None:
         """Forget the entries of tensors that are gone."""
-        if len(self._by_key) > len(self._tracked):
+        if len(self._core) > len(self._tracked):
             live = {tracked.key for tracked in self._tracked.values()}
-            for key in [key for key in self._by_key if key not in live]:
-                del self._by_key[key]
-                if key in self._core:
+            for key in self._core.names:
+                if key not in live:
                     self._core.forget(key)
 
     # Loaded state
 
-    def _settle(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _settle(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give tensors the loaded state that waits under their names, all of them or none."""
-        states = []
-        for key, tensor in tensors.items():
-            tracked = self._by_key[key]
-            stored = self._pending.get(tracked.label) if tracked.label is not None else None
-            if stored is not None:
-                rule = self._stored_rule(stored, tracked.rule)
-                layout = named("torch").layout(tensor, f"parameter {key!r}")
-                states.append((tracked, stored, rule, layout))
-        stepped = [state for state in states if state[1]["step"]]
-        self._core.adopt(stepped)
-        for tracked, stored, rule, _ in states:
-            tracked.rule = rule
-            if not stored["step"] and tracked.key in self._core:
-                self._core.forget(tracked.key)
-            if tracked.label is not None:
-                del self._pending[tracked.label]
-
-    def _stored_rule(self, stored: Mapping[str, Any], rule: Rule) -> Rule:
-        """The rule with the hyperparameters of loaded state, as Pyro restores them.
-
-        A schedule stays: a file knows only the number it gave.
-        """
-        if stored["rule"]["name"] != type(rule).__name__:
-            return rule
-        values = {
-            f.name: from_plain(stored["rule"][f.name])
-            for f in fields(rule)  # type: ignore[arg-type]  # every rule is a dataclass
-            if f.name in stored["rule"] and not callable(getattr(rule, f.name))
-        }
-        changed: Rule = replace(rule, **values)  # type: ignore[type-var]
-        return changed
+        waiting = self._state_waiting_to_be_consumed
+        if not waiting:
+            return
+        store = pyro.get_param_store()
+        in_store = dict(store.named_parameters())
+        takers: dict[str, torch.Tensor] = {}
+        for tensor in tensors:
+            label = store.param_name(tensor) or self._tracked[tensor].label
+            # Of two tensors of one name, the one in the store takes it.
+            if label in waiting and (label not in takers or in_store.get(label) is tensor):
+                takers[label] = tensor
+        states = {}
+        for label, tensor in takers.items():
+            key = self._tracked[tensor].key
+            entry = self._core.entry(key)
+            dtype = entry.layout.compute_dtype
+            slots = {k: array.astype(dtype) for k, array in waiting[label]["slots"].items()}
+            rule = _restored_rule(waiting[label]["rule"], entry.rule)
+            states[key] = {**waiting[label], "slots": slots}, self._rules.setdefault(rule, rule)
+        self._core.restore(states)
+        for label in takers:
+            waiting.pop(label, None)
 
     def get_state(self) -> dict[str, Any]:
         """The state by parameter name, in Pyro's format, loaded state that waits included.
@@ -321,6 +353,10 @@ class _PyroOptimizer(PyroOptim):
         Raises:
             CheckpointError: It has another form; nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise CheckpointError(
+                f"expected the states of parameters by name; got a {type(state_dict).__name__}"
+            )
         loaded = {}
         for label, state in state_dict.items():
             if label is None:
@@ -329,12 +365,23 @@ class _PyroOptimizer(PyroOptim):
                 continue
             try:
                 loaded[label] = from_torch(self._rule_class, state)
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise CheckpointError(
                     f"the state of {label!r} is no state of {self._constructor.__name__} "
                     f"in Pyro's format ({type(error).__name__}: {error})"
                 ) from error
-        self._pending.update(loaded)
+        self._wait(loaded)
+
+    def _wait(self, loaded: dict[str, dict[str, Any]]) -> None:
+        """Let loaded state wait, if it fits the rule as far as that is known."""
+        if isinstance(self.pt_optim_args, dict):
+            rule = self._make_rule(self.pt_optim_args)
+            for label, stored in loaded.items():
+                try:
+                    check_slot_names(label, stored, _restored_rule(stored["rule"], rule))
+                except (ValueError, TypeError) as error:
+                    raise CheckpointError(str(error)) from error
+        self._state_waiting_to_be_consumed.update(loaded)
 
     def save(self, filename: str | PathLike[str]) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
@@ -342,15 +389,9 @@ class _PyroOptimizer(PyroOptim):
         It holds what ``get_state`` lists. Tensors that are in no param store have no name to be
         saved under; a warning says how many there are.
         """
-        param_name = pyro.get_param_store().param_name
-        unnamed = sum(param_name(tensor) is None for tensor in self._tracked)
-        if unnamed:
-            warnings.warn(
-                f"{unnamed} tensors are in no param store; their state is not saved", stacklevel=2
-            )
-        stored = {label: entry for label, entry in self._stored().items() if entry["step"]}
+        entries = self._stored_or_warn()
         checkpoint.write(
-            filename, {"version": checkpoint.VERSION, "entries": stored, "pending": {}}
+            filename, {"version": checkpoint.VERSION, "entries": entries, "pending": {}}
         )
 
     def load(self, filename: str | PathLike[str], map_location: Any = None) -> None:
@@ -371,98 +412,106 @@ class _PyroOptimizer(PyroOptim):
             file.seek(0)
             if not is_safetensors:
                 try:
-                    state = torch.load(file, map_location or "cpu", weights_only=True)
+                    with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                        state = torch.load(file, map_location or "cpu", weights_only=True)
                 except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
                     raise CheckpointError(
                         f"{filename}: expected a checkpoint of multiopt or of Pyro ({error})"
                     ) from error
         if is_safetensors:
             document = checkpoint.read(filename)
-            self._pending.update({**document["pending"], **document["entries"]})
+            self._wait({**document["pending"], **document["entries"]})
         else:
             self.set_state(state)
 
     def _stored(self) -> dict[str, dict[str, Any]]:
-        """The state by label as a state dict has it: of the tensors in the store, and pending."""
+        """The state by label as a state dict has it: of the tensors in the store, and waiting."""
         self._drop_dead()
         stored = {}
         for label, tensor in pyro.get_param_store().named_parameters():
-            tracked = self._tracked.get(tensor)
-            if tracked is not None:
-                stored[label] = self._stored_entry(tracked)
-        return {**stored, **self._pending}
+            if tensor in self._tracked:
+                stored[label] = self._describe(tensor)
+        return {**stored, **self._state_waiting_to_be_consumed}
 
-    def _stored_entry(self, tracked: _Tracked) -> dict[str, Any]:
-        if tracked.key in self._core:
-            return self._core.described(tracked.key)
-        return {"rule": described_rule(tracked.rule, 0), "step": 0, "slots": {}}
+    def _stored_or_warn(self) -> dict[str, dict[str, Any]]:
+        param_name = pyro.get_param_store().param_name
+        unnamed = sum(param_name(tensor) is None for tensor in self._tracked)
+        if unnamed:
+            warnings.warn(
+                f"{unnamed} tensors are in no param store; their state is not saved", stacklevel=3
+            )
+        return self._stored()
 
-    # What Pyro's users look at
+    # What users of ``optim_objs`` reach
 
-    @property
-    def optim_objs(  # type: ignore[override]  # an attribute in Pyro, which nobody assigns
-        self,
-    ) -> dict[torch.Tensor, "_TensorOptimizer"]:
-        """For each live tensor what stands for the torch optimizer that Pyro has there."""
+    @property  # type: ignore[override]  # a dict in Pyro
+    def optim_objs(self) -> OptimObjs:
+        """By live tensor what stands for the torch optimizer that Pyro has there."""
         self._drop_dead()
-        return {t: _TensorOptimizer(self, t, tracked) for t, tracked in self._tracked.items()}
+        return OptimObjs(self)
+
+    @optim_objs.setter
+    def optim_objs(self, objects: Mapping[torch.Tensor, Any]) -> None:
+        if objects:
+            raise TypeError("optim_objs can be emptied by assigning {}, not filled")
+        self.optim_objs.clear()
+
+    def _describe(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """The state of a tensor as a state dict has it, its slots NumPy arrays."""
+        entry = self._core.entry(self._tracked[tensor].key)
+        return described(entry, named(entry.layout.library).to_host)
+
+    def _change(self, tensor: torch.Tensor, name: str, value: Any) -> None:
+        """Change one setting of a tensor, in torch's terms."""
+        key = self._tracked[tensor].key
+        entry = self._core.entry(key)
+        before = group_settings(self._constructor, described(entry, np.asarray)["rule"], entry.step)
+        old = rule_settings(before, entry.step)
+        new = rule_settings({**before, name: number(value)}, entry.step)
+        known = {f.name for f in fields(entry.rule)}  # type: ignore[arg-type]
+        changed = {k: v for k, v in new.items() if k in known and (k == name or v != old[k])}
+        rule: Rule = replace(entry.rule, **changed)  # type: ignore[type-var]
+        self._core.change_rule(key, self._rules.setdefault(rule, rule))
+
+    def _forget(self, tensor: torch.Tensor) -> None:
+        """Drop the entry of a tensor; presented again, it starts anew."""
+        self._core.forget(self._tracked.pop(tensor).key)
 
 
-class _TensorOptimizer:
-    """The part of ``torch.optim.Optimizer`` that users of ``optim_objs`` touch.
+#: torch allows a NumPy number for a setting, and a checkpoint then has one.
+NUMPY_NUMBERS: list[Any] = [
+    np.float64().__reduce__()[0],
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+]
 
-    Attributes:
-        param_groups: One group; setting a hyperparameter in it changes the rule of the tensor.
+
+def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
+    """A rule with the hyperparameters of loaded state, as Pyro restores them.
+
+    A schedule stays: a file knows only the number it gave.
+
+    Args:
+        stored: The description of a rule in a state dict.
+        rule: The rule that the settings here ask for.
     """
-
-    def __init__(self, owner: _PyroOptimizer, tensor: torch.Tensor, tracked: _Tracked) -> None:
-        self._owner = owner
-        self._tensor = tensor
-        self._tracked = tracked
-        (group,) = self.state_dict()["param_groups"]
-        self.param_groups = [_Group(owner, tracked, {**group, "params": [tensor]})]
-
-    @property
-    def state(self) -> dict[torch.Tensor, dict[str, Any]]:
-        """A copy of the clock and the slots, by tensor."""
-        return dict.fromkeys([self._tensor], self.state_dict()["state"].get(0, {}))
-
-    def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``: copies."""
-        return to_torch(self._owner._constructor, self._owner._stored_entry(self._tracked))
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradient, or fill it with zeros."""
-        if set_to_none:
-            self._tensor.grad = None
-        elif self._tensor.grad is not None:
-            self._tensor.grad = torch.zeros_like(self._tensor.grad)
-
-
-class _Group(dict[str, Any]):
-    """The settings of a tensor; writing one changes its rule."""
-
-    def __init__(self, owner: _PyroOptimizer, tracked: _Tracked, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self._owner = owner
-        self._tracked = tracked
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        rule = self._tracked.rule
-        if key in rule.ranges or key in rule.switches:
-            value = number(value)
-            if key == "lr" and "lrd" in self:
-                value /= power(self["lrd"], self._owner._stored_entry(self._tracked)["step"])
-            changed = replace(rule, **{key: value})  # type: ignore[type-var]
-            self._owner._core.change_rule(self._tracked.key, changed)
-            self._tracked.rule = changed
-        super().__setitem__(key, value)
+    rule_class = type(rule)
+    if isinstance(rule, rules.Adam) and stored["name"] in ("Adam", "AdamW"):
+        # In torch AdamW is Adam with a switch on: Adam loads the switch, AdamW leaves it on.
+        rule_class = rules.AdamW if "AdamW" in (stored["name"], rule_class.__name__) else rules.Adam
+    elif stored["name"] != rule_class.__name__:
+        return rule
+    values = {f.name: getattr(rule, f.name) for f in fields(rule)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name in stored and not is_schedule(value):
+            values[name] = from_plain(stored[name])
+    return rule_class(**values)
 
 
 def _make_clip(settings: Mapping[str, Any]) -> Clip | None:
     unknown = set(settings) - {"clip_norm", "clip_value"}
     if unknown:
         raise TypeError(f"clip_args has {sorted(unknown)}; expected clip_norm and clip_value")
-    if all(value is None for value in settings.values()):
-        return None
-    return Clip(norm=settings.get("clip_norm"), value=settings.get("clip_value"))
+    norm, value = (number(settings.get(name)) for name in ("clip_norm", "clip_value"))
+    return None if norm is None and value is None else Clip(norm=norm, value=value)

@@ -9,7 +9,16 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
-__all__ = ["FINITE", "FRACTION", "NONNEGATIVE", "Hyperparameter", "Range", "Rule", "Update"]
+__all__ = [
+    "FINITE",
+    "FRACTION",
+    "NONNEGATIVE",
+    "Hyperparameter",
+    "Range",
+    "Rule",
+    "Update",
+    "is_schedule",
+]
 
 #: A number, or a schedule: a callable that gives the number for each step (1, 2, ...).
 Hyperparameter: TypeAlias = float | Callable[[int], float]
@@ -125,12 +134,12 @@ class Rule(ABC):
         >>> mo.SGD(lr=lambda step: 1.0 / step).at(4).lr
         0.25
         """
-        if not any(_is_schedule(getattr(self, name)) for name in self.ranges):
+        if not any(is_schedule(getattr(self, name)) for name in self.ranges):
             return self
         now = copy.copy(self)
         for name in self.ranges:
             value = getattr(self, name)
-            if _is_schedule(value):
+            if is_schedule(value):
                 object.__setattr__(now, name, self._scheduled(name, value, step))
         return now
 
@@ -165,5 +174,6 @@ class Rule(ABC):
         return number
 
 
-def _is_schedule(value: Any) -> bool:
+def is_schedule(value: Any) -> bool:
+    """Whether a hyperparameter, or one of a pair, is a schedule."""
     return any(map(callable, value)) if isinstance(value, tuple) else callable(value)
