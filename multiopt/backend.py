@@ -103,7 +103,7 @@ class Result(NamedTuple):
     """What a backend computed for one task; nothing is written yet.
 
     Attributes:
-        param: The new parameter, in the compute dtype, in the namespace of the computation.
+        param: The new parameter as ``write`` takes it, of the parameter's dtype.
         slots: The new slots, library arrays.
         grad: The clipped gradient, in the namespace of the computation.
         limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
@@ -216,27 +216,28 @@ class Backend:
             grad = clamp(xp, grad, task.bound)
         param = self.opened(task.param, task.layout)
         slots = tuple(self.opened(slot, task.layout) for slot in task.slots)
-        new_param, new_slots = task.update(xp, param, grad, slots, task.scalars)
-        for new in (new_param, *new_slots):
-            if new.dtype != param.dtype or new.shape != param.shape:
-                raise TypeError(
-                    f"the rule of parameter {task.name!r} returned an array of shape "
-                    f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(param.shape)} and "
-                    f"{param.dtype}: an update has no literals and keeps shapes"
-                )
-        # A rule may hand a gradient on as a slot; what the caller lent is not ours to keep.
-        lent = {id(param), id(grad)}
-        kept = (xp.asarray(slot, copy=True) if id(slot) in lent else slot for slot in new_slots)
+        try:
+            new_param, new_slots = task.update(xp, param, grad, slots, task.scalars)
+        except Exception as error:
+            error.add_note(f"while the rule updated parameter {task.name!r}")
+            raise
+        _check_update(task, param, new_param, new_slots)
+        # A rule may hand on what it was given as a slot; what the caller lent is not ours to keep.
+        kept = (
+            xp.asarray(slot, copy=True) if _is_part(slot, (param, grad, *slots)) else slot
+            for slot in new_slots
+        )
         closed = tuple(self.closed(slot, task.param) for slot in kept)
-        return Result(new_param, closed, grad, limited)
+        return Result(self.ready(task, new_param), closed, grad, limited)
 
-    def write(self, task: Task, computed: Array) -> Array:
-        """Turn the computed parameter into the caller's: here a new array."""
-        return self._as_param(task, computed)
-
-    def _as_param(self, task: Task, computed: Array) -> Array:
+    def ready(self, task: Task, computed: Array) -> Array:
+        """The computed parameter in the parameter's dtype: all of its writing that may fail."""
         xp = self.namespace(task.layout)
         return xp.astype(computed, getattr(xp, task.layout.dtype), copy=False)
+
+    def write(self, task: Task, ready: Array) -> Array:
+        """Turn the caller's parameter into the computed one and return it; here a new array."""
+        return ready
 
     # Slots outside a step
 
@@ -279,6 +280,33 @@ def require_dtype(dtype: str, label: str) -> None:
             f"{label} has dtype {dtype}; expected one of {', '.join(sorted(COMPUTE_DTYPE))}: "
             "convert it to a real floating dtype"
         )
+
+
+def _check_update(task: Task, param: Array, new_param: Array, new_slots: Any) -> None:
+    """Refuse what is no update of a parameter.
+
+    Raises:
+        TypeError: The rule broke its contract.
+    """
+    if not isinstance(new_slots, tuple) or len(new_slots) != len(task.slots):
+        raise TypeError(
+            f"the rule of parameter {task.name!r} returned {new_slots!r} as slots; expected a "
+            f"tuple of {len(task.slots)}, as many as it has"
+        )
+    for new in (new_param, *new_slots):
+        if new.dtype != param.dtype or new.shape != param.shape:
+            raise TypeError(
+                f"the rule of parameter {task.name!r} returned an array of shape "
+                f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(param.shape)} and "
+                f"{param.dtype}: an update has no literals and keeps shapes"
+            )
+
+
+def _is_part(array: Array, lent: tuple[Array, ...]) -> bool:
+    """Whether an array is one of others, or, in NumPy, may be a view of one."""
+    if isinstance(array, np.ndarray):
+        return any(np.may_share_memory(array, other) for other in lent)
+    return any(array is other for other in lent)
 
 
 @cache

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,9 @@ __all__ = ["VERSION", "check_state_dict", "read", "write"]
 
 #: The version of the file format and of ``state_dict``.
 VERSION = 1
+
+#: What reading a file of another kind, or a damaged one, can raise.
+MALFORMED = (SafetensorError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def write(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
@@ -44,10 +48,14 @@ def write(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
         for key, value in state_dict.items()
     }
     metadata = {"multiopt": json.dumps(document, allow_nan=False)}
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target = Path(path).resolve()
+    beside = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
     try:
+        beside.touch(exist_ok=False)
+        mode = beside.stat().st_mode
         save_file(tensors, beside, metadata=metadata)
+        # safetensors makes files for their owner only.
+        beside.chmod(target.stat().st_mode if target.exists() else mode)
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(target)
@@ -65,12 +73,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with safe_open(path, framework="numpy") as file:
             document = json.loads((file.metadata() or {})["multiopt"])
+            _check_version(document)
             for part in ("entries", "pending"):
                 for entry in document[part].values():
                     entry["slots"] = {
                         slot: file.get_tensor(key) for slot, key in entry["slots"].items()
                     }
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+    except MALFORMED as error:
         raise CheckpointError(
             f"{os.fspath(path)}: expected a multiopt checkpoint; it is damaged or another kind of "
             f"file ({type(error).__name__}: {error})"
@@ -91,11 +102,7 @@ def check_state_dict(state_dict: Any) -> None:
     """
     if not isinstance(state_dict, Mapping) or "version" not in state_dict:
         raise ValueError("expected a state dict with 'version', 'entries' and 'pending'")
-    if state_dict["version"] != VERSION:
-        raise ValueError(
-            f"expected a state dict of version {VERSION}; got version {state_dict['version']!r}: "
-            "it needs another release of multiopt"
-        )
+    _check_version(state_dict)
     for part in ("entries", "pending"):
         entries = state_dict.get(part)
         if not isinstance(entries, Mapping):
@@ -108,7 +115,17 @@ def check_state_dict(state_dict: Any) -> None:
                 raise ValueError(
                     f"the state of {name!r} has step {step!r}; expected an integer >= 0"
                 )
-            if not isinstance(entry.get("slots"), Mapping) or not isinstance(
-                entry.get("rule"), Mapping
-            ):
+            slots, rule = entry.get("slots"), entry.get("rule")
+            if not isinstance(slots, Mapping) or not isinstance(rule, Mapping):
                 raise ValueError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")
+            if not all(isinstance(key, str) for key in (*slots, *rule)):
+                raise ValueError(f"the state of {name!r} has a slot or setting without a name")
+
+
+def _check_version(state_dict: Mapping[str, Any]) -> None:
+    version = state_dict["version"]
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(
+            f"expected a state dict of version {VERSION}; got version {version!r}: it needs "
+            "another release of multiopt"
+        )

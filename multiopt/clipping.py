@@ -18,8 +18,8 @@ __all__ = ["Clip", "clip_by_norms"]
 class Clip:
     """Bounds for gradients, applied in this order: norm, global norm, value.
 
-    A norm is the Euclidean one. A gradient with a norm above its bound is multiplied by
-    ``min(1, bound / (norm + eps))``; below it, not a bit changes.
+    A norm is the Euclidean one. A gradient is multiplied by ``min(1, bound / (norm + eps))``; where
+    that is 1, not a bit changes. An infinite bound never clips.
 
     Args:
         norm: Bound of the norm of each parameter's gradient, >= 0, or None.
@@ -61,11 +61,13 @@ class Clip:
     def coefficient(self, bound: float, norm: float) -> float:
         """The factor, in float64, that brings a norm down to a bound: 1 if it is below.
 
-        NaN for a NaN norm; 0 for an infinite one.
+        NaN for a NaN norm; 0 for an infinite one; 1 for an infinite bound, whatever the norm.
 
         >>> Clip(norm=1.0, eps=0.0).coefficient(1.0, 4.0)
         0.25
         """
+        if bound == inf:
+            return 1.0
         reach = norm + self.eps
         ratio = bound / reach if reach else inf
         return 1.0 if ratio >= 1 else ratio

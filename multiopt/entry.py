@@ -1,21 +1,27 @@
 """What the registry holds for one name, and its forms outside: plain data and loaded state."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 from typing import Any
 
-from multiopt.backend import Array, Layout, named
+import numpy as np
+
+from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.clipping import Clip
 from multiopt.rules import Rule
 
 __all__ = [
     "Entry",
+    "check_clip",
     "check_rule",
     "check_slot_names",
     "chosen",
+    "chosen_clip",
     "described",
     "described_rule",
+    "on_host",
     "restored",
     "with_rule",
 ]
@@ -42,8 +48,23 @@ def check_rule(rule: Any) -> None:
     Raises:
         TypeError: It is neither.
     """
-    if not isinstance(rule, Rule) and not callable(rule):
+    if isinstance(rule, type) or not (isinstance(rule, Rule) or callable(rule)):
         raise TypeError(f"rule must be a rule or a callable name -> rule; got {rule!r}")
+
+
+def check_clip(clip: Any) -> None:
+    """Refuse what is neither a clip, nor a callable, nor None.
+
+    Raises:
+        TypeError: It is none of them.
+    """
+    if isinstance(clip, type) or not (clip is None or isinstance(clip, Clip) or callable(clip)):
+        raise TypeError(f"clip must be a Clip, a callable name -> Clip or None; got {clip!r}")
+
+
+def chosen_clip(clip: Any, name: str) -> Clip | None:
+    """The clip of a name, as ``chosen``."""
+    return None if clip is None else chosen(clip, name, Clip, "clip")
 
 
 def chosen(given: Any, name: str, kind: type, what: str) -> Any:
@@ -64,11 +85,33 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
 
 
 def with_rule(entry: Entry, rule: Rule) -> Entry:
-    """An entry under another rule: slots that both have are kept, others start at zero."""
+    """An entry under another rule: slots that both have are kept, others start at zero.
+
+    Where the new rule has slots and none is kept, the clock starts with them: Adam's corrections of
+    a bias towards zero belong to the steps that its averages have seen.
+    """
     kept = dict(zip(entry.rule.slots, entry.slots, strict=True))
     zeros = named(entry.layout.library).zeros
     slots = tuple(kept[slot] if slot in kept else zeros(entry.layout) for slot in rule.slots)
-    return replace(entry, rule=rule, slots=slots)
+    anew = bool(rule.slots) and kept.keys().isdisjoint(rule.slots)
+    return replace(entry, rule=rule, slots=slots, step=0 if anew else entry.step)
+
+
+def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry of a state dict with NumPy slots of its own.
+
+    Raises:
+        ValueError: A slot is no array that a rule could have.
+    """
+    slots = {}
+    for slot, array in stored["slots"].items():
+        try:
+            backend = backend_of(array, f"slot {slot!r}")
+            backend.layout(array, f"slot {slot!r}")
+            slots[slot] = backend.to_host(array)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
+    return {"rule": deepcopy(dict(stored["rule"])), "step": stored["step"], "slots": slots}
 
 
 def restored(
@@ -110,7 +153,7 @@ def check_slot_names(name: str, stored: Mapping[str, Any], rule: Rule) -> None:
         raise ValueError(
             f"the loaded state of parameter {name!r} has the slots {have} (of "
             f"{stored['rule'].get('name', 'an unknown rule')}); expected {want}, those of its rule "
-            f"{rule!r}: load with the rule that was saved, then assign opt.rule"
+            f"{rule!r}: load with the rule that was saved, step, then assign opt.rule"
         )
 
 
@@ -130,7 +173,11 @@ def described(entry: Entry, convert: Callable[[Array], Array]) -> dict[str, Any]
 
 def described_rule(rule: Rule, step: int) -> dict[str, Any]:
     """A rule as plain data: its name, and its hyperparameters at a step."""
-    now = rule.at(max(step, 1))
+    try:
+        now = rule.at(max(step, 1))
+    except ValueError:
+        # State must not be lost over a schedule that gives no number for this step.
+        now = rule
     return {
         "name": type(rule).__name__,
         **{f.name: _plain(getattr(now, f.name)) for f in fields(now)},
@@ -138,7 +185,11 @@ def described_rule(rule: Rule, step: int) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON has it, which knows no tuple and no infinity."""
+    """A hyperparameter as JSON has it, which knows no tuple, no infinity and no callable."""
+    if callable(value):
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
     return repr(value) if isinstance(value, float) and not isfinite(value) else value

@@ -1,13 +1,14 @@
 """What comes into a step: each name with its array and its gradient, checked before any use."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from multiopt.backend import Array, Layout, Task, backend_of
 
-__all__ = ["check_no_shared_memory", "checked_gradient", "paired"]
+__all__ = ["check_no_shared_memory", "checked_gradient", "named_arrays", "paired"]
 
 
 def paired(
@@ -16,32 +17,39 @@ def paired(
     """The names that have a gradient, with parameter and gradient.
 
     Raises:
-        TypeError: There is no mapping of strings, or an array carries no gradient itself.
+        TypeError: The gradients are no mapping of strings, or an array carries none itself.
         KeyError: A gradient has no parameter.
     """
-    _check_names("params", params)
     if grads is None:
         grads = {name: _own_gradient(name, param) for name, param in params.items()}
-    _check_names("grads", grads)
-    for name in grads:
-        if name not in params:
+    grads = named_arrays("grads", grads)
+    for name, grad in grads.items():
+        if grad is not None and name not in params:
+            near = ", ".join(map(repr, get_close_matches(name, params))) or "none like it"
             raise KeyError(
-                f"gradient of {name!r}: there is no parameter of this name among "
-                f"{', '.join(map(repr, params)) or 'none'}: pass it in params"
+                f"gradient of {name!r}: expected the name of one of the {len(params)} parameters "
+                f"of this step ({near}): pass its parameter in params"
             )
     given = [(name, param, grads.get(name)) for name, param in params.items()]
     return [(name, param, grad) for name, param, grad in given if grad is not None]
 
 
-def _check_names(what: str, arrays: Any) -> None:
-    if not isinstance(arrays, Mapping):
+def named_arrays(what: str, arrays: Any) -> dict[str, Any]:
+    """A mapping from names, such as a dict or a ``torch.nn.ParameterDict``, as a dict.
+
+    Raises:
+        TypeError: It is none, or a name is no string.
+    """
+    if not hasattr(arrays, "keys"):
         raise TypeError(
             f"{what} is a {type(arrays).__name__}; expected a mapping of names to arrays: pass a "
             "dict"
         )
-    for name in arrays:
+    by_name = dict(arrays.items())
+    for name in by_name:
         if not isinstance(name, str):
             raise TypeError(f"{what} has the name {name!r}; expected a string")
+    return by_name
 
 
 def _own_gradient(name: str, param: Array) -> Array | None:

@@ -1,7 +1,9 @@
 """The registry: names to rules, clocks and slots, and the step: ``spec/registry.md``."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -12,15 +14,18 @@ from multiopt.backend import Array, Layout, Task, backend_of, by_backend, named
 from multiopt.clipping import Clip, clip_by_norms
 from multiopt.entry import (
     Entry,
+    check_clip,
     check_rule,
     check_slot_names,
     chosen,
+    chosen_clip,
     described,
+    on_host,
     restored,
     with_rule,
 )
 from multiopt.errors import CheckpointError
-from multiopt.inputs import check_no_shared_memory, checked_gradient, paired
+from multiopt.inputs import check_no_shared_memory, checked_gradient, named_arrays, paired
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import rounded
 
@@ -97,6 +102,17 @@ class Optimizer:
     [-0.2, -0.2, -0.2]
     """
 
+    # Without a dict, a misspelt attribute is an error instead of a setting without effect.
+    __slots__ = (
+        "__weakref__",
+        "_clip",
+        "_entries",
+        "_on_nonfinite",
+        "_pending",
+        "_rule",
+        "last",
+    )
+
     def __init__(
         self,
         rule: Rule | Callable[[str], Rule],
@@ -106,8 +122,7 @@ class Optimizer:
     ) -> None:
         """Make an optimizer that has seen no parameter yet."""
         check_rule(rule)
-        if not (clip is None or isinstance(clip, Clip) or callable(clip)):
-            raise TypeError(f"clip must be a Clip, a callable name -> Clip or None; got {clip!r}")
+        check_clip(clip)
         if on_nonfinite not in ("propagate", "raise", "skip"):
             raise ValueError(
                 f"on_nonfinite must be 'propagate', 'raise' or 'skip'; got {on_nonfinite!r}"
@@ -148,6 +163,14 @@ class Optimizer:
         """The number of names seen."""
         return len(self._entries)
 
+    def __bool__(self) -> bool:
+        """True, also before the first step."""
+        return True
+
+    def __copy__(self) -> "Optimizer":
+        """A deep copy: two optimizers never share state."""
+        return deepcopy(self)
+
     def __contains__(self, name: object) -> bool:
         """Whether a name has been seen."""
         return name in self._entries
@@ -172,8 +195,9 @@ class Optimizer:
     def rule(self) -> Rule | Callable[[str], Rule]:
         """The rule for all names, or the callable ``name -> rule``.
 
-        Assigning changes the rule of all names. Clocks go on; slots that the new rule has too are
-        kept, others start at zero.
+        Assigning changes the rule of all names. Slots that the new rule has too are kept, others
+        start at zero. Clocks go on, but where the new rule has slots and none of them was kept, the
+        clock starts again with them, for it is their bias that is corrected.
         """
         return self._rule
 
@@ -185,6 +209,23 @@ class Optimizer:
             for name, entry in self._entries.items()
         }
         self._rule = rule
+
+    @property
+    def clip(self) -> Clip | Callable[[str], Clip | None] | None:
+        """The clip for all names, the callable ``name -> Clip or None``, or None.
+
+        Assigning changes the clip of all names.
+        """
+        return self._clip
+
+    @clip.setter
+    def clip(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
+        check_clip(clip)
+        self._entries = {
+            name: replace(entry, clip=chosen_clip(clip, name))
+            for name, entry in self._entries.items()
+        }
+        self._clip = clip
 
     def forget(self, name: str) -> None:
         """Drop a name with its state, seen or pending; seen again, it starts anew.
@@ -206,14 +247,17 @@ class Optimizer:
         Raises:
             KeyError: An old name is neither seen nor pending.
             ValueError: Two names would become one.
+            TypeError: A new name is no string.
         """
-        known = [*self._entries, *self._pending]
-        for old in names:
+        known = dict.fromkeys([*self._entries, *self._pending])
+        for old, new in names.items():
             if old not in known:
                 raise KeyError(f"cannot rename parameter {old!r}: it is neither seen nor pending")
-        renamed = [names.get(name, name) for name in dict.fromkeys(known)]
+            if not isinstance(new, str):
+                raise TypeError(f"cannot rename parameter {old!r} to {new!r}: expected a string")
+        renamed = Counter(names.get(name, name) for name in known)
         for new in names.values():
-            if renamed.count(new) > 1:
+            if renamed[new] > 1:
                 raise ValueError(f"cannot rename: two parameters would be called {new!r}")
         self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
         self._pending = {names.get(name, name): entry for name, entry in self._pending.items()}
@@ -249,6 +293,7 @@ class Optimizer:
         """
         # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step in half.
         with np.errstate(all="ignore"):
+            params = named_arrays("params", params)
             return self._step(params, paired(params, grads))
 
     def _step(
@@ -260,15 +305,17 @@ class Optimizer:
             backend = backend_of(param, f"parameter {name!r}")
             layout = backend.layout(param, f"parameter {name!r}")
             grad = checked_gradient(name, grad, layout)
-            backend.check_writable(param, f"parameter {name!r}")
             entries[name] = entry = self._settled(name, layout)
             tasks.append(
                 Task(name, backend, param, grad, layout, entry.slots, entry.rule.update, None)
             )
-        check_no_shared_memory(tasks)
         skipped = self._nonfinite(tasks)
         tasks = [task for task in tasks if task.name not in skipped]
         _set_scalars(tasks, entries)
+        # Last, when no code of the caller's own will run any more.
+        for task in tasks:
+            task.backend.check_writable(task.param, f"parameter {task.name!r}")
+        check_no_shared_memory(tasks)
         norms, global_norms = clip_by_norms(tasks, [entries[task.name].clip for task in tasks])
         limited = {}
         for task in tasks:
@@ -307,7 +354,7 @@ class Optimizer:
         entry = self._entries.get(name)
         if entry is None:
             rule = chosen(self._rule, name, Rule, "rule")
-            clip = None if self._clip is None else chosen(self._clip, name, Clip, "clip")
+            clip = chosen_clip(self._clip, name)
             if name in self._pending:
                 return restored(name, self._pending[name], rule, clip, layout)
             slots = tuple(backend.zeros(layout) for _ in rule.slots)
@@ -370,7 +417,7 @@ class Optimizer:
             },
             "pending": {
                 name: {
-                    "rule": dict(entry["rule"]),
+                    "rule": deepcopy(entry["rule"]),
                     "step": entry["step"],
                     "slots": {slot: array.copy() for slot, array in entry["slots"].items()},
                 }
@@ -395,14 +442,7 @@ class Optimizer:
         checkpoint.check_state_dict(state_dict)
         entries, pending = {}, {}
         for name, stored in {**state_dict["pending"], **state_dict["entries"]}.items():
-            host = {
-                "rule": dict(stored["rule"]),
-                "step": stored["step"],
-                "slots": {
-                    slot: backend_of(array, f"slot {slot!r} of {name!r}").to_host(array)
-                    for slot, array in stored["slots"].items()
-                },
-            }
+            host = on_host(name, stored)
             entry = self._entries.get(name)
             if entry is not None:
                 entries[name] = restored(name, host, entry.rule, entry.clip, entry.layout)
@@ -435,7 +475,7 @@ class Optimizer:
         state_dict = checkpoint.read(path)
         try:
             self.load_state_dict(state_dict)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
 
 
@@ -447,10 +487,7 @@ def _set_scalars(tasks: list[Task], entries: Mapping[str, Entry]) -> None:
         key = id(entry.rule), entry.step, task.layout.compute_dtype
         if key not in known:
             try:
-                scalars = entry.rule.coefficients(entry.step + 1)
+                known[key] = entry.rule.coefficients(entry.step + 1, task.layout.compute_dtype)
             except ValueError as error:
                 raise ValueError(f"parameter {task.name!r}: {error}") from error
-            known[key] = scalars._make(
-                x if isinstance(x, bool) else rounded(x, key[2]) for x in scalars
-            )
         task.scalars = known[key]

@@ -1,6 +1,7 @@
 """Files: saving and going on anywhere equals never having stopped."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,14 @@ def test_any_shape_can_be_saved(tmp_path: Path, shape: tuple[int, ...]) -> None:
     assert opt.state("w").step == 3
 
 
+def test_a_file_of_another_version_says_so(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "new", metadata={"multiopt": '{"version": 2, "all": "different"}'})
+    with pytest.raises(
+        mo.CheckpointError, match="version 1; got version 2: it needs another release"
+    ):
+        mo.Optimizer(mo.Adam()).load(tmp_path / "new")
+
+
 def test_the_rule_in_the_file_is_a_description(tmp_path: Path) -> None:
     rule = mo.ClippedAdam(lr=lambda step: 1 / step, clip_norm=float("inf"))
     path = saved(tmp_path, rule)
@@ -146,6 +155,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         lambda path: save_file({"w": np.ones(3)}, path),
         lambda path: save_file({"w": np.ones(3)}, path, metadata={"multiopt": "{"}),
         lambda path: save_file({"w": np.ones(3)}, path, metadata={"multiopt": "[]"}),
+        lambda path: save_file({"w": np.ones(3)}, path, metadata={"multiopt": "[" * 100_000}),
         lambda path: save_file({"w": np.ones(3)}, path, metadata={"multiopt": '{"version": 1}'}),
         lambda path: save_file(
             {}, path, metadata={"multiopt": path_document(slots={"exp_avg": "7"})}
@@ -158,6 +168,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         "no metadata",
         "no JSON",
         "a list",
+        "deep",
         "no entries",
         "no tensor",
     ],
@@ -179,6 +190,29 @@ def test_a_damaged_file_is_a_checkpoint_error_and_changes_nothing(
 def path_document(slots: dict[str, str]) -> str:
     entry = {"rule": {"name": "Adam"}, "step": 1, "slots": slots}
     return json.dumps({"version": 1, "entries": {"w": entry}, "pending": {}})
+
+
+def test_a_file_has_the_mode_that_others_have(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    path = saved(tmp_path)
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    path.chmod(0o664)
+    saved(tmp_path)
+    assert path.stat().st_mode & 0o777 == 0o664
+
+
+def test_saving_to_a_link_keeps_the_link(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "run.safetensors").symlink_to(tmp_path / "folder" / "real.safetensors")
+    path = saved(tmp_path)
+    assert path.is_symlink()
+    assert (tmp_path / "folder" / "real.safetensors").stat().st_size > 0
+
+
+def test_two_threads_may_save_to_one_file(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: saved(tmp_path), range(20)))
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:

@@ -176,6 +176,15 @@ def test_a_bound_of_zero_and_of_infinity() -> None:
     assert_equal(clipped(mo.Clip(norm=0.0, eps=0.0), w=f32(0, 0))["w"], f32(0, 0))
     assert_equal(clipped(mo.Clip(norm=math.inf), w=f32(3, 4))["w"], f32(3, 4))
     assert_equal(clipped(mo.Clip(value=math.inf), w=f32(3, 4))["w"], f32(3, 4))
+    bad = f32(1, math.inf, math.nan)
+    for clip in (mo.Clip(norm=math.inf), mo.Clip(global_norm=math.inf), mo.Clip(value=math.inf)):
+        assert_equal(clipped(clip, w=bad)["w"], bad)
+
+
+def test_an_element_at_its_bound_is_not_clipped() -> None:
+    opt = mo.Optimizer(IDENTITY, mo.Clip(value=0.5))
+    opt.step({"w": np.zeros(2)}, {"w": np.array([0.5, -0.5])})
+    assert opt.last.clipped == ()
 
 
 def test_sixteen_bits_are_scaled_once_in_float32() -> None:

@@ -92,6 +92,41 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
         ValueError,
         r"parameter 'bad' is expanded \(a stride of 0\).*: copy it",
     ),
+    "overlapping windows": (
+        lambda: (np.lib.stride_tricks.sliding_window_view(ones(4), 2, writeable=True), ones(3, 2)),
+        ValueError,
+        "parameter 'bad' is made of overlapping windows: several elements share one place",
+    ),
+    "overlapping windows of torch": (
+        lambda: (torch.ones(4).as_strided((3, 2), (1, 1)), torch.ones(3, 2)),
+        ValueError,
+        "parameter 'bad' is made of overlapping windows",
+    ),
+    "computed tensor": (
+        lambda: (torch.ones(3, requires_grad=True) * 2, torch.ones(3)),
+        ValueError,
+        "parameter 'bad' is no leaf but computed from other tensors, .*; expected a leaf: pass",
+    ),
+    "uninitialized tensor": (
+        lambda: (torch.nn.UninitializedParameter(), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' is an uninitialized parameter: run its module once",
+    ),
+    "nested tensor": (
+        lambda: (torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' is a jagged tensor; expected a dense one",
+    ),
+    "float8": (
+        lambda: (torch.ones(3).to(torch.float8_e4m3fn), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' has dtype float8_e4m3fn; expected one of",
+    ),
+    "NumPy scalar gradient of a tensor": (
+        lambda: (torch.ones(()), np.float32(1.0)),
+        TypeError,
+        r"gradient of 'bad' is np\.float32\(1.0\), a float32; expected an array: use np.asarray",
+    ),
     "Python scalar": (lambda: (1.0, 1.0), TypeError, "parameter 'bad' is 1.0, a float; .*asarray"),
     "NumPy scalar": (
         lambda: (np.float32(1.0), np.float32(1.0)),
@@ -209,10 +244,11 @@ def test_a_bad_step_says_why_and_changes_nothing(case: str) -> None:
 
 def test_a_gradient_without_a_parameter() -> None:
     opt = mo.Optimizer(mo.Adam())
-    with pytest.raises(
-        KeyError, match="gradient of 'b': there is no parameter of this name among "
-    ):
-        opt.step({"a": ones(3)}, {"b": ones(3)})
+    message = (
+        r"gradient of 'loca': expected .* of the 2 parameters of this step \('loc'\): pass its"
+    )
+    with pytest.raises(KeyError, match=message):
+        opt.step({"loc": ones(3), "zz": ones(3)}, {"loca": ones(3)})
     assert len(opt) == 0
 
 
@@ -339,6 +375,27 @@ def test_a_functorch_tensor_points_to_the_pure_update(transform: Any) -> None:
         transform(body)(torch.ones(2, 2))
 
 
+def test_a_step_among_tracers_points_to_the_pure_update() -> None:
+    # The arrays are concrete, but what is made of them inside is not.
+    opt, w = mo.Optimizer(mo.SGD()), jnp.ones(2)
+    with pytest.raises(
+        TypeError, match=r"inside a JAX transformation.*; call the pure rule\.update"
+    ):
+        jax.jit(lambda x: opt.step({"w": w}, {"w": w})["w"] + x)(1.0)
+    assert len(opt) == 0
+    assert opt.step({"w": w}, {"w": w})["w"].tolist() == [0.999, 0.999]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_pure_update_gives_the_numbers_of_a_step(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    w, grad = rng.standard_normal((2, 100)).astype(dtype)
+    for rule in (mo.Adam(lr=0.1), mo.SGD(lr=0.1), mo.ClippedAdam(lr=0.1, lrd=0.9)):
+        slots = tuple(np.zeros_like(w) for _ in rule.slots)
+        pure, _ = rule.update(np, w, grad, slots, rule.coefficients(1, dtype))
+        assert_equal(pure, mo.Optimizer(rule).step({"w": w.copy()}, {"w": grad})["w"])
+
+
 def test_jax_float64_while_x64_is_off() -> None:
     array = jnp.ones(3, "float64")
     with (
@@ -406,6 +463,8 @@ def test_nonfinite_gradients_raise_by_name(library: Library) -> None:
     ("make", "error", "message"),
     [
         (lambda: mo.Optimizer("adam"), TypeError, "rule must be a rule or a callable"),
+        (lambda: mo.Optimizer(mo.Adam), TypeError, "rule must be a rule .*; got <class .*Adam'>"),
+        (lambda: mo.Optimizer(mo.Adam(), mo.Clip), TypeError, "clip must be a Clip, a callable"),
         (lambda: mo.Optimizer(mo.Adam(), clip=1.0), TypeError, "clip must be a Clip, a callable"),
         (
             lambda: mo.Optimizer(mo.Adam(), on_nonfinite="stop"),
@@ -453,6 +512,8 @@ def test_errors_of_names() -> None:
         opt.forget("c")
     with pytest.raises(KeyError, match="cannot rename parameter 'c': it is neither seen nor pend"):
         opt.rename({"a": "d", "c": "e"})
+    with pytest.raises(TypeError, match="cannot rename parameter 'a' to 1: expected a string"):
+        opt.rename({"a": 1})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="cannot rename: two parameters would be called 'b'"):
         opt.rename({"a": "b"})
     with pytest.raises(TypeError, match="rule must be a rule or a callable name -> rule; got None"):
@@ -465,8 +526,10 @@ def test_errors_of_names() -> None:
     [
         lambda xp, p, g, slots, c: (p - np.float64(0.1) * g, slots),
         lambda xp, p, g, slots, c: (p[:2], slots),
+        lambda xp, p, g, slots, c: (p, (p,)),
+        lambda xp, p, g, slots, c: (p.__isub__(g), slots),
     ],
-    ids=["dtype", "shape"],
+    ids=["dtype", "shape", "slots", "in place"],
 )
 def test_a_rule_that_breaks_its_contract_changes_nothing(update: Any) -> None:
     class Broken(mo.SGD):
@@ -474,8 +537,9 @@ def test_a_rule_that_breaks_its_contract_changes_nothing(update: Any) -> None:
 
     Broken.update = property(lambda self: update)  # type: ignore[assignment,method-assign]
     w = ones(3)
-    with pytest.raises(TypeError, match="the rule of parameter 'w' returned an array of shape"):
+    with pytest.raises((TypeError, ValueError)) as caught:
         mo.Optimizer(Broken()).step({"w": w}, {"w": ones(3)})
+    assert "parameter 'w'" in "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
     assert_equal(w, ones(3))
 
 

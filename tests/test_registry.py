@@ -2,9 +2,13 @@
 
 import copy
 import pickle
+from pathlib import Path
 
+import array_api_strict
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 
 import multiopt as mo
@@ -258,6 +262,23 @@ def test_slots_of_another_rule_are_an_error_as_soon_as_the_rule_is_known() -> No
     [
         (lambda s: [], "expected a state dict with 'version', 'entries' and 'pending'"),
         (lambda s: {**s, "version": 2}, "expected a state dict of version 1; got version 2"),
+        (lambda s: {**s, "version": True}, "expected a state dict of version 1; got version True"),
+        (
+            lambda s: {**s, "pending": {"x": {"step": True, "slots": {}, "rule": {}}}},
+            "the state of 'x' has step True; expected an integer >= 0",
+        ),
+        (
+            lambda s: {**s, "pending": {"x": {"step": 1, "slots": {1: 0}, "rule": {}}}},
+            "the state of 'x' has a slot or setting without a name",
+        ),
+        (
+            lambda s: {**s, "pending": {"x": {"step": 1, "slots": {"m": 1.0}, "rule": {}}}},
+            "the state of 'x' has a slot of no use: slot 'm' is 1.0, a float",
+        ),
+        (
+            lambda s: {**s, "pending": {"x": {"step": 1, "slots": {"m": ones(1) > 0}, "rule": {}}}},
+            "the state of 'x' has a slot of no use: slot 'm' has dtype bool",
+        ),
         (lambda s: {**s, "entries": []}, "expected a mapping under 'entries'; got list"),
         (lambda s: {"version": 1, "entries": {}}, "expected a mapping under 'pending'; got None"),
         (
@@ -321,10 +342,130 @@ def test_another_rule_keeps_the_clock_and_the_slots_that_fit(library: Library) -
     opt.rule = lambda name: mo.SGD(lr=0.01, momentum=0.5)
     params = opt.step(params, {"w": library.grad(ones(3))})
     assert list(opt.state("w").slots) == ["momentum_buffer"]
-    assert opt.state("w").step == 2
     with pytest.raises(TypeError, match="the rule callable gave None"):
         opt.rule = lambda name: None  # type: ignore[assignment,return-value]
+    assert list(opt.state("w").slots) == ["momentum_buffer"]
+
+
+def test_a_clock_starts_again_with_slots_that_are_all_new() -> None:
+    # Averages that start at zero under an old clock would not be corrected: a step of 2.5 lr.
+    opt = mo.Optimizer(mo.SGD(lr=0.0))
+    w = {"w": np.zeros(1)}
+    for _ in range(1000):
+        opt.step(w, {"w": np.ones(1)})
+    opt.rule = mo.Adam(lr=1.0)
+    opt.step(w, {"w": np.ones(1)})
+    assert w["w"] == pytest.approx(-1.0)
+    opt.rule = mo.SGD(lr=1.0)
+    opt.step(w, {"w": np.ones(1)})
     assert opt.state("w").step == 2
+
+
+def test_a_buffer_that_is_new_is_not_dampened_as_in_torch() -> None:
+    opt, w = mo.Optimizer(mo.SGD(lr=1.0)), {"w": np.zeros(1)}
+    opt.step(w, {"w": np.ones(1)})
+    opt.rule = mo.SGD(lr=1.0, momentum=0.9, dampening=0.5)
+    for _ in range(2):
+        opt.step(w, {"w": np.ones(1)})
+    assert w["w"] == pytest.approx(-(1.0 + 1.0 + 1.4))
+
+
+def test_another_clip_for_all_names() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=1.0))
+    w = {"a": np.zeros(1), "b": np.zeros(1)}
+    grads = {"a": np.ones(1), "b": np.ones(1)}
+    opt.step(w, grads)
+    opt.clip = lambda name: mo.Clip(value=0.5) if name == "a" else None
+    opt.step(w, grads)
+    assert (w["a"], w["b"]) == (-1.5, -2.0)
+    with pytest.raises(TypeError, match="clip must be a Clip"):
+        opt.clip = 0.5  # type: ignore[assignment]
+    opt.clip = None
+    opt.step(w, grads)
+    assert w["a"] == -2.5
+
+
+@pytest.mark.parametrize("name", ["lr", "on_nonfinite", "rules"])
+def test_an_attribute_that_does_not_exist_is_an_error(name: str) -> None:
+    opt = mo.Optimizer(mo.Adam())
+    with pytest.raises(AttributeError, match=name):
+        setattr(opt, name, 1)
+
+
+def test_an_optimizer_is_true_and_its_copy_is_deep() -> None:
+    opt = mo.Optimizer(mo.Adam())
+    assert opt
+    opt.step({"w": ones(3)}, {"w": ones(3)})
+    other = copy.copy(opt)
+    opt.step({"w": ones(3)}, {"w": ones(3)})
+    assert (opt.state("w").step, other.state("w").step) == (2, 1)
+
+
+def test_a_torch_parameter_dict_will_do() -> None:
+    params = torch.nn.ParameterDict({"w": torch.ones(2)})
+    params["w"].grad = torch.ones(2)
+    mo.Optimizer(mo.SGD(lr=0.5)).step(params)  # type: ignore[arg-type]
+    assert params["w"].tolist() == [0.5, 0.5]
+
+
+def test_none_is_no_gradient_whatever_the_name() -> None:
+    opt, w = mo.Optimizer(mo.SGD(lr=1.0)), {"w": ones(1)}
+    opt.step(w, {"w": ones(1), "other": None})
+    assert opt.names == ("w",)
+
+
+def test_a_schedule_is_not_asked_for_a_skipped_name() -> None:
+    asked = []
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: asked.append(step) or 0.1), on_nonfinite="skip")
+    opt.step({"w": ones(3)}, {"w": NAN})
+    assert asked == []
+
+
+def test_a_schedule_that_fails_loses_no_state(tmp_path: Path) -> None:
+    rates = [0.5, 0.25]
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: rates[step - 1], momentum=0.9))
+    state = stepped(mo.SGD(momentum=0.9), "w", steps=9).state_dict()
+    opt.load_state_dict(state)
+    with pytest.raises(
+        ValueError, match="parameter 'w': SGD: the schedule of lr gave no number at s"
+    ):
+        opt.step({"w": ones(3)}, {"w": ones(3)})
+    rates[:] = [0.5] * 10
+    opt.step({"w": ones(3)}, {"w": ones(3)})
+    rates.clear()
+    opt.save(tmp_path / "run")
+    assert opt.state_dict()["entries"]["w"]["rule"]["lr"] is None
+
+
+def test_slots_of_torch_are_copied_on_the_way_in_and_out() -> None:
+    opt = mo.Optimizer(mo.SGD(momentum=0.5))
+    opt.step({"w": torch.ones(3)}, {"w": torch.ones(3)})
+    state = opt.state_dict()
+    other = mo.Optimizer(mo.SGD(momentum=0.5))
+    other.load_state_dict(state)
+    state["entries"]["w"]["slots"]["momentum_buffer"].fill_(9.0)
+    assert (other.state_dict()["pending"]["w"]["slots"]["momentum_buffer"] == 1).all()
+    other.step({"w": torch.ones(3)}, {"w": torch.zeros(3)})
+    assert other.state("w").slots["momentum_buffer"].tolist() == [0.5] * 3
+
+
+def test_slots_of_jax_outlive_a_donated_copy() -> None:
+    opt = mo.Optimizer(mo.SGD(momentum=0.5))
+    params = opt.step({"w": jnp.ones(3)}, {"w": jnp.ones(3)})
+    opt.state_dict()["entries"]["w"]["slots"]["momentum_buffer"].delete()
+    opt.step(params, {"w": jnp.ones(3)})
+
+
+def test_the_generic_backend_keeps_to_its_device() -> None:
+    device = array_api_strict.Device("device1")
+    array = array_api_strict.ones(3, dtype=array_api_strict.float32, device=device)
+    opt = mo.Optimizer(mo.Adam())
+    params = opt.step({"w": array}, {"w": array})
+    opt.load_state_dict(opt.state_dict())
+    opt.rule = mo.Adam(amsgrad=True)
+    params = opt.step(params, {"w": array})
+    assert params["w"].device == device
+    assert {slot.device for slot in opt.state("w").slots.values()} == {device}
 
 
 @pytest.mark.parametrize("rule", [mo.SGD(), mo.Adam(), mo.AdamW(weight_decay=0), mo.ClippedAdam()])

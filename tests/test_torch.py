@@ -59,6 +59,50 @@ def test_views_and_strides_are_written_where_they_lie() -> None:
     assert base[:, 1:3].eq(-1).all()
 
 
+def test_a_view_of_a_leaf_may_be_stepped_and_a_retained_gradient_be_read() -> None:
+    leaf = torch.ones(2, 2, requires_grad=True)
+    opt = mo.Optimizer(mo.SGD(lr=1.0))
+    opt.step({"row": leaf[0]}, {"row": torch.ones(2)})
+    assert leaf.tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    row = leaf[1]
+    row.retain_grad()
+    row.sum().backward()
+    opt.step({"other": row})
+    assert leaf.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+class Stubborn(torch.Tensor):
+    """A tensor that refuses to be copied to."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.Tensor.copy_:
+            raise TypeError("no")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_subclass_cannot_tear_a_step() -> None:
+    params = {"a": torch.ones(2), "b": torch.ones(2).as_subclass(Stubborn)}
+    mo.Optimizer(mo.SGD(lr=1.0)).step(params, {name: torch.ones(2) for name in params})
+    assert [params[name].tolist() for name in "ab"] == [[0.0, 0.0]] * 2
+
+
+def test_a_step_inside_a_compiled_function_keeps_its_bits() -> None:
+    rng = np.random.default_rng(0)
+    start, grads = rng.standard_normal(100_000).astype("f4"), rng.standard_normal((4, 100_000))
+    plain, inside = mo.Optimizer(mo.Adam(lr=0.1)), mo.Optimizer(mo.Adam(lr=0.1))
+
+    @torch.compile(backend="eager")
+    def step(params: dict[str, torch.Tensor], grad: torch.Tensor) -> torch.Tensor:
+        return inside.step(params, {"w": grad})["w"].sum()
+
+    w, params = start.copy(), {"w": torch.from_numpy(start.copy())}
+    for grad in grads.astype("f4"):
+        plain.step({"w": w}, {"w": grad})
+        step(params, torch.from_numpy(grad))
+    assert (params["w"].numpy() == w).all()
+
+
 def test_a_gradient_may_carry_a_graph_and_a_negative_bit() -> None:
     w = torch.ones(2, requires_grad=True)
     (grad,) = torch.autograd.grad((w**3).sum(), w, create_graph=True)

@@ -46,9 +46,16 @@ class JaxBackend(Backend):
 
     def closed(self, computed: Array, param: Array) -> Array:
         """The computed array as a JAX array where the parameter is."""
-        return jax.device_put(computed, param.sharding if param.committed else None)
+        with _beside(param):
+            array = jax.device_put(computed, param.sharding if param.committed else None)
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError(
+                "a step was taken inside a JAX transformation, where new arrays are tracers "
+                "without values; call the pure rule.update there"
+            )
+        return array
 
-    def write(self, task: Task, computed: Array) -> Array:
+    def ready(self, task: Task, computed: Array) -> Array:
         """A new array of the parameter's dtype, where the parameter is."""
         return self.closed(computed.astype(task.param.dtype), task.param)
 
@@ -60,12 +67,18 @@ class JaxBackend(Backend):
         """A copy on the device of the layout."""
         platform, _, index = layout.device.partition(",")[0].partition(":")
         device = next(d for d in jax.devices(platform) if d.id == int(index))
-        default = device == jax.devices()[0]
-        return jax.device_put(np.array(array), None if default else device)
+        with jax.default_device(device):
+            return jax.device_put(np.array(array))
 
     def copied(self, array: Array) -> Array:
-        """The array itself, which nothing can change."""
-        return array
+        """A copy, so that neither goes when the other is donated."""
+        with _beside(array):
+            return array.copy()
+
+
+def _beside(array: Array) -> Any:
+    """Keep what is made of an uncommitted array on its device, whatever the default is."""
+    return jax.default_device(next(iter(array.devices())))
 
 
 def _on_cpu(layout: Layout) -> bool:

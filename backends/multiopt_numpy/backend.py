@@ -23,7 +23,7 @@ class NumpyBackend(Backend):
         """Refuse read-only and broadcast parameters."""
         if not param.flags.writeable:
             raise ValueError(f"{label} is read-only; expected an array to update in place: copy it")
-        check_no_broadcast(param.shape, param.strides, label)
+        check_places(param.shape, param.strides, param.itemsize, label)
 
     def memory(self, param: Array) -> np.ndarray | None:
         """The parameter itself."""
@@ -34,16 +34,20 @@ class NumpyBackend(Backend):
         return np
 
     def opened(self, array: Array, layout: Layout) -> Array:
-        """The array itself, subclasses stripped, or its float32 copy if it has 16 bits."""
-        return np.asarray(array).astype(layout.compute_dtype, copy=False)
+        """The array, subclasses stripped, for reading; a float32 copy if it has 16 bits."""
+        return read_only(np.asarray(array).astype(layout.compute_dtype, copy=False))
 
     def closed(self, computed: Array, param: Array) -> Array:
         """The array itself; a 0-d result that NumPy made a scalar is an array again."""
         return np.asarray(computed)
 
-    def write(self, task: Task, computed: Array) -> Array:
-        """Copy the values into the parameter, rounded to its dtype."""
-        np.copyto(task.param, computed, casting="same_kind")
+    def ready(self, task: Task, computed: Array) -> Array:
+        """The values, rounded to the parameter's dtype."""
+        return np.asarray(computed).astype(task.param.dtype, copy=False)
+
+    def write(self, task: Task, ready: Array) -> Array:
+        """Copy the values into the parameter."""
+        np.copyto(np.asarray(task.param), ready)
         return task.param
 
     def to_host(self, array: Array) -> np.ndarray:
@@ -59,15 +63,44 @@ class NumpyBackend(Backend):
         return np.array(array)
 
 
-def check_no_broadcast(shape: tuple[int, ...], strides: tuple[int, ...], label: str) -> None:
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written: a rule that updates in place fails instead of doing harm."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def check_places(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, label: str
+) -> None:
     """Refuse a parameter of which several elements stand in one place.
 
+    Args:
+        shape: Its shape.
+        strides: Its strides, in the unit of ``itemsize``.
+        itemsize: The size of an element.
+        label: What it is, for messages.
+
     Raises:
-        ValueError: A stride is 0 along more than one element.
+        ValueError: They do, as in an expanded array or in overlapping windows.
     """
-    repeated = any(stride == 0 and n > 1 for n, stride in zip(shape, strides, strict=True))
-    if repeated and 0 not in shape:
-        raise ValueError(
-            f"{label} is expanded (a stride of 0): several elements share one place in memory; "
-            "expected an array with a place for each: copy it"
-        )
+    if 0 in shape:
+        return
+    axes = sorted((abs(stride), n) for n, stride in zip(shape, strides, strict=True) if n > 1)
+    reach = 0
+    for stride, n in axes:
+        if stride < reach + itemsize and (stride == 0 or _overlap(axes, itemsize)):
+            how = "expanded (a stride of 0)" if stride == 0 else "made of overlapping windows"
+            raise ValueError(
+                f"{label} is {how}: several elements share one place in memory; expected an array "
+                "with a place for each: copy it"
+            )
+        reach += stride * (n - 1)
+
+
+def _overlap(axes: list[tuple[int, int]], itemsize: int) -> bool:
+    """Whether two elements overlap, by looking at all of them."""
+    places = np.zeros(1, np.int64)
+    for stride, n in axes:
+        places = np.add.outer(places, stride * np.arange(n)).ravel()
+    return bool((np.diff(np.sort(places)) < itemsize).any())

@@ -10,9 +10,10 @@ from typing import Any
 import array_api_compat.torch
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
-from multiopt.backend import Array, Backend, Layout, Task, require_dtype
-from multiopt_numpy.backend import check_no_broadcast
+from multiopt.backend import Array, Backend, Layout, Result, Task, require_dtype
+from multiopt_numpy.backend import check_places, read_only
 
 __all__ = ["TorchBackend"]
 
@@ -37,8 +38,10 @@ class TorchBackend(Backend):
 
     def layout(self, array: Array, label: str) -> Layout:
         """Inspect a tensor; see ``Backend``."""
-        if array.layout != torch.strided or array.is_quantized or array.is_nested:
-            kind = "quantized" if array.is_quantized else str(array.layout).removeprefix("torch.")
+        if is_lazy(array):
+            raise TypeError(f"{label} is an uninitialized parameter: run its module once")
+        if array.layout != torch.strided:
+            kind = str(array.layout).removeprefix("torch.")
             raise TypeError(f"{label} is a {kind} tensor; expected a dense one: use .to_dense()")
         dtype = _dtype_name(array.dtype)
         require_dtype(dtype, label)
@@ -52,7 +55,13 @@ class TorchBackend(Backend):
 
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse expanded tensors, and inference tensors outside of inference mode."""
-        check_no_broadcast(tuple(param.shape), param.stride(), label)
+        check_places(tuple(param.shape), param.stride(), 1, label)
+        source = param if param._base is None else param._base
+        if source.grad_fn is not None:
+            raise ValueError(
+                f"{label} is no leaf but computed from other tensors, so an update of it would be "
+                "lost; expected a leaf: pass the tensor it was computed from"
+            )
         if param.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
                 f"{label} was made in inference mode; expected a tensor that may be updated in "
@@ -86,24 +95,37 @@ class TorchBackend(Backend):
     def opened(self, array: Array, layout: Layout) -> Array:
         """A NumPy view of a CPU tensor, or the detached tensor; float32 if it has 16 bits."""
         tensor = array.detach().resolve_neg().to(_DTYPES[layout.compute_dtype])
-        return tensor.numpy() if _on_cpu(layout) else tensor
+        return read_only(tensor.numpy()) if _on_cpu(layout) else tensor
 
     def closed(self, computed: Array, param: Array) -> Array:
         """The computed array as a tensor over the same memory."""
         return computed if isinstance(computed, torch.Tensor) else _from_numpy(computed)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def sums_of_squares(self, tasks: Sequence[Task], factor: float) -> list[float]:
         """See ``Backend``; one transfer for all tasks of a device."""
         return _fetched([self._sum_of_squares(task, factor) for task in tasks])
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def finite(self, tasks: Sequence[Task]) -> list[bool]:
         """See ``Backend``; one transfer for all tasks of a device."""
         return [bool(x) for x in _fetched([self._finite(task) for task in tasks])]
 
-    def write(self, task: Task, computed: Array) -> Array:
-        """Copy the values into the tensor, rounded to its dtype; its version counter moves."""
-        with torch.no_grad():
-            task.param.copy_(self.closed(computed, task.param))
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def run(self, tasks: Sequence[Task]) -> list[Result]:
+        """See ``Backend``; outside of the graph of a compiler, which would change the rounding."""
+        return super().run(tasks)
+
+    def ready(self, task: Task, computed: Array) -> Array:
+        """The values as a tensor, rounded to the parameter's dtype."""
+        return self.closed(computed, task.param).to(task.param.dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def write(self, task: Task, ready: Array) -> Array:
+        """Copy the values into the tensor; its version counter moves."""
+        # No subclass of a tensor gets to refuse what was computed for it.
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            task.param.copy_(ready)
         return task.param
 
     # Slots outside a step

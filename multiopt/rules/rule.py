@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
+from multiopt.rules.arithmetic import rounded
+
 __all__ = [
     "FINITE",
     "FRACTION",
@@ -107,11 +109,15 @@ class Rule(ABC):
             step: The number of the step, 1 for the first, or an integer array of such numbers.
         """
 
-    def coefficients(self, step: Any) -> Any:
-        """The numbers that ``update`` needs at a step, schedules evaluated, in float64.
+    def coefficients(self, step: Any, dtype: str = "float64") -> Any:
+        """The numbers that ``update`` needs at a step, schedules evaluated.
+
+        They are computed in float64. Rounded to the dtype of the computation they are those of
+        ``Optimizer.step``, to the last bit.
 
         Args:
             step: The number of the step, 1 for the first, or an integer array of such numbers.
+            dtype: ``"float32"`` or ``"float64"``; 16-bit parameters are computed in float32.
 
         Raises:
             ValueError: A schedule gave a value out of range.
@@ -121,7 +127,7 @@ class Rule(ABC):
             return scalars
         # Python's own numbers, since an np.float64 would promote a float32 array.
         return scalars._make(
-            bool(x) if isinstance(x, bool | np.bool_) else float(x) for x in scalars
+            bool(x) if isinstance(x, bool | np.bool_) else rounded(x, dtype) for x in scalars
         )
 
     def at(self, step: Any) -> Any:
@@ -151,8 +157,9 @@ class Rule(ABC):
         if np.ndim(step):
             return np.vectorize(lambda s: self._scheduled(name, value, int(s)), [float])(step)
         try:
-            number = float(value(step))
-        except (TypeError, ValueError) as error:
+            given = value(step)
+            number = nan if isinstance(given, str | bool) else float(given)
+        except Exception as error:
             raise ValueError(
                 f"{type(self).__name__}: the schedule of {name} gave no number at step {step}: "
                 f"{error}"
