@@ -33,8 +33,8 @@ FAULTS = [
     Fault(
         "one clock for all names",
         "multiopt/optimizer.py",
-        "entry.rule.coefficients(entry.step + 1)",
-        "entry.rule.coefficients(max(e.step for e in entries.values()) + 1)",
+        "entry.rule.coefficients(entry.step + 1,",
+        "entry.rule.coefficients(max(e.step for e in entries.values()) + 1,",
         "test_backends.py::test_a_late_parameter_equals_one_that_started_alone",
     ),
     Fault(
