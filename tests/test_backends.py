@@ -161,6 +161,29 @@ def test_sixteen_bits_keep_float32_slots(library: Library, dtype: str) -> None:
     assert library.numpy(params["w"]).dtype == array.dtype
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_torch_off_the_cpu_runs_the_rule_as_it_stands(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The code for CUDA, taken on the CPU, where torch's roots are close, not equal.
+    from multiopt_torch import backend
+
+    monkeypatch.setattr(backend, "_on_cpu", lambda layout: False)
+    rng = np.random.default_rng(0)
+    start, grads = rng.standard_normal((3, 5000)), rng.standard_normal((5, 3, 5000))
+    clip = mo.Clip(norm=10.0, global_norm=5.0, value=0.1)
+    opts = [mo.Optimizer(case.rule, clip, on_nonfinite="raise") for _ in range(2)]
+    theirs, numpys = {"w": TORCH.param(start)}, {"w": start.copy()}
+    for grad in grads:
+        opts[0].step(theirs, {"w": TORCH.grad(grad)})
+        opts[1].step(numpys, {"w": grad})
+        assert opts[0].last.norms == opts[1].last.norms
+        assert opts[0].last.clipped == opts[1].last.clipped == ("w",)
+    np.testing.assert_allclose(TORCH.numpy(theirs["w"]), numpys["w"], rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match="gradient of 'w' has infinities"):
+        opts[0].step(theirs, {"w": TORCH.grad(grad * np.inf)})
+
+
 def test_jax_off_the_cpu_runs_the_rule_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     # There is no other device here: the path is taken on the CPU, where XLA is close, not equal.
     from multiopt_jax import backend

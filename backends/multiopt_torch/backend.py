@@ -18,6 +18,9 @@ from multiopt_numpy.backend import check_places, read_only
 __all__ = ["TorchBackend"]
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64")}
+
+
+# A dict: torch's compiler warns of functools.cache.
 _DTYPE_NAMES: dict[torch.dtype, str] = {}
 
 
@@ -129,6 +132,10 @@ class TorchBackend(Backend):
         return task.param
 
     # Slots outside a step
+
+    def zeros(self, layout: Layout) -> Array:
+        """A new slot, made where it stays."""
+        return torch.zeros(layout.shape, dtype=_DTYPES[layout.compute_dtype], device=layout.device)
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy on the CPU."""
