@@ -12,7 +12,7 @@ import multiopt as mo
 from tests.libraries import Library
 
 #: Sizes on both sides of a block of the summation tree, and of several.
-SIZES = [0, 1, 2, 3, 10, 17, 4095, 4096, 4097, 9000]
+SIZES = [0, 1, 2, 3, 10, 17, 4095, 4096, 4097, 9000, 40_000]
 
 
 @dataclass

@@ -72,7 +72,7 @@ class TorchBackend(Backend):
             )
 
     def memory(self, param: Array) -> np.ndarray | None:
-        """The bytes of a CPU tensor; the first byte of a CUDA tensor."""
+        """The addresses of the tensor, on whatever device; they are compared, never read."""
         return np.asarray(_Footprint(param))
 
     def gradient(self, param: Array, label: str) -> Array | None:
@@ -83,8 +83,8 @@ class TorchBackend(Backend):
         """
         if not (param.is_leaf or param.retains_grad):
             raise ValueError(
-                f"{label} is not a leaf tensor, so it has no .grad; expected the leaf it was "
-                "computed from, or its gradient as the second argument: step(params, grads)"
+                f"{label} is not a leaf tensor, so it has no .grad; expected a leaf: pass the "
+                "tensor it was computed from"
             )
         grad: Array | None = param.grad
         return grad
