@@ -468,9 +468,9 @@ class _PyroOptimizer(PyroOptim):
         before = group_settings(self._constructor, described(entry, np.asarray)["rule"], entry.step)
         old = rule_settings(before, entry.step)
         new = rule_settings({**before, name: number(value)}, entry.step)
-        known = {f.name for f in fields(entry.rule)}  # type: ignore[arg-type]
+        known = {f.name for f in fields(entry.rule)}
         changed = {k: v for k, v in new.items() if k in known and (k == name or v != old[k])}
-        rule: Rule = replace(entry.rule, **changed)  # type: ignore[type-var]
+        rule = replace(entry.rule, **changed)
         self._core.change_rule(key, self._rules.setdefault(rule, rule))
 
     def _forget(self, tensor: torch.Tensor) -> None:
@@ -502,7 +502,7 @@ def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
         rule_class = rules.AdamW if "AdamW" in (stored["name"], rule_class.__name__) else rules.Adam
     elif stored["name"] != rule_class.__name__:
         return rule
-    values = {f.name: getattr(rule, f.name) for f in fields(rule)}  # type: ignore[arg-type]
+    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
     for name, value in values.items():
         if name in stored and not is_schedule(value):
             values[name] = from_plain(stored[name])

@@ -95,7 +95,7 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
         kept.update({key: value for key, value in values.items() if value is not None})
     if rule_class is rules.Adam and group.get("decoupled_weight_decay"):
         rule_class = rules.AdamW
-    known = {f.name for f in fields(rule_class)}  # type: ignore[arg-type]  # a dataclass
+    known = {f.name for f in fields(rule_class)}
     # torch's SGD counts no steps: with a buffer, or with none to wait for, the first one is past.
     step = int(kept.pop("step", 1 if kept else 0))
     settings = {k: v for k, v in rule_settings(group, step).items() if k in known}

@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import inf, nan
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -46,6 +47,7 @@ NONNEGATIVE = Range("a finite number >= 0")
 FRACTION = Range("a number >= 0 and < 1", below=1.0)
 
 
+@dataclass(frozen=True)
 class Rule(ABC):
     """An update rule: a frozen dataclass of hyperparameters with three parts.
 

@@ -1,0 +1,134 @@
+"""What users do with ``optim_objs``."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import multiopt.adapters.pyro as optim
+from tests.pyro_drop_in.tensors import BOTH, give, param, steps_of
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["del", "pop", "clear", "assign"])
+def test_an_entry_that_is_deleted_starts_anew(module: Any, how: str) -> None:
+    opt, loc = module.Adam({"lr": 0.1}), param("loc")
+    for _ in range(3):
+        opt({give(loc)})
+    assert loc in opt.optim_objs
+    assert len(opt.optim_objs) == 1
+    if how == "del":
+        del opt.optim_objs[loc]
+    elif how == "pop":
+        opt.optim_objs.pop(loc)
+    elif how == "clear":
+        opt.optim_objs.clear()
+    else:
+        opt.optim_objs = {}
+    assert loc not in opt.optim_objs
+    with pytest.raises(KeyError):
+        opt.optim_objs[loc]
+    with pytest.raises(KeyError):
+        del opt._state_waiting_to_be_consumed["loc"]
+    opt({give(loc)})
+    assert steps_of(opt, "loc") == 1
+
+
+def test_optim_objs_takes_no_optimizers() -> None:
+    opt, loc = optim.Adam({"lr": 0.1}), param("loc")
+    with pytest.raises(TypeError, match="optim_objs takes no optimizers"):
+        opt.optim_objs[loc] = torch.optim.Adam([loc])
+    with pytest.raises(TypeError, match="can be emptied by assigning"):
+        opt.optim_objs = {loc: torch.optim.Adam([loc])}
+
+
+@BOTH
+def test_a_group_is_updated_like_a_dict_and_shows_what_is_now(module: Any) -> None:
+    opt, loc = module.ClippedAdam({"lr": 1.0, "lrd": 0.5}), param("loc")
+    opt({give(loc)})
+    group = opt.optim_objs[loc].param_groups[0]
+    assert group["lr"] == 0.5
+    opt({give(loc)})
+    assert group["lr"] == 0.25
+    group.update(lr=8.0, betas=(0.5, 0.5))
+    assert opt.get_state()["loc"]["param_groups"][0]["betas"] == (0.5, 0.5)
+    opt({give(loc)})
+    assert group["lr"] == 4.0
+    group["lrd"] = 0.25
+    assert group["lr"] == 4.0
+    opt({give(loc)})
+    assert group["lr"] == 1.0
+    assert group["params"][0] is loc
+    assert "eps" in group
+
+
+@BOTH
+def test_amsgrad_can_be_switched_on_before_the_first_step(module: Any) -> None:
+    opt, loc = module.Adam({"lr": 0.1}), param("loc")
+    opt({loc})
+    opt.optim_objs[loc].param_groups[0]["amsgrad"] = True
+    opt({give(loc)})
+    assert "max_exp_avg_sq" in opt.get_state()["loc"]["state"][0]
+
+
+def test_a_group_refuses_what_it_cannot_do() -> None:
+    opt, loc = optim.ClippedAdam({"lr": 1.0, "lrd": 0.0}), param("loc")
+    opt({give(loc)})
+    group = opt.optim_objs[loc].param_groups[0]
+    with pytest.raises(KeyError, match="'rate' is no setting; expected one of"):
+        group["rate"] = 1.0
+    with pytest.raises(ValueError, match="ClippedAdam: eps must be"):
+        group["eps"] = -1.0
+    with pytest.raises(
+        ValueError, match=r"lr is 0 after 1 decays by lrd=0\.0; got 0\.5: start anew"
+    ):
+        group["lr"] = 0.5
+    assert group["lr"] == 0.0
+
+
+def test_a_rate_set_right_after_loading_stays() -> None:
+    opt, loc = optim.SGD({"lr": 1.0}), param("loc")
+    opt({give(loc)})
+    opt.set_state(opt.get_state())
+    for one in opt.optim_objs.values():
+        one.param_groups[0]["lr"] = 0.25
+    opt({give(loc)})
+    assert loc.tolist() == [-1.25, -1.25]
+
+
+@BOTH
+def test_the_learning_rate_can_be_read_and_set_where_pyro_has_it(module: Any) -> None:
+    loc = param("loc")
+    opt = module.SGD({"lr": 0.5})
+    opt({give(loc)})
+    group = opt.optim_objs[loc].param_groups[0]
+    assert group["lr"] == 0.5
+    group["lr"] *= 0.5
+    opt({give(loc)})
+    assert loc.tolist() == [-0.75, -0.75]
+    assert opt.get_state()["loc"]["param_groups"][0]["lr"] == 0.25
+
+
+@BOTH
+def test_a_rate_set_before_the_first_step_and_beside_a_decay(module: Any) -> None:
+    loc, other = param("loc"), param("other")
+    opt = module.ClippedAdam({"lr": 0.1, "lrd": 0.5})
+    opt({give(loc), other})
+    for tensor in (loc, other):
+        opt.optim_objs[tensor].param_groups[0]["lr"] = 0.4
+    before = loc.tolist()
+    opt({give(loc), give(other)})
+    np.testing.assert_allclose(loc.detach() - torch.tensor(before), -0.2, rtol=1e-5)
+    # Pyro decays the rate of a tensor without a gradient, too; here its clock stands still.
+    np.testing.assert_allclose(other.detach(), -0.2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_can_be_zeroed_where_pyro_has_it(set_to_none: bool) -> None:
+    loc, opt = param("loc"), optim.SGD({"lr": 0.5})
+    opt({give(loc)})
+    opt.optim_objs[loc].zero_grad(set_to_none=set_to_none)
+    assert (loc.grad is None) == set_to_none
+    if loc.grad is not None:
+        assert loc.grad.tolist() == [0.0, 0.0]
