@@ -307,6 +307,13 @@ def test_one_array_of_any_library_under_two_names(library: Library) -> None:
         mo.Optimizer(mo.Adam()).step({"b": w, "a": w}, {"a": grad, "b": grad})
 
 
+def test_strides_that_interleave_without_sharing_are_fine() -> None:
+    memory = np.zeros(8)
+    w = np.lib.stride_tricks.as_strided(memory, (2, 3), (3 * 8, 2 * 8))
+    mo.Optimizer(mo.SGD(lr=1.0)).step({"w": w}, {"w": np.arange(1.0, 7.0).reshape(2, 3)})
+    assert (-memory).tolist() == [1.0, 0.0, 2.0, 4.0, 3.0, 5.0, 0.0, 6.0]
+
+
 def test_columns_of_one_matrix_are_two_parameters() -> None:
     w = ones(3, 2)
     opt = mo.Optimizer(mo.SGD(lr=1.0))

@@ -1,5 +1,6 @@
 """What importing and installing multiopt brings along."""
 
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,9 @@ def loaded_after(code: str) -> set[str]:
     """The top-level modules that a fresh process has loaded after running some code."""
     report = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
     run = [sys.executable, "-c", f"{code}\n{report}"]
-    return set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
 
 
 def test_importing_multiopt_loads_no_framework() -> None:

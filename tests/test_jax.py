@@ -1,5 +1,6 @@
 """What a JAX user relies on: arrays stay where they are, on however many devices."""
 
+import os
 import subprocess
 import sys
 
@@ -41,5 +42,6 @@ print("all stayed")
 
 def test_arrays_stay_on_their_devices() -> None:
     run = [sys.executable, "-W", "error", "-c", FOUR_DEVICES]
-    result = subprocess.run(run, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
     assert result.stdout == "all stayed\n", result.stderr

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import array_api_strict
 import jax.numpy as jnp
@@ -138,7 +139,10 @@ def test_a_state_is_a_snapshot(library: Library) -> None:
 def test_a_rule_that_keeps_what_it_was_lent_keeps_a_copy() -> None:
     class Remembering(mo.SGD):
         slots = ("param", "grad")  # type: ignore[assignment]
-        update = staticmethod(lambda xp, p, g, slots, c: (p + g, (p, g)))  # type: ignore[assignment]
+
+        @property
+        def update(self) -> Any:
+            return lambda xp, p, g, slots, c: (p + g, (p, xp.reshape(g, (3,))))
 
     opt, w, grad = mo.Optimizer(Remembering()), ones(3), ones(3)
     opt.step({"w": w}, {"w": grad})
@@ -203,12 +207,15 @@ def test_a_loaded_state_is_a_copy() -> None:
     opt.load_state_dict(state)
     state["entries"]["a"]["slots"]["exp_avg"][...] = 9.0
     state["entries"]["a"]["rule"]["lr"] = 9.0
+    state["entries"]["a"]["rule"]["betas"].append(9.0)
     for _ in range(2):
         pending = opt.state_dict()["pending"]["a"]
         assert (pending["slots"]["exp_avg"] != 9.0).all()
         assert pending["rule"]["lr"] == 0.1
+        assert pending["rule"]["betas"] == [0.9, 0.999]
         pending["slots"]["exp_avg"][...] = 9.0
         pending["rule"]["lr"] = 9.0
+        pending["rule"]["betas"].append(9.0)
 
 
 def test_state_that_does_not_fit_a_seen_name_changes_nothing() -> None:

@@ -45,10 +45,6 @@ class NumpyBackend(Backend):
         """The array, subclasses stripped, for reading; a float32 copy if it has 16 bits."""
         return read_only(np.asarray(array).astype(layout.compute_dtype, copy=False))
 
-    def closed(self, computed: Array, param: Array) -> Array:
-        """The array itself; a 0-d result that NumPy made a scalar is an array again."""
-        return np.asarray(computed)
-
     def ready(self, task: Task, computed: Array) -> Array:
         """The values, rounded to the parameter's dtype."""
         return np.asarray(computed).astype(task.param.dtype, copy=False)
