@@ -103,7 +103,7 @@ class Result(NamedTuple):
     """What a backend computed for one task; nothing is written yet.
 
     Attributes:
-        param: The new parameter as ``write`` takes it, of the parameter's dtype.
+        param: The new parameter as ``write`` takes it.
         slots: The new slots, library arrays.
         grad: The clipped gradient, in the namespace of the computation.
         limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
@@ -231,7 +231,7 @@ class Backend:
         return Result(self.ready(task, new_param), closed, grad, limited)
 
     def ready(self, task: Task, computed: Array) -> Array:
-        """The computed parameter in the parameter's dtype: all of its writing that may fail."""
+        """The computed parameter as ``write`` takes it: all of its writing that may fail."""
         xp = self.namespace(task.layout)
         return xp.astype(computed, getattr(xp, task.layout.dtype), copy=False)
 

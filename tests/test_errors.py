@@ -443,6 +443,12 @@ def test_a_callable_that_gives_nonsense(what: str) -> None:
     assert_equal(params["good"], good)
 
 
+@pytest.mark.parametrize("given", ["0.1", True])
+def test_a_schedule_that_gives_another_kind(given: Any) -> None:
+    with pytest.raises(ValueError, match="SGD: lr must be a finite number >= 0, or a sch"):
+        mo.SGD(lr=lambda step: given).at(1)
+
+
 def test_a_schedule_without_a_number() -> None:
     opt = mo.Optimizer(mo.SGD(lr=lambda step: None))  # type: ignore[arg-type,return-value]
     with pytest.raises(

@@ -152,6 +152,21 @@ def test_a_rule_that_keeps_what_it_was_lent_keeps_a_copy() -> None:
     assert_equal(opt.state("w").slots["param"], ones(3))
 
 
+def test_a_rule_may_leave_a_slot_as_it_is(library: Library) -> None:
+    class Resting(mo.SGD):
+        slots = ("rest",)  # type: ignore[assignment]
+
+        @property
+        def update(self) -> Any:
+            return lambda xp, p, g, slots, c: (p - g, slots)
+
+    opt, params = mo.Optimizer(Resting()), {"w": library.param(ones(3))}
+    for _ in range(3):
+        params = opt.step(params, {"w": library.grad(ones(3))})
+    assert_equal(library.numpy(params["w"]), -2 * ones(3))
+    assert_equal(library.numpy(opt.state("w").slots["rest"]), 0 * ones(3))
+
+
 # Pending state
 
 

@@ -96,11 +96,10 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
     if rule_class is rules.Adam and group.get("decoupled_weight_decay"):
         rule_class = rules.AdamW
     known = {f.name for f in fields(rule_class)}
-    # torch's SGD counts no steps: with a buffer, or with none to wait for, the first one is past.
+    # torch's SGD counts no steps; what matters is whether the first one is past.
     step = int(kept.pop("step", 1 if kept else 0))
     settings = {k: v for k, v in rule_settings(group, step).items() if k in known}
     rule = rule_class(**settings)
-    step = step or (1 if not rule.slots else 0)
     slots = {}
     for slot, tensor in kept.items():
         dtype = getattr(torch, COMPUTE_DTYPE[str(tensor.dtype).removeprefix("torch.")])

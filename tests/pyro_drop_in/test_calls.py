@@ -234,10 +234,22 @@ def test_clip_settings_of_any_arguments(module: Any) -> None:
 
 
 def test_truth_values_and_arrays_as_torch_takes_them() -> None:
-    settings = {"lr": np.array(0.5), "betas": torch.tensor([0.5, 0.5]), "maximize": np.bool_(1)}
+    settings = {
+        "lr": np.array(0.5),
+        "betas": torch.tensor([0.5, 0.5]),
+        "maximize": np.bool_(1),
+        "amsgrad": False,
+    }
     loc = give(param("loc"))
     optim.Adam(settings, {"clip_norm": torch.tensor(100.0)})({loc})
     np.testing.assert_allclose(loc.detach(), 0.5, rtol=1e-6)
+
+
+@BOTH
+def test_an_integer_for_a_switch(module: Any) -> None:
+    loc = give(param("loc"))
+    module.SGD({"lr": 0.5, "momentum": 0.9, "nesterov": 1, "maximize": 0})({loc})
+    np.testing.assert_allclose(loc.detach(), -0.95)
 
 
 def test_equal_settings_share_one_rule() -> None:
