@@ -40,7 +40,7 @@ def write(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
         slots = {}
         for slot, array in entry["slots"].items():
             slots[slot] = str(len(tensors))
-            tensors[slots[slot]] = np.array(array, order="C")
+            tensors[slots[slot]] = np.asarray(array, order="C")
         return {**entry, "slots": slots}
 
     document = {
