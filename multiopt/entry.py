@@ -21,6 +21,7 @@ __all__ = [
     "chosen_clip",
     "described",
     "described_rule",
+    "new_entry",
     "on_host",
     "restored",
     "with_rule",
@@ -84,6 +85,12 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
     return choice
 
 
+def new_entry(rule: Rule, clip: Clip | None, layout: Layout) -> Entry:
+    """An entry before its first step, every slot zero."""
+    zeros = named(layout.library).zeros
+    return Entry(rule, clip, 0, tuple(zeros(layout) for _ in rule.slots), layout)
+
+
 def with_rule(entry: Entry, rule: Rule) -> Entry:
     """An entry under another rule: slots that both have are kept, others start at zero.
 
@@ -123,9 +130,8 @@ def restored(
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
     check_slot_names(name, stored, rule)
-    backend = named(layout.library)
     if is_unstepped(stored):
-        return Entry(rule, clip, 0, tuple(backend.zeros(layout) for _ in rule.slots), layout)
+        return new_entry(rule, clip, layout)
     for slot, array in stored["slots"].items():
         if array.shape != layout.shape:
             raise ValueError(
@@ -138,7 +144,8 @@ def restored(
                 f"expected {layout.compute_dtype}, for a parameter of dtype {layout.dtype}: "
                 "convert it, or forget the name to start anew"
             )
-    slots = tuple(backend.from_host(stored["slots"][slot], layout) for slot in rule.slots)
+    from_host = named(layout.library).from_host
+    slots = tuple(from_host(stored["slots"][slot], layout) for slot in rule.slots)
     return Entry(rule, clip, stored["step"], slots, layout)
 
 

@@ -20,6 +20,7 @@ from multiopt.entry import (
     chosen,
     chosen_clip,
     described,
+    new_entry,
     on_host,
     restored,
     with_rule,
@@ -350,15 +351,13 @@ class Optimizer:
 
     def _settled(self, name: str, layout: Layout) -> Entry:
         """The entry a step of this parameter starts from; nothing is registered yet."""
-        backend = named(layout.library)
         entry = self._entries.get(name)
         if entry is None:
             rule = chosen(self._rule, name, Rule, "rule")
             clip = chosen_clip(self._clip, name)
             if name in self._pending:
                 return restored(name, self._pending[name], rule, clip, layout)
-            slots = tuple(backend.zeros(layout) for _ in rule.slots)
-            return Entry(rule, clip, 0, slots, layout)
+            return new_entry(rule, clip, layout)
         if layout.shape != entry.layout.shape:
             raise ValueError(
                 f"parameter {name!r} has shape {layout.shape}; expected {entry.layout.shape}, that "
@@ -372,7 +371,7 @@ class Optimizer:
         if layout == entry.layout:
             return entry
         host = [named(entry.layout.library).to_host(slot) for slot in entry.slots]
-        slots = tuple(backend.from_host(array, layout) for array in host)
+        slots = tuple(named(layout.library).from_host(array, layout) for array in host)
         return replace(entry, slots=slots, layout=layout)
 
     def _nonfinite(self, tasks: list[Task]) -> tuple[str, ...]:

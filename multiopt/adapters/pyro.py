@@ -38,7 +38,15 @@ from multiopt.adapters.torch_state import (
 )
 from multiopt.backend import Array, Layout, Task, named
 from multiopt.clipping import Clip
-from multiopt.entry import Entry, check_slot_names, described, restored, with_rule
+from multiopt.entry import (
+    Entry,
+    check_slot_names,
+    described,
+    described_rule,
+    new_entry,
+    restored,
+    with_rule,
+)
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
@@ -132,8 +140,7 @@ class _Core(Optimizer):
 
     def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step."""
-        zeros = named(layout.library).zeros
-        self._entries[name] = Entry(rule, clip, 0, tuple(zeros(layout) for _ in rule.slots), layout)
+        self._entries[name] = new_entry(rule, clip, layout)
 
     def entry(self, name: str) -> Entry:
         """What is held for a name."""
@@ -461,11 +468,17 @@ class _PyroOptimizer(PyroOptim):
         entry = self._core.entry(self._tracked[tensor].key)
         return described(entry, named(entry.layout.library).to_host)
 
+    def _group(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """The settings of a tensor as they are now, in torch's terms."""
+        entry = self._core.entry(self._tracked[tensor].key)
+        rule = described_rule(entry.rule, entry.step)
+        return group_settings(self._constructor, rule, entry.step)
+
     def _change(self, tensor: torch.Tensor, name: str, value: Any) -> None:
         """Change one setting of a tensor, in torch's terms."""
         key = self._tracked[tensor].key
         entry = self._core.entry(key)
-        before = group_settings(self._constructor, described(entry, np.asarray)["rule"], entry.step)
+        before = self._group(tensor)
         old = rule_settings(before, entry.step)
         new = rule_settings({**before, name: number(value)}, entry.step)
         known = {f.name for f in fields(entry.rule)}

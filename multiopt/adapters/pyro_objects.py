@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from multiopt.adapters.torch_state import group_settings, to_torch
+from multiopt.adapters.torch_state import to_torch
 
 if TYPE_CHECKING:
     from multiopt.adapters.pyro import _PyroOptimizer
@@ -89,9 +89,7 @@ class Group(MutableMapping[str, Any]):
         self._tensor = tensor
 
     def _settings(self) -> dict[str, Any]:
-        stored = self._owner._describe(self._tensor)
-        group = group_settings(self._owner._constructor, stored["rule"], stored["step"])
-        return {**group, "params": [self._tensor]}
+        return {**self._owner._group(self._tensor), "params": [self._tensor]}
 
     def __getitem__(self, name: str) -> Any:
         """A setting."""
