@@ -6,7 +6,8 @@ packages under ``backends/`` refine it for one library each.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -16,18 +17,22 @@ import array_api_compat
 import numpy as np
 
 from multiopt.rules.arithmetic import clamp, sum_of_squares
-from multiopt.rules.rule import Update
+from multiopt.rules.rule import Rule, Update
 
 __all__ = [
     "COMPUTE_DTYPE",
     "Array",
     "Backend",
+    "Batch",
+    "Member",
     "Layout",
     "Result",
+    "Scaling",
     "Task",
     "backend_of",
     "by_backend",
     "named",
+    "objects",
 ]
 
 #: An array of any library.
@@ -114,6 +119,132 @@ class Result(NamedTuple):
     slots: tuple[Array, ...]
     grad: Array
     limited: Any
+
+
+class Member(NamedTuple):
+    """What a batch knows of one of its parameters, for as long as the batch is in use.
+
+    Attributes:
+        rule: Its rule.
+        layout: Its layout.
+        slots: Its slots as NumPy arrays over their memory, which the batch updates; None where
+            they are lent anew for each step.
+    """
+
+    rule: Rule
+    layout: Layout
+    slots: tuple[np.ndarray, ...] | None
+
+
+class Batch(ABC):
+    """Parameters that one engine updates together, in place, in the memory of the host.
+
+    A batch knows rules and slots. What the parameters and gradients are it reads at every step,
+    since they may have been replaced, moved or reshaped in between. Positions count its members.
+    """
+
+    @abstractmethod
+    def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
+        """Take the arrays of a step as they are now; nothing is changed yet.
+
+        Args:
+            params: The parameters, an array of objects.
+            grads: The gradients, likewise; None for none.
+            leaves: Whether ``Backend.gradients`` gave them, for these parameters.
+
+        Returns:
+            The positions whose arrays are not what the engine takes as they are. Those must be
+            looked at in Python, and be lent or left out.
+        """
+
+    @abstractmethod
+    def lend(
+        self, position: int, param: np.ndarray, grad: np.ndarray, slots: tuple[np.ndarray, ...]
+    ) -> None:
+        """Take C-contiguous arrays in the compute dtype for a position, this step only."""
+
+    @abstractmethod
+    def slots_of(self, position: int) -> tuple[np.ndarray, ...] | None:
+        """The slots of a member, as it was given."""
+
+    @abstractmethod
+    def is_apart(self) -> bool:
+        """Whether it is known that no parameter overlaps with another or with a gradient."""
+
+    @abstractmethod
+    def spans(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the parameters and where the gradients of these positions are.
+
+        Returns:
+            For either an array of two rows: where each begins, and where it ends.
+        """
+
+    @abstractmethod
+    def finite(self, index: np.ndarray, threads: int | None) -> np.ndarray:
+        """For each of these positions whether its gradient has no infinity and no NaN."""
+
+    @abstractmethod
+    def sums_of_squares(
+        self, index: np.ndarray, own: np.ndarray, factor: float, threads: int | None
+    ) -> np.ndarray:
+        """For each of these positions the sum of squares of its gradient.
+
+        Args:
+            index: Positions.
+            own: By position, what the gradient is multiplied by first, in the compute dtype.
+            factor: What it is multiplied by next, in float64.
+            threads: The largest number of threads, or None.
+        """
+
+    @abstractmethod
+    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Mapping[int, Rule]) -> None:
+        """Make all that may fail of a step of these positions.
+
+        Args:
+            index: Positions.
+            steps: By position, the steps taken.
+            now: By position, the rule at this step where it has schedules.
+        """
+
+    @abstractmethod
+    def run(
+        self,
+        index: np.ndarray,
+        steps: np.ndarray,
+        scaling: "Scaling | None",
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray:
+        """Clip and update these positions. Nothing fails any more.
+
+        Args:
+            index: Positions.
+            steps: By position, the steps taken before this one.
+            scaling: By position, how gradients are clipped; None if none is.
+            leave_clipped: Whether to write clipped gradients over the gradients.
+            threads: The largest number of threads, or None.
+
+        Returns:
+            By position, whether the bound changed an element.
+        """
+
+
+class Scaling(NamedTuple):
+    """How the gradients of a step are clipped: float64 arrays with a number for each parameter.
+
+    Attributes:
+        own: Coefficients of norms.
+        shared: Coefficients of global norms.
+        bound: Bounds of elements, infinite for none.
+    """
+
+    own: np.ndarray
+    shared: np.ndarray
+    bound: np.ndarray
+
+    def at(self, where: np.ndarray) -> "Scaling":
+        """Those of some parameters."""
+        return Scaling(self.own[where], self.shared[where], self.bound[where])
 
 
 class Backend:
@@ -204,6 +335,25 @@ class Backend:
                 grad = scale * grad
         return grad
 
+    def kind(self, rule: Rule, layout: Layout) -> Hashable | None:
+        """What parameters must have in common to be in one batch; None if there are no batches."""
+        return None
+
+    def batch(self, kind: Hashable, members: Sequence[Member]) -> Batch:
+        """A batch of parameters of one kind."""
+        raise NotImplementedError
+
+    def gradients(self, params: np.ndarray) -> np.ndarray | None:
+        """The gradients that arrays carry themselves, all at once; None if they must be asked."""
+        return None
+
+    def memory_of(self, array: Array) -> np.ndarray | None:
+        """A NumPy array over the memory of an array on the CPU; None if it cannot be written."""
+        return None
+
+    def touch(self, arrays: Sequence[Array]) -> None:
+        """Let a library know that the memory of its arrays is about to be written."""
+
     def run(self, tasks: Sequence[Task]) -> list[Result]:
         """Clip, then update, all parameters of a step on this backend; write nothing."""
         return [self._run(task) for task in tasks]
@@ -259,6 +409,12 @@ class Backend:
     def copied(self, array: Array) -> Array:
         """A slot copied within the library, so that neither sees a change of the other."""
         return import_module(self.library).asarray(array, copy=True)
+
+
+def objects(things: Iterable[Any]) -> np.ndarray:
+    """A one-dimensional array of objects, whatever they are."""
+    things = list(things)
+    return np.fromiter(things, object, len(things))
 
 
 def by_backend(tasks: Iterable[Task]) -> list[tuple[Backend, list[Task]]]:

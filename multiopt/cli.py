@@ -1,11 +1,18 @@
-"""The command line: ``multiopt demo``."""
+"""The command line: ``multiopt demo`` and ``multiopt bench``."""
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
+from multiopt.bench.comparisons import ROWS
+from multiopt.bench.machine import cores
+from multiopt.bench.show import bench
 from multiopt.demo.show import demo
 
 __all__ = ["main"]
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,13 +22,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process if left out.
 
     Returns:
-        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ.
+        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ. No figure of the
+        bench changes it.
     """
     parser = argparse.ArgumentParser(
         prog="multiopt",
         description="Stochastic optimizers for named parameters that appear while a model runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_demo(commands)
+    _add_bench(commands)
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _add_demo(commands: "Commands") -> None:
     command = commands.add_parser(
         "demo",
         help="fit a hierarchical model of baseball data",
@@ -30,9 +46,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--steps", type=int, default=4000, help="at least 200; default 4000")
     command.add_argument("--seed", type=int, default=1970, help="at least 0; default 1970")
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 200:
-        command.error("--steps must be at least 200, so that every player is seen")
-    if arguments.seed < 0:
-        command.error("--seed must be at least 0")
-    return 0 if demo(arguments.steps, arguments.seed) else 1
+
+    def run(arguments: argparse.Namespace) -> int:
+        if arguments.steps < 200:
+            command.error("--steps must be at least 200, so that every player is seen")
+        if arguments.seed < 0:
+            command.error("--seed must be at least 0")
+        return 0 if demo(arguments.steps, arguments.seed) else 1
+
+    command.set_defaults(run=run)
+
+
+def _add_bench(commands: "Commands") -> None:
+    command = commands.add_parser(
+        "bench",
+        help="measure how fast a step is on this machine",
+        description="Times steps side by side with the libraries that are installed and prints a "
+        "table in Markdown; docs/performance.md says how to read it. Takes some minutes.",
+    )
+    command.add_argument("--quick", action="store_true", help="little work, to see that it runs")
+    command.add_argument(
+        "--only", nargs="+", choices=ROWS, metavar="NAME", help=f"some of: {', '.join(ROWS)}"
+    )
+    command.add_argument(
+        "--threads", nargs="+", type=int, metavar="N", help="default: 1, and as many as cores"
+    )
+    command.add_argument("--json", metavar="FILE", help="also as JSON; - for JSON alone, printed")
+
+    def run(arguments: argparse.Namespace) -> int:
+        threads = arguments.threads or [1, cores()]
+        if min(threads) < 1:
+            command.error("--threads must be at least 1")
+        bench(arguments.only or ROWS, threads, arguments.quick, arguments.json)
+        return 0
+
+    command.set_defaults(run=run)

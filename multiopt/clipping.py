@@ -1,17 +1,21 @@
 """Gradient clipping, by norm, by global norm and by value: ``spec/clipping.md``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, nan, sqrt
+from math import inf, nan
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from multiopt.backend import Task, by_backend
-from multiopt.rules.arithmetic import rounded, tree_sum
+from multiopt.backend import Scaling
+from multiopt.rules.arithmetic import tree_sum
 
-__all__ = ["Clip", "clip_by_norms"]
+__all__ = ["Clip", "Clipping", "Norms", "coefficient"]
+
+#: ``sums(where, own, factor)``: for each of the positions ``where`` the sum of squares of its
+#: gradient, times ``own`` (by position, over all) in the compute dtype, then times ``factor``.
+Sums: TypeAlias = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -58,89 +62,114 @@ class Clip:
                 raise ValueError(f"Clip: {name} must be a number >= 0; got {value!r}")
             object.__setattr__(self, name, number)
 
-    def coefficient(self, bound: float, norm: float) -> float:
-        """The factor, in float64, that brings a norm down to a bound: 1 if it is below.
 
-        NaN for a NaN norm; 0 for an infinite one; 1 for an infinite bound, whatever the norm.
-
-        >>> Clip(norm=1.0, eps=0.0).coefficient(1.0, 4.0)
-        0.25
-        """
-        if bound == inf:
-            return 1.0
-        reach = norm + self.eps
-        ratio = bound / reach if reach else inf
-        return 1.0 if ratio >= 1 else ratio
-
-
-def clip_by_norms(
-    tasks: Sequence[Task], clips: Sequence[Clip | None]
-) -> tuple[dict[str, float], dict[Clip, float]]:
-    """Append to the tasks the coefficients of their norms and of their global norms.
+class Clipping:
+    """The clips of the parameters of a plan, by position, ready to be measured at every step.
 
     Args:
-        tasks: The tasks of a step.
-        clips: The clip of each task.
-
-    Returns:
-        The norms by name, and the global norms by clip, each as it was before its clipping.
+        names: The parameters.
+        clips: The clip of each.
+        dtypes: The compute dtype of each.
     """
-    own = [
-        _Group(clip, clip.norm, [task])
-        for task, clip in zip(tasks, clips, strict=True)
-        if clip is not None and clip.norm is not None
-    ]
-    norms = {group.tasks[0].name: norm for group, norm in _scale(own)}
 
-    shared: dict[Clip, _Group] = {}
-    for task, clip in sorted(zip(tasks, clips, strict=True), key=lambda pair: pair[0].name):
-        if clip is not None and clip.global_norm is not None:
-            shared.setdefault(clip, _Group(clip, clip.global_norm, [])).tasks.append(task)
-    global_norms = {group.clip: norm for group, norm in _scale(list(shared.values()))}
-    return norms, global_norms
+    def __init__(
+        self, names: Sequence[str], clips: Sequence[Clip | None], dtypes: Sequence[str]
+    ) -> None:
+        """Sort the clips by what they bound."""
+        self._narrow = np.array([dtype == "float32" for dtype in dtypes])
+        self.carried = np.array([clip is not None for clip in clips])
+        values = [inf if clip is None or clip.value is None else clip.value for clip in clips]
+        self._bounds = self._rounded(np.array(values), np.arange(len(values)))
+        normed = [
+            (i, clip.norm, clip.eps)
+            for i, clip in enumerate(clips)
+            if clip is not None and clip.norm is not None
+        ]
+        self._normed = np.array([i for i, _, _ in normed], np.int64)
+        self._norm_bounds = np.array([bound for _, bound, _ in normed])
+        self._norm_eps = np.array([eps for _, _, eps in normed])
+        sharing: dict[Clip, list[int]] = {}
+        for i in sorted(range(len(names)), key=names.__getitem__):
+            clip = clips[i]
+            if clip is not None and clip.global_norm is not None:
+                sharing.setdefault(clip, []).append(i)
+        self._sharing = [(clip, np.array(where, np.int64)) for clip, where in sharing.items()]
+
+    def scaling(self, active: np.ndarray, sums: Sums) -> "tuple[Scaling, Norms]":
+        """Measure the gradients of a step.
+
+        Args:
+            active: By position, whether the parameter takes part.
+            sums: Sums of squares of gradients.
+        """
+        ones = np.ones(len(self._bounds))
+        own, shared = ones.copy(), ones.copy()
+        some = active[self._normed]
+        where, bounds, eps = self._normed[some], self._norm_bounds[some], self._norm_eps[some]
+        norms = _norms(len(where), lambda which, factor: sums(where[which], ones, factor))
+        own[where] = self._rounded(coefficient(bounds, norms, eps), where)
+
+        groups = [(clip, at[active[at]]) for clip, at in self._sharing]
+        groups = [(clip, at) for clip, at in groups if at.size]
+
+        def folded(which: np.ndarray, factor: float) -> np.ndarray:
+            return np.array([tree_sum(np, sums(groups[i][1], own, factor)) for i in which])
+
+        shared_norms = _norms(len(groups), folded)
+        for (clip, at), norm in zip(groups, shared_norms, strict=True):
+            assert clip.global_norm is not None
+            shared[at] = self._rounded(coefficient(clip.global_norm, norm, clip.eps), at)
+        found = dict(zip([clip for clip, _ in groups], shared_norms.tolist(), strict=True))
+        return Scaling(own, shared, self._bounds), Norms(where, norms, found)
+
+    def _rounded(self, numbers: Any, where: np.ndarray) -> np.ndarray:
+        """Numbers rounded to the compute dtypes of their positions, as float64."""
+        return np.where(self._narrow[where], np.float32(numbers).astype(np.float64), numbers)
 
 
-class _Group(NamedTuple):
-    """Tasks whose gradients have one norm together, in the order of their names."""
+class Norms(NamedTuple):
+    """The norms that a step measured, each before its clipping.
 
-    clip: Clip
-    bound: float
-    tasks: list[Task]
+    Attributes:
+        where: Positions of the parameters with ``Clip(norm=...)``.
+        own: Their norms.
+        shared: The global norms.
+    """
 
-
-def _scale(groups: list[_Group]) -> list[tuple[_Group, float]]:
-    """Append the coefficient of its group to each task; return the groups with their norms."""
-    measured = list(zip(groups, _norms(groups), strict=True))
-    for group, norm in measured:
-        coefficient = group.clip.coefficient(group.bound, norm)
-        for task in group.tasks:
-            task.scales.append(rounded(coefficient, task.layout.compute_dtype))
-    return measured
+    where: np.ndarray
+    own: np.ndarray
+    shared: dict[Clip, float]
 
 
-def _norms(groups: list[_Group]) -> list[float]:
+def coefficient(bound: Any, norm: Any, eps: Any) -> np.ndarray:
+    """The factor, in float64, that brings a norm down to a bound: 1 if it is below.
+
+    NaN for a NaN norm; 0 for an infinite one; 1 for an infinite bound, whatever the norm.
+
+    >>> coefficient(1.0, np.array([0.5, 4.0]), 0.0).tolist()
+    [1.0, 0.25]
+    """
+    reach = np.asarray(norm + eps)
+    # Divided only where it is not 0, a bound of 0 and a norm of 0 being 1.
+    ratio = np.divide(bound, reach, out=np.full(reach.shape, inf), where=reach != 0)
+    return np.where((bound == inf) | (ratio >= 1), 1.0, ratio)
+
+
+def _norms(count: int, sums: Callable[[np.ndarray, float], np.ndarray]) -> np.ndarray:
     """Norms that neither overflow nor underflow.
 
     A sum of squares near the ends of float64's range is taken again of scaled gradients.
+
+    Args:
+        count: How many norms.
+        sums: For some of them the sums of squares of the gradients times a factor.
     """
-    sums = _sums_of_squares(groups, 1.0)
-    norms = [sqrt(total) for total in sums]
-    large = [i for i, total in enumerate(sums) if not total < 2.0**1000]
-    small = [i for i, total in enumerate(sums) if total < 2.0**-900]
-    for chosen, factor in ((large, 2.0**-600), (small, 2.0**600)):
-        again = _sums_of_squares([groups[i] for i in chosen], factor)
-        for i, total in zip(chosen, again, strict=True):
-            norms[i] = sqrt(total) / factor
+    if not count:
+        return np.empty(0)
+    totals = sums(np.arange(count), 1.0)
+    norms = np.sqrt(totals)
+    for wrong, factor in ((~(totals < 2.0**1000), 2.0**-600), (totals < 2.0**-900, 2.0**600)):
+        if wrong.any():
+            which = np.flatnonzero(wrong)
+            norms[which] = np.sqrt(sums(which, factor)) / factor
     return norms
-
-
-def _sums_of_squares(groups: list[_Group], factor: float) -> list[float]:
-    """For each group the sum of squares of ``factor`` times its gradients."""
-    sums: dict[str, float] = {}
-    for backend, tasks in by_backend(task for group in groups for task in group.tasks):
-        names = [task.name for task in tasks]
-        sums.update(zip(names, backend.sums_of_squares(tasks, factor), strict=True))
-    return [
-        float(tree_sum(np, np.asarray([sums[task.name] for task in group.tasks])))
-        for group in groups
-    ]

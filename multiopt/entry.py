@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
-    """One parameter of the registry. Replaced whole by each step, never changed."""
+    """One parameter of the registry. A step changes its clock and its slots, and nothing else."""
 
     rule: Rule
     clip: Clip | None

@@ -8,21 +8,35 @@ import numpy as np
 
 from multiopt.backend import Array, Layout, Task, backend_of
 
-__all__ = ["check_no_shared_memory", "checked_gradient", "named_arrays", "paired"]
+__all__ = [
+    "apart",
+    "check_known",
+    "check_no_shared_memory",
+    "checked_gradient",
+    "named_arrays",
+    "own_gradient",
+]
 
 
-def paired(
-    params: Mapping[str, Array], grads: Mapping[str, Array | None] | None
-) -> list[tuple[str, Array, Array]]:
-    """The names that have a gradient, with parameter and gradient.
+def own_gradient(name: str, param: Array) -> Array | None:
+    """The gradient that a parameter carries itself.
 
     Raises:
-        TypeError: The gradients are no mapping of strings, or an array carries none itself.
-        KeyError: A gradient has no parameter.
+        TypeError: Arrays of its library carry none.
+        ValueError: Its library keeps none for this one.
     """
-    if grads is None:
-        grads = {name: _own_gradient(name, param) for name, param in params.items()}
-    grads = named_arrays("grads", grads)
+    label = f"parameter {name!r}"
+    return backend_of(param, label).gradient(param, label)
+
+
+def check_known(grads: Mapping[str, Array | None], params: Mapping[str, Array]) -> None:
+    """Refuse a gradient without a parameter.
+
+    Raises:
+        KeyError: There is one.
+    """
+    if grads.keys() <= params.keys():
+        return
     for name, grad in grads.items():
         if grad is not None and name not in params:
             near = ", ".join(map(repr, get_close_matches(name, params))) or "none like it"
@@ -30,8 +44,6 @@ def paired(
                 f"gradient of {name!r}: expected the name of one of the {len(params)} parameters "
                 f"of this step ({near}): pass its parameter in params"
             )
-    given = [(name, param, grads.get(name)) for name, param in params.items()]
-    return [(name, param, grad) for name, param, grad in given if grad is not None]
 
 
 def named_arrays(what: str, arrays: Any) -> dict[str, Any]:
@@ -50,11 +62,6 @@ def named_arrays(what: str, arrays: Any) -> dict[str, Any]:
         if not isinstance(name, str):
             raise TypeError(f"{what} has the name {name!r}; expected a string")
     return by_name
-
-
-def _own_gradient(name: str, param: Array) -> Array | None:
-    label = f"parameter {name!r}"
-    return backend_of(param, label).gradient(param, label)
 
 
 def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
@@ -84,6 +91,24 @@ def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
                 f"{label} has {what} {have}; expected {want}, that of its parameter: {remedy}"
             )
     return grad
+
+
+def apart(written: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> bool:
+    """Whether what is written overlaps with nothing else, be it written or read.
+
+    Args:
+        written: Arrays of two rows: where memory begins, and where it ends.
+        read: Likewise.
+    """
+    low, high = np.concatenate([*written, *read], axis=1)
+    writes = np.arange(len(low)) < sum(spans.shape[1] for spans in written)
+    order = np.argsort(low, kind="stable")
+    order = order[low[order] < high[order]]
+    low, high, writes = low[order], high[order], writes[order]
+    # How far the memory reaches that was met before, going up through the addresses.
+    reached = np.maximum.accumulate(high)[:-1]
+    reached_by_writes = np.maximum.accumulate(np.where(writes, high, 0))[:-1]
+    return not (low[1:] < np.where(writes[1:], reached, reached_by_writes)).any()
 
 
 class _Span(NamedTuple):

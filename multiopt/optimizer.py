@@ -1,17 +1,20 @@
 """The registry: names to rules, clocks and slots, and the step: ``spec/registry.md``."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from itertools import compress
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from multiopt import checkpoint
-from multiopt.backend import Array, Layout, Task, backend_of, by_backend, named
-from multiopt.clipping import Clip, clip_by_norms
+from multiopt.backend import Array, Layout, backend_of, named, objects
+from multiopt.clipping import Clip
 from multiopt.entry import (
     Entry,
     check_clip,
@@ -26,11 +29,15 @@ from multiopt.entry import (
     with_rule,
 )
 from multiopt.errors import CheckpointError
-from multiopt.inputs import check_no_shared_memory, checked_gradient, named_arrays, paired
+from multiopt.inputs import check_known, named_arrays, own_gradient
+from multiopt.plan import Plan
 from multiopt.rules import Rule
-from multiopt.rules.arithmetic import rounded
+from multiopt.step import Outcome, Step
 
 __all__ = ["Optimizer", "Report", "State"]
+
+#: How many plans are remembered: lists of names that take turns.
+PLANS = 8
 
 
 class State(NamedTuple):
@@ -83,13 +90,13 @@ class Optimizer:
             before clipping. ``"propagate"``: nothing, the gradient is used. ``"raise"``:
             ``ValueError``, and nothing has changed. ``"skip"``: those names are left alone, out of
             every norm, their clocks stand still; the others step.
-
-    Attributes:
-        last: A ``Report`` of the last step.
+        threads: The largest number of threads for large parameters on the CPU. By default, and at
+            most, as many as torch uses where it is loaded, else as many as the process may run on;
+            the environment variable ``MULTIOPT_NUM_THREADS`` bounds them too.
 
     Raises:
         TypeError: ``rule`` or ``clip`` is of another kind.
-        ValueError: ``on_nonfinite`` is none of the three.
+        ValueError: ``on_nonfinite`` is none of the three, or ``threads`` no integer >= 1.
 
     >>> import numpy as np, multiopt as mo
     >>> opt = mo.Optimizer(mo.Adam(lr=0.1), clip=mo.Clip(norm=10.0))
@@ -107,12 +114,18 @@ class Optimizer:
     __slots__ = (
         "__weakref__",
         "_clip",
-        "_entries",
         "_on_nonfinite",
+        "_outcome",
         "_pending",
+        "_plan",
+        "_plans",
         "_rule",
-        "last",
+        "_seen",
+        "_threads",
     )
+
+    #: Whether a step writes clipped gradients over the gradients.
+    _leave_clipped: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -120,6 +133,7 @@ class Optimizer:
         clip: Clip | Callable[[str], Clip | None] | None = None,
         *,
         on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
+        threads: int | None = None,
     ) -> None:
         """Make an optimizer that has seen no parameter yet."""
         check_rule(rule)
@@ -130,13 +144,27 @@ class Optimizer:
             )
         self._rule = rule
         self._clip = clip
+        if threads is not None and not (type(threads) is int and threads >= 1):
+            raise ValueError(f"threads must be an integer >= 1 or None; got {threads!r}")
         self._on_nonfinite = on_nonfinite
-        self._entries: dict[str, Entry] = {}
+        self._threads = threads
+        self._seen: dict[str, Entry] = {}
+        # The plan of the last step, which has the clocks of its entries, and some earlier ones.
+        self._plan: Plan | None = None
+        self._plans: dict[tuple[str, ...], Plan] = {}
         # Loaded state of names not seen yet, as a state dict has it, the slots NumPy arrays.
         self._pending: dict[str, dict[str, Any]] = {}
-        self.last = Report()
+        # Of the last step: its names, which of them were new, and what became of them.
+        self._outcome: tuple[list[str], tuple[str, ...], Outcome] | None = None
 
     # Looking
+
+    @property
+    def last(self) -> Report:
+        """What the last step did."""
+        if self._outcome is None:
+            return Report()
+        return _report(*self._outcome)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -167,6 +195,18 @@ class Optimizer:
     def __bool__(self) -> bool:
         """True, also before the first step."""
         return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the plans."""
+        self._settle_clocks()
+        names = (*Optimizer.__slots__, *getattr(self, "__dict__", ()))
+        return {n: getattr(self, n) for n in names if n not in ("__weakref__", "_plan", "_plans")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin without plans."""
+        self._plan, self._plans = None, {}
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def __copy__(self) -> "Optimizer":
         """A deep copy: two optimizers never share state."""
@@ -236,7 +276,7 @@ class Optimizer:
         """
         if name not in self._entries and name not in self._pending:
             raise KeyError(f"cannot forget parameter {name!r}: it is neither seen nor pending")
-        self._entries.pop(name, None)
+        self._entries = {n: entry for n, entry in self._entries.items() if n != name}
         self._pending.pop(name, None)
 
     def rename(self, names: Mapping[str, str]) -> None:
@@ -295,63 +335,152 @@ class Optimizer:
         # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step in half.
         with np.errstate(all="ignore"):
             params = named_arrays("params", params)
-            return self._step(params, paired(params, grads))
+            gradients = None
+            if grads is not None:
+                grads = named_arrays("grads", grads)
+                check_known(grads, params)
+                gradients = objects(map(grads.get, params))
+            advance = _untraced() if "torch._dynamo" in sys.modules else Optimizer._advance
+            params.update(advance(self, list(params), objects(params.values()), gradients))
+        return params
 
-    def _step(
-        self, params: Mapping[str, Array], pairs: list[tuple[str, Array, Array]]
+    def _advance(
+        self, names: list[str], params: np.ndarray, grads: np.ndarray | None
     ) -> dict[str, Array]:
-        entries: dict[str, Entry] = {}
-        tasks: list[Task] = []
-        for name, param, grad in pairs:
-            backend = backend_of(param, f"parameter {name!r}")
-            layout = backend.layout(param, f"parameter {name!r}")
-            grad = checked_gradient(name, grad, layout)
-            entries[name] = entry = self._settled(name, layout)
-            tasks.append(
-                Task(name, backend, param, grad, layout, entry.slots, entry.rule.update, None)
-            )
-        skipped = self._nonfinite(tasks)
-        tasks = [task for task in tasks if task.name not in skipped]
-        _set_scalars(tasks, entries)
-        # Last, when no code of the caller's own will run any more.
-        for task in tasks:
-            task.backend.check_writable(task.param, f"parameter {task.name!r}")
-        check_no_shared_memory(tasks)
-        norms, global_norms = clip_by_norms(tasks, [entries[task.name].clip for task in tasks])
-        limited = {}
-        for task in tasks:
-            clip = entries[task.name].clip
-            if clip is not None:
-                limited[task.name] = any(scale != 1 for scale in task.scales)
-                if clip.value is not None:
-                    task.bound = rounded(clip.value, task.layout.compute_dtype)
+        """Step; return the arrays that take the place of parameters that cannot be written."""
+        plan = self._plan_of(names)
+        own, leaves = grads is None, False
+        if grads is None and plan is not None and plan.whole is not None:
+            grads = plan.whole.backend.gradients(params)
+            leaves = grads is not None
+        if grads is None:
+            grads = objects(map(own_gradient, names, params))
+        if plan is not None:
+            return self._take(plan, params, grads, own=own, leaves=leaves)
+        # A name is seen for the first time with its first gradient.
+        has = np.array([grad is not None for grad in grads], bool)
+        if not has.all():
+            some = [name for name, here in zip(names, has, strict=True) if here]
+            return self._advance(some, params[has], grads[has])
+        fresh = {}
+        for name, param in zip(names, params, strict=True):
+            if name not in self._seen:
+                label = f"parameter {name!r}"
+                layout = backend_of(param, label).layout(param, label)
+                fresh[name] = self._settled(name, layout)
+        return self._take(self._made(names, fresh), params, grads, fresh, own=own)
 
-        done = [
-            (task, result)
-            for backend, group in by_backend(tasks)
-            for task, result in zip(group, backend.run(group), strict=True)
-        ]
+    def _take(
+        self,
+        plan: Plan,
+        params: np.ndarray,
+        grads: np.ndarray,
+        fresh: Mapping[str, Entry] = MappingProxyType({}),
+        *,
+        own: bool,
+        leaves: bool = False,
+    ) -> dict[str, Array]:
+        """Take a step of a plan.
+
+        Args:
+            plan: The plan.
+            params: Its parameters.
+            grads: Their gradients.
+            fresh: The entries that are not registered yet: of new names, and of parameters that
+                moved.
+            own: Whether the gradients are the parameters' own.
+            leaves: Whether it is known that the parameters may have gradients of their own.
+        """
+        step = Step(plan, params, grads, own=own, leaves=leaves, threads=self._threads)
+        moved = step.look()
+        if moved:
+            names = plan.names
+            self._settle_clocks()
+            fresh = {**fresh, **{names[i]: self._settled(names[i], x) for i, x in moved.items()}}
+            return self._take(self._made(names, fresh), params, grads, fresh, own=own)
+        step.check(self._on_nonfinite)
         # From here on nothing fails: the step is whole.
-        written = {}
-        new = tuple(task.name for task in tasks if task.name not in self._entries)
-        for task, result in done:
-            entry = entries[task.name]
-            written[task.name] = task.backend.write(task, result.param)
-            self._entries[task.name] = replace(entry, step=entry.step + 1, slots=result.slots)
-            self._pending.pop(task.name, None)
-            if task.name in limited:
-                limited[task.name] = limited[task.name] or result.limited
-                self._after_clipping(task, result.grad)
-        updated = tuple(task.name for task in tasks)
-        self.last = Report(new, updated, skipped, norms, global_norms, limited)
-        return {name: written.get(name, param) for name, param in params.items()}
+        outcome = step.run(self._leave_clipped)
+        self._after(step)
+        active = outcome.active
+        new = [n for n in fresh if n not in self._seen]
+        if active is not None:
+            new = [n for n in new if active[plan.names.index(n)]]
+        self._outcome = plan.names, tuple(new), outcome._replace(replaced={})
+        if plan is not self._plan:
+            self._take_up(plan, fresh, outcome)
+        return {plan.names[i]: array for i, array in outcome.replaced.items()}
+    def _after(self, step: Step) -> None:
+        """For hosts that expect to find the clipped gradients; here nothing."""
 
-    def _after_clipping(self, task: Task, grad: Array) -> None:
-        """For hosts that expect to find the clipped gradient; here nothing."""
+    # Plans
+
+    def _plan_of(self, names: list[str]) -> Plan | None:
+        """The plan of a list of names; None if one of them was never seen."""
+        plan = self._plan
+        if plan is not None and plan.names == names:
+            return plan
+        key = tuple(names)
+        plan = self._plans.pop(key, None)
+        self._settle_clocks()
+        if plan is not None:
+            plan.resume()
+        elif all(name in self._seen for name in names):
+            plan = self._made(names, {})
+        else:
+            return None
+        self._keep(plan)
+        return plan
+
+    def _made(self, names: list[str], fresh: Mapping[str, Entry]) -> Plan:
+        """A new plan, for a step that may still fail."""
+        self._settle_clocks()
+        return Plan(names, [fresh[n] if n in fresh else self._seen[n] for n in names])
+
+    def _keep(self, plan: Plan) -> None:
+        """Make a plan the current one, and remember it for the next time."""
+        self._plan = plan
+        self._plans[tuple(plan.names)] = plan
+        if len(self._plans) > PLANS:
+            del self._plans[next(iter(self._plans))]
+
+    def _take_up(self, plan: Plan, fresh: Mapping[str, Entry], outcome: Outcome) -> None:
+        """Register the entries that a new plan began with, but for those that were left alone."""
+        active = outcome.active
+        stepped = plan.names if active is None else list(compress(plan.names, active))
+        plan.settle()
+        for name in stepped:
+            if name in fresh:
+                self._pending.pop(name, None)
+        if not self._seen.keys().isdisjoint(fresh):
+            # They moved, and other plans know their old slots.
+            self._plans.clear()
+        self._seen.update((name, fresh[name]) for name in stepped if name in fresh)
+        if all(self._seen.get(name) is entry for name, entry in fresh.items()):
+            self._keep(plan)
+        else:
+            self._plan = None
+
+    def _settle_clocks(self) -> None:
+        """Bring the clocks of the current plan back to the entries."""
+        if self._plan is not None:
+            self._plan.settle()
+
+    @property
+    def _entries(self) -> dict[str, Entry]:
+        """The entries by name, their clocks up to date; to be replaced, never changed."""
+        self._settle_clocks()
+        return self._seen
+
+    @_entries.setter
+    def _entries(self, entries: dict[str, Entry]) -> None:
+        self._seen = entries
+        self._plan = None
+        self._plans = {}
 
     def _settled(self, name: str, layout: Layout) -> Entry:
         """The entry a step of this parameter starts from; nothing is registered yet."""
-        entry = self._entries.get(name)
+        entry = self._seen.get(name)
         if entry is None:
             rule = chosen(self._rule, name, Rule, "rule")
             clip = chosen_clip(self._clip, name)
@@ -373,24 +502,6 @@ class Optimizer:
         host = [named(entry.layout.library).to_host(slot) for slot in entry.slots]
         slots = tuple(named(layout.library).from_host(array, layout) for array in host)
         return replace(entry, slots=slots, layout=layout)
-
-    def _nonfinite(self, tasks: list[Task]) -> tuple[str, ...]:
-        """The names to skip, by the policy for gradients that are not finite."""
-        if self._on_nonfinite == "propagate":
-            return ()
-        bad = {
-            task.name
-            for backend, group in by_backend(tasks)
-            for task, finite in zip(group, backend.finite(group), strict=True)
-            if not finite
-        }
-        names = tuple(task.name for task in tasks if task.name in bad)
-        if names and self._on_nonfinite == "raise":
-            raise ValueError(
-                f"the gradient of {', '.join(map(repr, names))} has infinities or NaNs; expected "
-                "finite numbers, as on_nonfinite='raise' asks: nothing was changed"
-            )
-        return names
 
     # State
 
@@ -449,7 +560,7 @@ class Optimizer:
                 if isinstance(self._rule, Rule):
                     check_slot_names(name, host, self._rule)
                 pending[name] = host
-        self._entries.update(entries)
+        self._entries = {**self._entries, **entries}
         self._pending.update(pending)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -478,15 +589,32 @@ class Optimizer:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
 
 
-def _set_scalars(tasks: list[Task], entries: Mapping[str, Entry]) -> None:
-    """Give each task the numbers of its step; names alike share one computation."""
-    known: dict[tuple[int, int, str], Any] = {}
-    for task in tasks:
-        entry = entries[task.name]
-        key = id(entry.rule), entry.step, task.layout.compute_dtype
-        if key not in known:
-            try:
-                known[key] = entry.rule.coefficients(entry.step + 1, task.layout.compute_dtype)
-            except ValueError as error:
-                raise ValueError(f"parameter {task.name!r}: {error}") from error
-        task.scalars = known[key]
+def _report(names: list[str], new: tuple[str, ...], outcome: Outcome) -> Report:
+    active, norms, clipped = outcome.active, outcome.norms, outcome.clipped
+    limited: dict[str, Any] = {}
+    if clipped is not None:
+        limited = {names[i]: True for i in np.flatnonzero(clipped).tolist()}
+        for i, value in outcome.on_devices.items():
+            limited.setdefault(names[i], value)
+        limited = {name: limited[name] for name in names if name in limited}
+    return Report(
+        new,
+        tuple(names if active is None else compress(names, active)),
+        tuple(names[i] for i in outcome.skipped),
+        {names[i]: norm for i, norm in zip(norms.where, norms.own.tolist(), strict=True)}
+        if norms is not None
+        else {},
+        {} if norms is None else norms.shared,
+        limited,
+    )
+
+
+def _untraced() -> Callable[..., dict[str, Array]]:
+    """``Optimizer._advance`` out of reach of PyTorch's compiler, which would round otherwise."""
+    if not _UNTRACED:
+        _UNTRACED.append(sys.modules["torch"].compiler.disable(Optimizer._advance))
+    return _UNTRACED[0]
+
+
+# A list: torch's compiler warns of functools.cache.
+_UNTRACED: list[Callable[..., dict[str, Array]]] = []

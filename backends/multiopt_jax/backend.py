@@ -5,12 +5,15 @@ and may contract a product and a sum. Arrays on other devices run the rule as it
 equality to the last bit is not claimed for them.
 """
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from multiopt.backend import Array, Backend, Layout, Task, require_dtype
+from multiopt.backend import Array, Backend, Batch, Layout, Member, Task, require_dtype
+from multiopt.rules import Rule
+from multiopt_numpy import engines
 
 __all__ = ["JaxBackend"]
 
@@ -47,17 +50,27 @@ class JaxBackend(Backend):
     def closed(self, computed: Array, param: Array) -> Array:
         """The computed array as a JAX array where the parameter is."""
         with _beside(param):
-            array = jax.device_put(computed, param.sharding if param.committed else None)
-        if isinstance(array, jax.core.Tracer):
-            raise TypeError(
-                "a step was taken inside a JAX transformation, where new arrays are tracers "
-                "without values; call the pure rule.update there"
-            )
-        return array
+            return jax.device_put(computed, param.sharding if param.committed else None)
 
     def ready(self, task: Task, computed: Array) -> Array:
         """A new array of the parameter's dtype, where the parameter is."""
         return self.closed(computed.astype(task.param.dtype), task.param)
+
+    def check_writable(self, param: Array, label: str) -> None:
+        """Refuse a step while JAX traces, when new arrays are tracers without values."""
+        if isinstance(jax.device_put(np.zeros(())), jax.core.Tracer):
+            raise TypeError(
+                f"{label}: a step was taken inside a JAX transformation, where new arrays are "
+                "tracers without values; call the pure rule.update there"
+            )
+
+    def kind(self, rule: Rule, layout: Layout) -> Hashable | None:
+        """See ``Backend``."""
+        return engines.kind(rule, layout) if _on_cpu(layout) else None
+
+    def batch(self, kind: Hashable, members: Sequence[Member]) -> Batch:
+        """See ``Backend``; all arrays are lent, for none can be written."""
+        return engines.batch(kind, members, lambda: None)
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy in NumPy."""

@@ -1,11 +1,15 @@
 """NumPy arrays, computed by the rule as it stands and updated in place: the reference."""
 
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from multiopt.backend import Array, Backend, Layout, Task, require_dtype
+from multiopt.backend import Array, Backend, Batch, Layout, Member, Task, require_dtype
+from multiopt.rules import Rule
+from multiopt_numpy import engines
+from multiopt_numpy.kernels import Look, look_kernel
 
 __all__ = ["NumpyBackend"]
 
@@ -54,6 +58,19 @@ class NumpyBackend(Backend):
         np.copyto(np.asarray(task.param), ready)
         return task.param
 
+    def kind(self, rule: Rule, layout: Layout) -> Hashable | None:
+        """See ``Backend``."""
+        return engines.kind(rule, layout)
+
+    def batch(self, kind: Hashable, members: Sequence[Member]) -> Batch:
+        """See ``Backend``."""
+        return engines.batch(kind, members, _look, numpy_arrays=True)
+
+    def memory_of(self, array: Array) -> np.ndarray | None:
+        """The array, if it is writeable."""
+        array = np.asarray(array)
+        return array if array.flags.writeable else None
+
     def to_host(self, array: Array) -> np.ndarray:
         """A copy."""
         return np.array(array)
@@ -65,6 +82,13 @@ class NumpyBackend(Backend):
     def copied(self, array: Array) -> Array:
         """A copy."""
         return np.array(array)
+
+
+@cache
+def _look() -> Look | None:
+    """How compiled code looks at NumPy arrays; None if their structure is not the one it reads."""
+    facts = {name: (id(np.ndarray), id(np.dtype(name))) for name in ("float32", "float64")}
+    return Look(look_kernel("look_numpy"), facts, lambda params, grads, leaves: True)
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

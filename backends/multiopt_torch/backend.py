@@ -4,7 +4,9 @@ CPU tensors are computed by NumPy through a view of their memory: ``torch.sqrt``
 rounded there (pytorch#31250), NumPy's is. CUDA tensors run the rule as it stands, on their device.
 """
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import array_api_compat.torch
@@ -12,8 +14,11 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from multiopt.backend import Array, Backend, Layout, Result, Task, require_dtype
+from multiopt.backend import Array, Backend, Batch, Layout, Member, Result, Task, require_dtype
+from multiopt.rules import Rule
+from multiopt_numpy import engines
 from multiopt_numpy.backend import check_places, read_only
+from multiopt_numpy.kernels import Look, look_kernel
 
 __all__ = ["TorchBackend"]
 
@@ -104,6 +109,31 @@ class TorchBackend(Backend):
         """The computed array as a tensor over the same memory."""
         return computed if isinstance(computed, torch.Tensor) else _from_numpy(computed)
 
+    def kind(self, rule: Rule, layout: Layout) -> Hashable | None:
+        """See ``Backend``."""
+        return engines.kind(rule, layout) if _on_cpu(layout) else None
+
+    def batch(self, kind: Hashable, members: Sequence[Member]) -> Batch:
+        """See ``Backend``."""
+        return engines.batch(kind, members, _look)
+
+    def gradients(self, params: np.ndarray) -> np.ndarray | None:
+        """See ``Backend``."""
+        if not (PLAIN.issuperset(map(type, params)) and all(map(_IS_LEAF, params))):
+            return None
+        return np.fromiter(map(_GRAD, params), object, len(params))
+
+    def memory_of(self, array: Array) -> np.ndarray | None:
+        """The memory of a CPU tensor as NumPy has it."""
+        if array.device.type != "cpu" or array.dtype not in _DTYPES.values() or array.is_neg():
+            return None
+        memory: np.ndarray = array.detach().numpy()
+        return memory
+
+    def touch(self, arrays: Sequence[Array]) -> None:
+        """Move the version counters, by which autograd knows that a tensor was written."""
+        torch.autograd.graph.increment_version(list(arrays))
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def sums_of_squares(self, tasks: Sequence[Task], factor: float) -> list[float]:
         """See ``Backend``; one transfer for all tasks of a device."""
@@ -148,6 +178,52 @@ class TorchBackend(Backend):
     def copied(self, array: Array) -> Array:
         """A clone."""
         return array.clone()
+
+
+#: Tensors that compiled code may look at: no subclass with a mind of its own.
+PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+_GRAD, _IS_LEAF = attrgetter("grad"), attrgetter("is_leaf")
+
+
+def _look() -> Look | None:
+    """How compiled code looks at tensors; None where torch has no DLPack table of C functions."""
+    if not _LOOK:
+        _LOOK.append(_found_look())
+    return _LOOK[0]
+
+
+_LOOK: list[Look | None] = []
+
+
+def _found_look() -> Look | None:
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    table = pointer(capsule, b"dlpack_exchange_api")
+    # struct DLPackExchangeAPI of DLPack 1.3: version (two 32-bit numbers), a pointer to an older
+    # table, then functions; ``dltensor_from_py_object_no_sync`` is the fourth of them.
+    if ctypes.c_uint32.from_address(table).value != 1:
+        return None
+    call = ctypes.c_void_p.from_address(table + 40).value
+    # DLDataType: kDLFloat, the bits, one lane.
+    codes = {"float32": 2 | 32 << 8 | 1 << 16, "float64": 2 | 64 << 8 | 1 << 16}
+    kinds = id(torch.Tensor), id(torch.nn.Parameter)
+    facts = {name: (*kinds, code, call) for name, code in codes.items()}
+    return Look(look_kernel("look_torch"), facts, _are_plain)
+
+
+def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool) -> bool:
+    """Whether tensors may be updated, and the memory of gradients is their values themselves."""
+    # DLPack gives the memory of a tensor with the negative bit, such as ``x.conj().imag``.
+    if any(map(torch.Tensor.is_neg, grads)):
+        return False
+    return leaves or (
+        all(map(_IS_LEAF, params))
+        and (torch.is_inference_mode_enabled() or not any(map(torch.Tensor.is_inference, params)))
+    )
 
 
 def _from_numpy(array: Any) -> torch.Tensor:

@@ -36,7 +36,7 @@ from multiopt.adapters.torch_state import (
     rule_settings,
     to_torch,
 )
-from multiopt.backend import Array, Layout, Task, named
+from multiopt.backend import Layout, named
 from multiopt.clipping import Clip
 from multiopt.entry import (
     Entry,
@@ -51,6 +51,7 @@ from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
+from multiopt.step import Step
 
 __all__ = ["SGD", "Adam", "AdamW", "ClippedAdam", "PyroOptim"]
 
@@ -128,19 +129,20 @@ class _Tracked(NamedTuple):
 class _Core(Optimizer):
     """The registry of a host that brings its names in and expects clipped gradients."""
 
-    def _after_clipping(self, task: Task, grad: Array) -> None:
-        if task.bound is None and all(scale == 1 for scale in task.scales):
-            return
-        clipped = named("torch").closed(grad, task.param).to(task.grad.dtype)
-        if 0 in task.grad.stride():
-            # Expanded by a backward with create_graph=True: it has no place for each element.
-            task.param.grad = clipped
-        else:
-            task.grad.detach().copy_(clipped)
+    _leave_clipped = True
+
+    def _after(self, step: Step) -> None:
+        for task, grad in step.clipped_gradients():
+            clipped = named("torch").closed(grad, task.param).to(task.grad.dtype)
+            if 0 in task.grad.stride():
+                # Expanded by a backward with create_graph=True: no place for each element.
+                task.param.grad = clipped
+            else:
+                task.grad.detach().copy_(clipped)
 
     def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step."""
-        self._entries[name] = new_entry(rule, clip, layout)
+        self._entries = {**self._entries, name: new_entry(rule, clip, layout)}
 
     def entry(self, name: str) -> Entry:
         """What is held for a name."""
@@ -148,7 +150,8 @@ class _Core(Optimizer):
 
     def change_rule(self, name: str, rule: Rule) -> None:
         """Change the rule of one name."""
-        self._entries[name] = with_rule(self._entries[name], rule)
+        entries = self._entries
+        self._entries = {**entries, name: with_rule(entries[name], rule)}
 
     def restore(self, states: Mapping[str, tuple[Mapping[str, Any], Rule]]) -> None:
         """Give names loaded state and the rules that came with it.
@@ -156,13 +159,11 @@ class _Core(Optimizer):
         Raises:
             ValueError: A state does not fit; nothing has changed.
         """
-        entries = {name: self._entries[name] for name in states}
-        self._entries.update(
-            {
-                name: restored(name, stored, rule, entries[name].clip, entries[name].layout)
-                for name, (stored, rule) in states.items()
-            }
-        )
+        entries = self._entries
+        self._entries = entries | {
+            name: restored(name, stored, rule, entries[name].clip, entries[name].layout)
+            for name, (stored, rule) in states.items()
+        }
 
 
 class _PyroOptimizer(PyroOptim):

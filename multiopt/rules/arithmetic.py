@@ -5,13 +5,15 @@ select exactly. Everything here is made of those, in a written order, so that ev
 which performs them one by one gives the same numbers.
 """
 
-from math import prod
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
 
 __all__ = [
     "BLOCK",
+    "block_sums",
     "clamp",
     "maximum",
     "one_minus_power",
@@ -25,6 +27,19 @@ __all__ = [
 BLOCK = 4096
 
 
+def over_arrays(loop: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let a loop over the bits of an exponent take arrays too; ``__wrapped__`` is the loop."""
+
+    @wraps(loop)
+    def on_either(base: Any, exponent: Any) -> Any:
+        if np.ndim(base) or np.ndim(exponent):
+            return np.vectorize(loop, otypes=[np.float64])(base, exponent)
+        return loop(base, exponent)
+
+    return on_either
+
+
+@over_arrays
 def power(base: Any, exponent: Any) -> Any:
     """``base ** exponent`` for an integer exponent >= 0, in float64, by repeated squaring.
 
@@ -43,8 +58,6 @@ def power(base: Any, exponent: Any) -> Any:
     >>> power(0.5, np.array([0, 1, 10])).tolist()
     [1.0, 0.5, 0.0009765625]
     """
-    if np.ndim(base) or np.ndim(exponent):
-        return np.vectorize(power, otypes=[np.float64])(base, exponent)
     result, square, bits = 1.0, float(base), int(exponent)
     while bits:
         if bits & 1:
@@ -54,6 +67,7 @@ def power(base: Any, exponent: Any) -> Any:
     return result
 
 
+@over_arrays
 def one_minus_power(base: Any, exponent: Any) -> Any:
     """``1 - base ** exponent`` for 0 <= base <= 1 and an integer exponent >= 0, in float64.
 
@@ -71,8 +85,6 @@ def one_minus_power(base: Any, exponent: Any) -> Any:
     >>> one_minus_power(0.5, 3)
     0.875
     """
-    if np.ndim(base) or np.ndim(exponent):
-        return np.vectorize(one_minus_power, otypes=[np.float64])(base, exponent)
     result, square, bits = 0.0, 1.0 - float(base), int(exponent)
     while bits:
         if bits & 1:
@@ -132,14 +144,21 @@ def sum_of_squares(xp: Any, x: Any) -> Any:
     >>> float(sum_of_squares(np, np.asarray([[3.0, 4.0], [0.0, 12.0]])))
     169.0
     """
-    x = xp.reshape(x, (-1,))
-    size = prod(x.shape)
+    return tree_sum(xp, block_sums(xp, xp.reshape(x, (-1,))))
+
+
+def block_sums(xp: Any, x: Any) -> Any:
+    """The sum of squares of each block of a 1-d float64 array; one 0 for an empty array.
+
+    >>> block_sums(np, np.ones(BLOCK + 1)).tolist()
+    [4096.0, 1.0]
+    """
+    size = x.shape[0]
     # A block of zeros adds nothing, so a short array may use a short block: the same bits.
     width = min(BLOCK, _power_of_two(size))
     blocks = max(1, -(-size // width))
     x = _zero_padded(xp, x, blocks * width)
-    sums = _fold(xp, xp.reshape(x * x, (blocks, width)))
-    return tree_sum(xp, sums)
+    return _fold(xp, xp.reshape(x * x, (blocks, width)))
 
 
 def tree_sum(xp: Any, x: Any) -> Any:

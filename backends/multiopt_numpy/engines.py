@@ -1,0 +1,77 @@
+"""Which engine updates parameters on the CPU: kernels compiled by Numba, or else blocks in NumPy."""
+
+import os
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from multiopt.backend import Batch, Layout, Member
+from multiopt.rules import Rule
+from multiopt_numpy.blocks import BlockedBatch
+from multiopt_numpy.compiler import NotCompilable
+from multiopt_numpy.kernels import CompiledBatch, Look, update_kernel
+from multiopt_numpy.tape import NotTraceable, Tape
+from multiopt_numpy.team import Kernel
+
+__all__ = ["batch", "kind"]
+
+#: The environment variable that asks for an engine: "compiled" (the default), "blocks", "plain".
+VARIABLE = "MULTIOPT_ENGINE"
+
+#: By kind of rule and dtype: its compiled kernel, the word that blocks can run it, or None.
+_engines: dict[Hashable, Kernel | str | None] = {}
+
+
+def kind(rule: Rule, layout: Layout) -> Hashable | None:
+    """What rules must have in common to share a batch; None if only the rule itself can run."""
+    wanted = os.environ.get(VARIABLE, "compiled")
+    switches = tuple(getattr(rule, name) for name in rule.switches)
+    key = wanted, type(rule), rule.update, switches, layout.compute_dtype
+    if key not in _engines:
+        _engines[key] = _engine(wanted, rule, layout.compute_dtype)
+    return None if _engines[key] is None else key
+
+
+def batch(
+    kind: Hashable,
+    members: Sequence[Member],
+    look: Callable[[], Look | None],
+    *,
+    numpy_arrays: bool = False,
+) -> Batch:
+    """A batch of parameters of one kind.
+
+    Args:
+        kind: What ``kind`` gave for them.
+        members: The parameters.
+        look: How compiled code looks at the arrays of their library, if it can.
+        numpy_arrays: Whether their library is NumPy, which blocks need not be lent.
+    """
+    engine = _engines[kind]
+    if isinstance(engine, Kernel):
+        return CompiledBatch(engine, look(), members)
+    return BlockedBatch(members, numpy_arrays)
+
+
+def _engine(wanted: str, rule: Rule, dtype: str) -> Kernel | str | None:
+    if wanted not in ("compiled", "blocks", "plain"):
+        raise ValueError(f"{VARIABLE} is {wanted!r}; expected compiled, blocks or plain")
+    if wanted == "compiled" and find_spec("numba") and find_spec("llvmlite"):
+        try:
+            return update_kernel(rule, dtype)
+        except NotCompilable:
+            pass  # as it may be: the rule then runs in blocks, or as it stands
+        except ImportError as error:
+            warnings.warn(
+                f"Numba is installed but cannot be imported ({error}); steps are slower without it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    if wanted != "plain":
+        try:
+            Tape(rule.update, rule.coefficients(1, dtype), len(rule.slots), dtype)
+            return "blocks"
+        except NotTraceable:
+            pass  # as it may be: the rule then runs as it stands
+    return None

@@ -1,0 +1,284 @@
+"""Batches that run in compiled kernels: one call for all parameters, large and small."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from math import inf, nan, prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from multiopt.backend import Batch, Member, Scaling
+from multiopt.rules import Rule
+from multiopt.rules.arithmetic import BLOCK
+from multiopt_numpy import compiler
+from multiopt_numpy.compiler import FIRST_SLOT, GRAD, PARAM, SIZE, number_fields
+from multiopt_numpy.object_cache import ObjectCode, cached, linked
+from multiopt_numpy.team import Kernel, thread_count
+
+__all__ = ["CompiledBatch", "Look", "look_kernel", "update_kernel"]
+
+#: Elements below which threads cost more than they bring.
+LARGE = 2**18
+
+#: Shares of large work for each thread: one that is held up then holds nobody up for long.
+SHARES = 16
+
+#: What a parameter costs beside its elements, in elements.
+OVERHEAD = 64
+
+
+class Look(NamedTuple):
+    """How a batch looks at the arrays of a library.
+
+    Attributes:
+        kernel: The compiled function.
+        facts: By dtype, the arguments by which it knows the arrays that it takes.
+        holds: Whether parameters and gradients of which the function knows enough are also what
+            only Python can know.
+    """
+
+    kernel: Kernel
+    facts: Mapping[str, Sequence[int]]
+    holds: Callable[[np.ndarray, np.ndarray, bool], bool]
+
+
+@cache
+def look_kernel(name: str) -> Kernel:
+    """How to look at the arrays of a library: ``"look_numpy"`` or ``"look_torch"``."""
+    return _loaded("look", [], compiler.compile_look)[name]
+
+
+def update_kernel(rule: Rule, dtype: str) -> Kernel:
+    """The step of rules that have the class, the formula and the switches of this one.
+
+    Raises:
+        NotCompilable: There is none.
+    """
+    label = f"{type(rule).__name__}-{dtype}"
+    identity = compiler.identity(rule, dtype)
+    return _loaded(label, identity, lambda: compiler.compile_update(rule, dtype))["update"]
+
+
+@cache
+def _norm_kernels(dtype: str) -> dict[str, Kernel]:
+    return _loaded(f"norms-{dtype}", [dtype], lambda: compiler.compile_norms(dtype))
+
+
+def _loaded(
+    label: str, identity: Sequence[str], make: Callable[[], ObjectCode]
+) -> dict[str, Kernel]:
+    """Kernels by name, from the disk or compiled now."""
+    source = Path(compiler.__file__).read_bytes()
+    addresses = linked(cached(label, [source, *identity], make))
+    return {name: Kernel(address) for name, address in addresses.items()}
+
+
+class CompiledBatch(Batch):
+    """Parameters that one compiled kernel updates.
+
+    Args:
+        update: The kernel.
+        look: How to look at the arrays; None if all are lent.
+        members: The parameters, of one compute dtype.
+    """
+
+    def __init__(self, update: Kernel, look: Look | None, members: Sequence[Member]) -> None:
+        """Fill a row for each parameter, but for what changes from step to step."""
+        rule, layout, _ = members[0]
+        count = len(members)
+        self._update, self._look, self._dtype = update, look, layout.compute_dtype
+        self._slots = [member.slots for member in members]
+        self._fields = number_fields(rule)
+        self._first_number = FIRST_SLOT + len(rule.slots)
+        self._table = np.zeros((count, self._first_number + len(self._fields)), np.int64)
+        self._numbers = self._table.view(np.float64)[:, self._first_number :]
+        self._shapes = np.array([n for member in members for n in member.layout.shape], np.int64)
+        self._fill(members)
+        self._place = _address(self._table), self._table.shape[1]
+        self._everything = np.arange(count)
+        self._nothing = np.arange(0)
+        self._order = np.arange(2 * count)
+        self._irregular = np.zeros(count, np.uint8)
+        self._limited = np.zeros(count, np.uint8)
+        self._disjoint = False
+        self._lent: list[tuple[np.ndarray, ...]] = []
+        ones = np.ones(count)
+        self._unclipped = Scaling(ones, ones, np.full(count, inf))
+        self._cut: dict[int, np.ndarray] = {}
+        if look is not None:
+            self._tensor = np.zeros(8, np.int64)
+            itemsize = np.dtype(self._dtype).itemsize
+            room = [_address(a) for a in (self._irregular, self._order)]
+            facts = look.facts[self._dtype]
+            head = [0, 0, count, *self._place, *room, itemsize, _address(self._tensor)]
+            self._look_arguments = np.array([*head, *facts], np.int64)
+            self._look_at = _address(self._look_arguments)
+
+    def _fill(self, members: Sequence[Member]) -> None:
+        shape_at = _address(self._shapes)
+        numbers: dict[int, list[float]] = {}
+        rows, values = [], []
+        for rule, layout, slots in members:
+            ndim = len(layout.shape)
+            slots_at = [0] * len(rule.slots) if slots is None else map(_address, slots)
+            rows.append([0, 0, prod(layout.shape), ndim, shape_at, *slots_at])
+            shape_at += 8 * ndim
+            if id(rule) not in numbers:
+                numbers[id(rule)] = self._numbers_of(rule)
+            values.append(numbers[id(rule)])
+        self._table[:, : self._first_number] = rows
+        self._numbers[...] = values
+
+    def _numbers_of(self, rule: Rule) -> list[float]:
+        """The hyperparameters, NaN in the place of a schedule."""
+        values = [getattr(rule, name) for name, _ in self._fields]
+        values = [
+            value if place is None else value[place]
+            for value, (_, place) in zip(values, self._fields, strict=True)
+        ]
+        return [nan if callable(value) else value for value in values]
+
+    # Looking
+
+    def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
+        """See ``Batch``."""
+        self._lent.clear()
+        self._disjoint = False
+        look = self._look
+        if look is None:
+            return self._everything
+        self._look_arguments[0], self._look_arguments[1] = id(params), id(grads)
+        try:
+            odd = look.kernel.alone(self._look_at)
+            if odd == -1:
+                # They overlap, or stand in another order than the last time.
+                places = self._table[:, [PARAM, GRAD]].T.ravel()
+                self._order[:] = np.argsort(places, kind="stable")
+                odd = look.kernel.alone(self._look_at)
+        except Exception:
+            # The library would not say what an array is. Python looks at each, and says which.
+            return self._everything
+        if odd > 0:
+            return np.flatnonzero(self._irregular)
+        if not look.holds(params, grads, leaves):
+            return self._everything
+        self._disjoint = odd == 0
+        return self._nothing
+
+    def lend(
+        self, position: int, param: np.ndarray, grad: np.ndarray, slots: tuple[np.ndarray, ...]
+    ) -> None:
+        """See ``Batch``."""
+        self._lent.append((param, grad, *slots))
+        row = self._table[position]
+        row[PARAM], row[GRAD] = _address(param), _address(grad)
+        row[FIRST_SLOT : self._first_number] = [_address(slot) for slot in slots]
+
+    def slots_of(self, position: int) -> tuple[np.ndarray, ...] | None:
+        """See ``Batch``."""
+        return self._slots[position]
+
+    def is_apart(self) -> bool:
+        """See ``Batch``."""
+        return self._disjoint
+
+    def spans(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Batch``."""
+        rows = self._table[index]
+        sizes = rows[:, SIZE] * np.dtype(self._dtype).itemsize
+        params, grads = (np.array([low, low + sizes]) for low in (rows[:, PARAM], rows[:, GRAD]))
+        return params, grads
+
+    # Computing
+
+    def finite(self, index: np.ndarray, threads: int | None) -> np.ndarray:
+        """See ``Batch``."""
+        bad = np.zeros(len(self._table), np.uint8)
+        self._call(_norm_kernels(self._dtype)["finite"], index, threads, [_address(bad)])
+        return bad[index] == 0
+
+    def sums_of_squares(
+        self, index: np.ndarray, own: np.ndarray, factor: float, threads: int | None
+    ) -> np.ndarray:
+        """See ``Batch``."""
+        kernels = _norm_kernels(self._dtype)
+        blocks = -(-self._table[index, SIZE] // BLOCK)
+        first = np.concatenate([[0], np.cumsum(blocks)])
+        sums, factors = np.empty(first[-1]), np.array([factor])
+        tail = [_address(a) for a in (own, factors, first, sums)]
+        self._call(kernels["squares"], index, threads, tail, scratch=True)
+        totals = np.empty(len(index))
+        arguments = np.array([len(index), *(_address(a) for a in (first, sums, totals))])
+        kernels["totals"].alone(_address(arguments))
+        return totals
+
+    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Mapping[int, Rule]) -> None:
+        """See ``Batch``."""
+        for position, rule in now.items():
+            self._numbers[position] = self._numbers_of(rule)
+
+    def run(
+        self,
+        index: np.ndarray,
+        steps: np.ndarray,
+        scaling: Scaling | None,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray:
+        """See ``Batch``."""
+        own, shared, bound = self._unclipped if scaling is None else scaling
+        self._limited.fill(0)
+        tail = [_address(a) for a in (steps, own, shared, bound, self._limited)]
+        self._call(self._update, index, threads, [*tail, int(leave_clipped)])
+        return self._limited
+
+    def _call(
+        self,
+        kernel: Kernel,
+        index: np.ndarray,
+        threads: int | None,
+        tail: Sequence[int],
+        scratch: bool = False,
+    ) -> None:
+        """Run a kernel over some rows, on several threads if that is worth it."""
+        if not index.size:
+            return
+        sizes = self._table[index, SIZE]
+        large = sizes.sum() > LARGE
+        used = thread_count(threads) if large else 1
+        borders = _borders(sizes, used * SHARES if used > 1 else 1)
+        arguments = np.empty((len(borders), 7 + len(tail) + scratch), np.int64)
+        arguments[:, 0] = _address(index)
+        arguments[:, 1:5] = borders
+        arguments[:, 5:7] = self._place
+        arguments[:, 7 : 7 + len(tail)] = tail
+        if scratch:
+            room = np.empty((len(borders), BLOCK))
+            arguments[:, -1] = _address(room) + room.strides[0] * np.arange(len(borders))
+        if large:
+            kernel.shared(arguments, used)
+        else:
+            kernel.alone(_address(arguments))
+
+
+def _borders(sizes: np.ndarray, shares: int) -> np.ndarray:
+    """Cut rows into shares of about the same work.
+
+    Args:
+        sizes: The elements of each row.
+        shares: How many shares.
+
+    Returns:
+        For each share the row and the block in it where it begins, and those where it ends.
+    """
+    ends = np.cumsum(sizes + OVERHEAD)
+    cuts = np.arange(1, shares) * int(ends[-1]) // shares
+    rows = np.searchsorted(ends, cuts, "right")
+    blocks = np.minimum((cuts - (ends - sizes - OVERHEAD)[rows]) // BLOCK, -(-sizes[rows] // BLOCK))
+    stops = [(0, 0), *zip(rows.tolist(), blocks.tolist(), strict=True), (len(sizes), 0)]
+    return np.array([(*a, *b) for a, b in zip(stops, stops[1:], strict=False)])
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data

@@ -1,0 +1,149 @@
+"""What is measured, against what, and what it should reach: one table."""
+
+from dataclasses import dataclass
+
+import multiopt as mo
+from multiopt.bench import svi
+from multiopt.bench.memory import stream
+from multiopt.bench.ours import distinct, drop_in, on_jax, on_numpy, on_torch
+from multiopt.bench.paired import Side
+from multiopt.bench.peers import in_optax, in_pyro, in_sklearn, in_torch, textbook
+
+__all__ = [
+    "AT_LEAST",
+    "COMPARISONS",
+    "FASTER",
+    "MIB",
+    "ROWS",
+    "SECONDS",
+    "TIME",
+    "WITHOUT_FAST",
+    "Comparison",
+]
+
+# Units of a result: their time by ours, our time by theirs, and quantities by themselves.
+FASTER, SHARE = "times as fast", "of the limit"
+TIME, EACH = "of its time", "of its time, a parameter"
+SECONDS, MIB = "s", "MiB"
+#: Of these, a target is a lower bound; of the others, an upper one.
+AT_LEAST = (FASTER, SHARE)
+
+#: The row that runs the rules in blocks of NumPy's operations, as an install without Numba does.
+WITHOUT_FAST = "without-fast"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides on one work.
+
+    Args:
+        row: What ``--only`` calls it, with others.
+        work: A key of ``works``.
+        ours: Our side.
+        against: The other.
+        hot: The target of hot turns in issue 3, if it has one. It holds for float32 Adam on two
+            cores.
+        cold: The target of cold turns.
+        unit: What is reported.
+        turns: Which turns are taken.
+        threaded: Whether to measure with one thread, with two and so on, or just with the most.
+        against_work: The other side's work, if not the same; then the time counts a parameter.
+        alike: Whether both sides compute the same numbers.
+    """
+
+    row: str
+    work: str
+    ours: Side
+    against: Side
+    hot: float | None = None
+    cold: float | None = None
+    unit: str = FASTER
+    turns: tuple[str, ...] = ("hot", "cold")
+    threaded: bool = False
+    against_work: str | None = None
+    alike: bool = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The modules without which it cannot be measured."""
+        return tuple(dict.fromkeys(self.ours.needs + self.against.needs))
+
+    def target(self, turn: str) -> float | None:
+        """The target of hot or of cold turns."""
+        return self.hot if turn == "hot" else self.cold
+
+
+NUMPY, TORCH, FUSED = on_numpy(), on_torch(), in_torch("fused")
+BLOCKS = on_numpy("NumPy without fast")
+CLIP = {"clip_norm": 1.0}
+
+COMPARISONS = (
+    Comparison("pyro", "many small", drop_in(), in_pyro(), 120, 40),
+    Comparison("pyro", "many small", drop_in(CLIP), in_pyro(CLIP), 250, 80),
+    Comparison("svi", "many small", svi.with_drop_in(), svi.with_pyro(), turns=("cold",)),
+    Comparison("svi", "many small", svi.with_drop_in(CLIP), svi.with_pyro(CLIP), turns=("cold",)),
+    Comparison("torch", "many small", TORCH, FUSED, 10, 8),
+    Comparison("torch", "many small", TORCH, in_torch("foreach")),
+    Comparison("torch", "many small", TORCH, in_torch("loop")),
+    Comparison("torch", "few small", TORCH, FUSED, 6),
+    Comparison("torch", "many middling", TORCH, FUSED),
+    Comparison("torch", "guide", TORCH, FUSED),
+    Comparison("torch", "vae", TORCH, FUSED, threaded=True),
+    Comparison("optax", "many small", NUMPY, in_optax(), 30),
+    Comparison("optax", "many small", on_jax(), in_optax()),
+    Comparison("large", "large", TORCH, FUSED, 1.05, unit=TIME, threaded=True),
+    Comparison("large", "large", NUMPY, FUSED, 1.05, unit=TIME, threaded=True),
+    Comparison("textbook", "large", NUMPY, textbook(), 10, threaded=True),
+    Comparison("textbook", "large", NUMPY, in_sklearn(), threaded=True),
+    Comparison("textbook", "many small", NUMPY, textbook()),
+    Comparison("textbook", "many small", NUMPY, in_sklearn()),
+    Comparison(WITHOUT_FAST, "large", BLOCKS, textbook(), 3),
+    Comparison(WITHOUT_FAST, "many small", BLOCKS, textbook(), 8),
+    Comparison(
+        WITHOUT_FAST, "many small", distinct(), BLOCKS, 1.3, unit=TIME, turns=("hot",), alike=False
+    ),
+    Comparison(
+        "distinct", "many small", distinct(), NUMPY, 1.1, unit=TIME, turns=("hot",), alike=False
+    ),
+    *(
+        Comparison(
+            "clip",
+            "large",
+            on_numpy(f"NumPy, {word}", clip),
+            NUMPY,
+            1.4,
+            unit=TIME,
+            turns=("hot",),
+            threaded=True,
+            alike=False,
+        )
+        for word, clip in (
+            ("norm clipped", mo.Clip(norm=10.0)),
+            ("global norm clipped", mo.Clip(global_norm=10.0)),
+        )
+    ),
+    *(
+        Comparison(
+            "many",
+            "most small",
+            side,
+            side,
+            3,
+            unit=EACH,
+            turns=("hot",),
+            against_work="many small",
+            alike=False,
+        )
+        for side in (NUMPY, TORCH)
+    ),
+    Comparison(
+        *("stream", "beyond", NUMPY, stream()),
+        unit=SHARE,
+        turns=("hot",),
+        threaded=True,
+        alike=False,
+    ),
+)
+
+#: What ``--only`` can name. The last ones are measured in processes of their own.
+ROWS = (*dict.fromkeys(c.row for c in COMPARISONS), "memory", "import", "first-step")

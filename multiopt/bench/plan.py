@@ -1,0 +1,164 @@
+"""From the names of rows to jobs, and from jobs to results."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from multiopt.bench import fresh
+from multiopt.bench.comparisons import (
+    COMPARISONS,
+    FASTER,
+    MIB,
+    SECONDS,
+    SHARE,
+    WITHOUT_FAST,
+    Comparison,
+)
+from multiopt.bench.machine import engine
+from multiopt.bench.memory import can_measure_peak
+from multiopt.bench.paired import measured
+from multiopt.bench.work import works
+
+__all__ = ["Job", "Result", "jobs", "missing"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table.
+
+    Attributes:
+        row: What ``--only`` calls it, with others.
+        work: The parameters that were stepped.
+        ours: Our side.
+        against: The other.
+        threads: How many threads both could use, or None where that is left to the libraries.
+        turn: ``"hot"``: many calls a turn. ``"cold"``: one. ``""``: a process each.
+        ours_seconds: Our time for a call, if time was measured.
+        against_seconds: The other's.
+        figure: The result, in ``unit``.
+        unit: ``"times as fast"``, for one.
+        target: The bound that issue 3 sets to the figure, if any: a lower one for
+            ``"times as fast"``, an upper one for the others.
+    """
+
+    row: str
+    work: str
+    ours: str
+    against: str
+    threads: int | None
+    turn: str
+    ours_seconds: float | None
+    against_seconds: float | None
+    figure: float
+    unit: str
+    target: float | None
+
+
+class Job(NamedTuple):
+    """A part of the work.
+
+    Attributes:
+        title: What the progress bar says.
+        run: Measures.
+    """
+
+    title: str
+    run: Callable[[], list[Result]]
+
+
+def missing(rows: Sequence[str]) -> list[str]:
+    """The modules that some comparison of the rows would need."""
+    needs = dict.fromkeys(module for one in COMPARISONS if one.row in rows for module in one.needs)
+    return [module for module in needs if not find_spec(module)]
+
+
+def jobs(rows: Sequence[str], threads: Sequence[int], quick: bool) -> list[Job]:
+    """What to do for some rows.
+
+    Args:
+        rows: Their names.
+        threads: Numbers of threads to measure with.
+        quick: Whether to measure little, for a look or a test.
+    """
+    return list(_jobs(rows, sorted(set(threads)), quick))
+
+
+def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]:
+    for one in COMPARISONS:
+        here = one.row != WITHOUT_FAST or engine() == "blocks"
+        if one.row in rows and here and all(map(find_spec, one.needs)):
+            for number in threads if one.threaded else threads[-1:]:
+                title = f"{one.row}: {one.ours.name} and {one.against.name}"
+                yield Job(title, partial(_compare, one, number, quick))
+    if WITHOUT_FAST in rows and engine() != "blocks":
+        yield Job(WITHOUT_FAST, partial(_without_fast, threads, quick))
+    if "memory" in rows and can_measure_peak():
+        for library in ("NumPy", *(["torch"] if find_spec("torch") else [])):
+            yield Job(f"memory: {library}", partial(_peak, library, threads[-1], quick))
+    if "import" in rows:
+        yield Job("import", partial(_import, 2 if quick else 15))
+    if "first-step" in rows and engine() == "compiled":
+        yield Job("first-step", partial(_first_step, 1 if quick else 5))
+
+
+def _compare(one: Comparison, threads: int, quick: bool) -> list[Result]:
+    known = works(quick)
+    work, its = known[one.work], known[one.against_work or one.work]
+    ours, theirs = one.ours.begin(work, threads), one.against.begin(its, threads)
+    per_parameter = len(its.shapes) / len(work.shapes)
+    # A target holds for one engine and the whole work.
+    has_target = not quick and engine() == ("blocks" if one.row == WITHOUT_FAST else "compiled")
+    results = []
+    for turn in one.turns:
+        times = measured(ours, theirs, hot=turn == "hot", quick=quick, threads=threads)
+        ratio = times.ratio * per_parameter
+        results.append(
+            Result(
+                row=one.row,
+                work=work.title,
+                ours=one.ours.name,
+                against=one.against.name + (f", {its.title}" if its is not work else ""),
+                threads=threads,
+                turn=turn,
+                ours_seconds=times.ours,
+                against_seconds=times.theirs,
+                figure=1 / ratio if one.unit in (FASTER, SHARE) else ratio,
+                unit=one.unit,
+                target=one.target(turn) if has_target else None,
+            )
+        )
+    return results
+
+
+def _without_fast(threads: list[int], quick: bool) -> list[Result]:
+    """The row, measured by a ``multiopt bench`` of its own."""
+    command = ["-m", "multiopt", "bench", "--only", WITHOUT_FAST, "--json", "-", "--threads"]
+    command += [*map(str, threads), *(["--quick"] if quick else [])]
+    document = json.loads(fresh.output(command, {"MULTIOPT_ENGINE": "blocks"}))
+    return [Result(**result) for result in document["results"]]
+
+
+def _peak(library: str, threads: int, quick: bool) -> list[Result]:
+    work = works(quick)["large"]
+    ((elements,),) = work.shapes
+    peak = fresh.peak(library, elements, threads)
+    against = "beside parameter, gradient and slots"
+    return [Result("memory", work.title, library, against, threads, "", None, None, peak, MIB, 8)]
+
+
+def _import(turns: int) -> list[Result]:
+    ours, numpy = fresh.import_times(turns)
+    names = ("import", "", "import multiopt", "import numpy")
+    return [Result(*names, None, "", ours, numpy, ours - numpy, SECONDS, 0.1)]
+
+
+def _first_step(turns: int) -> list[Result]:
+    cold, cached = fresh.first_step(turns)
+    sides = ("NumPy, nothing on disk", cold, 3), ("NumPy, kernel on disk", cached, 0.5)
+    return [
+        Result("first-step", "one array of 10", side, "", None, "", t, None, t, SECONDS, bound)
+        for side, t, bound in sides
+    ]

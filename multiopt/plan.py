@@ -1,0 +1,124 @@
+"""What a step of one list of names does, worked out once and kept for the next step."""
+
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from multiopt.backend import Backend, Batch, Member, named
+from multiopt.clipping import Clipping
+from multiopt.entry import Entry
+from multiopt.rules.rule import is_schedule
+
+__all__ = ["Part", "Plan"]
+
+
+class Part(NamedTuple):
+    """The parameters of a plan that one batch updates.
+
+    Attributes:
+        backend: Theirs.
+        batch: The batch.
+        where: Their positions in the plan.
+        everything: All positions in the batch.
+    """
+
+    backend: Backend
+    batch: Batch
+    where: np.ndarray
+    everything: np.ndarray
+
+
+class Plan:
+    """A list of names, their entries, and the batches in which they step.
+
+    While a plan is in use it keeps the clocks of its entries; ``settle`` brings them back. About
+    the arrays of a step it knows nothing: those are looked at each time.
+
+    Args:
+        names: The names, which all have a gradient, or had one when the plan was made.
+        entries: The entry of each.
+    """
+
+    def __init__(self, names: list[str], entries: list[Entry]) -> None:
+        """Sort the names into batches."""
+        self.names = names
+        self.entries = entries
+        self.steps = np.empty(0, np.int64)
+        self._ahead = False
+        self.resume()
+        self.everything = np.arange(len(names))
+        self.parts: list[Part] = []
+        groups: dict[Hashable, list[int]] = {}
+        kinds: dict[Hashable, Hashable] = {}
+        for i, entry in enumerate(entries):
+            alike = id(entry.rule), entry.layout[0], *entry.layout[2:]
+            if alike not in kinds:
+                kind = named(entry.layout.library).kind(entry.rule, entry.layout)
+                kinds[alike] = None if kind is None else (entry.layout.library, kind)
+            groups.setdefault(kinds[alike], []).append(i)
+        #: Positions that are in no batch.
+        self.loose = np.array(groups.pop(None, []), np.int64)
+        #: By position, the number of its part, or -1, and its position there.
+        self.part_of = np.full(len(names), -1)
+        self.local = np.full(len(names), -1)
+        for key, positions in groups.items():
+            assert isinstance(key, tuple)
+            backend = named(key[0])
+            batch = backend.batch(key[1], [_member(backend, entries[i]) for i in positions])
+            where, everything = np.array(positions), np.arange(len(positions))
+            self.part_of[where], self.local[where] = len(self.parts), everything
+            self.parts.append(Part(backend, batch, where, everything))
+        #: The one part that has everything, if there is one.
+        self.whole = self.parts[0] if len(self.parts) == 1 and not self.loose.size else None
+        #: Positions whose rule has schedules.
+        self.scheduled = [i for i, entry in enumerate(entries) if _has_schedule(entry)]
+
+    @cached_property
+    def clipping(self) -> Clipping | None:
+        """The clips, if there are any."""
+        clips = [entry.clip for entry in self.entries]
+        if not any(clips):
+            return None
+        return Clipping(self.names, clips, [e.layout.compute_dtype for e in self.entries])
+
+    # Clocks
+
+    def resume(self) -> None:
+        """Take the clocks of the entries over."""
+        self.steps = np.array([entry.step for entry in self.entries], np.int64)
+
+    def advance(self, active: np.ndarray | None) -> None:
+        """Count a step of these positions, or of all."""
+        self.steps[... if active is None else active] += 1
+        self._ahead = True
+
+    def settle(self) -> None:
+        """Bring the clocks back to the entries."""
+        if self._ahead:
+            for entry, step in zip(self.entries, self.steps.tolist(), strict=True):
+                entry.step = step
+            self._ahead = False
+
+    # Arrays
+
+    def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
+        """The positions that Python must look at, of the arrays of a step as they are now."""
+        if self.whole is not None:
+            return self.whole.batch.look(params, grads, leaves)
+        odd = [
+            part.where[part.batch.look(params[part.where], grads[part.where], leaves)]
+            for part in self.parts
+        ]
+        return np.sort(np.concatenate([self.loose, *odd]))
+
+
+def _member(backend: Backend, entry: Entry) -> Member:
+    memory = [backend.memory_of(slot) for slot in entry.slots]
+    lent = any(array is None for array in memory)
+    return Member(entry.rule, entry.layout, None if lent else tuple(memory))
+
+
+def _has_schedule(entry: Entry) -> bool:
+    return any(is_schedule(getattr(entry.rule, name)) for name in entry.rule.ranges)

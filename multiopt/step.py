@@ -1,0 +1,386 @@
+"""One step of a plan: everything is looked at and checked before anything is changed."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multiopt.backend import Array, Layout, Result, Scaling, Task, backend_of, by_backend
+from multiopt.clipping import Norms
+from multiopt.inputs import apart, check_no_shared_memory, checked_gradient, own_gradient
+from multiopt.plan import Part, Plan
+from multiopt.rules import Rule
+from multiopt.rules.arithmetic import rounded
+
+__all__ = ["Outcome", "Step"]
+
+
+class Outcome(NamedTuple):
+    """What a step did, in the positions of its plan.
+
+    Attributes:
+        active: Those that were updated; None for all.
+        skipped: Those left alone because their gradient was not finite.
+        norms: What was measured for clipping, if anything was.
+        clipped: Those whose gradient a clip changed, as far as the host knows; None for no clips.
+        on_devices: By position, the same as a value on its device.
+        replaced: Arrays that take the place of parameters that cannot be written.
+    """
+
+    active: np.ndarray | None
+    skipped: tuple[int, ...]
+    norms: Norms | None
+    clipped: np.ndarray | None
+    on_devices: dict[int, Any]
+    replaced: dict[int, Array]
+
+
+class _Lent(NamedTuple):
+    """The arrays of one parameter that a batch works on in their place.
+
+    Attributes:
+        param: The parameter's own memory, or a copy.
+        grad: A copy.
+        slots: The slots' own memory, or copies.
+        in_place: Whether ``param`` is the parameter's own memory.
+    """
+
+    param: np.ndarray
+    grad: np.ndarray
+    slots: tuple[np.ndarray, ...]
+    in_place: bool
+
+
+class Step:
+    """A step of a plan on the arrays of now.
+
+    The methods are called in their order; nothing is changed before ``run``, which does not fail.
+
+    Args:
+        plan: The names.
+        params: Their arrays.
+        grads: Their gradients; None for a name that is to be left alone.
+        own: Whether the gradients are the parameters' own.
+        leaves: Whether it is known that the parameters may have gradients of their own.
+        threads: The largest number of threads, or None.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        params: np.ndarray,
+        grads: np.ndarray,
+        *,
+        own: bool,
+        leaves: bool,
+        threads: int | None,
+    ) -> None:
+        """Nothing is looked at yet."""
+        self._plan, self._params, self._grads = plan, params, grads
+        self._own, self._leaves, self._threads = own, leaves, threads
+        # By position, whether it takes part; None for all.
+        self._active: np.ndarray | None = None
+        self._skipped: list[int] = []
+        # What Python looked at: it is in no batch, or its batch does not take it as it is.
+        self._tasks: dict[int, Task] = {}
+        self._lent: dict[int, _Lent] = {}
+        self._scaling: Scaling | None = None
+        self._norms: Norms | None = None
+        self._results: list[tuple[int, Task, Result]] = []
+
+    def look(self) -> dict[int, Layout]:
+        """Look at the arrays.
+
+        Returns:
+            By position, the layout of parameters that are not of the layout of their entry.
+
+        Raises:
+            TypeError: Something is no usable array.
+            ValueError: A gradient has not the shape of its parameter.
+        """
+        odd = self._plan.look(self._params, self._grads, self._leaves)
+        return self._examine(odd) if odd.size else {}
+
+    def check(self, policy: str) -> None:
+        """Check and prepare all that may fail.
+
+        Args:
+            policy: What to do about gradients that are not finite.
+
+        Raises:
+            TypeError: The arrays cannot be used here and now.
+            ValueError: They cannot be written, share memory, or are not finite.
+        """
+        for task in self._tasks.values():
+            task.backend.check_writable(task.param, f"parameter {task.name!r}")
+        self._lend(self._tasks)
+        if not self._is_apart():
+            rest = [i for i in self._plan.everything.tolist() if self._has(i)]
+            self._examine(np.array([i for i in rest if i not in self._tasks], np.int64))
+            # Raises if parameters share memory. Gradients that share it are lent as copies.
+            check_no_shared_memory(list(self._tasks.values()))
+            self._lend({i: task for i, task in self._tasks.items() if i not in self._lent})
+        if policy != "propagate":
+            self._check_finite(policy)
+        now = self._rules_now()
+        if now:
+            self._look_again()
+        self._measure()
+        self._prepare(now)
+
+    def run(self, leave_clipped: bool) -> Outcome:
+        """Update the parameters.
+
+        Args:
+            leave_clipped: Whether clipped gradients are left behind in the gradients' place.
+        """
+        plan = self._plan
+        clipped = self._clipped()
+        for part in plan.parts:
+            index = self._index(part)
+            scaling = self._scaling
+            if scaling is not None and part is not plan.whole:
+                scaling = scaling.at(part.where)
+            steps = plan.steps if part is plan.whole else plan.steps[part.where]
+            limited = part.batch.run(index, steps, scaling, leave_clipped, self._threads)
+            if clipped is not None:
+                clipped[part.where[index]] |= limited[index] != 0
+                if leave_clipped:
+                    part.backend.touch(self._grads[part.where[clipped[part.where]]])
+        replaced, on_devices = {}, {}
+        for i, lent in self._lent.items():
+            task = self._tasks[i]
+            if not lent.in_place:
+                replaced[i] = task.backend.write(task, task.backend.ready(task, lent.param))
+            part = plan.parts[plan.part_of[i]]
+            if part.batch.slots_of(int(plan.local[i])) is None:
+                closed = (task.backend.closed(slot, task.param) for slot in lent.slots)
+                plan.entries[i].slots = tuple(closed)
+        for i, task, result in self._results:
+            replaced[i] = task.backend.write(task, result.param)
+            plan.entries[i].slots = result.slots
+            if task.bound is not None:
+                on_devices[i] = result.limited
+        self._clipped_here = clipped, on_devices
+        plan.advance(self._active)
+        return Outcome(
+            self._active, tuple(self._skipped), self._norms, clipped, on_devices, replaced
+        )
+
+    def clipped_gradients(self) -> list[tuple[Task, Array]]:
+        """The clipped gradients that ``run`` did not leave behind in their own place."""
+        clipped = [(i, self._tasks[i], lent.grad) for i, lent in self._lent.items()]
+        clipped += [(i, task, result.grad) for i, task, result in self._results]
+        here, on_devices = self._clipped_here
+        return [
+            (task, grad)
+            for i, task, grad in clipped
+            if here is not None and (here[i] or on_devices.get(i, False))
+        ]
+
+    # Looking
+
+    def _examine(self, positions: np.ndarray) -> dict[int, Layout]:
+        moved = {}
+        for i in positions.tolist():
+            name, param, grad = self._plan.names[i], self._params[i], self._grads[i]
+            label = f"parameter {name!r}"
+            if grad is None:
+                if self._own:
+                    own_gradient(name, param)
+                self._leave_out(i)
+                continue
+            backend = backend_of(param, label)
+            layout = backend.layout(param, label)
+            grad = checked_gradient(name, grad, layout)
+            entry = self._plan.entries[i]
+            if layout != entry.layout:
+                moved[i] = layout
+            update = entry.rule.update
+            self._tasks[i] = Task(name, backend, param, grad, layout, entry.slots, update, None)
+        return moved
+
+    def _leave_out(self, position: int) -> None:
+        if self._active is None:
+            self._active = np.ones(len(self._plan.names), bool)
+        self._active[position] = False
+
+    def _has(self, position: int) -> bool:
+        return self._active is None or bool(self._active[position])
+
+    def _index(self, part: Part) -> np.ndarray:
+        """The positions in a part that take part."""
+        if self._active is None:
+            return part.everything
+        return np.flatnonzero(self._active[part.where])
+
+    def _loose(self) -> list[tuple[int, Task]]:
+        """What is in no batch."""
+        if not self._plan.loose.size:
+            return []
+        loose = set(self._plan.loose.tolist())
+        return [(i, task) for i, task in self._tasks.items() if i in loose and self._has(i)]
+
+    # Memory
+
+    def _lend(self, tasks: Mapping[int, Task]) -> None:
+        """Give batches arrays that they take in the place of those that they do not."""
+        for i, task in tasks.items():
+            if self._plan.part_of[i] < 0:
+                continue
+            part, position = self._plan.parts[self._plan.part_of[i]], int(self._plan.local[i])
+            dtype = task.layout.compute_dtype
+            memory = task.backend.memory_of(task.param)
+            in_place = (
+                memory is not None and memory.dtype == dtype and memory.flags.carray
+            )
+            param = memory if in_place else self._copied(task, task.param)
+            assert param is not None
+            slots = part.batch.slots_of(position)
+            if slots is None:
+                slots = tuple(self._copied(task, slot) for slot in task.slots)
+            lent = _Lent(param, self._copied(task, task.grad), slots, in_place)
+            self._lent[i] = lent
+            part.batch.lend(position, lent.param, lent.grad, lent.slots)
+
+    def _copied(self, task: Task, array: Array) -> np.ndarray:
+        return np.array(task.backend.opened(array, task.layout), order="C")
+
+    def _is_apart(self) -> bool:
+        """Whether no parameter may share memory with another, or with a gradient."""
+        plan = self._plan
+        if not self._tasks and plan.whole is not None and plan.whole.batch.is_apart():
+            return True
+        elsewhere, written, read = [], [np.empty((2, 0), np.int64)], []
+        for i, task in self._tasks.items():
+            memory = task.backend.memory(task.param)
+            if memory is None or task.layout.device != "cpu" or not memory.size:
+                elsewhere.append(task)
+            elif i not in self._lent or not self._lent[i].in_place:
+                bounds = np.lib.array_utils.byte_bounds(memory)
+                written.append(np.array(bounds).reshape(2, 1))
+        check_no_shared_memory(elsewhere)
+        for part in plan.parts:
+            params, grads = part.batch.spans(self._index(part))
+            written.append(params)
+            read.append(grads)
+        return apart(written, read)
+
+    # Gradients
+
+    def _check_finite(self, policy: str) -> None:
+        plan = self._plan
+        finite = np.ones(len(plan.names), bool)
+        for part in plan.parts:
+            index = self._index(part)
+            finite[part.where[index]] = part.batch.finite(index, self._threads)
+        loose = self._loose()
+        where = {id(task): i for i, task in loose}
+        for backend, tasks in by_backend(task for _, task in loose):
+            for task, is_finite in zip(tasks, backend.finite(tasks), strict=True):
+                finite[where[id(task)]] = is_finite
+        bad = np.flatnonzero(~finite).tolist()
+        if bad and policy == "raise":
+            names = ", ".join(repr(plan.names[i]) for i in bad)
+            raise ValueError(
+                f"the gradient of {names} has infinities or NaNs; expected finite numbers, as "
+                "on_nonfinite='raise' asks: nothing was changed"
+            )
+        for i in bad:
+            self._leave_out(i)
+            self._tasks.pop(i, None)
+            self._lent.pop(i, None)
+        self._skipped = bad
+
+    def _measure(self) -> None:
+        """Measure the norms, and what they scale the gradients by."""
+        clipping = self._plan.clipping
+        if clipping is None:
+            return
+        active = self._active
+        if active is None:
+            active = np.ones(len(self._plan.names), bool)
+        self._scaling, self._norms = clipping.scaling(active, self._sums_of_squares)
+        for i, task in self._loose():
+            task.scales = [float(self._scaling.own[i]), float(self._scaling.shared[i])]
+            bound = float(self._scaling.bound[i])
+            task.bound = None if bound == np.inf else bound
+
+    def _sums_of_squares(self, where: np.ndarray, own: np.ndarray, factor: float) -> np.ndarray:
+        plan = self._plan
+        if plan.whole is not None:
+            return plan.whole.batch.sums_of_squares(where, own, factor, self._threads)
+        sums = np.empty(len(where))
+        for number, part in enumerate(plan.parts):
+            mine = plan.part_of[where] == number
+            if mine.any():
+                index = plan.local[where[mine]]
+                sums[mine] = part.batch.sums_of_squares(
+                    index, own[part.where], factor, self._threads
+                )
+        loose = [(k, i) for k, i in enumerate(where.tolist()) if plan.part_of[i] < 0]
+        place = {}
+        for k, i in loose:
+            self._tasks[i].scales = [float(own[i])]
+            place[id(self._tasks[i])] = k
+        for backend, tasks in by_backend(self._tasks[i] for _, i in loose):
+            found = backend.sums_of_squares(tasks, factor)
+            for task, total in zip(tasks, found, strict=True):
+                sums[place[id(task)]] = total
+        return sums
+
+    def _clipped(self) -> np.ndarray | None:
+        """By position, whether a norm clips the gradient; None where nothing is clipped."""
+        if self._scaling is None:
+            return None
+        clipped = (self._scaling.own != 1) | (self._scaling.shared != 1)
+        return clipped if self._active is None else clipped & self._active
+
+    # Preparing
+
+    def _rules_now(self) -> dict[int, Rule]:
+        """By position, the rule at this step of what takes part and has schedules."""
+        plan = self._plan
+        now: dict[int, Rule] = {}
+        known: dict[tuple[int, int], Rule] = {}
+        for i in plan.scheduled:
+            if not self._has(i):
+                continue
+            rule, step = plan.entries[i].rule, int(plan.steps[i]) + 1
+            if (id(rule), step) not in known:
+                try:
+                    known[id(rule), step] = rule.at(step)
+                except ValueError as error:
+                    raise ValueError(f"parameter {plan.names[i]!r}: {error}") from error
+            now[i] = known[id(rule), step]
+        return now
+
+    def _look_again(self) -> None:
+        """Make sure that the arrays are where they were: a schedule is the caller's code."""
+        odd = self._plan.look(self._params, self._grads, self._leaves)
+        if any(i not in self._tasks and self._has(i) for i in odd.tolist()):
+            raise ValueError("a schedule changed the arrays of the step that it was asked for")
+        for i, lent in self._lent.items():
+            part = self._plan.parts[self._plan.part_of[i]]
+            part.batch.lend(int(self._plan.local[i]), lent.param, lent.grad, lent.slots)
+
+    def _prepare(self, now: Mapping[int, Rule]) -> None:
+        """All that may fail of running."""
+        plan = self._plan
+        loose = self._loose()
+        where = {id(task): i for i, task in loose}
+        for i, task in loose:
+            rule = now.get(i, plan.entries[i].rule)
+            task.scalars = rule.coefficients(int(plan.steps[i]) + 1, task.layout.compute_dtype)
+        for backend, tasks in by_backend(task for _, task in loose):
+            for task, result in zip(tasks, backend.run(tasks), strict=True):
+                self._results.append((where[id(task)], task, result))
+        for part in plan.parts:
+            index = self._index(part)
+            rules = {int(plan.local[i]): rule for i, rule in now.items() if i in part.where}
+            part.batch.prepare(index, plan.steps[part.where], rules)
+            positions = part.where[index]
+            if self._lent:
+                copied = [i for i, lent in self._lent.items() if not lent.in_place]
+                positions = positions[~np.isin(positions, copied)]
+            part.backend.touch(self._params[positions])

@@ -1,0 +1,174 @@
+"""``multiopt bench``, quickly: both sides compute the same; nothing is asserted about time."""
+
+import json
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from multiopt.bench import machine, memory
+from multiopt.bench.comparisons import COMPARISONS, ROWS, Comparison
+from multiopt.bench.paired import Run, measured
+from multiopt.bench.plan import Result, jobs, missing
+from multiopt.bench.show import table
+from multiopt.bench.work import Work, works
+from multiopt.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays():
+    with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.mark.parametrize(
+    "comparison",
+    [comparison for comparison in COMPARISONS if comparison.alike],
+    ids=lambda one: f"{one.work}: {one.ours.name} and {one.against.name}",
+)
+def test_both_sides_compute_the_same(comparison: Comparison) -> None:
+    work = works(quick=True)[comparison.work]
+    ours, theirs = (side.begin(work, 2) for side in (comparison.ours, comparison.against))
+    ours.step()
+    theirs.step()
+    before = {name: x.copy() for name, x in ours.values().items()}
+    for _ in range(4):
+        ours.step()
+        theirs.step()
+    mine, its = ours.values(), theirs.values()
+    assert mine.keys() == its.keys() == before.keys() != set()
+    for name, x in mine.items():
+        # The tolerance for strangers, spec/arithmetic.md.
+        np.testing.assert_allclose(x, its[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        assert (x != before[name]).all()
+
+
+def test_every_comparison_that_is_not_alike_runs() -> None:
+    for comparison in COMPARISONS:
+        if not comparison.alike:
+            for side in (comparison.ours, comparison.against):
+                run = side.begin(Work("small", ((10,),)), 2)
+                run.step()
+                assert all(np.isfinite(x).all() for x in run.values().values())
+
+
+def test_names_distinct_have_clocks_and_rates_of_their_own() -> None:
+    side = next(one.ours for one in COMPARISONS if one.row == "distinct")
+    run = side.begin(works(quick=True)["many small"], 1)
+    before = {name: x.copy() for name, x in run.values().items()}
+    run.step()
+    moved = [abs(x - before[name]).max() for name, x in run.values().items()]
+    assert len(set(moved)) == len(moved)
+
+
+def test_turns_alternate() -> None:
+    calls: list[str] = []
+    runs = [Run(lambda name=name: calls.append(name), dict) for name in "ab"]
+    times = measured(*runs, hot=False, quick=True, threads=1)
+    assert "".join(calls).endswith("ababab")
+    assert min(times) > 0
+
+
+def test_hot_turns_have_a_call_that_is_not_timed() -> None:
+    calls: list[str] = []
+    runs = [Run(lambda name=name: calls.append(name), dict) for name in "ab"]
+    measured(*runs, hot=True, quick=True, threads=1)
+    assert calls.count("a") > 3 * 2
+
+
+def test_every_row_is_measured_as_json(tmp_path, capsys) -> None:
+    rows = ["memory", "import", "first-step", "without-fast", "many"]
+    path = tmp_path / "bench.json"
+    arguments = ["--quick", "--threads", "1", "--only", *rows, "--json", str(path)]
+    assert main(["bench", *arguments]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(path.read_text())
+    assert list(document) == ["engine", "quick", "machine", "missing", "results"]
+    assert document["engine"] in ("compiled", "blocks")
+    assert document["quick"] is True
+    assert document["missing"] == []
+    assert document["machine"]["cores"] >= 1
+    assert document["machine"]["versions"]["numpy"] == np.__version__
+    measurable = set(rows)
+    if document["engine"] == "blocks":
+        measurable.remove("first-step")
+    if not memory.can_measure_peak():
+        measurable.remove("memory")
+    results = [Result(**result) for result in document["results"]]
+    assert {result.row for result in results} == measurable
+    assert out.endswith(table(results) + "\n")
+    assert document["machine"]["cpu"] in out
+    assert "100%" in err
+
+
+def test_json_alone(capsys) -> None:
+    assert main(["bench", "--quick", "--only", "distinct", "--json", "-"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert list(result) == [field.name for field in fields(Result)]
+    assert result["turn"] == "hot"
+    assert result["figure"] == pytest.approx(result["ours_seconds"] / result["against_seconds"], 2)
+
+
+def test_the_table() -> None:
+    row = ("pyro", "1000 of 10", "drop-in", "pyro.optim", 2)
+    results = [
+        Result(*row, "hot", 3e-4, 0.052, 173.2, "times as fast", 120),
+        Result("memory", "", "NumPy", "", None, "", None, None, 0.25, "MiB", 8),
+    ]
+    heading, rule, first, second = table(results).splitlines()
+    assert heading.startswith("| work       | ours    | against    | threads | turn |")
+    assert set(rule) == {"|", " ", "-"}
+    assert "| 300 us | 52 ms    | 173 times as fast | at least 120 |" in first
+    assert "|        |          | 0.25 MiB          | at most 8    |" in second
+
+
+def test_what_is_missing_is_left_out(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "optax", None)
+    assert missing(["optax", "textbook"]) == ["optax"]
+    assert jobs(["optax"], [1], quick=True) == []
+
+
+def test_threads_are_counted_where_they_matter() -> None:
+    titles = [job.title for job in jobs(["large", "distinct"], [2, 1, 2], quick=True)]
+    assert titles == [
+        *["large: torch and torch fused"] * 2,
+        *["large: NumPy and torch fused"] * 2,
+        "distinct: NumPy, names distinct and NumPy",
+    ]
+
+
+def test_the_engine_follows_the_environment(monkeypatch) -> None:
+    monkeypatch.setenv("MULTIOPT_ENGINE", "blocks")
+    assert machine.engine() == "blocks"
+    assert all(job.title != "without-fast" for job in jobs(["without-fast"], [1], quick=True))
+
+
+def test_a_step_takes_no_more_threads_than_it_is_told() -> None:
+    before = torch.get_num_threads()
+    seen = []
+    run = Run(lambda: seen.append(torch.get_num_threads()), dict)
+    measured(run, run, hot=False, quick=True, threads=before + 1)
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--only", "speed"], "invalid choice: 'speed'"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, remedy, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", *arguments])
+    assert exit_.value.code == 2
+    assert remedy in capsys.readouterr().err
+
+
+def test_every_row_can_be_named() -> None:
+    assert len(set(ROWS)) == len(ROWS)
+    assert {one.row for one in COMPARISONS} <= set(ROWS)
