@@ -26,6 +26,7 @@ __all__ = [
     "Batch",
     "Member",
     "Layout",
+    "Limits",
     "Result",
     "Scaling",
     "Task",
@@ -157,6 +158,33 @@ class Batch(ABC):
             looked at in Python, and be lent or left out.
         """
 
+    def advance(
+        self,
+        params: np.ndarray,
+        grads: np.ndarray,
+        leaves: bool,
+        steps: np.ndarray,
+        limits: "Limits | None",
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray | None:
+        """Look, and if nothing is out of the ordinary, clip and update everything at once.
+
+        Args:
+            params: The parameters, as for ``look``.
+            grads: The gradients, likewise.
+            leaves: As for ``look``.
+            steps: As for ``run``.
+            limits: How to clip; None for no clipping.
+            leave_clipped: As for ``run``.
+            threads: As for ``run``.
+
+        Returns:
+            By position, whether the bound changed an element; None if nothing has changed yet, and
+            the step is to be taken in its single parts.
+        """
+        return None
+
     @abstractmethod
     def lend(
         self, position: int, param: np.ndarray, grad: np.ndarray, slots: tuple[np.ndarray, ...]
@@ -245,6 +273,22 @@ class Scaling(NamedTuple):
     def at(self, where: np.ndarray) -> "Scaling":
         """Those of some parameters."""
         return Scaling(self.own[where], self.shared[where], self.bound[where])
+
+
+class Limits(NamedTuple):
+    """What gradients are held to, by position, for an engine that measures them itself.
+
+    Attributes:
+        norm_bounds: Bounds of their norms, NaN for none.
+        eps: Added to a norm before it divides.
+        norms: Filled by the engine: the norms.
+        scaling: ``own`` is filled by the engine, ``shared`` is 1.
+    """
+
+    norm_bounds: np.ndarray
+    eps: np.ndarray
+    norms: np.ndarray
+    scaling: Scaling
 
 
 class Backend:
@@ -351,7 +395,7 @@ class Backend:
         """A NumPy array over the memory of an array on the CPU; None if it cannot be written."""
         return None
 
-    def touch(self, arrays: Sequence[Array]) -> None:
+    def touch(self, arrays: np.ndarray) -> None:
         """Let a library know that the memory of its arrays is about to be written."""
 
     def run(self, tasks: Sequence[Task]) -> list[Result]:

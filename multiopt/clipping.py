@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from multiopt.backend import Scaling
-from multiopt.rules.arithmetic import tree_sum
+from multiopt.backend import Limits, Scaling
+from multiopt.rules.arithmetic import GROW, SHRINK, clip_coefficient, rescaling, tree_sum
 
-__all__ = ["Clip", "Clipping", "Norms", "coefficient"]
+__all__ = ["Clip", "Clipping", "Norms"]
 
 #: ``sums(where, own, factor)``: for each of the positions ``where`` the sum of squares of its
 #: gradient, times ``own`` (by position, over all) in the compute dtype, then times ``factor``.
@@ -94,6 +94,21 @@ class Clipping:
             if clip is not None and clip.global_norm is not None:
                 sharing.setdefault(clip, []).append(i)
         self._sharing = [(clip, np.array(where, np.int64)) for clip, where in sharing.items()]
+        count = len(names)
+        bounds, eps_of = np.full(count, nan), np.zeros(count)
+        bounds[self._normed], eps_of[self._normed] = self._norm_bounds, self._norm_eps
+        ones = np.ones(count)
+        #: The same for an engine that measures by itself; None if names share a norm.
+        self.limits = (
+            None
+            if sharing
+            else Limits(bounds, eps_of, np.zeros(count), Scaling(ones.copy(), ones, self._bounds))
+        )
+
+    def norms(self) -> "Norms":
+        """What an engine measured."""
+        assert self.limits is not None
+        return Norms(self._normed, self.limits.norms[self._normed], {})
 
     def scaling(self, active: np.ndarray, sums: Sums) -> "tuple[Scaling, Norms]":
         """Measure the gradients of a step.
@@ -107,7 +122,7 @@ class Clipping:
         some = active[self._normed]
         where, bounds, eps = self._normed[some], self._norm_bounds[some], self._norm_eps[some]
         norms = _norms(len(where), lambda which, factor: sums(where[which], ones, factor))
-        own[where] = self._rounded(coefficient(bounds, norms, eps), where)
+        own[where] = self._rounded(clip_coefficient(np, bounds, norms, eps), where)
 
         groups = [(clip, at[active[at]]) for clip, at in self._sharing]
         groups = [(clip, at) for clip, at in groups if at.size]
@@ -118,9 +133,10 @@ class Clipping:
         shared_norms = _norms(len(groups), folded)
         for (clip, at), norm in zip(groups, shared_norms, strict=True):
             assert clip.global_norm is not None
-            shared[at] = self._rounded(coefficient(clip.global_norm, norm, clip.eps), at)
-        found = dict(zip([clip for clip, _ in groups], shared_norms.tolist(), strict=True))
-        return Scaling(own, shared, self._bounds), Norms(where, norms, found)
+            found = clip_coefficient(np, clip.global_norm, norm, clip.eps)
+            shared[at] = self._rounded(found, at)
+        by_clip = dict(zip([clip for clip, _ in groups], shared_norms.tolist(), strict=True))
+        return Scaling(own, shared, self._bounds), Norms(where, norms, by_clip)
 
     def _rounded(self, numbers: Any, where: np.ndarray) -> np.ndarray:
         """Numbers rounded to the compute dtypes of their positions, as float64."""
@@ -141,20 +157,6 @@ class Norms(NamedTuple):
     shared: dict[Clip, float]
 
 
-def coefficient(bound: Any, norm: Any, eps: Any) -> np.ndarray:
-    """The factor, in float64, that brings a norm down to a bound: 1 if it is below.
-
-    NaN for a NaN norm; 0 for an infinite one; 1 for an infinite bound, whatever the norm.
-
-    >>> coefficient(1.0, np.array([0.5, 4.0]), 0.0).tolist()
-    [1.0, 0.25]
-    """
-    reach = np.asarray(norm + eps)
-    # Divided only where it is not 0, a bound of 0 and a norm of 0 being 1.
-    ratio = np.divide(bound, reach, out=np.full(reach.shape, inf), where=reach != 0)
-    return np.where((bound == inf) | (ratio >= 1), 1.0, ratio)
-
-
 def _norms(count: int, sums: Callable[[np.ndarray, float], np.ndarray]) -> np.ndarray:
     """Norms that neither overflow nor underflow.
 
@@ -167,9 +169,9 @@ def _norms(count: int, sums: Callable[[np.ndarray, float], np.ndarray]) -> np.nd
     if not count:
         return np.empty(0)
     totals = sums(np.arange(count), 1.0)
-    norms = np.sqrt(totals)
-    for wrong, factor in ((~(totals < 2.0**1000), 2.0**-600), (totals < 2.0**-900, 2.0**600)):
-        if wrong.any():
-            which = np.flatnonzero(wrong)
+    norms, factors = np.sqrt(totals), rescaling(np, totals)
+    for factor in (SHRINK, GROW):
+        which = np.flatnonzero(factors == factor)
+        if which.size:
             norms[which] = np.sqrt(sums(which, factor)) / factor
     return norms

@@ -1,6 +1,6 @@
 """What comes into a step: each name with its array and its gradient, checked before any use."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -10,10 +10,11 @@ from multiopt.backend import Array, Layout, Task, backend_of
 
 __all__ = [
     "apart",
+    "as_dict",
     "check_known",
+    "check_names",
     "check_no_shared_memory",
     "checked_gradient",
-    "named_arrays",
     "own_gradient",
 ]
 
@@ -34,9 +35,11 @@ def check_known(grads: Mapping[str, Array | None], params: Mapping[str, Array]) 
 
     Raises:
         KeyError: There is one.
+        TypeError: A name is no string.
     """
     if grads.keys() <= params.keys():
         return
+    check_names("grads", grads)
     for name, grad in grads.items():
         if grad is not None and name not in params:
             near = ", ".join(map(repr, get_close_matches(name, params))) or "none like it"
@@ -46,22 +49,29 @@ def check_known(grads: Mapping[str, Array | None], params: Mapping[str, Array]) 
             )
 
 
-def named_arrays(what: str, arrays: Any) -> dict[str, Any]:
-    """A mapping from names, such as a dict or a ``torch.nn.ParameterDict``, as a dict.
+def as_dict(what: str, arrays: Any) -> dict[str, Any]:
+    """A mapping from names, such as a dict or a ``torch.nn.ParameterDict``, as a dict of its own.
 
     Raises:
-        TypeError: It is none, or a name is no string.
+        TypeError: It is none.
     """
     if not hasattr(arrays, "keys"):
         raise TypeError(
             f"{what} is a {type(arrays).__name__}; expected a mapping of names to arrays: pass a "
             "dict"
         )
-    by_name = dict(arrays.items())
-    for name in by_name:
+    return arrays.copy() if type(arrays) is dict else dict(arrays.items())
+
+
+def check_names(what: str, names: Iterable[Any]) -> None:
+    """Refuse what is no name.
+
+    Raises:
+        TypeError: One is no string.
+    """
+    for name in names:
         if not isinstance(name, str):
             raise TypeError(f"{what} has the name {name!r}; expected a string")
-    return by_name
 
 
 def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:

@@ -29,10 +29,10 @@ from multiopt.entry import (
     with_rule,
 )
 from multiopt.errors import CheckpointError
-from multiopt.inputs import check_known, named_arrays, own_gradient
-from multiopt.plan import Plan
+from multiopt.inputs import as_dict, check_known, check_names, own_gradient
+from multiopt.plan import Outcome, Plan
 from multiopt.rules import Rule
-from multiopt.step import Outcome, Step
+from multiopt.step import Step
 
 __all__ = ["Optimizer", "Report", "State"]
 
@@ -169,7 +169,7 @@ class Optimizer:
     @property
     def names(self) -> tuple[str, ...]:
         """The names seen so far, oldest first."""
-        return tuple(self._entries)
+        return tuple(self._seen)
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -190,7 +190,7 @@ class Optimizer:
 
     def __len__(self) -> int:
         """The number of names seen."""
-        return len(self._entries)
+        return len(self._seen)
 
     def __bool__(self) -> bool:
         """True, also before the first step."""
@@ -214,7 +214,7 @@ class Optimizer:
 
     def __contains__(self, name: object) -> bool:
         """Whether a name has been seen."""
-        return name in self._entries
+        return name in self._seen
 
     def __iter__(self) -> Iterator[str]:
         """The names seen so far, oldest first."""
@@ -332,16 +332,16 @@ class Optimizer:
             TypeError: Something is no usable array: a scalar, a dtype that is not real floating, a
                 gradient of another dtype or device than its parameter's, a tracer.
         """
-        # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step in half.
-        with np.errstate(all="ignore"):
-            params = named_arrays("params", params)
-            gradients = None
-            if grads is not None:
-                grads = named_arrays("grads", grads)
-                check_known(grads, params)
-                gradients = objects(map(grads.get, params))
-            advance = _untraced() if "torch._dynamo" in sys.modules else Optimizer._advance
-            params.update(advance(self, list(params), objects(params.values()), gradients))
+        params = as_dict("params", params)
+        count, gradients = len(params), None
+        if grads is not None:
+            grads = as_dict("grads", grads)
+            check_known(grads, params)
+            gradients = np.fromiter(map(grads.get, params), object, count)
+        arrays = np.fromiter(params.values(), object, count)
+        advance = _untraced() if "torch._dynamo" in sys.modules else Optimizer._advance
+        if replaced := advance(self, list(params), arrays, gradients):
+            params.update(replaced)
         return params
 
     def _advance(
@@ -356,7 +356,17 @@ class Optimizer:
         if grads is None:
             grads = objects(map(own_gradient, names, params))
         if plan is not None:
-            return self._take(plan, params, grads, own=own, leaves=leaves)
+            # The way of nearly every step.
+            if self._on_nonfinite == "propagate":
+                outcome = plan.advance_all(
+                    params, grads, leaves, self._leave_clipped, self._threads
+                )
+                if outcome is not None:
+                    self._outcome = plan.names, (), outcome
+                    return {}
+            # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step apart.
+            with np.errstate(all="ignore"):
+                return self._take(plan, params, grads, own=own, leaves=leaves)
         # A name is seen for the first time with its first gradient.
         has = np.array([grad is not None for grad in grads], bool)
         if not has.all():
@@ -368,7 +378,8 @@ class Optimizer:
                 label = f"parameter {name!r}"
                 layout = backend_of(param, label).layout(param, label)
                 fresh[name] = self._settled(name, layout)
-        return self._take(self._made(names, fresh), params, grads, fresh, own=own)
+        with np.errstate(all="ignore"):
+            return self._take(self._made(names, fresh), params, grads, fresh, own=own)
 
     def _take(
         self,
@@ -392,7 +403,9 @@ class Optimizer:
             leaves: Whether it is known that the parameters may have gradients of their own.
         """
         step = Step(plan, params, grads, own=own, leaves=leaves, threads=self._threads)
-        moved = step.look()
+        # What is new is looked at in Python, which knows more.
+        new = [i for i, name in enumerate(plan.names) if name in fresh] if fresh else []
+        moved = step.look(new)
         if moved:
             names = plan.names
             self._settle_clocks()
@@ -403,13 +416,16 @@ class Optimizer:
         outcome = step.run(self._leave_clipped)
         self._after(step)
         active = outcome.active
-        new = [n for n in fresh if n not in self._seen]
-        if active is not None:
-            new = [n for n in new if active[plan.names.index(n)]]
-        self._outcome = plan.names, tuple(new), outcome._replace(replaced={})
+        born = tuple(
+            plan.names[i]
+            for i in new
+            if plan.names[i] not in self._seen and (active is None or active[i])
+        )
+        self._outcome = plan.names, born, outcome._replace(replaced={})
         if plan is not self._plan:
             self._take_up(plan, fresh, outcome)
         return {plan.names[i]: array for i, array in outcome.replaced.items()}
+
     def _after(self, step: Step) -> None:
         """For hosts that expect to find the clipped gradients; here nothing."""
 
@@ -420,8 +436,8 @@ class Optimizer:
         plan = self._plan
         if plan is not None and plan.names == names:
             return plan
-        key = tuple(names)
-        plan = self._plans.pop(key, None)
+        check_names("params", names)
+        plan = self._plans.pop(tuple(names), None)
         self._settle_clocks()
         if plan is not None:
             plan.resume()

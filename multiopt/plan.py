@@ -2,16 +2,16 @@
 
 from collections.abc import Hashable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from multiopt.backend import Backend, Batch, Member, named
-from multiopt.clipping import Clipping
+from multiopt.backend import Array, Backend, Batch, Member, named
+from multiopt.clipping import Clipping, Norms
 from multiopt.entry import Entry
 from multiopt.rules.rule import is_schedule
 
-__all__ = ["Part", "Plan"]
+__all__ = ["ALL_UPDATED", "Outcome", "Part", "Plan"]
 
 
 class Part(NamedTuple):
@@ -28,6 +28,29 @@ class Part(NamedTuple):
     batch: Batch
     where: np.ndarray
     everything: np.ndarray
+
+
+class Outcome(NamedTuple):
+    """What a step did, in the positions of its plan.
+
+    Attributes:
+        active: Those that were updated; None for all.
+        skipped: Those left alone because their gradient was not finite.
+        norms: What was measured for clipping, if anything was.
+        clipped: Those whose gradient a clip changed, as far as the host knows; None for no clips.
+        on_devices: By position, the same as a value on its device.
+        replaced: Arrays that take the place of parameters that cannot be written.
+    """
+
+    active: np.ndarray | None
+    skipped: tuple[int, ...]
+    norms: Norms | None
+    clipped: np.ndarray | None
+    on_devices: dict[int, Any]
+    replaced: dict[int, Array]
+
+
+ALL_UPDATED = Outcome(None, (), None, None, {}, {})
 
 
 class Plan:
@@ -74,6 +97,9 @@ class Plan:
         self.whole = self.parts[0] if len(self.parts) == 1 and not self.loose.size else None
         #: Positions whose rule has schedules.
         self.scheduled = [i for i, entry in enumerate(entries) if _has_schedule(entry)]
+        # Whether one batch has everything and can take a step by itself.
+        shares = self.clipping is not None and self.clipping.limits is None
+        self._takes_all = self.whole is not None and not self.scheduled and not shares
 
     @cached_property
     def clipping(self) -> Clipping | None:
@@ -91,7 +117,7 @@ class Plan:
 
     def advance(self, active: np.ndarray | None) -> None:
         """Count a step of these positions, or of all."""
-        self.steps[... if active is None else active] += 1
+        np.add(self.steps, 1 if active is None else active, out=self.steps)
         self._ahead = True
 
     def settle(self) -> None:
@@ -102,6 +128,31 @@ class Plan:
             self._ahead = False
 
     # Arrays
+
+    def advance_all(
+        self,
+        params: np.ndarray,
+        grads: np.ndarray,
+        leaves: bool,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> Outcome | None:
+        """Take a step in which nothing is out of the ordinary; None if this is no such step."""
+        if not self._takes_all:
+            return None
+        assert self.whole is not None
+        clipping = self.clipping
+        limits = None if clipping is None else clipping.limits
+        limited = self.whole.batch.advance(
+            params, grads, leaves, self.steps, limits, leave_clipped, threads
+        )
+        if limited is None:
+            return None
+        self.advance(None)
+        if clipping is None or limits is None:
+            return ALL_UPDATED
+        clipped = (limits.scaling.own != 1) | (limited != 0)
+        return Outcome(None, (), clipping.norms(), clipped, {}, {})
 
     def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
         """The positions that Python must look at, of the arrays of a step as they are now."""

@@ -1,6 +1,6 @@
 """One step of a plan: everything is looked at and checked before anything is changed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,31 +8,11 @@ import numpy as np
 from multiopt.backend import Array, Layout, Result, Scaling, Task, backend_of, by_backend
 from multiopt.clipping import Norms
 from multiopt.inputs import apart, check_no_shared_memory, checked_gradient, own_gradient
-from multiopt.plan import Part, Plan
+from multiopt.plan import Outcome, Part, Plan
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import rounded
 
-__all__ = ["Outcome", "Step"]
-
-
-class Outcome(NamedTuple):
-    """What a step did, in the positions of its plan.
-
-    Attributes:
-        active: Those that were updated; None for all.
-        skipped: Those left alone because their gradient was not finite.
-        norms: What was measured for clipping, if anything was.
-        clipped: Those whose gradient a clip changed, as far as the host knows; None for no clips.
-        on_devices: By position, the same as a value on its device.
-        replaced: Arrays that take the place of parameters that cannot be written.
-    """
-
-    active: np.ndarray | None
-    skipped: tuple[int, ...]
-    norms: Norms | None
-    clipped: np.ndarray | None
-    on_devices: dict[int, Any]
-    replaced: dict[int, Array]
+__all__ = ["Step"]
 
 
 class _Lent(NamedTuple):
@@ -40,7 +20,7 @@ class _Lent(NamedTuple):
 
     Attributes:
         param: The parameter's own memory, or a copy.
-        grad: A copy.
+        grad: The gradient's own memory, or a copy.
         slots: The slots' own memory, or copies.
         in_place: Whether ``param`` is the parameter's own memory.
     """
@@ -88,8 +68,11 @@ class Step:
         self._norms: Norms | None = None
         self._results: list[tuple[int, Task, Result]] = []
 
-    def look(self) -> dict[int, Layout]:
+    def look(self, closely: Sequence[int]) -> dict[int, Layout]:
         """Look at the arrays.
+
+        Args:
+            closely: Positions that Python is to look at in any case.
 
         Returns:
             By position, the layout of parameters that are not of the layout of their entry.
@@ -99,6 +82,8 @@ class Step:
             ValueError: A gradient has not the shape of its parameter.
         """
         odd = self._plan.look(self._params, self._grads, self._leaves)
+        if closely:
+            odd = np.union1d(odd, closely)
         return self._examine(odd) if odd.size else {}
 
     def check(self, policy: str) -> None:
@@ -119,7 +104,7 @@ class Step:
             self._examine(np.array([i for i in rest if i not in self._tasks], np.int64))
             # Raises if parameters share memory. Gradients that share it are lent as copies.
             check_no_shared_memory(list(self._tasks.values()))
-            self._lend({i: task for i, task in self._tasks.items() if i not in self._lent})
+            self._lend(self._tasks, copy=True)
         if policy != "propagate":
             self._check_finite(policy)
         now = self._rules_now()
@@ -223,23 +208,29 @@ class Step:
 
     # Memory
 
-    def _lend(self, tasks: Mapping[int, Task]) -> None:
-        """Give batches arrays that they take in the place of those that they do not."""
+    def _lend(self, tasks: Mapping[int, Task], copy: bool = False) -> None:
+        """Give batches arrays that they take in the place of those that they do not.
+
+        Args:
+            tasks: Whose, by position.
+            copy: Whether no gradient's own memory is lent.
+        """
         for i, task in tasks.items():
             if self._plan.part_of[i] < 0:
                 continue
             part, position = self._plan.parts[self._plan.part_of[i]], int(self._plan.local[i])
             dtype = task.layout.compute_dtype
             memory = task.backend.memory_of(task.param)
-            in_place = (
-                memory is not None and memory.dtype == dtype and memory.flags.carray
-            )
+            in_place = memory is not None and memory.dtype == dtype and memory.flags.carray
             param = memory if in_place else self._copied(task, task.param)
             assert param is not None
             slots = part.batch.slots_of(position)
             if slots is None:
                 slots = tuple(self._copied(task, slot) for slot in task.slots)
-            lent = _Lent(param, self._copied(task, task.grad), slots, in_place)
+            grad = task.backend.opened(task.grad, task.layout)
+            if copy or not (grad.flags.c_contiguous and grad.flags.aligned):
+                grad = np.array(grad, order="C")
+            lent = _Lent(param, grad, slots, in_place)
             self._lent[i] = lent
             part.batch.lend(position, lent.param, lent.grad, lent.slots)
 

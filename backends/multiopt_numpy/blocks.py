@@ -204,7 +204,9 @@ class BlockedBatch(Batch):
         """Update small parameters side by side; say which gradients the bound changed."""
         positions = where.tolist()
         sizes = self._sizes[where]
-        slots = [[self._slots[i][j] for i in positions] for j in range(len(self._slots[positions[0]]))]
+        slots = [
+            [self._slots[i][j] for i in positions] for j in range(len(self._slots[positions[0]]))
+        ]
         params, grads = [self._params[i] for i in positions], [self._grads[i] for i in positions]
         packs = [np.concatenate(arrays, axis=None) for arrays in (params, grads, *slots)]
         param, grad, *kept = packs
@@ -212,9 +214,7 @@ class BlockedBatch(Batch):
         places = list(map(slice, (ends - sizes).tolist(), ends.tolist()))
         limited: np.ndarray | bool = False
         if scaling is not None:
-            own, shared, bound = (
-                np.repeat(x[where].astype(self._dtype), sizes) for x in scaling
-            )
+            own, shared, bound = (np.repeat(x[where].astype(self._dtype), sizes) for x in scaling)
             grad, beyond = _clipped(grad, own, shared, bound)
             found = np.concatenate([[0], np.cumsum(beyond)])
             limited = found[ends] > found[ends - sizes]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from multiopt.rules import Rule
-from multiopt.rules.arithmetic import BLOCK, clamp
+from multiopt.rules.arithmetic import BLOCK, clamp, clip_coefficient, rescaling
 from multiopt_numpy.object_cache import ObjectCode
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "compile_norms",
     "compile_update",
     "identity",
+    "norms_identity",
     "number_fields",
 ]
 
@@ -74,6 +75,11 @@ def identity(rule: Rule, dtype: str) -> list[str]:
     return [repr(facts), *fingerprint(rule.update, _scalars(rule), clamp)]
 
 
+def norms_identity(dtype: str) -> list[str]:
+    """Likewise for the kernels of norms."""
+    return [dtype, *fingerprint(clip_coefficient, rescaling)]
+
+
 def _scalars(rule: Rule) -> FunctionType:
     function: FunctionType = type(rule).scalars.__func__  # type: ignore[attr-defined]
     return function
@@ -82,7 +88,8 @@ def _scalars(rule: Rule) -> FunctionType:
 def _class_numbers(rule: Rule) -> dict[str, bool | int | float]:
     """The numbers of its class that ``scalars`` may ask for."""
     values = {
-        name: getattr(type(rule), name, None) for name in inspect.unwrap(_scalars(rule)).__code__.co_names
+        name: getattr(type(rule), name, None)
+        for name in inspect.unwrap(_scalars(rule)).__code__.co_names
     }
     return {k: v for k, v in values.items() if isinstance(v, bool | int | float)}
 
@@ -147,9 +154,7 @@ def _tools() -> Any:
         @intrinsic
         def at(context: Any, address: Any) -> Any:
             def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-                return builder.inttoptr(
-                    arguments[0], context.get_value_type(signature.return_type)
-                )
+                return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
             return types.CPointer(kind)(types.int64), generate
 
@@ -255,19 +260,36 @@ def coefficients(numbers, step):
     c = scalars(rule_class, Hyperparameters({hyperparameters}), step)
     return Scalars({rounded})
 
-def update_range(row, low, high, numbers, step, own, shared, bound):
+def plain(row, low, high, c):
     p, g = at(row[PARAM]), at(row[GRAD])
     {slots}
-    c = coefficients(numbers, step)
-    beyond = 0
     for i in range(low, high):
-        d = own * g[i] * shared
-        beyond |= (d > bound) | (d < -bound)
-        d = clamp(xp, d, bound)
-        {write}
-        q, t = update(xp, p[i], d, ({reads}), c)
+        q, t = update(xp, p[i], g[i], ({reads}), c)
         p[i] = q
         {writes}
+
+def clipping(row, low, high, c, own, shared, bound, write):
+    p, g = at(row[PARAM]), at(row[GRAD])
+    {slots}
+    beyond = 0
+    if bound == inf:
+        for i in range(low, high):
+            d = own * g[i] * shared
+            if write:
+                g[i] = d
+            q, t = update(xp, p[i], d, ({reads}), c)
+            p[i] = q
+            {writes}
+    else:
+        for i in range(low, high):
+            d = own * g[i] * shared
+            beyond |= (d > bound) | (d < -bound)
+            d = clamp(xp, d, bound)
+            if write:
+                g[i] = d
+            q, t = update(xp, p[i], d, ({reads}), c)
+            p[i] = q
+            {writes}
     return beyond
 """
 
@@ -302,15 +324,16 @@ def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
         for name in rule.ranges
     }
     given = [
-        f"{name}=({', '.join(places)},)" if isinstance(getattr(rule, name), tuple) else
-        f"{name}={places[0]}"
+        f"{name}=({', '.join(places)},)"
+        if isinstance(getattr(rule, name), tuple)
+        else f"{name}={places[0]}"
         for name, places in hyperparameters.items()
     ] + [f"{name}={getattr(rule, name)}" for name in rule.switches]
     slots = range(len(rule.slots))
     rule_class = ModuleType("rule_class")
     rule_class.__dict__.update(_class_numbers(rule))
     update = _jitted(rule.update)
-    known = {
+    known: dict[str, Any] = {
         "PARAM": PARAM,
         "GRAD": GRAD,
         "Hyperparameters": namedtuple("Hyperparameters", names),  # noqa: PYI024
@@ -318,34 +341,25 @@ def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
         "at": tools.at[dtype],
         "clamp": _jitted(clamp),
         "dtype": kind,
+        "inf": math.inf,
         "rule_class": rule_class,
         "scalars": _jitted(_scalars(rule)),
         "update": update,
         "xp": _namespace(),
     }
-    text = {}
-    for write in (False, True):
-        text[write] = _TEMPLATE.format(
-            hyperparameters=", ".join(given),
-            rounded=", ".join(
-                f"{name}=c.{name}"
-                if isinstance(value, bool | np.bool_)
-                else f"{name}=dtype(c.{name})"
-                for name, value in scalars._asdict().items()
-            ),
-            slots="; ".join(f"s{j} = at(row[{FIRST_SLOT + j}])" for j in slots),
-            write="g[i] = d" if write else "",
-            reads="".join(f"s{j}[i], " for j in slots),
-            writes="; ".join(f"s{j}[i] = t[{j}]" for j in slots),
-        )
-    ranges = {}
-    for write, source in text.items():
-        # The names in the text are those of this dict alone.
-        space = dict(known)
-        exec(source, space)
-        space["coefficients"] = tools.njit(space["coefficients"])
-        ranges[write] = tools.njit(space["update_range"])
-    run = _update_kernel(dtype, ranges[False], ranges[True], FIRST_SLOT + len(rule.slots))
+    text = _TEMPLATE.format(
+        hyperparameters=", ".join(given),
+        rounded=", ".join(
+            f"{name}=c.{name}" if isinstance(value, bool) else f"{name}=dtype(c.{name})"
+            for name, value in scalars._asdict().items()
+        ),
+        slots="; ".join(f"s{j} = at(row[{FIRST_SLOT + j}])" for j in slots),
+        reads="".join(f"s{j}[i], " for j in slots),
+        writes="; ".join(f"s{j}[i] = t[{j}]" for j in slots),
+    )
+    exec(text, known)
+    loops = [tools.njit(known[name]) for name in ("coefficients", "plain", "clipping")]
+    run = _update_kernel(dtype, *loops, FIRST_SLOT + len(rule.slots), len(fields))
     code = _object_code(update=run)
     (compiled,) = update.overloads.values()
     returned = compiled.signature.return_type
@@ -358,30 +372,48 @@ def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
     return code
 
 
-def _update_kernel(dtype: str, plain: Any, clipping: Any, first_number: int) -> Any:
-    """The loop over the rows of a share; ``clipping`` leaves clipped gradients behind."""
+def _update_kernel(
+    dtype: str, coefficients: Any, plain: Any, clipping: Any, first_number: int, count: int
+) -> Any:
+    """The loop over the rows of a share."""
     tools = _tools()
     words, doubles, flags = tools.words, tools.doubles, tools.bytes
-    number = getattr(tools.types, dtype)
+    number, prefetch = getattr(tools.types, dtype), tools.prefetch
 
     def update(arguments_at):  # type: ignore[no-untyped-def]
         a = words(arguments_at)
         index, k0, b0, k1, b1, table_at, width = words(a[0]), a[1], a[2], a[3], a[4], a[5], a[6]
         steps, own, shared, bounds = words(a[7]), doubles(a[8]), doubles(a[9]), doubles(a[10])
         limited, write = flags(a[11]), a[12]
+        if k1 == k0 and b1 == 0:
+            return 0
+        known = doubles(table_at + (index[k0] * width + first_number) * 8)
+        known_step = steps[index[k0]] + 1
+        c = coefficients(known, known_step)
         for k in range(k0, k1 + 1 if b1 > 0 else k1):
             r = index[k]
             row_at = table_at + r * width * 8
             row, numbers = words(row_at), doubles(row_at + first_number * 8)
+            if k + 4 < k1:
+                ahead = words(table_at + index[k + 4] * width * 8)
+                for i in range(FIRST_SLOT, first_number):
+                    prefetch(ahead[i])
+                prefetch(ahead[PARAM])
+                prefetch(ahead[GRAD])
             low = b0 * BLOCK if k == k0 else 0
             high = min(b1 * BLOCK, row[SIZE]) if k == k1 else row[SIZE]
             step, bound = steps[r] + 1, bounds[r]
+            # Most rows have the numbers of the row before. To compute them takes 40 ns.
+            same = step == known_step
+            for i in range(count):
+                same &= numbers[i] == known[i]
+            if not same:
+                c = coefficients(numbers, step)
+                known, known_step = numbers, step
             x, y, z = number(own[r]), number(shared[r]), number(bound)
-            if write != 0 and (x != 1 or y != 1 or bound < math.inf):
-                beyond = clipping(row, low, high, numbers, step, x, y, z)
-            else:
-                beyond = plain(row, low, high, numbers, step, x, y, z)
-            if beyond != 0:
+            if x == 1 and y == 1 and bound == math.inf:
+                plain(row, low, high, c)
+            elif clipping(row, low, high, c, x, y, z, write != 0) != 0:
                 limited[r] = 1
         return 0
 
@@ -395,6 +427,7 @@ def compile_norms(dtype: str) -> ObjectCode:
     """Sums of squares over the tree of the spec, and the search for what is not finite."""
     tools = _tools()
     njit, words, doubles, flags = tools.njit, tools.words, tools.doubles, tools.bytes
+    prefetch = tools.prefetch
     at, number, double = tools.at[dtype], getattr(tools.types, dtype), tools.types.float64
 
     @njit
@@ -412,23 +445,40 @@ def compile_norms(dtype: str) -> ObjectCode:
         return s[0]
 
     @njit
-    def block_sum(g, n, own, factor, s):  # type: ignore[no-untyped-def]
-        """The sum of squares of a block of ``n`` elements."""
+    def eight(g, j, q):  # type: ignore[no-untyped-def]
+        """The squares of eight elements, ``q`` apart, folded to one number."""
+        x0, x1, x2, x3 = double(g[j]), double(g[j + q]), double(g[j + 2 * q]), double(g[j + 3 * q])
+        j += 4 * q
+        x4, x5, x6, x7 = double(g[j]), double(g[j + q]), double(g[j + 2 * q]), double(g[j + 3 * q])
+        even = (x0 * x0 + x4 * x4) + (x2 * x2 + x6 * x6)
+        return even + ((x1 * x1 + x5 * x5) + (x3 * x3 + x7 * x7))
+
+    @njit
+    def leaves(g, n, s):  # type: ignore[no-untyped-def]
+        """The squares of a block of ``n`` elements, a whole block folded four times at once."""
         if n < BLOCK:
             for j in range(n):
-                x = double(own * g[j]) * factor
-                s[j] = x * x
-            return fold(s, n)
-        # The first three folds of a whole block at once.
-        q = BLOCK // 8
+                s[j] = double(g[j]) * double(g[j])
+            return n
+        q = BLOCK // 16
         for j in range(q):
-            x0, x1 = double(own * g[j]) * factor, double(own * g[j + q]) * factor
-            x2, x3 = double(own * g[j + 2 * q]) * factor, double(own * g[j + 3 * q]) * factor
-            x4, x5 = double(own * g[j + 4 * q]) * factor, double(own * g[j + 5 * q]) * factor
-            x6, x7 = double(own * g[j + 6 * q]) * factor, double(own * g[j + 7 * q]) * factor
-            even = (x0 * x0 + x4 * x4) + (x2 * x2 + x6 * x6)
-            s[j] = even + ((x1 * x1 + x5 * x5) + (x3 * x3 + x7 * x7))
-        return fold(s, q)
+            s[j] = eight(g, j, 2 * q) + eight(g, j + q, 2 * q)
+        return q
+
+    @njit
+    def scaled_leaves(g, n, own, factor, s):  # type: ignore[no-untyped-def]
+        """The squares of a block of ``n`` elements, each multiplied first."""
+        for j in range(n):
+            x = double(own * g[j]) * factor
+            s[j] = x * x
+        return n
+
+    @njit
+    def block_sum(g, n, own, factor, s):  # type: ignore[no-untyped-def]
+        """The sum of squares of a block of ``n`` elements."""
+        if own == 1 and factor == 1:
+            return fold(s, leaves(g, n, s))
+        return fold(s, scaled_leaves(g, n, own, factor, s))
 
     itemsize = np.dtype(dtype).itemsize
 
@@ -444,10 +494,46 @@ def compile_norms(dtype: str) -> ObjectCode:
             size, sums = row[SIZE], doubles(sums_at + first[k] * 8)
             x = number(own[r])
             for b in range(
-                b0 if k == k0 else 0, min(b1, first[k + 1] - first[k]) if k == k1 else first[k + 1] - first[k]
+                b0 if k == k0 else 0,
+                min(b1, first[k + 1] - first[k]) if k == k1 else first[k + 1] - first[k],
             ):
                 g = at(row[GRAD] + b * BLOCK * itemsize)
+                if (b + 1) * BLOCK < size:
+                    # The next block, while this one is added up: 3.6 ms for 1e7 instead of 3.8.
+                    for line in range(0, BLOCK * itemsize, 64):
+                        prefetch(row[GRAD] + (b + 1) * BLOCK * itemsize + line)
                 sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), x, factor, scratch)
+        return 0
+
+    coefficient, factor_for = _jitted(clip_coefficient), _jitted(rescaling)
+    namespace = _namespace()
+
+    @njit
+    def total(g_at, size, factor, sums, scratch):  # type: ignore[no-untyped-def]
+        """The sum of squares of one gradient."""
+        blocks = -(-size // BLOCK)
+        for b in range(blocks):
+            g = at(g_at + b * BLOCK * itemsize)
+            sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), number(1.0), factor, scratch)
+        return fold(sums, blocks) if blocks > 0 else 0.0
+
+    def measure(arguments_at):  # type: ignore[no-untyped-def]
+        """The norms of all rows, and what they scale the gradients by."""
+        a = words(arguments_at)
+        n, table_at, width = a[0], a[1], a[2]
+        bounds, eps, norms, own = doubles(a[3]), doubles(a[4]), doubles(a[5]), doubles(a[6])
+        scratch, sums = doubles(a[7]), doubles(a[7] + BLOCK * 8)
+        for r in range(n):
+            bound = bounds[r]
+            if not math.isnan(bound):
+                row = words(table_at + r * width * 8)
+                g, size = row[GRAD], row[SIZE]
+                squares = total(g, size, 1.0, sums, scratch)
+                factor = factor_for(namespace, squares)
+                if factor != 1.0:
+                    squares = total(g, size, factor, sums, scratch)
+                norms[r] = math.sqrt(squares) / factor
+                own[r] = number(coefficient(namespace, bound, norms[r], eps[r]))
         return 0
 
     def totals(arguments_at):  # type: ignore[no-untyped-def]
@@ -477,7 +563,9 @@ def compile_norms(dtype: str) -> ObjectCode:
                 bad[r] = 1
         return 0
 
-    return _object_code(squares=njit(squares), totals=njit(totals), finite=njit(finite))
+    return _object_code(
+        squares=njit(squares), totals=njit(totals), measure=njit(measure), finite=njit(finite)
+    )
 
 
 # Looking at arrays
@@ -563,7 +651,9 @@ def compile_look() -> ObjectCode:
             return -1
         dims, strides, shape, expected = words(t[3]), words(t[4]), words(row[SHAPE]), 1
         for d in range(ndim - 1, -1, -1):
-            if dims[d] != shape[d] or (strides[d] != expected and dims[d] > 1 and row[SIZE] > 0):
+            # Strides of axes of length 1 say nothing about memory, but they tell a view such as
+            # ``x.conj().imag``, whose values are the negatives of what is in its memory.
+            if dims[d] != shape[d] or (strides[d] != expected and row[SIZE] > 0):
                 return -1
             expected *= dims[d]
         if t[0] == 0 and row[SIZE] > 0:
@@ -577,9 +667,13 @@ def compile_look() -> ObjectCode:
         tensor_at, kind, other, dtype, call_at, count = a[8], a[9], a[10], a[11], a[12], 0
         for k in range(n):
             row = words(table_at + k * width * 8)
+            if k + 8 < n:
+                prefetch(params[k + 8] + 16)
+                prefetch(grads[k + 8] + 16)
             if k + 4 < n:
-                prefetch(params[k + 4] + 16)
-                prefetch(grads[k + 4] + 16)
+                # What the Python object of a tensor points to; a hint, and not read.
+                prefetch(words(params[k + 4] + 16)[0])
+                prefetch(words(grads[k + 4] + 16)[0])
             p = torch_address(params[k], row, call_at, kind, other, dtype, tensor_at)
             g = torch_address(grads[k], row, call_at, kind, other, dtype, tensor_at)
             odd = p == -1 or g == -1

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import inf, nan, prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from multiopt.backend import Batch, Member, Scaling
+from multiopt.backend import Batch, Limits, Member, Scaling
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy import compiler
@@ -36,11 +36,13 @@ class Look(NamedTuple):
         facts: By dtype, the arguments by which it knows the arrays that it takes.
         holds: Whether parameters and gradients of which the function knows enough are also what
             only Python can know.
+        touch: ``Backend.touch``, if it does anything.
     """
 
     kernel: Kernel
     facts: Mapping[str, Sequence[int]]
     holds: Callable[[np.ndarray, np.ndarray, bool], bool]
+    touch: Callable[[np.ndarray], None] | None = None
 
 
 @cache
@@ -62,7 +64,9 @@ def update_kernel(rule: Rule, dtype: str) -> Kernel:
 
 @cache
 def _norm_kernels(dtype: str) -> dict[str, Kernel]:
-    return _loaded(f"norms-{dtype}", [dtype], lambda: compiler.compile_norms(dtype))
+    return _loaded(
+        f"norms-{dtype}", compiler.norms_identity(dtype), lambda: compiler.compile_norms(dtype)
+    )
 
 
 def _loaded(
@@ -105,7 +109,14 @@ class CompiledBatch(Batch):
         self._lent: list[tuple[np.ndarray, ...]] = []
         ones = np.ones(count)
         self._unclipped = Scaling(ones, ones, np.full(count, inf))
-        self._cut: dict[int, np.ndarray] = {}
+        self._is_large = bool(self._table[:, SIZE].sum() > LARGE)
+        # The arguments of the last update of everything: what they refer to, kept alive here, the
+        # identities of it, and their address. Likewise for the measuring of norms.
+        self._usual: tuple[Any, ...] = ()
+        self._usual_for: tuple[int, int, bool] = (0, 0, False)
+        self._usual_at = 0
+        self._limits: Limits | None = None
+        self._measuring, self._measuring_at = self._nothing, 0
         if look is not None:
             self._tensor = np.zeros(8, np.int64)
             itemsize = np.dtype(self._dtype).itemsize
@@ -165,6 +176,43 @@ class CompiledBatch(Batch):
             return self._everything
         self._disjoint = odd == 0
         return self._nothing
+
+    def advance(
+        self,
+        params: np.ndarray,
+        grads: np.ndarray,
+        leaves: bool,
+        steps: np.ndarray,
+        limits: Limits | None,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray | None:
+        """See ``Batch``."""
+        if limits is not None and self._is_large:
+            return None
+        if self.look(params, grads, leaves).size or not self._disjoint:
+            return None
+        touch = self._look.touch if self._look is not None else None
+        if touch is not None:
+            touch(params)
+        if limits is None:
+            return self.run(self._everything, steps, None, False, threads)
+        if limits is not self._limits:
+            self._limits, self._measuring = limits, self._measuring_for(limits)
+            self._measuring_at = _address(self._measuring)
+        _norm_kernels(self._dtype)["measure"].alone(self._measuring_at)
+        limited = self.run(self._everything, steps, limits.scaling, leave_clipped, threads)
+        if leave_clipped and touch is not None:
+            clipped = (limits.scaling.own != 1) | (limited != 0)
+            if clipped.any():
+                touch(grads if clipped.all() else grads[clipped])
+        return limited
+
+    def _measuring_for(self, limits: Limits) -> np.ndarray:
+        """The arguments with which norms are measured, kept for the next step."""
+        self._room = np.empty(BLOCK + LARGE // BLOCK + 1)
+        places = (limits.norm_bounds, limits.eps, limits.norms, limits.scaling.own, self._room)
+        return np.array([len(self._table), *self._place, *map(_address, places)])
 
     def lend(
         self, position: int, param: np.ndarray, grad: np.ndarray, slots: tuple[np.ndarray, ...]
@@ -227,10 +275,21 @@ class CompiledBatch(Batch):
         threads: int | None,
     ) -> np.ndarray:
         """See ``Batch``."""
-        own, shared, bound = self._unclipped if scaling is None else scaling
         self._limited.fill(0)
+        if scaling is None:
+            scaling = self._unclipped
+        usual = index is self._everything
+        if usual and self._usual_for == (id(steps), id(scaling), leave_clipped):
+            self._update.alone(self._usual_at)
+            return self._limited
+        own, shared, bound = scaling
         tail = [_address(a) for a in (steps, own, shared, bound, self._limited)]
-        self._call(self._update, index, threads, [*tail, int(leave_clipped)])
+        blocks = self._call(self._update, index, threads, [*tail, int(leave_clipped)])
+        if usual and blocks is not None:
+            # For the next step: all that changes for it is in the table.
+            self._usual = blocks, steps, scaling
+            self._usual_for = id(steps), id(scaling), leave_clipped
+            self._usual_at = _address(blocks)
         return self._limited
 
     def _call(
@@ -240,26 +299,31 @@ class CompiledBatch(Batch):
         threads: int | None,
         tail: Sequence[int],
         scratch: bool = False,
-    ) -> None:
-        """Run a kernel over some rows, on several threads if that is worth it."""
+    ) -> np.ndarray | None:
+        """Run a kernel over some rows, on several threads if that is worth it.
+
+        Returns:
+            Its block of arguments, if it ran on one thread, at once.
+        """
         if not index.size:
-            return
+            return None
         sizes = self._table[index, SIZE]
         large = sizes.sum() > LARGE
         used = thread_count(threads) if large else 1
         borders = _borders(sizes, used * SHARES if used > 1 else 1)
-        arguments = np.empty((len(borders), 7 + len(tail) + scratch), np.int64)
-        arguments[:, 0] = _address(index)
-        arguments[:, 1:5] = borders
-        arguments[:, 5:7] = self._place
-        arguments[:, 7 : 7 + len(tail)] = tail
+        blocks = np.empty((len(borders), 7 + len(tail) + scratch), np.int64)
+        blocks[:, 0] = _address(index)
+        blocks[:, 1:5] = borders
+        blocks[:, 5:7] = self._place
+        blocks[:, 7 : 7 + len(tail)] = tail
         if scratch:
             room = np.empty((len(borders), BLOCK))
-            arguments[:, -1] = _address(room) + room.strides[0] * np.arange(len(borders))
+            blocks[:, -1] = _address(room) + room.strides[0] * np.arange(len(borders))
         if large:
-            kernel.shared(arguments, used)
-        else:
-            kernel.alone(_address(arguments))
+            kernel.shared(blocks, used)
+            return None
+        kernel.alone(_address(blocks))
+        return blocks
 
 
 def _borders(sizes: np.ndarray, shares: int) -> np.ndarray:
@@ -272,6 +336,8 @@ def _borders(sizes: np.ndarray, shares: int) -> np.ndarray:
     Returns:
         For each share the row and the block in it where it begins, and those where it ends.
     """
+    if shares == 1:
+        return np.array([[0, 0, len(sizes), 0]])
     ends = np.cumsum(sizes + OVERHEAD)
     cuts = np.arange(1, shares) * int(ends[-1]) // shares
     rows = np.searchsorted(ends, cuts, "right")

@@ -5,6 +5,7 @@ purpose. It is keyed by tensor, as Pyro is: one entry for each live tensor, weak
 with the tensor's name in the param store.
 """
 
+import ctypes
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -36,7 +37,7 @@ from multiopt.adapters.torch_state import (
     rule_settings,
     to_torch,
 )
-from multiopt.backend import Layout, named
+from multiopt.backend import Layout, named, objects
 from multiopt.clipping import Clip
 from multiopt.entry import (
     Entry,
@@ -140,6 +141,10 @@ class _Core(Optimizer):
             else:
                 task.grad.detach().copy_(clipped)
 
+    def step_tensors(self, names: list[str], tensors: np.ndarray) -> None:
+        """``step`` of tensors that have names already, by their own gradients."""
+        self._advance(names, tensors, None)
+
     def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step."""
         self._entries = {**self._entries, name: new_entry(rule, clip, layout)}
@@ -196,6 +201,10 @@ class _PyroOptimizer(PyroOptim):
         self._rules: dict[Rule, Rule] = {}
         # By tensor, weakly: an entry goes when its tensor does.
         self._tracked: MutableMapping[torch.Tensor, _Tracked] = WeakTensorKeyDictionary()
+        # Of the last call: which objects the tensors are, and their keys. A number stands for the
+        # same tensor as long as no tensor has died.
+        self._ids = b""
+        self._keys: list[str] = []
         self._unnamed = 0
         self._core = _Core(rule_class())
         for what, settings in (("optim_args", optim_args), ("clip_args", self.pt_clip_args)):
@@ -217,9 +226,15 @@ class _PyroOptimizer(PyroOptim):
                 ``Optimizer.step`` raises; nothing has changed.
         """
         self._drop_dead()
-        tensors = {self._track(tensor).key: tensor for tensor in params}
-        self._settle(tensors.values())
-        self._core.step(tensors)
+        tensors = objects(params)
+        if _identities(tensors) != self._ids:
+            self._ids = b""
+            by_key = {self._track(tensor).key: tensor for tensor in tensors}
+            tensors = objects(by_key.values())
+            self._ids, self._keys = _identities(tensors), list(by_key)
+        if self._state_waiting_to_be_consumed:
+            self._settle(tensors)
+        self._core.step_tensors(self._keys, tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings, and the state by name."""
@@ -311,6 +326,7 @@ class _PyroOptimizer(PyroOptim):
     def _drop_dead(self) -> None:
         """Forget the entries of tensors that are gone."""
         if len(self._core) > len(self._tracked):
+            self._ids = b""
             live = {tracked.key for tracked in self._tracked.values()}
             for key in self._core.names:
                 if key not in live:
@@ -489,7 +505,13 @@ class _PyroOptimizer(PyroOptim):
 
     def _forget(self, tensor: torch.Tensor) -> None:
         """Drop the entry of a tensor; presented again, it starts anew."""
+        self._ids = b""
         self._core.forget(self._tracked.pop(tensor).key)
+
+
+def _identities(objects: np.ndarray) -> bytes:
+    """What ``id`` gives for each of the objects: they are the memory of an array of objects."""
+    return ctypes.string_at(objects.ctypes.data, objects.nbytes)
 
 
 #: torch allows a NumPy number for a setting, and a checkpoint then has one.

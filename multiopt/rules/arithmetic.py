@@ -7,17 +7,22 @@ which performs them one by one gives the same numbers.
 
 from collections.abc import Callable
 from functools import wraps
+from math import inf
 from typing import Any
 
 import numpy as np
 
 __all__ = [
     "BLOCK",
+    "GROW",
+    "SHRINK",
     "block_sums",
     "clamp",
+    "clip_coefficient",
     "maximum",
     "one_minus_power",
     "power",
+    "rescaling",
     "rounded",
     "sum_of_squares",
     "tree_sum",
@@ -25,6 +30,9 @@ __all__ = [
 
 #: Elements in one block of the summation tree. A power of two.
 BLOCK = 4096
+
+#: Powers of two: to multiply by them is exact.
+SHRINK, GROW = 2.0**-600, 2.0**600
 
 
 def over_arrays(loop: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -125,6 +133,27 @@ def clamp(xp: Any, x: Any, bound: float) -> Any:
     """
     x = xp.where(x > bound, bound, x)
     return xp.where(x < -bound, -bound, x)
+
+
+def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:
+    """The factor, in float64, that brings a norm down to a bound: 1 if it is below.
+
+    NaN for a NaN norm; 0 for an infinite one; 1 for an infinite bound, whatever the norm.
+
+    >>> clip_coefficient(np, 1.0, np.array([0.5, 4.0]), 0.0).tolist()
+    [1.0, 0.25]
+    """
+    reach = norm + eps
+    ratio = xp.where(reach == 0, inf, bound / xp.where(reach == 0, 1.0, reach))
+    return xp.where((bound == inf) | (ratio >= 1), 1.0, ratio)
+
+
+def rescaling(xp: Any, total: Any) -> Any:
+    """What elements are to be multiplied by where their sum of squares, in float64, is no use.
+
+    ``SHRINK`` where it is near overflow, ``GROW`` where it is near underflow, 1 where it is exact.
+    """
+    return xp.where(total < 2.0**1000, xp.where(total < 2.0**-900, GROW, 1.0), SHRINK)
 
 
 def sum_of_squares(xp: Any, x: Any) -> Any:
