@@ -140,7 +140,9 @@ class Clipping:
 
     def _rounded(self, numbers: Any, where: np.ndarray) -> np.ndarray:
         """Numbers rounded to the compute dtypes of their positions, as float64."""
-        return np.where(self._narrow[where], np.float32(numbers).astype(np.float64), numbers)
+        narrow = np.asarray(numbers, np.float32).astype(np.float64)
+        rounded: np.ndarray = np.where(self._narrow[where], narrow, numbers)
+        return rounded
 
 
 class Norms(NamedTuple):

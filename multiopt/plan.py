@@ -1,8 +1,7 @@
 """What a step of one list of names does, worked out once and kept for the next step."""
 
-from collections.abc import Hashable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +9,9 @@ from multiopt.backend import Array, Backend, Batch, Member, named
 from multiopt.clipping import Clipping, Norms
 from multiopt.entry import Entry
 from multiopt.rules.rule import is_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
 
 __all__ = ["ALL_UPDATED", "Outcome", "Part", "Plan"]
 
@@ -167,8 +169,8 @@ class Plan:
 
 def _member(backend: Backend, entry: Entry) -> Member:
     memory = [backend.memory_of(slot) for slot in entry.slots]
-    lent = any(array is None for array in memory)
-    return Member(entry.rule, entry.layout, None if lent else tuple(memory))
+    own = tuple(array for array in memory if array is not None)
+    return Member(entry.rule, entry.layout, own if len(own) == len(memory) else None)
 
 
 def _has_schedule(entry: Entry) -> bool:

@@ -1,16 +1,17 @@
 """One step of a plan: everything is looked at and checked before anything is changed."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from multiopt.backend import Array, Layout, Result, Scaling, Task, backend_of, by_backend
-from multiopt.clipping import Norms
 from multiopt.inputs import apart, check_no_shared_memory, checked_gradient, own_gradient
 from multiopt.plan import Outcome, Part, Plan
 from multiopt.rules import Rule
-from multiopt.rules.arithmetic import rounded
+
+if TYPE_CHECKING:
+    from multiopt.clipping import Norms
 
 __all__ = ["Step"]
 
@@ -23,12 +24,14 @@ class _Lent(NamedTuple):
         grad: The gradient's own memory, or a copy.
         slots: The slots' own memory, or copies.
         in_place: Whether ``param`` is the parameter's own memory.
+        grad_is_copy: Whether ``grad`` is a copy.
     """
 
     param: np.ndarray
     grad: np.ndarray
     slots: tuple[np.ndarray, ...]
     in_place: bool
+    grad_is_copy: bool
 
 
 class Step:
@@ -43,6 +46,9 @@ class Step:
         own: Whether the gradients are the parameters' own.
         leaves: Whether it is known that the parameters may have gradients of their own.
         threads: The largest number of threads, or None.
+
+    Attributes:
+        left_over: After ``run``, the clipped gradients that it could not leave in their own place.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Step:
         self._scaling: Scaling | None = None
         self._norms: Norms | None = None
         self._results: list[tuple[int, Task, Result]] = []
+        self.left_over: list[tuple[Task, Array]] = []
 
     def look(self, closely: Sequence[int]) -> dict[int, Layout]:
         """Look at the arrays.
@@ -132,11 +139,14 @@ class Step:
                 clipped[part.where[index]] |= limited[index] != 0
                 if leave_clipped:
                     part.backend.touch(self._grads[part.where[clipped[part.where]]])
-        replaced, on_devices = {}, {}
+        replaced: dict[int, Array] = {}
+        on_devices: dict[int, Any] = {}
         for i, lent in self._lent.items():
             task = self._tasks[i]
             if not lent.in_place:
                 replaced[i] = task.backend.write(task, task.backend.ready(task, lent.param))
+            if clipped is not None and clipped[i] and lent.grad_is_copy:
+                self.left_over.append((task, lent.grad))
             part = plan.parts[plan.part_of[i]]
             if part.batch.slots_of(int(plan.local[i])) is None:
                 closed = (task.backend.closed(slot, task.param) for slot in lent.slots)
@@ -146,22 +156,12 @@ class Step:
             plan.entries[i].slots = result.slots
             if task.bound is not None:
                 on_devices[i] = result.limited
-        self._clipped_here = clipped, on_devices
+            if leave_clipped and clipped is not None and (clipped[i] or bool(result.limited)):
+                self.left_over.append((task, result.grad))
         plan.advance(self._active)
         return Outcome(
             self._active, tuple(self._skipped), self._norms, clipped, on_devices, replaced
         )
-
-    def clipped_gradients(self) -> list[tuple[Task, Array]]:
-        """The clipped gradients that ``run`` did not leave behind in their own place."""
-        clipped = [(i, self._tasks[i], lent.grad) for i, lent in self._lent.items()]
-        clipped += [(i, task, result.grad) for i, task, result in self._results]
-        here, on_devices = self._clipped_here
-        return [
-            (task, grad)
-            for i, task, grad in clipped
-            if here is not None and (here[i] or on_devices.get(i, False))
-        ]
 
     # Looking
 
@@ -219,23 +219,30 @@ class Step:
             if self._plan.part_of[i] < 0:
                 continue
             part, position = self._plan.parts[self._plan.part_of[i]], int(self._plan.local[i])
-            dtype = task.layout.compute_dtype
-            memory = task.backend.memory_of(task.param)
-            in_place = memory is not None and memory.dtype == dtype and memory.flags.carray
-            param = memory if in_place else self._copied(task, task.param)
-            assert param is not None
+            param, grad = (self._memory(task, array) for array in (task.param, task.grad))
+            in_place = param is not None
+            if param is None:
+                param = self._copied(task, task.param)
+            grad_is_copy = grad is None or copy
+            if grad is None or copy:
+                grad = self._copied(task, task.grad)
             slots = part.batch.slots_of(position)
             if slots is None:
                 slots = tuple(self._copied(task, slot) for slot in task.slots)
-            grad = task.backend.opened(task.grad, task.layout)
-            if copy or not (grad.flags.c_contiguous and grad.flags.aligned):
-                grad = np.array(grad, order="C")
-            lent = _Lent(param, grad, slots, in_place)
+            lent = _Lent(param, grad, slots, in_place, grad_is_copy)
             self._lent[i] = lent
             part.batch.lend(position, lent.param, lent.grad, lent.slots)
 
+    def _memory(self, task: Task, array: Array) -> np.ndarray | None:
+        """The array's own memory, if a batch takes it as it is."""
+        memory = task.backend.memory_of(array)
+        if memory is None or not memory.flags.carray:
+            return None
+        return memory if memory.dtype == task.layout.compute_dtype else None
+
     def _copied(self, task: Task, array: Array) -> np.ndarray:
-        return np.array(task.backend.opened(array, task.layout), order="C")
+        copy: np.ndarray = np.array(task.backend.opened(array, task.layout), order="C")
+        return copy
 
     def _is_apart(self) -> bool:
         """Whether no parameter may share memory with another, or with a gradient."""
@@ -324,7 +331,7 @@ class Step:
         """By position, whether a norm clips the gradient; None where nothing is clipped."""
         if self._scaling is None:
             return None
-        clipped = (self._scaling.own != 1) | (self._scaling.shared != 1)
+        clipped: np.ndarray = (self._scaling.own != 1) | (self._scaling.shared != 1)
         return clipped if self._active is None else clipped & self._active
 
     # Preparing

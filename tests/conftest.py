@@ -1,5 +1,7 @@
 """Profiles for hypothesis, strict settings of the libraries, and the ``library`` fixture."""
 
+import os
+
 import array_api_strict
 import hypothesis
 import jax
@@ -16,6 +18,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 array_api_strict.set_array_api_strict_flags(
     boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled kernels where pytest keeps what it knows, out of the user's own cache."""
+    if hasattr(config, "cache"):
+        os.environ.setdefault("MULTIOPT_CACHE_DIR", str(config.cache.mkdir("kernels")))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let each test run on the engine of its library; compiled kernels without one."""
+    callspec = getattr(item, "callspec", None)
+    library = callspec.params.get("library") if callspec else None
+    os.environ["MULTIOPT_ENGINE"] = library.engine if library else "compiled"
 
 
 @pytest.fixture(

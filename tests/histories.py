@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import multiopt as mo
-from tests.libraries import Library
+from tests.libraries import Library, engine
 
 #: Sizes on both sides of a block of the summation tree, and of several.
 SIZES = [0, 1, 2, 3, 10, 17, 4095, 4096, 4097, 9000, 40_000]
@@ -53,9 +53,10 @@ class History:
     ) -> tuple[mo.Optimizer, dict[str, np.ndarray]]:
         """Live the history on one library."""
         opt, params = self.optimizer(), self.start(library)
-        for step in range(self.steps):
-            grads = self.grads(library, step)
-            params = opt.step({n: params[n] for n in order(list(params))}, grads)
+        with engine(library.engine):
+            for step in range(self.steps):
+                grads = self.grads(library, step)
+                params = opt.step({n: params[n] for n in order(list(params))}, grads)
         return opt, {name: library.numpy(param) for name, param in params.items()}
 
 

@@ -1,7 +1,9 @@
 """The array libraries that every test of behaviour runs on: facts about them, in one table."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import array_api_strict
@@ -23,6 +25,8 @@ class Library:
         numpy: Back to NumPy.
         in_place: Whether a step writes the arrays that it was given.
         dtypes: The dtypes it has.
+        engine: What updates parameters on the CPU: ``"compiled"``, ``"blocks"`` or ``"plain"``, the
+            rule as it stands, which is the reference.
         needs_cuda: Whether it needs a GPU.
     """
 
@@ -32,6 +36,7 @@ class Library:
     numpy: Callable[[Any], np.ndarray]
     in_place: bool
     dtypes: tuple[str, ...]
+    engine: str = "compiled"
     needs_cuda: bool = False
 
 
@@ -40,6 +45,15 @@ def missing(library: Library) -> str | None:
     if library.needs_cuda and not torch.cuda.is_available():
         return "no CUDA device on this machine"
     return None
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Let new batches run on an engine."""
+    before = os.environ.get("MULTIOPT_ENGINE", "compiled")
+    os.environ["MULTIOPT_ENGINE"] = name
+    yield
+    os.environ["MULTIOPT_ENGINE"] = before
 
 
 def like(array: np.ndarray) -> np.ndarray:
@@ -82,7 +96,7 @@ def from_tensor(x: torch.Tensor) -> np.ndarray:
 WIDE = ("float32", "float64")
 ALL = ("float16", "bfloat16", *WIDE)
 
-NUMPY = Library("numpy", like, like, np.asarray, True, ALL)
+NUMPY = Library("numpy", like, like, np.asarray, True, ALL, engine="plain")
 TORCH = Library("torch", leaf, tensor, from_tensor, True, ALL)
 JAX = Library("jax", jnp.array, jnp.array, np.asarray, False, ALL)
 STRICT = Library(
@@ -95,9 +109,12 @@ STRICT = Library(
 )
 LIBRARIES = [
     NUMPY,
+    replace(NUMPY, id="numpy-compiled", engine="compiled"),
+    replace(NUMPY, id="numpy-blocks", engine="blocks"),
     Library("numpy-read-only-gradients", like, read_only, np.asarray, True, ALL),
     STRICT,
     TORCH,
+    replace(TORCH, id="torch-blocks", engine="blocks"),
     Library(
         "torch-cuda",
         lambda a: leaf(a, "cuda"),

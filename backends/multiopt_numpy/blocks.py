@@ -42,7 +42,9 @@ class BlockedBatch(Batch):
         self._shapes = [member.layout.shape for member in members]
         self._sizes = np.array([prod(shape) for shape in self._shapes])
         self._everything = np.arange(len(members))
-        self._slots = [member.slots for member in members]
+        self._params: list[Any] = []
+        self._grads: list[Any] = []
+        self._slots: list[Any] = []
         self._tapes: dict[tuple[bool, ...], Tape] = {}
         self._owned = False
         self._jobs: list[tuple[np.ndarray, Tape, list[Any]]] = []

@@ -27,9 +27,9 @@ from multiopt_numpy.object_cache import ObjectCode
 __all__ = [
     "FIRST_SLOT",
     "GRAD",
-    "NotCompilable",
     "PARAM",
     "SIZE",
+    "NotCompilable",
     "compile_look",
     "compile_norms",
     "compile_update",
@@ -43,7 +43,7 @@ __all__ = [
 PARAM, GRAD, SIZE, NDIM, SHAPE, FIRST_SLOT = range(6)
 
 
-class NotCompilable(Exception):
+class NotCompilable(Exception):  # noqa: N818 -- an answer, to which the caller has another way
     """A rule that Numba cannot compile, or would compile into other numbers."""
 
 
@@ -142,7 +142,7 @@ def _tools() -> Any:
     def njit(function: Any) -> Any:
         # The error model lets a division by zero be an infinity. Contraction is off in Numba
         # unless it is asked for.
-        return numba.njit(
+        return numba.njit(  # type: ignore[call-overload]
             function,
             error_model="numpy",
             no_cpython_wrapper=True,
@@ -156,7 +156,7 @@ def _tools() -> Any:
             def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
                 return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-            return types.CPointer(kind)(types.int64), generate
+            return types.CPointer(kind)(types.int64), generate  # type: ignore[no-untyped-call]
 
         return at
 
@@ -336,7 +336,7 @@ def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
     known: dict[str, Any] = {
         "PARAM": PARAM,
         "GRAD": GRAD,
-        "Hyperparameters": namedtuple("Hyperparameters", names),  # noqa: PYI024
+        "Hyperparameters": namedtuple("Hyperparameters", names),
         "Scalars": type(scalars),
         "at": tools.at[dtype],
         "clamp": _jitted(clamp),
@@ -358,8 +358,9 @@ def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
         writes="; ".join(f"s{j}[i] = t[{j}]" for j in slots),
     )
     exec(text, known)
-    loops = [tools.njit(known[name]) for name in ("coefficients", "plain", "clipping")]
-    run = _update_kernel(dtype, *loops, FIRST_SLOT + len(rule.slots), len(fields))
+    for name in ("coefficients", "plain", "clipping"):
+        known[name] = tools.njit(known[name])
+    run = _update_kernel(dtype, known, FIRST_SLOT + len(rule.slots), len(fields))
     code = _object_code(update=run)
     (compiled,) = update.overloads.values()
     returned = compiled.signature.return_type
@@ -372,11 +373,10 @@ def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
     return code
 
 
-def _update_kernel(
-    dtype: str, coefficients: Any, plain: Any, clipping: Any, first_number: int, count: int
-) -> Any:
+def _update_kernel(dtype: str, made: dict[str, Any], first_number: int, count: int) -> Any:
     """The loop over the rows of a share."""
     tools = _tools()
+    coefficients, plain, clipping = made["coefficients"], made["plain"], made["clipping"]
     words, doubles, flags = tools.words, tools.doubles, tools.bytes
     number, prefetch = getattr(tools.types, dtype), tools.prefetch
 

@@ -1,10 +1,9 @@
-"""Which engine updates parameters on the CPU: kernels compiled by Numba, or else blocks in NumPy."""
+"""Which engine updates parameters on the CPU: compiled kernels, or else blocks in NumPy."""
 
 import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
-from typing import Any
 
 from multiopt.backend import Batch, Layout, Member
 from multiopt.rules import Rule

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from math import inf, nan, prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,7 +245,8 @@ class CompiledBatch(Batch):
         """See ``Batch``."""
         bad = np.zeros(len(self._table), np.uint8)
         self._call(_norm_kernels(self._dtype)["finite"], index, threads, [_address(bad)])
-        return bad[index] == 0
+        finite: np.ndarray = bad[index] == 0
+        return finite
 
     def sums_of_squares(
         self, index: np.ndarray, own: np.ndarray, factor: float, threads: int | None
@@ -343,7 +345,7 @@ def _borders(sizes: np.ndarray, shares: int) -> np.ndarray:
     rows = np.searchsorted(ends, cuts, "right")
     blocks = np.minimum((cuts - (ends - sizes - OVERHEAD)[rows]) // BLOCK, -(-sizes[rows] // BLOCK))
     stops = [(0, 0), *zip(rows.tolist(), blocks.tolist(), strict=True), (len(sizes), 0)]
-    return np.array([(*a, *b) for a, b in zip(stops, stops[1:], strict=False)])
+    return np.array([(*a, *b) for a, b in pairwise(stops)])
 
 
 def _address(array: np.ndarray) -> int:

@@ -209,7 +209,7 @@ def _found_look() -> Look | None:
     # table, then functions; ``dltensor_from_py_object_no_sync`` is the fourth of them.
     if ctypes.c_uint32.from_address(table).value != 1:
         return None
-    call = ctypes.c_void_p.from_address(table + 40).value
+    call = ctypes.c_uint64.from_address(table + 40).value
     # DLDataType: kDLFloat, the bits, one lane.
     codes = {"float32": 2 | 32 << 8 | 1 << 16, "float64": 2 | 64 << 8 | 1 << 16}
     kinds = id(torch.Tensor), id(torch.nn.Parameter)

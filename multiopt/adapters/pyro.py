@@ -133,7 +133,7 @@ class _Core(Optimizer):
     _leave_clipped = True
 
     def _after(self, step: Step) -> None:
-        for task, grad in step.clipped_gradients():
+        for task, grad in step.left_over:
             clipped = named("torch").closed(grad, task.param).to(task.grad.dtype)
             if 0 in task.grad.stride():
                 # Expanded by a backward with create_graph=True: no place for each element.
