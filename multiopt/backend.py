@@ -158,6 +158,10 @@ class Batch(ABC):
             looked at in Python, and be lent or left out.
         """
 
+    def homes(self) -> Sequence[tuple[Array, ...]]:
+        """Arrays that are the slots of the members from now on; none where they stay."""
+        return ()
+
     def advance(
         self,
         params: np.ndarray,

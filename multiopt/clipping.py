@@ -171,7 +171,8 @@ def _norms(count: int, sums: Callable[[np.ndarray, float], np.ndarray]) -> np.nd
     if not count:
         return np.empty(0)
     totals = sums(np.arange(count), 1.0)
-    norms, factors = np.sqrt(totals), rescaling(np, totals)
+    norms: np.ndarray = np.sqrt(totals)
+    factors = rescaling(np, totals)
     for factor in (SHRINK, GROW):
         which = np.flatnonzero(factors == factor)
         if which.size:

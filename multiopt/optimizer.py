@@ -439,7 +439,7 @@ class Optimizer:
         check_names("params", names)
         plan = self._plans.pop(tuple(names), None)
         self._settle_clocks()
-        if plan is not None:
+        if plan is not None and plan.is_current():
             plan.resume()
         elif all(name in self._seen for name in names):
             plan = self._made(names, {})

@@ -92,11 +92,14 @@ class Plan:
             assert isinstance(key, tuple)
             backend = named(key[0])
             batch = backend.batch(key[1], [_member(backend, entries[i]) for i in positions])
+            for i, slots in zip(positions, batch.homes(), strict=False):
+                entries[i].slots = slots
             where, everything = np.array(positions), np.arange(len(positions))
             self.part_of[where], self.local[where] = len(self.parts), everything
             self.parts.append(Part(backend, batch, where, everything))
         #: The one part that has everything, if there is one.
         self.whole = self.parts[0] if len(self.parts) == 1 and not self.loose.size else None
+        self._slots = [entry.slots for entry in entries]
         #: Positions whose rule has schedules.
         self.scheduled = [i for i, entry in enumerate(entries) if _has_schedule(entry)]
         # Whether one batch has everything and can take a step by itself.
@@ -112,6 +115,11 @@ class Plan:
         return Clipping(self.names, clips, [e.layout.compute_dtype for e in self.entries])
 
     # Clocks
+
+    def is_current(self) -> bool:
+        """Whether the slots of all entries are still where they were when it was made."""
+        pairs = zip(self.entries, self._slots, strict=True)
+        return all(entry.slots is slots for entry, slots in pairs)
 
     def resume(self) -> None:
         """Take the clocks of the entries over."""

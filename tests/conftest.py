@@ -30,7 +30,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let each test run on the engine of its library; compiled kernels without one."""
     callspec = getattr(item, "callspec", None)
     library = callspec.params.get("library") if callspec else None
-    os.environ["MULTIOPT_ENGINE"] = library.engine if library else "compiled"
+    engine = library.engine if isinstance(library, Library) else "compiled"
+    os.environ["MULTIOPT_ENGINE"] = engine
 
 
 @pytest.fixture(

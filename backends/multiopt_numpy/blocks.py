@@ -3,14 +3,14 @@
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from math import inf, prod
+from math import inf, nan, prod
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from multiopt.backend import Batch, Member, Scaling
+from multiopt.backend import Batch, Limits, Member, Scaling
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, tree_sum
 from multiopt_numpy.tape import Tape
@@ -24,7 +24,61 @@ LARGE = 4096
 #: Elements in a block of a clipped gradient: whole blocks of the summation tree.
 CHUNK = 8 * BLOCK
 
-put = np.ndarray.__setitem__
+SHAPE, WRITEABLE, BASE = attrgetter("shape"), attrgetter("flags.writeable"), attrgetter("base")
+
+
+class _Pack:
+    """Small parameters side by side: room for them and their gradients, and their slots.
+
+    Args:
+        small: Positions of the small ones.
+        shapes: By position.
+        slots: By position.
+        dtype: Of all.
+    """
+
+    def __init__(
+        self,
+        small: np.ndarray,
+        shapes: Sequence[tuple[int, ...]],
+        slots: Sequence[tuple[np.ndarray, ...]],
+        dtype: np.dtype,
+    ) -> None:
+        """Copy the slots in."""
+        mine = [slots[i] for i in small.tolist()]
+        self._shapes = [shapes[i] for i in small.tolist()]
+        self.sizes = np.array([prod(shape) for shape in self._shapes], np.int64)
+        ends = np.cumsum(self.sizes)
+        self._places = list(map(slice, (ends - self.sizes).tolist(), ends.tolist()))
+        self.param, self.grad = (np.empty(self.sizes.sum(), dtype) for _ in range(2))
+        self.kept = [np.concatenate(arrays, axis=None) for arrays in zip(*mine, strict=True)]
+        self._params = self._parts(self.param)
+        #: By parameter, its slots as parts of the pack.
+        self.slots = (
+            list(zip(*map(self._parts, self.kept), strict=True)) if self.kept else [()] * len(mine)
+        )
+
+    def _parts(self, pack: np.ndarray) -> list[np.ndarray]:
+        pairs = zip(self._places, self._shapes, strict=True)
+        return [pack[place].reshape(shape) for place, shape in pairs]
+
+    def take(self, params: list[np.ndarray], grads: list[np.ndarray]) -> None:
+        """Copy parameters and gradients in.
+
+        Raises:
+            TypeError: One is of another dtype.
+        """
+        if params:
+            np.concatenate(params, axis=None, out=self.param, casting="no")
+            np.concatenate(grads, axis=None, out=self.grad, casting="no")
+
+    def give(self, params: list[np.ndarray]) -> None:
+        """Copy the parameters back."""
+        deque(map(np.ndarray.__setitem__, params, repeat(...), self._params), 0)
+
+    def spread(self, scalars: Sequence[Any]) -> list[Any]:
+        """Scalars with a number for each parameter as numbers for each element."""
+        return [np.repeat(x, self.sizes) if np.ndim(x) else x for x in scalars]
 
 
 class BlockedBatch(Batch):
@@ -42,29 +96,38 @@ class BlockedBatch(Batch):
         self._shapes = [member.layout.shape for member in members]
         self._sizes = np.array([prod(shape) for shape in self._shapes])
         self._everything = np.arange(len(members))
+        self._small = np.flatnonzero(self._sizes < LARGE)
         self._params: list[Any] = []
         self._grads: list[Any] = []
-        self._slots: list[Any] = []
+        self._slots: list[Any] = [member.slots for member in members]
+        self._pack = _Pack(self._small, self._shapes, self._slots, self._dtype) if itself else None
+        if self._pack is not None:
+            for i, slots in zip(self._small.tolist(), self._pack.slots, strict=True):
+                self._slots[i] = slots
+        self._homes = list(self._slots)
         self._tapes: dict[tuple[bool, ...], Tape] = {}
         self._owned = False
         self._jobs: list[tuple[np.ndarray, Tape, list[Any]]] = []
+        self._alike = all(member.rule is members[0].rule for member in members)
+        self._columns = _columns([member.rule for member in members])
+
+    def homes(self) -> Sequence[tuple[np.ndarray, ...]]:
+        """See ``Batch``: parts of the pack for small parameters."""
+        return self._homes if self._itself else ()
 
     # Looking
 
     def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
         """See ``Batch``."""
         self._params, self._grads = params.tolist(), grads.tolist()
-        self._slots = [member.slots for member in self._members]
+        self._slots = list(self._homes)
         self._owned = False
         if not self._itself:
             return self._everything
         if self._are_regular(self._params, "carray") and self._are_regular(
             self._grads, "c_contiguous"
         ):
-            arrays = self._params + self._grads
-            # An array without a base has memory of its own.
-            owners = set(map(type, map(attrgetter("base"), arrays))) == {type(None)}
-            self._owned = owners and len(set(map(id, arrays))) == len(arrays)
+            self._owned = _own_their_memory(self._params + self._grads)
             return self._everything[:0]
         pairs = zip(self._shapes, self._params, self._grads, strict=True)
         return np.flatnonzero(
@@ -84,6 +147,42 @@ class BlockedBatch(Batch):
             and all(map(attrgetter(f"flags.{flag}"), arrays))
         )
 
+    def advance(
+        self,
+        params: np.ndarray,
+        grads: np.ndarray,
+        leaves: bool,
+        steps: np.ndarray,
+        limits: Limits | None,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray | None:
+        """See ``Batch``."""
+        pack = self._pack
+        if limits is not None or pack is None or len(self._small) < len(self._members):
+            return None
+        given, their_grads = params.tolist(), grads.tolist()
+        # Gradients may be of any strides and may overlap with anything, for they are copied.
+        if not (
+            set(map(type, given)) == set(map(type, their_grads)) == {np.ndarray}
+            and list(map(SHAPE, given)) == list(map(SHAPE, their_grads)) == self._shapes
+            and all(map(WRITEABLE, given))
+            and _own_their_memory(given)
+        ):
+            return None
+        try:
+            pack.take(given, their_grads)
+        except TypeError:
+            return None  # another dtype
+        self.prepare(self._everything, steps, {})
+        if len(self._jobs) > 1:
+            return None
+        (_, tape, scalars), *_ = self._jobs
+        with np.errstate(all="ignore"):
+            tape.run(pack.param, pack.grad, pack.kept, pack.spread(scalars))
+        pack.give(given)
+        return np.zeros(len(given), bool)
+
     def lend(
         self, position: int, param: np.ndarray, grad: np.ndarray, slots: tuple[np.ndarray, ...]
     ) -> None:
@@ -93,7 +192,8 @@ class BlockedBatch(Batch):
 
     def slots_of(self, position: int) -> tuple[np.ndarray, ...] | None:
         """See ``Batch``."""
-        return self._members[position].slots
+        slots: tuple[np.ndarray, ...] | None = self._homes[position]
+        return slots
 
     def is_apart(self) -> bool:
         """See ``Batch``."""
@@ -136,25 +236,29 @@ class BlockedBatch(Batch):
         if not index.size:
             self._jobs = []
             return
-        rules = [now.get(i, self._members[i].rule) for i in index.tolist()]
         counts = steps[index] + 1
-        if len(set(map(id, rules))) == 1 and (counts == counts[0]).all():
-            scalars = rules[0].coefficients(int(counts[0]), self._dtype.name)
-            self._jobs = [(index, self._tape(rules[0], scalars), list(scalars))]
+        rule = self._members[0].rule
+        if not now and self._alike and (counts == counts[0]).all():
+            scalars = rule.coefficients(int(counts[0]), self._dtype.name)
+            self._jobs = [(index, self._tape(rule, scalars), list(scalars))]
             return
         # The same functions on arrays: one call for all names.
+        if now:
+            columns_now = _columns([now.get(i, m.rule) for i, m in enumerate(self._members)])
+        else:
+            columns_now = self._columns
         h = SimpleNamespace(
-            **{name: _column([getattr(rule, name) for rule in rules]) for name in rules[0].ranges},
-            **{name: getattr(rules[0], name) for name in rules[0].switches},
+            **{name: _picked(column, index) for name, column in columns_now.items()},
+            **{name: getattr(rule, name) for name in rule.switches},
         )
-        scalars = type(rules[0]).scalars(h, counts)
+        scalars = type(rule).scalars(h, counts)
         columns = [np.broadcast_to(np.asarray(x), counts.shape) for x in scalars]
         switches = [k for k, column in enumerate(columns) if column.dtype == bool]
-        kinds, which = np.unique(
-            np.array([columns[k] for k in switches]).reshape(len(switches), -1),
-            axis=1,
-            return_inverse=True,
-        )
+        patterns = np.array([columns[k] for k in switches], bool).reshape(len(switches), -1)
+        if (patterns == patterns[:, :1]).all():
+            kinds, which = patterns[:, :1], np.zeros(len(index), int)
+        else:
+            kinds, which = np.unique(patterns, axis=1, return_inverse=True)
         self._jobs = []
         for kind in range(kinds.shape[1]):
             mine = np.flatnonzero(which.reshape(-1) == kind)
@@ -162,7 +266,7 @@ class BlockedBatch(Batch):
                 bool(column[mine[0]]) if column.dtype == bool else _same(column[mine], self._dtype)
                 for column in columns
             ]
-            tape = self._tape(rules[0], scalars._make(values))
+            tape = self._tape(rule, scalars._make(values))
             self._jobs.append((index[mine], tape, values))
 
     def _tape(self, rule: Rule, scalars: Any) -> Tape:
@@ -281,20 +385,40 @@ def _clipped(grad: np.ndarray, own: Any, shared: Any, bound: Any) -> tuple[np.nd
 def _spread(pack: np.ndarray, places: list[slice], arrays: list[np.ndarray]) -> None:
     """Copy the parts of a pack into arrays."""
     parts = [pack[place].reshape(array.shape) for place, array in zip(places, arrays, strict=True)]
-    deque(map(put, arrays, repeat(...), parts), 0)
+    deque(map(np.ndarray.__setitem__, arrays, repeat(...), parts), 0)
+
+
+def _columns(rules: Sequence[Rule]) -> dict[str, Any]:
+    """The hyperparameters of rules by name; schedules have none yet."""
+    return {name: _column([getattr(rule, name) for rule in rules]) for name in rules[0].ranges}
 
 
 def _column(values: list[Any]) -> Any:
-    """The values of a hyperparameter as an array, or as a tuple of arrays if it is a tuple."""
+    """One number if all are the same, or else an array; a tuple of them where values are tuples."""
     if isinstance(values[0], tuple):
         return tuple(_column(list(place)) for place in zip(*values, strict=True))
-    return np.array(values)
+    numbers = np.array([nan if callable(value) else value for value in values])
+    return values[0] if (numbers == numbers[0]).all() else numbers
+
+
+def _picked(column: Any, index: np.ndarray) -> Any:
+    """A column at some positions."""
+    if isinstance(column, tuple):
+        return tuple(_picked(part, index) for part in column)
+    return column[index] if isinstance(column, np.ndarray) else column
 
 
 def _same(column: np.ndarray, dtype: np.dtype) -> Any:
     """A column rounded to a dtype; one float if all of it is the same."""
     rounded = column.astype(dtype)
     return float(rounded[0]) if (rounded == rounded[0]).all() else rounded
+
+
+def _own_their_memory(arrays: list[np.ndarray]) -> bool:
+    """Whether no array is a view, and each is another; then no two overlap."""
+    return set(map(type, map(BASE, arrays))) <= {type(None)} and len(set(map(id, arrays))) == len(
+        arrays
+    )
 
 
 def _at(value: Any, which: np.ndarray) -> Any:

@@ -35,19 +35,6 @@ BLOCK = 4096
 SHRINK, GROW = 2.0**-600, 2.0**600
 
 
-def over_arrays(loop: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Let a loop over the bits of an exponent take arrays too; ``__wrapped__`` is the loop."""
-
-    @wraps(loop)
-    def on_either(base: Any, exponent: Any) -> Any:
-        if np.ndim(base) or np.ndim(exponent):
-            return np.vectorize(loop, otypes=[np.float64])(base, exponent)
-        return loop(base, exponent)
-
-    return on_either
-
-
-@over_arrays
 def power(base: Any, exponent: Any) -> Any:
     """``base ** exponent`` for an integer exponent >= 0, in float64, by repeated squaring.
 
@@ -66,16 +53,9 @@ def power(base: Any, exponent: Any) -> Any:
     >>> power(0.5, np.array([0, 1, 10])).tolist()
     [1.0, 0.5, 0.0009765625]
     """
-    result, square, bits = 1.0, float(base), int(exponent)
-    while bits:
-        if bits & 1:
-            result = result * square
-        square = square * square
-        bits >>= 1
-    return result
+    return _by_squaring(1.0, base, exponent, _product, _square)
 
 
-@over_arrays
 def one_minus_power(base: Any, exponent: Any) -> Any:
     """``1 - base ** exponent`` for 0 <= base <= 1 and an integer exponent >= 0, in float64.
 
@@ -93,11 +73,67 @@ def one_minus_power(base: Any, exponent: Any) -> Any:
     >>> one_minus_power(0.5, 3)
     0.875
     """
-    result, square, bits = 0.0, 1.0 - float(base), int(exponent)
+    return _by_squaring(0.0, 1.0 - base, exponent, _complement_of_product, _complement_of_square)
+
+
+def _product(result: Any, square: Any) -> Any:
+    return result * square
+
+
+def _square(square: Any) -> Any:
+    return square * square
+
+
+def _complement_of_product(result: Any, square: Any) -> Any:
+    return result + (1.0 - result) * square
+
+
+def _complement_of_square(square: Any) -> Any:
+    return square * (2.0 - square)
+
+
+def _with_arrays(over_arrays: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Give a loop over the bits of one exponent a form for arrays; ``__wrapped__`` is the loop."""
+
+    def decorated(loop: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(loop)
+        def either(start: float, base: Any, exponent: Any, *steps: Callable[..., Any]) -> Any:
+            arrays = np.ndim(base) or np.ndim(exponent)
+            return (over_arrays if arrays else loop)(start, base, exponent, *steps)
+
+        return either
+
+    return decorated
+
+
+def _by_squaring_arrays(
+    start: float,
+    base: Any,
+    exponent: Any,
+    combined: Callable[..., Any],
+    squared: Callable[..., Any],
+) -> Any:
+    square, bits = np.asarray(base, np.float64), np.asarray(exponent)
+    result = np.full(np.broadcast_shapes(square.shape, bits.shape), start)
+    for bit in range(int(bits.max(initial=0)).bit_length()):
+        result = np.where((bits >> bit) & 1, combined(result, square), result)
+        square = squared(square)
+    return result
+
+
+@_with_arrays(_by_squaring_arrays)
+def _by_squaring(
+    start: float,
+    base: Any,
+    exponent: Any,
+    combined: Callable[..., Any],
+    squared: Callable[..., Any],
+) -> Any:
+    result, square, bits = start, float(base), int(exponent)
     while bits:
         if bits & 1:
-            result = result + (1.0 - result) * square
-        square = square * (2.0 - square)
+            result = combined(result, square)
+        square = squared(square)
         bits >>= 1
     return result
 

@@ -1,0 +1,196 @@
+"""Compiled kernels: which rules have one, when they are made anew, and what a step costs."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import multiopt as mo
+from multiopt_numpy import compiler, kernels, team
+from multiopt_numpy.compiler import NotCompilable
+from tests.cases import CASES, Case
+from tests.libraries import assert_equal, engine
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_every_rule_has_a_kernel(case: Case, dtype: str) -> None:
+    assert isinstance(kernels.update_kernel(case.rule, dtype), team.Kernel)
+
+
+class Odd(mo.SGD):
+    """A rule of somebody else's, to be given an update."""
+
+
+def with_update(update: Any) -> mo.Rule:
+    kind = type("Own", (Odd,), {"update": property(lambda self: update)})
+    rule: mo.Rule = kind(lr=0.1)
+    return rule
+
+
+def literal(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    return param - c.lr * (0.1 * grad), slots
+
+
+def not_elementwise(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    return param - c.lr * (grad - xp.mean(grad)), slots
+
+
+@pytest.mark.parametrize("update", [literal, not_elementwise])
+def test_what_cannot_be_compiled_alike_runs_otherwise(update: Any) -> None:
+    rule = with_update(update)
+    with pytest.raises(NotCompilable):
+        compiler.compile_update(rule, "float32")
+    results = []
+    for name in ("compiled", "blocks", "plain"):
+        w, opt = np.linspace(-1, 1, 5000, dtype=np.float32), mo.Optimizer(rule)
+        with engine(name):
+            for _ in range(3):
+                opt.step({"w": w}, {"w": np.sin(w)})
+        results.append(w)
+    assert_equal(results[0], results[2])
+    assert_equal(results[1], results[2])
+
+
+def test_literals_and_names_tell_updates_apart() -> None:
+    def one(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+        return param - c.lr * grad, slots
+
+    def other(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+        return param + c.lr * grad, slots
+
+    assert compiler.identity(with_update(one), "float32") != compiler.identity(
+        with_update(other), "float32"
+    )
+
+
+PROGRAM = """
+    import sys
+    import numpy as np
+    import multiopt as mo
+    from my_rule import Mine
+    w = np.ones(3, np.float32)
+    mo.Optimizer(Mine(lr=1.0)).step({"w": w}, {"w": np.ones(3, np.float32)})
+    print(w[0], "numba" in sys.modules)
+"""
+
+RULE = """
+    import multiopt as mo
+    from my_helper import direction
+
+    def update(xp, param, grad, slots, c):
+        return param - c.lr * direction(grad), slots
+
+    class Mine(mo.SGD):
+        update = property(lambda self: update)
+"""
+
+HELPER = """
+    def direction(grad):
+        return EXPRESSION
+"""
+
+
+def test_an_edited_rule_is_compiled_anew_and_ten_runs_leave_one_file(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def run(expression: str) -> list[str]:
+        for name, text in (("my_rule", RULE), ("my_helper", HELPER), ("program", PROGRAM)):
+            source = textwrap.dedent(text).replace("EXPRESSION", expression)
+            (tmp_path / f"{name}.py").write_text(source)
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "backends", tmp_path)))
+        environment = {
+            **os.environ,
+            "MULTIOPT_CACHE_DIR": str(cache),
+            "PYTHONPATH": path,
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        command = [sys.executable, str(tmp_path / "program.py")]
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        )
+        return result.stdout.split()
+
+    assert run("grad") == ["0.0", "True"]
+    files = sorted(cache.iterdir())
+    for _ in range(3):
+        # From the disk, without Numba.
+        assert run("grad") == ["0.0", "False"]
+    assert sorted(cache.iterdir()) == files
+    # The rule's own file stays as it is; a function that it calls is another.
+    assert run("grad + grad") == ["-1.0", "True"]
+    assert run("grad") == ["0.0", "False"]
+
+
+def test_a_step_needs_next_to_no_memory() -> None:
+    size = 1_000_000
+    for name in ("compiled", "blocks"):
+        with engine(name):
+            for clip in (None, mo.Clip(norm=1.0), mo.Clip(global_norm=1.0, value=0.5)):
+                opt = mo.Optimizer(mo.Adam(), clip)
+                params, grads = {"w": np.ones(size)}, {"w": np.ones(size)}
+                for _ in range(2):
+                    opt.step(params, grads)
+                tracemalloc.start()
+                opt.step(params, grads)
+                _, peak = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+                # A copy of the parameter would be 8 MB.
+                assert peak < 4e6, (name, clip)
+
+
+def test_shares_of_the_work_cover_every_block_once() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = rng.choice([0, 1, 10, 4095, 4096, 4097, 100_000, 1_000_000], rng.integers(1, 20))
+        shares = int(rng.integers(1, 40))
+        done = [[] for _ in sizes]  # type: list[list[int]]
+        for k0, b0, k1, b1 in kernels._borders(sizes, shares).tolist():
+            for k in range(k0, k1 + 1 if b1 > 0 else k1):
+                last = -(-int(sizes[k]) // 4096)
+                done[k] += range(b0 if k == k0 else 0, min(b1, last) if k == k1 else last)
+        for size, blocks in zip(sizes.tolist(), done, strict=True):
+            assert blocks == list(range(-(-size // 4096)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"large": (700_001,), "matrix": (300, 1000), "small": (10,), "empty": (0,)}
+    start = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    grads = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    clips = {"large": mo.Clip(norm=1.0), "matrix": mo.Clip(global_norm=2.0, value=0.01)}
+
+    def run(name: str, threads: int | None) -> dict[str, np.ndarray]:
+        params = {name: x.copy() for name, x in start.items()}
+        with engine(name):
+            opt = mo.Optimizer(mo.AdamW(), clips.get, threads=threads)
+            for _ in range(3):
+                opt.step(params, grads)
+        return params
+
+    expected = run("plain", None)
+    for name, param in run("compiled", threads).items():
+        assert_equal(param, expected[name], name)
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, 1.5, "2"])
+def test_a_number_of_threads_is_an_integer_from_one(threads: Any) -> None:
+    with pytest.raises(ValueError, match="threads must be an integer >= 1 or None"):
+        mo.Optimizer(mo.Adam(), threads=threads)
+
+
+def test_an_unknown_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULTIOPT_ENGINE", "steam")
+    with pytest.raises(
+        ValueError, match="MULTIOPT_ENGINE is 'steam'; expected compiled, blocks or"
+    ):
+        mo.Optimizer(mo.Adam()).step({"w": np.ones(1)}, {"w": np.ones(1)})
