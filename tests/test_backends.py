@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import multiopt as mo
 from tests.cases import CASES, Case
 from tests.histories import History, arrays, fill, histories
-from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal
+from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
 
 def assert_same_run(
@@ -49,8 +49,9 @@ def test_every_rule_over_fifty_steps(library: Library, case: Case, dtype: str) -
 
     def run(lib: Library) -> tuple[mo.Optimizer, dict[str, np.ndarray]]:
         opt, params = mo.Optimizer(case.rule), {"w": lib.param(start)}
-        for grad in grads:
-            params = opt.step(params, {"w": lib.grad(grad)})
+        with engine(lib.engine):
+            for grad in grads:
+                params = opt.step(params, {"w": lib.grad(grad)})
         return opt, {"w": lib.numpy(params["w"])}
 
     assert_same_run(run(library), run(NUMPY), library)
