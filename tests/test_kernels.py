@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import multiopt as mo
 from multiopt_numpy import compiler, kernels, team
@@ -194,3 +195,21 @@ def test_an_unknown_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match="MULTIOPT_ENGINE is 'steam'; expected compiled, blocks or"
     ):
         mo.Optimizer(mo.Adam()).step({"w": np.ones(1)}, {"w": np.ones(1)})
+
+
+@pytest.mark.parametrize("make", [lambda x: x.copy(), lambda x: torch.from_numpy(x.copy())])
+def test_without_a_look_at_objects_python_looks(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    # As where torch has no table of DLPack functions, or Python is not CPython.
+    grads = [np.random.default_rng(i).standard_normal(50).astype("f4") for i in range(4)]
+
+    def run() -> np.ndarray:
+        params = {"a": make(np.ones(50, np.float32)), "b": make(np.ones(50, np.float32))}
+        opt = mo.Optimizer(mo.Adam(), mo.Clip(norm=1.0))
+        for grad in grads:
+            opt.step(params, {"a": make(grad), "b": make(-grad)})
+        return np.concatenate([np.asarray(x) for x in params.values()])
+
+    expected = run()
+    monkeypatch.setattr("multiopt_numpy.backend._look", lambda: None)
+    monkeypatch.setattr("multiopt_torch.backend._look", lambda: None)
+    assert_equal(run(), expected)

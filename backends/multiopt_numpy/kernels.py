@@ -1,5 +1,7 @@
 """Batches that run in compiled kernels: one call for all parameters, large and small."""
 
+import sys
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -47,8 +49,15 @@ class Look(NamedTuple):
 
 
 @cache
-def look_kernel(name: str) -> Kernel:
-    """How to look at the arrays of a library: ``"look_numpy"`` or ``"look_torch"``."""
+def look_kernel(name: str) -> Kernel | None:
+    """How to look at the arrays of a library: ``"look_numpy"`` or ``"look_torch"``.
+
+    None where objects are laid out in other ways than this code reads them. All arrays are then
+    looked at in Python, with equal results.
+    """
+    usual = sys.implementation.name == "cpython" and sys.maxsize == 2**63 - 1
+    if not usual or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return None
     return _loaded("look", [], compiler.compile_look)[name]
 
 

@@ -214,7 +214,8 @@ def _found_look() -> Look | None:
     codes = {"float32": 2 | 32 << 8 | 1 << 16, "float64": 2 | 64 << 8 | 1 << 16}
     kinds = id(torch.Tensor), id(torch.nn.Parameter)
     facts = {name: (*kinds, code, call) for name, code in codes.items()}
-    return Look(look_kernel("look_torch"), facts, _are_plain, _increment_version)
+    kernel = look_kernel("look_torch")
+    return None if kernel is None else Look(kernel, facts, _are_plain, _increment_version)
 
 
 def _increment_version(tensors: np.ndarray) -> None:
