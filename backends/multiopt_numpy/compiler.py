@@ -524,6 +524,8 @@ def compile_norms(dtype: str) -> ObjectCode:
         bounds, eps, norms, own = doubles(a[3]), doubles(a[4]), doubles(a[5]), doubles(a[6])
         scratch, sums = doubles(a[7]), doubles(a[7] + BLOCK * 8)
         for r in range(n):
+            if r + 8 < n:
+                prefetch(words(table_at + (r + 8) * width * 8)[GRAD])
             bound = bounds[r]
             if not math.isnan(bound):
                 row = words(table_at + r * width * 8)
@@ -682,4 +684,20 @@ def compile_look() -> ObjectCode:
             row[PARAM], row[GRAD] = p, g
         return -1 if count == 0 and overlap(order, n, table_at, width, itemsize) else count
 
-    return _object_code(look_numpy=njit(look_numpy), look_torch=njit(look_torch))
+    def warm_torch(arguments_at):  # type: ignore[no-untyped-def]
+        """Ask for the cache lines of tensors all at once; Python goes from one to the next."""
+        a = words(arguments_at)
+        params, n = words(words(a[0] + 16)[0]), a[1]
+        for k in range(n):
+            prefetch(params[k] + 16)
+        for k in range(n):
+            # What the Python object of a tensor points to; a hint, and not read.
+            tensor = words(params[k] + 16)[0]
+            prefetch(tensor)
+            prefetch(tensor + 64)
+            prefetch(tensor + 128)
+        return 0
+
+    return _object_code(
+        look_numpy=njit(look_numpy), look_torch=njit(look_torch), warm_torch=njit(warm_torch)
+    )

@@ -37,14 +37,15 @@ class Look(NamedTuple):
     Attributes:
         kernel: The compiled function.
         facts: By dtype, the arguments by which it knows the arrays that it takes.
-        holds: Whether parameters and gradients of which the function knows enough are also what
-            only Python can know.
+        holds: Whether parameters and gradients that the function takes are also what only Python
+            can know. It gets the parameters, the gradients, whether ``Backend.gradients`` gave
+            them, and the positions of what has no dimensions, and so no strides.
         touch: ``Backend.touch``, if it does anything.
     """
 
     kernel: Kernel
     facts: Mapping[str, Sequence[int]]
-    holds: Callable[[np.ndarray, np.ndarray, bool], bool]
+    holds: Callable[[np.ndarray, np.ndarray, bool, np.ndarray], bool] | None = None
     touch: Callable[[np.ndarray], None] | None = None
 
 
@@ -119,6 +120,7 @@ class CompiledBatch(Batch):
         self._lent: list[tuple[np.ndarray, ...]] = []
         ones = np.ones(count)
         self._unclipped = Scaling(ones, ones, np.full(count, inf))
+        self._scalars = np.flatnonzero([not member.layout.shape for member in members])
         self._is_large = bool(self._table[:, SIZE].sum() > LARGE)
         # The arguments of the last update of everything: what they refer to, kept alive here, the
         # identities of it, and their address. Likewise for the measuring of norms.
@@ -182,7 +184,7 @@ class CompiledBatch(Batch):
             return self._everything
         if odd > 0:
             return np.flatnonzero(self._irregular)
-        if not look.holds(params, grads, leaves):
+        if look.holds is not None and not look.holds(params, grads, leaves, self._scalars):
             return self._everything
         self._disjoint = odd == 0
         return self._nothing

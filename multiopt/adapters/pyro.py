@@ -8,7 +8,7 @@ with the tensor's name in the param store.
 import ctypes
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import fields, replace
 from inspect import Parameter, signature
 from os import PathLike
@@ -226,7 +226,8 @@ class _PyroOptimizer(PyroOptim):
                 ``Optimizer.step`` raises; nothing has changed.
         """
         self._drop_dead()
-        tensors = objects(params)
+        params = params if isinstance(params, Collection) else list(params)
+        tensors = np.fromiter(params, object, len(params))
         if _identities(tensors) != self._ids:
             self._ids = b""
             by_key = {self._track(tensor).key: tensor for tensor in tensors}
