@@ -451,7 +451,11 @@ class Optimizer:
     def _made(self, names: list[str], fresh: Mapping[str, Entry]) -> Plan:
         """A new plan, for a step that may still fail."""
         self._settle_clocks()
-        return Plan(names, [fresh[n] if n in fresh else self._seen[n] for n in names])
+        plan = Plan(names, [fresh[n] if n in fresh else self._seen[n] for n in names])
+        if self._plan is not None and not self._plan.is_current():
+            # The new one moved slots that the current one knows.
+            self._plan = None
+        return plan
 
     def _keep(self, plan: Plan) -> None:
         """Make a plan the current one, and remember it for the next time."""

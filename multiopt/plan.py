@@ -1,6 +1,7 @@
 """What a step of one list of names does, worked out once and kept for the next step."""
 
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -102,6 +103,9 @@ class Plan:
         self._slots = [entry.slots for entry in entries]
         #: Positions whose rule has schedules.
         self.scheduled = [i for i, entry in enumerate(entries) if _has_schedule(entry)]
+        sizes = [prod(entry.layout.shape) for entry in entries]
+        # Those without elements, which have no address by which they could be told apart.
+        self._empty = np.array([i for i, size in enumerate(sizes) if size == 0], np.int64)
         # Whether one batch has everything and can take a step by itself.
         shares = self.clipping is not None and self.clipping.limits is None
         self._takes_all = self.whole is not None and not self.scheduled and not shares
@@ -139,6 +143,11 @@ class Plan:
 
     # Arrays
 
+    def empty_differ(self, params: np.ndarray) -> bool:
+        """Whether arrays without elements are all different objects."""
+        empty = self._empty
+        return len(empty) < 2 or len(set(map(id, params[empty]))) == len(empty)
+
     def advance_all(
         self,
         params: np.ndarray,
@@ -148,7 +157,7 @@ class Plan:
         threads: int | None,
     ) -> Outcome | None:
         """Take a step in which nothing is out of the ordinary; None if this is no such step."""
-        if not self._takes_all:
+        if not (self._takes_all and self.empty_differ(params)):
             return None
         assert self.whole is not None
         clipping = self.clipping

@@ -247,6 +247,8 @@ class Step:
     def _is_apart(self) -> bool:
         """Whether no parameter may share memory with another, or with a gradient."""
         plan = self._plan
+        if not plan.empty_differ(self._params):
+            return False
         if not self._tasks and plan.whole is not None and plan.whole.batch.is_apart():
             return True
         elsewhere, written, read = [], [np.empty((2, 0), np.int64)], []

@@ -13,6 +13,7 @@ import numpy as np
 from multiopt.backend import Batch, Limits, Member, Scaling
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, tree_sum
+from multiopt_numpy.compiler import other_fields
 from multiopt_numpy.tape import Tape
 
 __all__ = ["BlockedBatch"]
@@ -249,12 +250,13 @@ class BlockedBatch(Batch):
             columns_now = self._columns
         h = SimpleNamespace(
             **{name: _picked(column, index) for name, column in columns_now.items()},
-            **{name: getattr(rule, name) for name in rule.switches},
+            **other_fields(rule),
         )
         scalars = type(rule).scalars(h, counts)
         columns = [np.broadcast_to(np.asarray(x), counts.shape) for x in scalars]
         switches = [k for k, column in enumerate(columns) if column.dtype == bool]
-        patterns = np.array([columns[k] for k in switches], bool).reshape(len(switches), -1)
+        patterns = np.array([columns[k] for k in switches], bool)
+        patterns = patterns.reshape(len(switches), len(index))
         if (patterns == patterns[:, :1]).all():
             kinds, which = patterns[:, :1], np.zeros(len(index), int)
         else:
@@ -284,6 +286,12 @@ class BlockedBatch(Batch):
         threads: int | None,
     ) -> np.ndarray:
         """See ``Batch``."""
+        limited = self._run(scaling, leave_clipped)
+        # Nobody's arrays are held from one step to the next.
+        self._params, self._grads, self._slots = [], [], list(self._homes)
+        return limited
+
+    def _run(self, scaling: Scaling | None, leave_clipped: bool) -> np.ndarray:
         limited = np.zeros(len(self._members), bool)
         for where, tape, scalars in self._jobs:
             small = self._sizes[where] < LARGE

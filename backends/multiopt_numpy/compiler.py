@@ -10,10 +10,12 @@ rows of a table, one for each parameter. It allocates nothing and calls nothing 
 for one function of torch (``look_torch``).
 """
 
+import copy
 import inspect
 import math
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -36,6 +38,8 @@ __all__ = [
     "identity",
     "norms_identity",
     "number_fields",
+    "other_fields",
+    "sample_scalars",
 ]
 
 #: Columns of a row of int64 words: addresses, the number of elements, the shape, then an address
@@ -59,6 +63,24 @@ def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
     return fields
 
 
+def sample_scalars(rule: Rule, dtype: str) -> Any:
+    """Coefficients of a rule, for what they are and not for their values. Asks no schedule."""
+    sample = copy.copy(rule)
+    for name in rule.ranges:
+        value = getattr(rule, name)
+        if isinstance(value, tuple):
+            numbers: Any = tuple(0.5 if callable(part) else part for part in value)
+        else:
+            numbers = 0.5 if callable(value) else value
+        object.__setattr__(sample, name, numbers)
+    return sample.coefficients(1, dtype)
+
+
+def other_fields(rule: Rule) -> dict[str, Any]:
+    """The hyperparameters that are no numbers: switches, and choices of other kinds."""
+    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in rule.ranges}
+
+
 # Which code a kernel was made from
 
 
@@ -67,7 +89,7 @@ def identity(rule: Rule, dtype: str) -> list[str]:
     facts = (
         type(rule).__qualname__,
         number_fields(rule),
-        [(name, getattr(rule, name)) for name in rule.switches],
+        sorted(other_fields(rule).items()),
         rule.slots,
         sorted(_class_numbers(rule).items()),
         dtype,
@@ -316,8 +338,9 @@ def compile_update(rule: Rule, dtype: str) -> ObjectCode:
 def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
     tools = _tools()
     kind = getattr(tools.types, dtype)
-    scalars = rule.coefficients(1)
+    scalars = sample_scalars(rule, dtype)
     fields = number_fields(rule)
+    # A choice of another kind selects the update, or else there is no kernel.
     names = [*rule.ranges, *rule.switches]
     hyperparameters = {
         name: [f"numbers[{i}]" for i, field in enumerate(fields) if field[0] == name]
@@ -640,6 +663,12 @@ def compile_look() -> ObjectCode:
         return -1 if count == 0 and overlap(order, n, table_at, width, itemsize) else count
 
     @njit
+    def inner(o, kind, other):  # type: ignore[no-untyped-def]
+        """What the Python object of a tensor points to: a hint where to prefetch, never read."""
+        known = words(o + 8)[0] == kind or words(o + 8)[0] == other
+        return words(o + 16)[0] if known else o
+
+    @njit
     def torch_address(o, row, call_at, kind, other, dtype, tensor_at):  # type: ignore[no-untyped-def]
         """The address of the elements, or -1."""
         if words(o + 8)[0] != kind and words(o + 8)[0] != other:
@@ -673,9 +702,8 @@ def compile_look() -> ObjectCode:
                 prefetch(params[k + 8] + 16)
                 prefetch(grads[k + 8] + 16)
             if k + 4 < n:
-                # What the Python object of a tensor points to; a hint, and not read.
-                prefetch(words(params[k + 4] + 16)[0])
-                prefetch(words(grads[k + 4] + 16)[0])
+                prefetch(inner(params[k + 4], kind, other))
+                prefetch(inner(grads[k + 4], kind, other))
             p = torch_address(params[k], row, call_at, kind, other, dtype, tensor_at)
             g = torch_address(grads[k], row, call_at, kind, other, dtype, tensor_at)
             odd = p == -1 or g == -1
@@ -687,12 +715,11 @@ def compile_look() -> ObjectCode:
     def warm_torch(arguments_at):  # type: ignore[no-untyped-def]
         """Ask for the cache lines of tensors all at once; Python goes from one to the next."""
         a = words(arguments_at)
-        params, n = words(words(a[0] + 16)[0]), a[1]
+        params, n, kind, other = words(words(a[0] + 16)[0]), a[1], a[2], a[3]
         for k in range(n):
             prefetch(params[k] + 16)
         for k in range(n):
-            # What the Python object of a tensor points to; a hint, and not read.
-            tensor = words(params[k] + 16)[0]
+            tensor = inner(params[k], kind, other)
             prefetch(tensor)
             prefetch(tensor + 64)
             prefetch(tensor + 128)

@@ -8,7 +8,12 @@ from importlib.util import find_spec
 from multiopt.backend import Batch, Layout, Member
 from multiopt.rules import Rule
 from multiopt_numpy.blocks import BlockedBatch
-from multiopt_numpy.compiler import NotCompilable
+from multiopt_numpy.compiler import (
+    NotCompilable,
+    number_fields,
+    other_fields,
+    sample_scalars,
+)
 from multiopt_numpy.kernels import CompiledBatch, Look, update_kernel
 from multiopt_numpy.tape import NotTraceable, Tape
 from multiopt_numpy.team import Kernel
@@ -25,10 +30,14 @@ _engines: dict[Hashable, Kernel | str | None] = {}
 def kind(rule: Rule, layout: Layout) -> Hashable | None:
     """What rules must have in common to share a batch; None if only the rule itself can run."""
     wanted = os.environ.get(VARIABLE, "compiled")
-    switches = tuple(getattr(rule, name) for name in rule.switches)
-    key = wanted, type(rule), rule.update, switches, layout.compute_dtype
-    if key not in _engines:
-        _engines[key] = _engine(wanted, rule, layout.compute_dtype)
+    choices = tuple(other_fields(rule).items())
+    form = rule.update, rule.slots, tuple(number_fields(rule)), choices
+    key = wanted, type(rule), *form, layout.dtype
+    try:
+        if key not in _engines:
+            _engines[key] = _engine(wanted, rule, layout.compute_dtype)
+    except TypeError:
+        return None  # a choice that cannot be compared
     return None if _engines[key] is None else key
 
 
@@ -48,29 +57,32 @@ def batch(
         numpy_arrays: Whether their library is NumPy, which blocks need not be lent.
     """
     engine = _engines[kind]
+    layout = members[0].layout
+    # 16-bit arrays are computed in float32: copies of them are lent.
+    directly = layout.dtype == layout.compute_dtype
     if isinstance(engine, Kernel):
-        return CompiledBatch(engine, look(), members)
-    return BlockedBatch(members, numpy_arrays)
+        return CompiledBatch(engine, look() if directly else None, members)
+    return BlockedBatch(members, numpy_arrays and directly)
 
 
 def _engine(wanted: str, rule: Rule, dtype: str) -> Kernel | str | None:
     if wanted not in ("compiled", "blocks", "plain"):
         raise ValueError(f"{VARIABLE} is {wanted!r}; expected compiled, blocks or plain")
+    if wanted == "plain":
+        return None
+    try:
+        Tape(rule.update, sample_scalars(rule, dtype), len(rule.slots), dtype)
+    except NotTraceable:
+        return None  # as it may be: the rule then runs as it stands
     if wanted == "compiled" and find_spec("numba") and find_spec("llvmlite"):
         try:
             return update_kernel(rule, dtype)
         except NotCompilable:
-            pass  # as it may be: the rule then runs in blocks, or as it stands
+            pass  # as it may be: the rule then runs in blocks
         except ImportError as error:
             warnings.warn(
                 f"Numba is installed but cannot be imported ({error}); steps are slower without it",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    if wanted != "plain":
-        try:
-            Tape(rule.update, rule.coefficients(1, dtype), len(rule.slots), dtype)
-            return "blocks"
-        except NotTraceable:
-            pass  # as it may be: the rule then runs as it stands
-    return None
+    return "blocks"

@@ -69,7 +69,10 @@ def update_kernel(rule: Rule, dtype: str) -> Kernel:
         NotCompilable: There is none.
     """
     label = f"{type(rule).__name__}-{dtype}"
-    identity = compiler.identity(rule, dtype)
+    try:
+        identity = compiler.identity(rule, dtype)
+    except Exception as error:
+        raise compiler.NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
     return _loaded(label, identity, lambda: compiler.compile_update(rule, dtype))["update"]
 
 
@@ -289,6 +292,9 @@ class CompiledBatch(Batch):
     ) -> np.ndarray:
         """See ``Batch``."""
         self._limited.fill(0)
+        if self._lent:
+            # Held for as long as they are in use.
+            lent, self._lent = self._lent, []
         if scaling is None:
             scaling = self._unclipped
         usual = index is self._everything

@@ -120,7 +120,7 @@ class TorchBackend(Backend):
     def gradients(self, params: np.ndarray) -> np.ndarray | None:
         """See ``Backend``."""
         if len(params) >= MANY and (kernel := look_kernel("warm_torch")) is not None:
-            arguments = np.array([id(params), len(params)])
+            arguments = np.array([id(params), len(params), *KINDS])
             kernel.alone(arguments.ctypes.data)
         try:
             return np.fromiter(map(_GRAD, params), object, len(params))
@@ -185,11 +185,15 @@ class TorchBackend(Backend):
         return array.clone()
 
 
+#: The types of tensors that compiled code looks at: no subclass with a mind of its own.
+KINDS = id(torch.Tensor), id(torch.nn.Parameter)
+
 #: So many tensors that it pays to ask for their memory beforehand: when other work has filled the
 #: caches, a step of 1000 takes a tenth less.
 MANY = 64
 
-_GRAD, _IS_LEAF, _IS_NEGATIVE = attrgetter("grad"), attrgetter("is_leaf"), torch.Tensor.is_neg
+_GRAD, _IS_LEAF, _BASE = attrgetter("grad"), attrgetter("is_leaf"), attrgetter("_base")
+_IS_NEGATIVE = torch.Tensor.is_neg
 
 
 def _look() -> Look | None:
@@ -216,9 +220,7 @@ def _found_look() -> Look | None:
     call = ctypes.c_uint64.from_address(table + 40).value
     # DLDataType: kDLFloat, the bits, one lane.
     codes = {"float32": 2 | 32 << 8 | 1 << 16, "float64": 2 | 64 << 8 | 1 << 16}
-    # No subclass with a mind of its own.
-    kinds = id(torch.Tensor), id(torch.nn.Parameter)
-    facts = {name: (*kinds, code, call) for name, code in codes.items()}
+    facts = {name: (*KINDS, code, call) for name, code in codes.items()}
     kernel = look_kernel("look_torch")
     return None if kernel is None else Look(kernel, facts, _are_plain, _increment_version)
 
@@ -239,7 +241,11 @@ def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool, scalars: np.
         if not scalars.size:
             return True
         return not any(map(_IS_NEGATIVE, (*params[scalars], *grads[scalars])))
-    return all(map(_IS_LEAF, params)) and not any(map(_IS_NEGATIVE, (*params, *grads)))
+    if not all(map(_IS_LEAF, params)) or any(map(_IS_NEGATIVE, (*params, *grads))):
+        return False
+    if any(map(torch.Tensor.is_inference, params)) or torch.is_inference_mode_enabled():
+        return False
+    return all(base is None or base.grad_fn is None for base in map(_BASE, params))
 
 
 def _from_numpy(array: Any) -> torch.Tensor:
