@@ -211,12 +211,12 @@ class CompiledBatch(Batch):
         if touch is not None:
             touch(params)
         if limits is None:
-            return self.run(self._everything, steps, None, False, threads)
+            return self._run(self._everything, steps, None, False, threads)
         if limits is not self._limits:
             self._limits, self._measuring = limits, self._measuring_for(limits)
             self._measuring_at = _address(self._measuring)
         _norm_kernels(self._dtype)["measure"].alone(self._measuring_at)
-        limited = self.run(self._everything, steps, limits.scaling, leave_clipped, threads)
+        limited = self._run(self._everything, steps, limits.scaling, leave_clipped, threads)
         if leave_clipped and touch is not None:
             clipped = (limits.scaling.own != 1) | (limited != 0)
             if clipped.any():
@@ -291,10 +291,20 @@ class CompiledBatch(Batch):
         threads: int | None,
     ) -> np.ndarray:
         """See ``Batch``."""
+        limited = self._run(index, steps, scaling, leave_clipped, threads)
+        # Nobody's arrays are held from one step to the next.
+        self._lent.clear()
+        return limited
+
+    def _run(
+        self,
+        index: np.ndarray,
+        steps: np.ndarray,
+        scaling: Scaling | None,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray:
         self._limited.fill(0)
-        if self._lent:
-            # Held for as long as they are in use.
-            lent, self._lent = self._lent, []
         if scaling is None:
             scaling = self._unclipped
         usual = index is self._everything
