@@ -68,7 +68,7 @@ class Times(NamedTuple):
     ratio: float
 
 
-def measured(ours: Run, theirs: Run, *, hot: bool, quick: bool, threads: int) -> Times:
+def measured(ours: Run, theirs: Run, *, hot: bool, quick: bool, threads: int, spins: bool) -> Times:
     """Time two sides in turn.
 
     Args:
@@ -78,15 +78,17 @@ def measured(ours: Run, theirs: Run, *, hot: bool, quick: bool, threads: int) ->
             the side needs. Else it is one call, straight after the other side's.
         quick: Whether to take few turns.
         threads: How many threads both sides may use, torch's included.
+        spins: Whether the work is one beside which OpenMP's threads spin.
     """
+    spins = spins and threads > 1
     with _torch_threads(threads), _no_collection():
         # The first calls compile and allocate.
-        guess = [min(_turn(run, 1, True, threads) for _ in range(2)) for run in (ours, theirs)]
+        guess = [min(_turn(run, 1, True, spins) for _ in range(2)) for run in (ours, theirs)]
         calls = [min(1000, max(1, ceil(TURN / seconds))) if hot else 1 for seconds in guess]
         turn = sum((1 + n) * seconds for n, seconds in zip(calls, guess, strict=True))
         turns = QUICK if quick else min(MOST, max(FEWEST, int(BUDGET / turn)))
         pairs = [
-            (_turn(ours, calls[0], hot, threads), _turn(theirs, calls[1], hot, threads))
+            (_turn(ours, calls[0], hot, spins), _turn(theirs, calls[1], hot, spins))
             for _ in range(turns)
         ]
     return Times(
@@ -94,10 +96,10 @@ def measured(ours: Run, theirs: Run, *, hot: bool, quick: bool, threads: int) ->
     )
 
 
-def _turn(run: Run, calls: int, hot: bool, threads: int) -> float:
+def _turn(run: Run, calls: int, hot: bool, spins: bool) -> float:
     """Seconds a call."""
     torch = sys.modules.get("torch")
-    if torch is not None and threads > 1:
+    if torch is not None and spins:
         # OpenMP's workers go on spinning for a while after a parallel region and take cores from
         # whatever comes next: let them spin before both sides, as after a backward pass.
         torch.ones(2**16).add_(1)

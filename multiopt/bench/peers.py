@@ -3,7 +3,8 @@
 # mypy: allow-untyped-calls
 # Most of these libraries have no annotations.
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "in_sklearn",
     "in_torch",
     "pyro_run",
+    "shared_tensors",
     "tensors",
     "textbook",
     "torch_values",
@@ -130,11 +132,39 @@ def tensors(work: Work) -> dict[str, Any]:
     """The work as leaf tensors that have a gradient, in memory of torch's own."""
     import torch
 
-    params, grads = work.arrays()
-    leaves = {name: torch.tensor(x, requires_grad=True) for name, x in params.items()}
-    for name, leaf in leaves.items():
-        leaf.grad = torch.tensor(grads[name])
-    return leaves
+    def made() -> dict[str, Any]:
+        params, grads = work.arrays()
+        leaves = {name: torch.tensor(x, requires_grad=True) for name, x in params.items()}
+        for name, leaf in leaves.items():
+            leaf.grad = torch.tensor(grads[name])
+        return leaves
+
+    return _shared(("torch", work), made)
+
+
+#: What the sides of a comparison share while they are timed; None for nothing.
+_sharing: dict[Any, dict[str, Any]] | None = None
+
+
+@contextmanager
+def shared_tensors() -> Iterator[None]:
+    """Let all sides step the same tensors.
+
+    A backward pass has just touched parameters and gradients when an optimizer is called. Here the
+    other side's call has.
+    """
+    global _sharing
+    _sharing = {}
+    yield
+    _sharing = None
+
+
+def _shared(key: Any, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if _sharing is None:
+        return made()
+    if key not in _sharing:
+        _sharing[key] = made()
+    return _sharing[key]
 
 
 def torch_values(leaves: dict[str, Any]) -> Arrays:
@@ -154,12 +184,16 @@ def pyro_run(
     """
     import pyro
 
-    prefix = f"bench{next(NUMBERS)}"
-    leaves = {}
-    for name, given in tensors(work).items():
-        param: Any = pyro.param(f"{prefix}.{name}", given.detach())
-        leaves[name] = param.unconstrained()
-        leaves[name].grad = given.grad
+    def made() -> dict[str, Any]:
+        prefix = f"bench{next(NUMBERS)}"
+        leaves = {}
+        for name, given in tensors(work).items():
+            param: Any = pyro.param(f"{prefix}.{name}", given.detach())
+            leaves[name] = param.unconstrained()
+            leaves[name].grad = given.grad
+        return leaves
+
+    leaves = _shared(("pyro", work), made)
     optimizer = optimizer_class({"lr": LR}, clip_args)
     params = set(leaves.values())
     return Run(lambda: optimizer(params), lambda: torch_values(leaves))

@@ -20,6 +20,7 @@ from multiopt.bench.comparisons import (
 from multiopt.bench.machine import engine
 from multiopt.bench.memory import can_measure_peak
 from multiopt.bench.paired import measured
+from multiopt.bench.peers import shared_tensors
 from multiopt.bench.work import works
 
 __all__ = ["Job", "Result", "jobs", "missing"]
@@ -107,13 +108,16 @@ def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]
 def _compare(one: Comparison, threads: int, quick: bool) -> list[Result]:
     known = works(quick)
     work, its = known[one.work], known[one.against_work or one.work]
-    ours, theirs = one.ours.begin(work, threads), one.against.begin(its, threads)
+    with shared_tensors():
+        ours, theirs = one.ours.begin(work, threads), one.against.begin(its, threads)
     per_parameter = len(its.shapes) / len(work.shapes)
     # A target holds for one engine and the whole work.
     has_target = not quick and engine() == ("blocks" if one.row == WITHOUT_FAST else "compiled")
     results = []
     for turn in one.turns:
-        times = measured(ours, theirs, hot=turn == "hot", quick=quick, threads=threads)
+        times = measured(
+            ours, theirs, hot=turn == "hot", quick=quick, threads=threads, spins=work.is_parallel
+        )
         ratio = times.ratio * per_parameter
         results.append(
             Result(

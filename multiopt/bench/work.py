@@ -1,5 +1,6 @@
 """The parameters that are stepped: a few sets of shapes."""
 
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -29,6 +30,15 @@ class Work(NamedTuple):
 
     title: str
     shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether torch shares the work of one array among threads: from its grain of 2**15 on.
+
+        >>> Work("small", ((10,),)).is_parallel
+        False
+        """
+        return any(prod(shape) > 2**15 for shape in self.shapes)
 
     def arrays(self) -> tuple[Arrays, Arrays]:
         """New parameters and gradients, float32, the same numbers every time.

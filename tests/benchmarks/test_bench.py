@@ -67,7 +67,7 @@ def test_names_distinct_have_clocks_and_rates_of_their_own() -> None:
 def test_turns_alternate() -> None:
     calls: list[str] = []
     runs = [Run(lambda name=name: calls.append(name), dict) for name in "ab"]
-    times = measured(*runs, hot=False, quick=True, threads=1)
+    times = measured(*runs, hot=False, quick=True, threads=1, spins=True)
     assert "".join(calls).endswith("ababab")
     assert min(times) > 0
 
@@ -75,7 +75,7 @@ def test_turns_alternate() -> None:
 def test_hot_turns_have_a_call_that_is_not_timed() -> None:
     calls: list[str] = []
     runs = [Run(lambda name=name: calls.append(name), dict) for name in "ab"]
-    measured(*runs, hot=True, quick=True, threads=1)
+    measured(*runs, hot=True, quick=True, threads=1, spins=True)
     assert calls.count("a") > 3 * 2
 
 
@@ -150,7 +150,7 @@ def test_a_step_takes_no_more_threads_than_it_is_told() -> None:
     before = torch.get_num_threads()
     seen = []
     run = Run(lambda: seen.append(torch.get_num_threads()), dict)
-    measured(run, run, hot=False, quick=True, threads=before + 1)
+    measured(run, run, hot=False, quick=True, threads=before + 1, spins=True)
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
 
