@@ -70,6 +70,7 @@ class Step:
         # What Python looked at: it is in no batch, or its batch does not take it as it is.
         self._tasks: dict[int, Task] = {}
         self._lent: dict[int, _Lent] = {}
+        self._was_apart = True
         self._scaling: Scaling | None = None
         self._norms: Norms | None = None
         self._results: list[tuple[int, Task, Result]] = []
@@ -106,7 +107,8 @@ class Step:
         for task in self._tasks.values():
             task.backend.check_writable(task.param, f"parameter {task.name!r}")
         self._lend(self._tasks)
-        if not self._is_apart():
+        self._was_apart = self._is_apart()
+        if not self._was_apart:
             rest = [i for i in self._plan.everything.tolist() if self._has(i)]
             self._examine(np.array([i for i in rest if i not in self._tasks], np.int64))
             # Raises if parameters share memory. Gradients that share it are lent as copies.
@@ -363,6 +365,8 @@ class Step:
         for i, lent in self._lent.items():
             part = self._plan.parts[self._plan.part_of[i]]
             part.batch.lend(int(self._plan.local[i]), lent.param, lent.grad, lent.slots)
+        if self._was_apart and not self._is_apart():
+            raise ValueError("a schedule changed the arrays of the step that it was asked for")
 
     def _prepare(self, now: Mapping[int, Rule]) -> None:
         """All that may fail of running."""

@@ -1,12 +1,13 @@
 """Compiled kernels: which rules have one, when they are made anew, and what a step costs."""
 
+import math
 import os
 import subprocess
 import sys
 import textwrap
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -213,3 +214,63 @@ def test_without_a_look_at_objects_python_looks(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("multiopt_numpy.backend._look", lambda: None)
     monkeypatch.setattr("multiopt_torch.backend._look", lambda: None)
     assert_equal(run(), expected)
+
+
+class Rate(NamedTuple):
+    lr: float
+
+
+class SwitchedRate(NamedTuple):
+    lr: float
+    on: bool
+
+
+def plainly(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    return param - c.lr * grad, slots
+
+
+def over_the_mean(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    if c.on:
+        grad = grad / xp.mean(xp.abs(grad))
+    return param - c.lr * grad, slots
+
+
+@pytest.mark.parametrize("name", ["compiled", "blocks"])
+@pytest.mark.parametrize(
+    ("numbers", "update"),
+    [
+        (lambda h, step: Rate(h.lr / (1 - h.momentum**step)), plainly),
+        (lambda h, step: Rate(math.pow(h.momentum, step)), plainly),
+        (lambda h, step: Rate(h.lr / math.sqrt(step)), plainly),
+        (lambda h, step: Rate(h.lr if step < 3 else h.momentum), plainly),
+        (lambda h, step: Rate(min(h.lr, h.momentum)), plainly),
+        (lambda h, step: SwitchedRate(h.lr, h.momentum != 0.9), over_the_mean),
+    ],
+    ids=["**", "pow", "sqrt", "branch", "min", "a switch that cannot be traced"],
+)
+def test_coefficients_of_any_kind_give_equal_results(name: str, numbers: Any, update: Any) -> None:
+    body = {
+        "slots": (),
+        "update": property(lambda self: update),
+        "scalars": classmethod(lambda cls, h, step: numbers(h, step)),
+    }
+    rule_class: Any = type("Own", (mo.SGD,), body)
+
+    def rule(name: str) -> mo.Rule:
+        own: mo.Rule = rule_class(
+            lr=0.1 if name == "a" else 0.2, momentum=0.9 + 0.01 * (name > "a")
+        )
+        return own
+
+    def run(name: str) -> dict[str, np.ndarray]:
+        opt, params = mo.Optimizer(rule), {"a": np.linspace(1, 2, 50)}
+        with engine(name):
+            for step in range(40):
+                if step == 3:
+                    params["b"] = np.linspace(3, 4, 50)
+                opt.step(params, {key: np.sin(x) for key, x in params.items()})
+        return params
+
+    expected = run("plain")
+    for key, param in run(name).items():
+        assert_equal(param, expected[key], key)

@@ -13,7 +13,7 @@ import numpy as np
 from multiopt.backend import Batch, Limits, Member, Scaling
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, tree_sum
-from multiopt_numpy.compiler import other_fields
+from multiopt_numpy.compiler import NotCompilable, check_scalars, other_fields
 from multiopt_numpy.tape import Tape
 
 __all__ = ["BlockedBatch"]
@@ -110,6 +110,11 @@ class BlockedBatch(Batch):
         self._owned = False
         self._jobs: list[tuple[np.ndarray, Tape, list[Any]]] = []
         self._alike = all(member.rule is members[0].rule for member in members)
+        try:
+            check_scalars(members[0].rule)
+            self._vectorized = True
+        except NotCompilable:
+            self._vectorized = False
         self._columns = _columns([member.rule for member in members])
 
     def homes(self) -> Sequence[tuple[np.ndarray, ...]]:
@@ -252,7 +257,7 @@ class BlockedBatch(Batch):
             **{name: _picked(column, index) for name, column in columns_now.items()},
             **other_fields(rule),
         )
-        scalars = type(rule).scalars(h, counts)
+        scalars = self._scalars_of(index, counts, now, h)
         columns = [np.broadcast_to(np.asarray(x), counts.shape) for x in scalars]
         switches = [k for k, column in enumerate(columns) if column.dtype == bool]
         patterns = np.array([columns[k] for k in switches], bool)
@@ -270,6 +275,20 @@ class BlockedBatch(Batch):
             ]
             tape = self._tape(rule, scalars._make(values))
             self._jobs.append((index[mine], tape, values))
+
+    def _scalars_of(
+        self, index: np.ndarray, counts: np.ndarray, now: Mapping[int, Rule], h: Any
+    ) -> Any:
+        """The coefficients of each of some positions, as a named tuple of arrays."""
+        rule = self._members[0].rule
+        if self._vectorized:
+            try:
+                return type(rule).scalars(h, counts)
+            except (TypeError, ValueError):
+                self._vectorized = False  # somebody's scalars that take no arrays
+        pairs = zip(index.tolist(), counts.tolist(), strict=True)
+        each = [now.get(i, self._members[i].rule).coefficients(count) for i, count in pairs]
+        return each[0]._make(map(np.array, zip(*each, strict=True)))
 
     def _tape(self, rule: Rule, scalars: Any) -> Tape:
         switches = tuple(x for x in scalars if isinstance(x, bool))

@@ -11,6 +11,7 @@ for one function of torch (``look_torch``).
 """
 
 import copy
+import dis
 import inspect
 import math
 from collections import namedtuple
@@ -32,6 +33,7 @@ __all__ = [
     "PARAM",
     "SIZE",
     "NotCompilable",
+    "check_scalars",
     "compile_look",
     "compile_norms",
     "compile_update",
@@ -129,15 +131,44 @@ def fingerprint(*functions: Callable[..., Any]) -> Iterator[str]:
             continue
         seen.add(id(function))
         yield repr((function.__qualname__, function.__defaults__, _code(function.__code__)))
-        reached = [function.__globals__.get(name) for name in _names(function.__code__)]
-        reached += [cell.cell_contents for cell in function.__closure__ or ()]
-        for value in reached:
+        for value in _reached(function):
             if isinstance(value, FunctionType):
                 waiting.append(inspect.unwrap(value))
             elif isinstance(value, type):
                 yield repr((value.__qualname__, getattr(value, "_fields", None)))
             else:
                 yield value.__name__ if isinstance(value, ModuleType) else repr(value)
+
+
+def _reached(function: Callable[..., Any]) -> list[Any]:
+    """What the code of a function refers to by the names of globals and of enclosing scopes."""
+    globals_, cells = function.__globals__, function.__closure__ or ()
+    by_name = [globals_.get(name) for name in _names(function.__code__)]
+    return by_name + [cell.cell_contents for cell in cells]
+
+
+def check_scalars(rule: Rule) -> None:
+    """Refuse coefficients that would be other numbers in a kernel, or for arrays of steps.
+
+    Raises:
+        NotCompilable: They are computed with ``**`` or with functions of ``math``, whose results
+            differ in the last bit between Python, NumPy and compiled code.
+    """
+    seen: set[int] = set()
+    waiting = [inspect.unwrap(_scalars(rule))]
+    while waiting:
+        function = waiting.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        for instruction in dis.get_instructions(function.__code__):
+            if instruction.argrepr in ("**", "**="):
+                raise NotCompilable(f"{function.__qualname__} uses **; there is power()")
+        for value in _reached(function):
+            if value is math or getattr(value, "__module__", None) == "math":
+                raise NotCompilable(f"{function.__qualname__} uses math; there is np.sqrt")
+            if isinstance(value, FunctionType):
+                waiting.append(inspect.unwrap(value))
 
 
 def _code(code: CodeType) -> tuple[Any, ...]:
@@ -328,6 +359,7 @@ def compile_update(rule: Rule, dtype: str) -> ObjectCode:
     """
     import numba  # noqa: F401 -- that it cannot be imported is another matter than a rule's fault
 
+    check_scalars(rule)
     try:
         return _compile_update(rule, dtype)
     except Exception as error:

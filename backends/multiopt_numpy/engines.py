@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
+from itertools import product
 
 from multiopt.backend import Batch, Layout, Member
 from multiopt.rules import Rule
@@ -70,8 +71,14 @@ def _engine(wanted: str, rule: Rule, dtype: str) -> Kernel | str | None:
         raise ValueError(f"{VARIABLE} is {wanted!r}; expected compiled, blocks or plain")
     if wanted == "plain":
         return None
+    sample = sample_scalars(rule, dtype)
+    switches = [isinstance(x, bool) for x in sample]
     try:
-        Tape(rule.update, sample_scalars(rule, dtype), len(rule.slots), dtype)
+        # With every switch on and off, for it may change from step to step.
+        for values in product(
+            *([False, True] if switch else [x] for switch, x in zip(switches, sample, strict=True))
+        ):
+            Tape(rule.update, sample._make(values), len(rule.slots), dtype)
     except NotTraceable:
         return None  # as it may be: the rule then runs as it stands
     if wanted == "compiled" and find_spec("numba") and find_spec("llvmlite"):
