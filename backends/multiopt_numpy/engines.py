@@ -21,7 +21,7 @@ from multiopt_numpy.team import Kernel
 
 __all__ = ["batch", "kind"]
 
-#: The environment variable that asks for an engine: "compiled" (the default), "blocks", "plain".
+#: The environment variable that asks for an engine: "compiled" (the default), "blocks" or "plain".
 VARIABLE = "MULTIOPT_ENGINE"
 
 #: By kind of rule and dtype: its compiled kernel, the word that blocks can run it, or None.
@@ -35,10 +35,11 @@ def kind(rule: Rule, layout: Layout) -> Hashable | None:
     form = rule.update, rule.slots, tuple(number_fields(rule)), choices
     key = wanted, type(rule), *form, layout.dtype
     try:
-        if key not in _engines:
-            _engines[key] = _engine(wanted, rule, layout.compute_dtype)
+        known = key in _engines
     except TypeError:
-        return None  # a choice that cannot be compared
+        return None  # a choice that cannot be looked up, such as a list
+    if not known:
+        _engines[key] = _engine(wanted, rule, layout.compute_dtype)
     return None if _engines[key] is None else key
 
 
