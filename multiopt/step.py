@@ -379,9 +379,10 @@ class Step:
         for backend, tasks in by_backend(task for _, task in loose):
             for task, result in zip(tasks, backend.run(tasks), strict=True):
                 self._results.append((where[id(task)], task, result))
-        for part in plan.parts:
+        for number, part in enumerate(plan.parts):
             index = self._index(part)
-            rules = {int(plan.local[i]): rule for i, rule in now.items() if i in part.where}
+            mine = ((i, rule) for i, rule in now.items() if plan.part_of[i] == number)
+            rules = {int(plan.local[i]): rule for i, rule in mine}
             part.batch.prepare(index, plan.steps[part.where], rules)
             positions = part.where[index]
             if self._lent:

@@ -180,11 +180,11 @@ class BlockedBatch(Batch):
             pack.take(given, their_grads)
         except TypeError:
             return None  # another dtype
-        self.prepare(self._everything, steps, {})
-        if len(self._jobs) > 1:
-            return None
-        (_, tape, scalars), *_ = self._jobs
         with np.errstate(all="ignore"):
+            self.prepare(self._everything, steps, {})
+            if len(self._jobs) > 1:
+                return None
+            (_, tape, scalars), *_ = self._jobs
             tape.run(pack.param, pack.grad, pack.kept, pack.spread(scalars))
         pack.give(given)
         return np.zeros(len(given), bool)
