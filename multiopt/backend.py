@@ -86,7 +86,7 @@ class Task:
         param: Its array, which only ``Backend.write`` may change.
         grad: Its gradient, which nothing may change.
         layout: The parameter's layout.
-        slots: The slots in the order of the rule, library arrays in the compute dtype.
+        slots: The slots in the order of the rule, in the form in which the backend keeps them.
         update: The rule's formula.
         scalars: The numbers of the step, rounded to the compute dtype.
         scales: Clip coefficients, rounded to the compute dtype, applied one after the other.
@@ -110,7 +110,7 @@ class Result(NamedTuple):
 
     Attributes:
         param: The new parameter as ``write`` takes it.
-        slots: The new slots, library arrays.
+        slots: The new slots, in the form in which the backend keeps them.
         grad: The clipped gradient, in the namespace of the computation.
         limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
             array that is still on its device.
@@ -322,6 +322,13 @@ class Backend:
         require_dtype(dtype, label)
         return Layout(self.library, tuple(array.shape), dtype, str(array.device))
 
+    def check_surroundings(self, label: str) -> None:
+        """Refuse a step where this library has no values to compute with.
+
+        Raises:
+            TypeError: A transformation of the library is at work.
+        """
+
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse a parameter that cannot be updated.
 
@@ -356,7 +363,7 @@ class Backend:
         return xp.astype(array, getattr(xp, layout.compute_dtype), copy=False)
 
     def closed(self, computed: Array, param: Array) -> Array:
-        """A computed array as an array of the library, beside its parameter."""
+        """A computed array in the form in which slots are kept."""
         return computed
 
     def sums_of_squares(self, tasks: Sequence[Task], factor: float) -> list[float]:
@@ -396,7 +403,7 @@ class Backend:
         return None
 
     def memory_of(self, array: Array) -> np.ndarray | None:
-        """A NumPy array over the memory of an array on the CPU; None if it cannot be written."""
+        """A NumPy array over the memory of an array on the CPU, read-only if it is not to change."""
         return None
 
     def touch(self, arrays: np.ndarray) -> None:
@@ -433,6 +440,10 @@ class Backend:
         xp = self.namespace(task.layout)
         return xp.astype(computed, getattr(xp, task.layout.dtype), copy=False)
 
+    def all_ready(self, tasks: Sequence[Task], computed: Sequence[Array]) -> list[Array]:
+        """``ready`` for many."""
+        return [self.ready(task, array) for task, array in zip(tasks, computed, strict=True)]
+
     def write(self, task: Task, ready: Array) -> Array:
         """Turn the caller's parameter into the computed one and return it; here a new array."""
         return ready
@@ -454,8 +465,8 @@ class Backend:
         device = next((d for d in devices if str(d) == layout.device), None)
         return xp.asarray(array.copy(), device=device)
 
-    def copied(self, array: Array) -> Array:
-        """A slot copied within the library, so that neither sees a change of the other."""
+    def shown(self, array: Array, layout: Layout) -> Array:
+        """A slot as a user gets it: a copy in the parameter's library."""
         return import_module(self.library).asarray(array, copy=True)
 
 

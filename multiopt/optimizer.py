@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import compress
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -186,7 +187,7 @@ class Optimizer:
         if entry is None:
             why = "its loaded state is pending" if name in self._pending else "it was never stepped"
             raise KeyError(f"no state for parameter {name!r}: {why}")
-        return State(entry.step, entry.named_slots(named(entry.layout.library).copied))
+        return State(entry.step, entry.named_slots(_shown(entry)))
 
     def __len__(self) -> int:
         """The number of names seen."""
@@ -537,7 +538,7 @@ class Optimizer:
         >>> mo.Optimizer(mo.SGD()).state_dict()
         {'version': 1, 'entries': {}, 'pending': {}}
         """
-        return self._state_dict(lambda entry: named(entry.layout.library).copied)
+        return self._state_dict(_shown)
 
     def _state_dict(self, convert: Callable[[Entry], Callable[[Array], Array]]) -> dict[str, Any]:
         return {
@@ -607,6 +608,11 @@ class Optimizer:
             self.load_state_dict(state_dict)
         except ValueError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+
+
+def _shown(entry: Entry) -> Callable[[Array], Array]:
+    """How a slot of an entry is shown."""
+    return partial(named(entry.layout.library).shown, layout=entry.layout)
 
 
 def _report(names: list[str], new: tuple[str, ...], outcome: Outcome) -> Report:

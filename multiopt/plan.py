@@ -186,7 +186,7 @@ class Plan:
 
 def _member(backend: Backend, entry: Entry) -> Member:
     memory = [backend.memory_of(slot) for slot in entry.slots]
-    own = tuple(array for array in memory if array is not None)
+    own = tuple(array for array in memory if array is not None and array.flags.writeable)
     return Member(entry.rule, entry.layout, own if len(own) == len(memory) else None)
 
 

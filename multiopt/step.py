@@ -104,8 +104,10 @@ class Step:
             TypeError: The arrays cannot be used here and now.
             ValueError: They cannot be written, share memory, or are not finite.
         """
-        for task in self._tasks.values():
-            task.backend.check_writable(task.param, f"parameter {task.name!r}")
+        for backend, tasks in by_backend(self._tasks.values()):
+            backend.check_surroundings(f"parameter {tasks[0].name!r}")
+            for task in tasks:
+                backend.check_writable(task.param, f"parameter {task.name!r}")
         self._lend(self._tasks)
         self._was_apart = self._is_apart()
         if not self._was_apart:
@@ -141,12 +143,10 @@ class Step:
                 clipped[part.where[index]] |= limited[index] != 0
                 if leave_clipped:
                     part.backend.touch(self._grads[part.where[clipped[part.where]]])
-        replaced: dict[int, Array] = {}
+        replaced = self._written()
         on_devices: dict[int, Any] = {}
         for i, lent in self._lent.items():
             task = self._tasks[i]
-            if not lent.in_place:
-                replaced[i] = task.backend.write(task, task.backend.ready(task, lent.param))
             if clipped is not None and clipped[i] and lent.grad_is_copy:
                 self.left_over.append((task, lent.grad))
             part = plan.parts[plan.part_of[i]]
@@ -164,6 +164,17 @@ class Step:
         return Outcome(
             self._active, tuple(self._skipped), self._norms, clipped, on_devices, replaced
         )
+
+    def _written(self) -> dict[int, Array]:
+        """Write what was updated in a copy; by position, what stands for the parameter now."""
+        copied = {i: lent for i, lent in self._lent.items() if not lent.in_place}
+        where = {id(self._tasks[i]): i for i in copied}
+        replaced = {}
+        for backend, tasks in by_backend(self._tasks[i] for i in copied):
+            computed = [copied[where[id(task)]].param for task in tasks]
+            for task, ready in zip(tasks, backend.all_ready(tasks, computed), strict=True):
+                replaced[where[id(task)]] = backend.write(task, ready)
+        return replaced
 
     # Looking
 
@@ -222,8 +233,8 @@ class Step:
                 continue
             part, position = self._plan.parts[self._plan.part_of[i]], int(self._plan.local[i])
             param, grad = (self._memory(task, array) for array in (task.param, task.grad))
-            in_place = param is not None
-            if param is None:
+            in_place = param is not None and param.flags.writeable
+            if param is None or not in_place:
                 param = self._copied(task, task.param)
             grad_is_copy = grad is None or copy
             if grad is None or copy:
@@ -238,7 +249,7 @@ class Step:
     def _memory(self, task: Task, array: Array) -> np.ndarray | None:
         """The array's own memory, if a batch takes it as it is."""
         memory = task.backend.memory_of(array)
-        if memory is None or not memory.flags.carray:
+        if memory is None or not (memory.flags.c_contiguous and memory.flags.aligned):
             return None
         return memory if memory.dtype == task.layout.compute_dtype else None
 

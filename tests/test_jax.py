@@ -34,7 +34,9 @@ for sharding in (jax.sharding.SingleDeviceSharding(devices[3]), spread):
     g = jax.device_put(np.ones(8, np.float32), sharding)
     for _ in range(2):
         p = opt.step({name: p}, {name: g})[name]
-    assert p.sharding == sharding and opt.state(name).slots["exp_avg"].sharding == sharding
+    assert p.sharding == sharding
+    slot = opt.state(name).slots["exp_avg"]
+    assert isinstance(slot, jax.Array) and slot.devices() <= p.devices()
     np.testing.assert_array_equal(p, w)
 print("all stayed")
 """

@@ -6,6 +6,7 @@ equality to the last bit is not claimed for them.
 """
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -30,14 +31,13 @@ class JaxBackend(Backend):
             )
         if array.is_deleted():
             raise TypeError(f"{label} is a deleted JAX array (donated?); expected a live one")
-        dtype = str(array.dtype)
+        dtype = _dtype_name(array.dtype)
         require_dtype(dtype, label)
-        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        if dtype == "float64" and not jax.config.jax_enable_x64:
             raise TypeError(
                 f"{label} has dtype float64, of which JAX makes no arrays now: set jax_enable_x64"
             )
-        devices = sorted(f"{device.platform}:{device.id}" for device in array.devices())
-        return Layout("jax", array.shape, dtype, ",".join(devices))
+        return Layout("jax", array.shape, dtype, _device(array.sharding))
 
     def namespace(self, layout: Layout) -> Any:
         """NumPy for the CPU, ``jax.numpy`` for other devices."""
@@ -47,22 +47,41 @@ class JaxBackend(Backend):
         """A NumPy view of a CPU array; float32 if it has 16 bits."""
         return self.namespace(layout).asarray(array).astype(layout.compute_dtype, copy=False)
 
-    def closed(self, computed: Array, param: Array) -> Array:
-        """The computed array as a JAX array where the parameter is."""
-        with _beside(param):
-            return jax.device_put(computed, param.sharding if param.committed else None)
+    def all_ready(self, tasks: Sequence[Task], computed: Sequence[Array]) -> list[Array]:
+        """New arrays of the parameters' dtypes, where the parameters are, put there all at once."""
+        made: dict[int, Array] = {}
+        places: dict[tuple[bool, Any], list[int]] = {}
+        for i, task in enumerate(tasks):
+            places.setdefault((task.param.committed, task.param.sharding), []).append(i)
+        for (committed, sharding), indices in places.items():
+            arrays = [computed[i].astype(tasks[i].param.dtype, copy=False) for i in indices]
+            # An uncommitted array stays on its device, whatever the default is.
+            with jax.default_device(next(iter(sharding.device_set))):
+                put = jax.device_put(arrays, sharding if committed else None)
+            made.update(zip(indices, put, strict=True))
+        return [made[i] for i in range(len(tasks))]
 
     def ready(self, task: Task, computed: Array) -> Array:
-        """A new array of the parameter's dtype, where the parameter is."""
-        return self.closed(computed.astype(task.param.dtype), task.param)
+        """As ``all_ready``, for one."""
+        (array,) = self.all_ready([task], [computed])
+        return array
 
-    def check_writable(self, param: Array, label: str) -> None:
+    def check_surroundings(self, label: str) -> None:
         """Refuse a step while JAX traces, when new arrays are tracers without values."""
         if isinstance(jax.device_put(np.zeros(())), jax.core.Tracer):
             raise TypeError(
                 f"{label}: a step was taken inside a JAX transformation, where new arrays are "
                 "tracers without values; call the pure rule.update there"
             )
+
+    def memory_of(self, array: Array) -> np.ndarray | None:
+        """A view of an array on one CPU. Slots are lent as copies.
+
+        A step that cannot make its new arrays must find the slots as they were.
+        """
+        if isinstance(array, np.ndarray) or array.dtype.name not in ("float32", "float64"):
+            return None
+        return np.asarray(array)
 
     def kind(self, rule: Rule, layout: Layout) -> Hashable | None:
         """See ``Backend``."""
@@ -72,26 +91,36 @@ class JaxBackend(Backend):
         """See ``Backend``; all arrays are lent, for none can be written."""
         return engines.batch(kind, members, lambda: None)
 
+    # Slots. Those of CPU arrays are NumPy arrays, for JAX takes 20 us to make one of its own.
+
     def to_host(self, array: Array) -> np.ndarray:
         """A copy in NumPy."""
         return np.array(array)
 
     def from_host(self, array: np.ndarray, layout: Layout) -> Array:
-        """A copy on the device of the layout."""
-        platform, _, index = layout.device.partition(",")[0].partition(":")
-        device = next(d for d in jax.devices(platform) if d.id == int(index))
-        with jax.default_device(device):
-            return jax.device_put(np.array(array))
+        """A copy where the slots of a parameter of this layout are."""
+        return np.array(array) if _on_cpu(layout) else _put(array, layout)
 
-    def copied(self, array: Array) -> Array:
-        """A copy, so that neither goes when the other is donated."""
-        with _beside(array):
-            return array.copy()
+    def shown(self, array: Array, layout: Layout) -> Array:
+        """A JAX array, on the first of the parameter's devices."""
+        return _put(np.array(array), layout)
 
 
-def _beside(array: Array) -> Any:
-    """Keep what is made of an uncommitted array on its device, whatever the default is."""
-    return jax.default_device(next(iter(array.devices())))
+def _put(array: np.ndarray, layout: Layout) -> Array:
+    platform, _, index = layout.device.partition(",")[0].partition(":")
+    device = next(d for d in jax.devices(platform) if d.id == int(index))
+    with jax.default_device(device):
+        return jax.device_put(array)
+
+
+@cache
+def _dtype_name(dtype: np.dtype) -> str:
+    return dtype.name
+
+
+@cache
+def _device(sharding: Any) -> str:
+    return ",".join(sorted(f"{device.platform}:{device.id}" for device in sharding.device_set))
 
 
 def _on_cpu(layout: Layout) -> bool:

@@ -67,9 +67,8 @@ class NumpyBackend(Backend):
         return engines.batch(kind, members, _look, numpy_arrays=True)
 
     def memory_of(self, array: Array) -> np.ndarray | None:
-        """The array, if it is writeable."""
-        array = np.asarray(array)
-        return array if array.flags.writeable else None
+        """The array."""
+        return np.asarray(array)
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy."""
@@ -79,7 +78,7 @@ class NumpyBackend(Backend):
         """A copy."""
         return np.array(array)
 
-    def copied(self, array: Array) -> Array:
+    def shown(self, array: Array, layout: Layout) -> Array:
         """A copy."""
         return np.array(array)
 

@@ -180,7 +180,7 @@ class TorchBackend(Backend):
         """A copy on the device of the layout."""
         return _from_numpy(np.array(array)).to(layout.device)
 
-    def copied(self, array: Array) -> Array:
+    def shown(self, array: Array, layout: Layout) -> Array:
         """A clone."""
         return array.clone()
 
