@@ -184,7 +184,7 @@ class Batch(ABC):
             threads: As for ``run``.
 
         Returns:
-            By position, whether the bound changed an element; None if nothing has changed yet, and
+            By position, whether the gradient was clipped; None if nothing has changed yet, and
             the step is to be taken in its single parts.
         """
         return None
@@ -257,7 +257,7 @@ class Batch(ABC):
             threads: The largest number of threads, or None.
 
         Returns:
-            By position, whether the bound changed an element.
+            By position, whether the gradient was clipped.
         """
 
 
@@ -273,6 +273,11 @@ class Scaling(NamedTuple):
     own: np.ndarray
     shared: np.ndarray
     bound: np.ndarray
+
+    def scales(self) -> np.ndarray:
+        """Whether a norm clips the gradient."""
+        scales: np.ndarray = (self.own != 1) | (self.shared != 1)
+        return scales
 
     def at(self, where: np.ndarray) -> "Scaling":
         """Those of some parameters."""

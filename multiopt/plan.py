@@ -53,6 +53,9 @@ class Outcome(NamedTuple):
     replaced: dict[int, Array]
 
 
+#: NumPy takes a third less for its own number than for Python's.
+ONE = np.int64(1)
+
 ALL_UPDATED = Outcome(None, (), None, None, {}, {})
 
 
@@ -131,7 +134,7 @@ class Plan:
 
     def advance(self, active: np.ndarray | None) -> None:
         """Count a step of these positions, or of all."""
-        np.add(self.steps, 1 if active is None else active, out=self.steps)
+        np.add(self.steps, ONE if active is None else active, out=self.steps)
         self._ahead = True
 
     def settle(self) -> None:
@@ -162,16 +165,15 @@ class Plan:
         assert self.whole is not None
         clipping = self.clipping
         limits = None if clipping is None else clipping.limits
-        limited = self.whole.batch.advance(
+        clipped = self.whole.batch.advance(
             params, grads, leaves, self.steps, limits, leave_clipped, threads
         )
-        if limited is None:
+        if clipped is None:
             return None
         self.advance(None)
         if clipping is None or limits is None:
             return ALL_UPDATED
-        clipped = (limits.scaling.own != 1) | (limited != 0)
-        return Outcome(None, (), clipping.norms(), clipped, {}, {})
+        return Outcome(None, (), clipping.norms(), clipped.copy(), {}, {})
 
     def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
         """The positions that Python must look at, of the arrays of a step as they are now."""

@@ -131,16 +131,16 @@ class Step:
             leave_clipped: Whether clipped gradients are left behind in the gradients' place.
         """
         plan = self._plan
-        clipped = self._clipped()
+        clipped = None if self._scaling is None else np.zeros(len(plan.names), bool)
         for part in plan.parts:
             index = self._index(part)
             scaling = self._scaling
             if scaling is not None and part is not plan.whole:
                 scaling = scaling.at(part.where)
             steps = plan.steps if part is plan.whole else plan.steps[part.where]
-            limited = part.batch.run(index, steps, scaling, leave_clipped, self._threads)
+            found = part.batch.run(index, steps, scaling, leave_clipped, self._threads)
             if clipped is not None:
-                clipped[part.where[index]] |= limited[index] != 0
+                clipped[part.where[index]] = found[index]
                 if leave_clipped:
                     part.backend.touch(self._grads[part.where[clipped[part.where]]])
         replaced = self._written()
@@ -156,6 +156,8 @@ class Step:
         for i, task, result in self._results:
             replaced[i] = task.backend.write(task, result.param)
             plan.entries[i].slots = result.slots
+            if clipped is not None:
+                clipped[i] = any(scale != 1 for scale in task.scales)
             if task.bound is not None:
                 on_devices[i] = result.limited
             if leave_clipped and clipped is not None and (clipped[i] or bool(result.limited)):
@@ -341,13 +343,6 @@ class Step:
             for task, total in zip(tasks, found, strict=True):
                 sums[place[id(task)]] = total
         return sums
-
-    def _clipped(self) -> np.ndarray | None:
-        """By position, whether a norm clips the gradient; None where nothing is clipped."""
-        if self._scaling is None:
-            return None
-        clipped: np.ndarray = (self._scaling.own != 1) | (self._scaling.shared != 1)
-        return clipped if self._active is None else clipped & self._active
 
     # Preparing
 

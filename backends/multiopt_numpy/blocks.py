@@ -305,26 +305,26 @@ class BlockedBatch(Batch):
         threads: int | None,
     ) -> np.ndarray:
         """See ``Batch``."""
-        limited = self._run(scaling, leave_clipped)
+        clipped = self._run(scaling, leave_clipped)
         # Nobody's arrays are held from one step to the next.
         self._params, self._grads, self._slots = [], [], list(self._homes)
-        return limited
+        return clipped
 
     def _run(self, scaling: Scaling | None, leave_clipped: bool) -> np.ndarray:
-        limited = np.zeros(len(self._members), bool)
+        clipped = np.zeros(len(self._members), bool)
         for where, tape, scalars in self._jobs:
             small = self._sizes[where] < LARGE
             if small.any():
                 values = [_at(x, small) for x in scalars]
-                limited[where[small]] = self._run_packed(
+                clipped[where[small]] = self._run_packed(
                     where[small], tape, values, scaling, leave_clipped
                 )
             for k in np.flatnonzero(~small).tolist():
                 values = [x if np.ndim(x) == 0 else float(x[k]) for x in scalars]
-                limited[where[k]] = self._run_alone(
+                clipped[where[k]] = self._run_alone(
                     int(where[k]), tape, values, scaling, leave_clipped
                 )
-        return limited
+        return clipped
 
     def _run_packed(
         self,
@@ -334,7 +334,7 @@ class BlockedBatch(Batch):
         scaling: Scaling | None,
         leave_clipped: bool,
     ) -> np.ndarray | bool:
-        """Update small parameters side by side; say which gradients the bound changed."""
+        """Update small parameters side by side; say which gradients were clipped."""
         positions = where.tolist()
         sizes = self._sizes[where]
         slots = [
@@ -345,12 +345,13 @@ class BlockedBatch(Batch):
         param, grad, *kept = packs
         ends = np.cumsum(sizes)
         places = list(map(slice, (ends - sizes).tolist(), ends.tolist()))
-        limited: np.ndarray | bool = False
+        clipped: np.ndarray | bool = False
         if scaling is not None:
-            own, shared, bound = (np.repeat(x[where].astype(self._dtype), sizes) for x in scaling)
+            mine = scaling.at(where)
+            own, shared, bound = (np.repeat(x.astype(self._dtype), sizes) for x in mine)
             grad, beyond = _clipped(grad, own, shared, bound)
             found = np.concatenate([[0], np.cumsum(beyond)])
-            limited = found[ends] > found[ends - sizes]
+            clipped = mine.scales() | (found[ends] > found[ends - sizes])
             if leave_clipped:
                 _spread(grad, places, grads)
         spread = [np.repeat(x, sizes) if np.ndim(x) else x for x in scalars]
@@ -358,7 +359,7 @@ class BlockedBatch(Batch):
         _spread(param, places, params)
         for pack, arrays in zip(kept, slots, strict=True):
             _spread(pack, places, arrays)
-        return limited
+        return clipped
 
     def _run_alone(
         self,
@@ -368,7 +369,7 @@ class BlockedBatch(Batch):
         scaling: Scaling | None,
         leave_clipped: bool,
     ) -> bool:
-        """Update one parameter; say whether the bound changed its gradient."""
+        """Update one parameter; say whether its gradient was clipped."""
         param, grad, *slots = (
             x.reshape(-1)
             for x in (self._params[position], self._grads[position], *self._slots[position])
@@ -377,18 +378,18 @@ class BlockedBatch(Batch):
             tape.run(param, grad, slots, scalars)
             return False
         numbers = [self._dtype.type(x[position]) for x in scaling]
-        if numbers[0] == 1 and numbers[1] == 1 and numbers[2] == inf:
+        is_clipped = numbers[0] != 1 or numbers[1] != 1
+        if not is_clipped and numbers[2] == inf:
             tape.run(param, grad, slots, scalars)
             return False
-        limited = False
         for low in range(0, len(param), CHUNK):
             block = slice(low, low + CHUNK)
             clipped, beyond = _clipped(grad[block], *numbers)
-            limited = limited or bool(beyond.any())
+            is_clipped = is_clipped or bool(beyond.any())
             tape.run(param[block], clipped, [slot[block] for slot in slots], scalars)
             if leave_clipped:
                 grad[block] = clipped
-        return limited
+        return is_clipped
 
 
 def _is_regular(array: Any, flag: str, shape: tuple[int, ...], dtype: np.dtype) -> bool:

@@ -439,7 +439,7 @@ def _update_kernel(dtype: str, made: dict[str, Any], first_number: int, count: i
         a = words(arguments_at)
         index, k0, b0, k1, b1, table_at, width = words(a[0]), a[1], a[2], a[3], a[4], a[5], a[6]
         steps, own, shared, bounds = words(a[7]), doubles(a[8]), doubles(a[9]), doubles(a[10])
-        limited, write = flags(a[11]), a[12]
+        clipped, write = flags(a[11]), a[12]
         if k1 == k0 and b1 == 0:
             return 0
         known = doubles(table_at + (index[k0] * width + first_number) * 8)
@@ -466,10 +466,11 @@ def _update_kernel(dtype: str, made: dict[str, Any], first_number: int, count: i
                 c = coefficients(numbers, step)
                 known, known_step = numbers, step
             x, y, z = number(own[r]), number(shared[r]), number(bound)
-            if x == 1 and y == 1 and bound == math.inf:
+            scaled = x != 1 or y != 1
+            if not scaled and bound == math.inf:
                 plain(row, low, high, c)
-            elif clipping(row, low, high, c, x, y, z, write != 0) != 0:
-                limited[r] = 1
+            elif clipping(row, low, high, c, x, y, z, write != 0) != 0 or scaled:
+                clipped[r] = 1
         return 0
 
     return tools.njit(update)
@@ -745,7 +746,11 @@ def compile_look() -> ObjectCode:
         return -1 if count == 0 and overlap(order, n, table_at, width, itemsize) else count
 
     def warm_torch(arguments_at):  # type: ignore[no-untyped-def]
-        """Ask for the cache lines of tensors all at once; Python goes from one to the next."""
+        """Ask for the cache lines of tensors all at once; Python goes from one to the next.
+
+        Then for what the first words of each point to, whatever that is: where its gradient is
+        found is among it. The Python object must be known to have its tensor behind the header.
+        """
         a = words(arguments_at)
         params, n, kind, other = words(words(a[0] + 16)[0]), a[1], a[2], a[3]
         for k in range(n):
@@ -755,6 +760,12 @@ def compile_look() -> ObjectCode:
             prefetch(tensor)
             prefetch(tensor + 64)
             prefetch(tensor + 128)
+        for k in range(n):
+            o = params[k]
+            if words(o + 8)[0] == kind or words(o + 8)[0] == other:
+                tensor = words(words(o + 16)[0])
+                for i in range(8):
+                    prefetch(tensor[i])
         return 0
 
     return _object_code(

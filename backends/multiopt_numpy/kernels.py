@@ -118,7 +118,7 @@ class CompiledBatch(Batch):
         self._nothing = np.arange(0)
         self._order = np.arange(2 * count)
         self._irregular = np.zeros(count, np.uint8)
-        self._limited = np.zeros(count, np.uint8)
+        self._clipped = np.zeros(count, bool)
         self._disjoint = False
         self._lent: list[tuple[np.ndarray, ...]] = []
         ones = np.ones(count)
@@ -134,6 +134,8 @@ class CompiledBatch(Batch):
         self._measuring, self._measuring_at = self._nothing, 0
         if look is not None:
             self._tensor = np.zeros(8, np.int64)
+            self._odd = np.zeros(1, np.int64)
+            self._odd_at = _address(self._odd)
             itemsize = np.dtype(self._dtype).itemsize
             room = [_address(a) for a in (self._irregular, self._order)]
             facts = look.facts[self._dtype]
@@ -176,20 +178,21 @@ class CompiledBatch(Batch):
             return self._everything
         self._look_arguments[0], self._look_arguments[1] = id(params), id(grads)
         try:
-            odd = look.kernel.alone(self._look_at)
-            if odd == -1:
+            look.kernel.alone(self._look_at, self._odd_at)
+            if self._odd[0] == -1:
                 # They overlap, or stand in another order than the last time.
                 places = self._table[:, [PARAM, GRAD]].T.ravel()
                 self._order[:] = np.argsort(places, kind="stable")
-                odd = look.kernel.alone(self._look_at)
+                look.kernel.alone(self._look_at, self._odd_at)
         except Exception:
             # The library would not say what an array is. Python looks at each, and says which.
             return self._everything
+        odd = self._odd[0]
         if odd > 0:
             return np.flatnonzero(self._irregular)
         if look.holds is not None and not look.holds(params, grads, leaves, self._scalars):
             return self._everything
-        self._disjoint = odd == 0
+        self._disjoint = bool(odd == 0)
         return self._nothing
 
     def advance(
@@ -216,12 +219,12 @@ class CompiledBatch(Batch):
             self._limits, self._measuring = limits, self._measuring_for(limits)
             self._measuring_at = _address(self._measuring)
         _norm_kernels(self._dtype)["measure"].alone(self._measuring_at)
-        limited = self._run(self._everything, steps, limits.scaling, leave_clipped, threads)
-        if leave_clipped and touch is not None:
-            clipped = (limits.scaling.own != 1) | (limited != 0)
-            if clipped.any():
-                touch(grads if clipped.all() else grads[clipped])
-        return limited
+        clipped = self._run(self._everything, steps, limits.scaling, leave_clipped, threads)
+        # Counting takes 50 us less than ``any`` when other work has filled the caches.
+        count = np.count_nonzero(clipped)
+        if leave_clipped and touch is not None and count:
+            touch(grads if count == len(clipped) else grads[clipped])
+        return clipped
 
     def _measuring_for(self, limits: Limits) -> np.ndarray:
         """The arguments with which norms are measured, kept for the next step."""
@@ -291,10 +294,10 @@ class CompiledBatch(Batch):
         threads: int | None,
     ) -> np.ndarray:
         """See ``Batch``."""
-        limited = self._run(index, steps, scaling, leave_clipped, threads)
+        clipped = self._run(index, steps, scaling, leave_clipped, threads)
         # Nobody's arrays are held from one step to the next.
         self._lent.clear()
-        return limited
+        return clipped
 
     def _run(
         self,
@@ -304,22 +307,22 @@ class CompiledBatch(Batch):
         leave_clipped: bool,
         threads: int | None,
     ) -> np.ndarray:
-        self._limited.fill(0)
+        self._clipped.fill(False)
         if scaling is None:
             scaling = self._unclipped
         usual = index is self._everything
         if usual and self._usual_for == (id(steps), id(scaling), leave_clipped):
             self._update.alone(self._usual_at)
-            return self._limited
+            return self._clipped
         own, shared, bound = scaling
-        tail = [_address(a) for a in (steps, own, shared, bound, self._limited)]
+        tail = [_address(a) for a in (steps, own, shared, bound, self._clipped)]
         blocks = self._call(self._update, index, threads, [*tail, int(leave_clipped)])
         if usual and blocks is not None:
             # For the next step: all that changes for it is in the table.
             self._usual = blocks, steps, scaling
             self._usual_for = id(steps), id(scaling), leave_clipped
             self._usual_at = _address(blocks)
-        return self._limited
+        return self._clipped
 
     def _call(
         self,

@@ -61,6 +61,11 @@ def thread_count(limit: int | None) -> int:
     return max(count, 1)
 
 
+#: A place for results that nobody reads.
+_nobodys = ctypes.c_int64()
+_NOWHERE = ctypes.addressof(_nobodys)
+
+
 class Kernel:
     """A compiled function that can be called."""
 
@@ -76,20 +81,15 @@ class Kernel:
         kind = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         self._call = kind(address)
 
-    def alone(self, arguments: int) -> int:
+    def alone(self, arguments: int, result: int = _NOWHERE) -> None:
         """Run it once, here, holding the GIL: for work of microseconds.
 
         Args:
             arguments: The address of its argument block, which the caller keeps alive.
-
-        Returns:
-            Its result.
+            result: The address where its result goes, an int64; by default nobody reads it.
         """
-        result = ctypes.c_int64()
-        status = self._call(ctypes.byref(result), None, arguments)
-        if status:
+        if status := self._call(result, None, arguments):
             raise _failure(status)
-        return result.value
 
     def shared(self, blocks: np.ndarray, threads: int) -> np.ndarray:
         """Run it once for each row, on several threads, the GIL let go: for work of milliseconds.

@@ -15,7 +15,6 @@ from multiopt.bench.comparisons import (
     SECONDS,
     SHARE,
     WITHOUT_FAST,
-    Comparison,
 )
 from multiopt.bench.machine import engine
 from multiopt.bench.memory import can_measure_peak
@@ -63,7 +62,7 @@ class Job(NamedTuple):
 
     Attributes:
         title: What the progress bar says.
-        run: Measures.
+        run: Measures; it can be pickled.
     """
 
     title: str
@@ -88,12 +87,12 @@ def jobs(rows: Sequence[str], threads: Sequence[int], quick: bool) -> list[Job]:
 
 
 def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]:
-    for one in COMPARISONS:
+    for place, one in enumerate(COMPARISONS):
         here = one.row != WITHOUT_FAST or engine() == "blocks"
         if one.row in rows and here and all(map(find_spec, one.needs)):
             for number in threads if one.threaded else threads[-1:]:
                 title = f"{one.row}: {one.ours.name} and {one.against.name}"
-                yield Job(title, partial(_compare, one, number, quick))
+                yield Job(title, partial(_compare, place, number, quick))
     if WITHOUT_FAST in rows and engine() != "blocks":
         yield Job(WITHOUT_FAST, partial(_without_fast, threads, quick))
     if "memory" in rows and can_measure_peak():
@@ -105,7 +104,8 @@ def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]
         yield Job("first-step", partial(_first_step, 1 if quick else 5))
 
 
-def _compare(one: Comparison, threads: int, quick: bool) -> list[Result]:
+def _compare(place: int, threads: int, quick: bool) -> list[Result]:
+    one = COMPARISONS[place]
     known = works(quick)
     work, its = known[one.work], known[one.against_work or one.work]
     with shared_tensors():

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from multiopt.bench.comparisons import AT_LEAST
+from multiopt.bench.fresh import alone
 from multiopt.bench.machine import described, engine
 from multiopt.bench.plan import Result, jobs, missing
 
@@ -30,7 +31,7 @@ def bench(rows: Sequence[str], threads: Sequence[int], quick: bool, path: str | 
     bar = tqdm(jobs(rows, threads, quick), unit="job", ncols=79)
     for job in bar:
         bar.set_postfix_str(job.title)
-        results += job.run()
+        results += job.run() if quick else alone(job.run)
     document = {
         "engine": engine(),
         "quick": quick,
