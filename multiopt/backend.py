@@ -5,6 +5,7 @@ the result back. The base class serves any Array API library with the rule as it
 packages under ``backends/`` refine it for one library each.
 """
 
+import ctypes
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ __all__ = [
     "Task",
     "backend_of",
     "by_backend",
+    "identities",
     "named",
     "objects",
 ]
@@ -408,7 +410,7 @@ class Backend:
         return None
 
     def memory_of(self, array: Array) -> np.ndarray | None:
-        """A NumPy array over the memory of an array on the CPU, read-only if it is not to change."""
+        """A NumPy array over the memory of a CPU array, read-only if that must not change."""
         return None
 
     def touch(self, arrays: np.ndarray) -> None:
@@ -479,6 +481,11 @@ def objects(things: Iterable[Any]) -> np.ndarray:
     """A one-dimensional array of objects, whatever they are."""
     things = list(things)
     return np.fromiter(things, object, len(things))
+
+
+def identities(objects: np.ndarray) -> bytes:
+    """What ``id`` gives for each of the objects: they are the memory of an array of objects."""
+    return ctypes.string_at(objects.ctypes.data, objects.nbytes)
 
 
 def by_backend(tasks: Iterable[Task]) -> list[tuple[Backend, list[Task]]]:

@@ -33,7 +33,7 @@ class JaxBackend(Backend):
             raise TypeError(f"{label} is a deleted JAX array (donated?); expected a live one")
         dtype = _dtype_name(array.dtype)
         require_dtype(dtype, label)
-        if dtype == "float64" and not jax.config.jax_enable_x64:
+        if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise TypeError(
                 f"{label} has dtype float64, of which JAX makes no arrays now: set jax_enable_x64"
             )

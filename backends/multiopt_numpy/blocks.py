@@ -4,15 +4,15 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from math import inf, nan, prod
-from operator import attrgetter
+from operator import attrgetter, is_
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from multiopt.backend import Batch, Limits, Member, Scaling
+from multiopt.backend import Batch, Limits, Member, Scaling, identities
 from multiopt.rules import Rule
-from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, tree_sum
+from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
 from multiopt_numpy.compiler import NotCompilable, check_scalars, other_fields
 from multiopt_numpy.tape import Tape
 
@@ -29,10 +29,10 @@ SHAPE, WRITEABLE, BASE = attrgetter("shape"), attrgetter("flags.writeable"), att
 
 
 class _Pack:
-    """Small parameters side by side: room for them and their gradients, and their slots.
+    """Parameters side by side: room for them and their gradients, and copies of their slots.
 
     Args:
-        small: Positions of the small ones.
+        where: Their positions.
         shapes: By position.
         slots: By position.
         dtype: Of all.
@@ -40,26 +40,27 @@ class _Pack:
 
     def __init__(
         self,
-        small: np.ndarray,
+        where: np.ndarray,
         shapes: Sequence[tuple[int, ...]],
         slots: Sequence[tuple[np.ndarray, ...]],
         dtype: np.dtype,
     ) -> None:
         """Copy the slots in."""
-        mine = [slots[i] for i in small.tolist()]
-        self._shapes = [shapes[i] for i in small.tolist()]
+        mine = [slots[i] for i in where.tolist()]
+        self._shapes = [shapes[i] for i in where.tolist()]
         self.sizes = np.array([prod(shape) for shape in self._shapes], np.int64)
         ends = np.cumsum(self.sizes)
         self._places = list(map(slice, (ends - self.sizes).tolist(), ends.tolist()))
         self.param, self.grad = (np.empty(self.sizes.sum(), dtype) for _ in range(2))
         self.kept = [np.concatenate(arrays, axis=None) for arrays in zip(*mine, strict=True)]
-        self._params = self._parts(self.param)
+        self._params = self.parts(self.param)
         #: By parameter, its slots as parts of the pack.
         self.slots = (
-            list(zip(*map(self._parts, self.kept), strict=True)) if self.kept else [()] * len(mine)
+            list(zip(*map(self.parts, self.kept), strict=True)) if self.kept else [()] * len(mine)
         )
 
-    def _parts(self, pack: np.ndarray) -> list[np.ndarray]:
+    def parts(self, pack: np.ndarray) -> list[np.ndarray]:
+        """Of an array as long as the pack, the part of each parameter, in its shape."""
         pairs = zip(self._places, self._shapes, strict=True)
         return [pack[place].reshape(shape) for place, shape in pairs]
 
@@ -75,7 +76,7 @@ class _Pack:
 
     def give(self, params: list[np.ndarray]) -> None:
         """Copy the parameters back."""
-        deque(map(np.ndarray.__setitem__, params, repeat(...), self._params), 0)
+        _copy(self._params, params)
 
     def spread(self, scalars: Sequence[Any]) -> list[Any]:
         """Scalars with a number for each parameter as numbers for each element."""
@@ -108,6 +109,8 @@ class BlockedBatch(Batch):
         self._homes = list(self._slots)
         self._tapes: dict[tuple[bool, ...], Tape] = {}
         self._owned = False
+        # The identities of arrays that were each another.
+        self._different = b""
         self._jobs: list[tuple[np.ndarray, Tape, list[Any]]] = []
         self._alike = all(member.rule is members[0].rule for member in members)
         try:
@@ -133,7 +136,8 @@ class BlockedBatch(Batch):
         if self._are_regular(self._params, "carray") and self._are_regular(
             self._grads, "c_contiguous"
         ):
-            self._owned = _own_their_memory(self._params + self._grads)
+            arrays = self._params + self._grads
+            self._owned = len(set(map(id, arrays))) == len(arrays) and _own_their_memory(arrays)
             return self._everything[:0]
         pairs = zip(self._shapes, self._params, self._grads, strict=True)
         return np.flatnonzero(
@@ -174,6 +178,7 @@ class BlockedBatch(Batch):
             and list(map(SHAPE, given)) == list(map(SHAPE, their_grads)) == self._shapes
             and all(map(WRITEABLE, given))
             and _own_their_memory(given)
+            and self._are_different(params)
         ):
             return None
         try:
@@ -188,6 +193,13 @@ class BlockedBatch(Batch):
             tape.run(pack.param, pack.grad, pack.kept, pack.spread(scalars))
         pack.give(given)
         return np.zeros(len(given), bool)
+
+    def _are_different(self, arrays: np.ndarray) -> bool:
+        """Whether each is another array; asked again only about others than the last time."""
+        ids = identities(arrays)
+        if ids != self._different and len(set(map(id, arrays))) == len(arrays):
+            self._different = ids
+        return ids == self._different
 
     def lend(
         self, position: int, param: np.ndarray, grad: np.ndarray, slots: tuple[np.ndarray, ...]
@@ -258,21 +270,16 @@ class BlockedBatch(Batch):
             **other_fields(rule),
         )
         scalars = self._scalars_of(index, counts, now, h)
-        columns = [np.broadcast_to(np.asarray(x), counts.shape) for x in scalars]
-        switches = [k for k, column in enumerate(columns) if column.dtype == bool]
-        patterns = np.array([columns[k] for k in switches], bool)
-        patterns = patterns.reshape(len(switches), len(index))
-        if (patterns == patterns[:, :1]).all():
-            kinds, which = patterns[:, :1], np.zeros(len(index), int)
-        else:
-            kinds, which = np.unique(patterns, axis=1, return_inverse=True)
+        columns = [np.asarray(x) for x in scalars]
+        # Switches that differ by name: each of their patterns has a tape of its own.
+        patterns = [column for column in columns if column.dtype == bool and column.ndim]
+        which = np.zeros(len(index), np.intp)
+        if patterns:
+            which = np.unique(np.array(patterns), axis=1, return_inverse=True)[1].reshape(-1)
         self._jobs = []
-        for kind in range(kinds.shape[1]):
-            mine = np.flatnonzero(which.reshape(-1) == kind)
-            values = [
-                bool(column[mine[0]]) if column.dtype == bool else _same(column[mine], self._dtype)
-                for column in columns
-            ]
+        for pattern in range(which.max() + 1):
+            mine = np.flatnonzero(which == pattern) if patterns else slice(None)
+            values = [_same(x[mine] if x.ndim else x, self._dtype) for x in columns]
             tape = self._tape(rule, scalars._make(values))
             self._jobs.append((index[mine], tape, values))
 
@@ -333,32 +340,24 @@ class BlockedBatch(Batch):
         scalars: list[Any],
         scaling: Scaling | None,
         leave_clipped: bool,
-    ) -> np.ndarray | bool:
+    ) -> np.ndarray:
         """Update small parameters side by side; say which gradients were clipped."""
         positions = where.tolist()
-        sizes = self._sizes[where]
-        slots = [
-            [self._slots[i][j] for i in positions] for j in range(len(self._slots[positions[0]]))
-        ]
-        params, grads = [self._params[i] for i in positions], [self._grads[i] for i in positions]
-        packs = [np.concatenate(arrays, axis=None) for arrays in (params, grads, *slots)]
-        param, grad, *kept = packs
-        ends = np.cumsum(sizes)
-        places = list(map(slice, (ends - sizes).tolist(), ends.tolist()))
-        clipped: np.ndarray | bool = False
+        params, grads = ([arrays[i] for i in positions] for arrays in (self._params, self._grads))
+        pack = _Pack(where, self._shapes, self._slots, self._dtype)
+        pack.take(params, grads)
+        grad, clipped = pack.grad, np.zeros(len(where), bool)
         if scaling is not None:
             mine = scaling.at(where)
-            own, shared, bound = (np.repeat(x.astype(self._dtype), sizes) for x in mine)
-            grad, beyond = _clipped(grad, own, shared, bound)
-            found = np.concatenate([[0], np.cumsum(beyond)])
-            clipped = mine.scales() | (found[ends] > found[ends - sizes])
+            grad, beyond = _clipped(grad, *pack.spread([x.astype(self._dtype) for x in mine]))
+            limited = [part.any() for part in pack.parts(beyond)]
+            clipped = mine.scales() | np.array(limited, bool)
             if leave_clipped:
-                _spread(grad, places, grads)
-        spread = [np.repeat(x, sizes) if np.ndim(x) else x for x in scalars]
-        tape.run(param, grad, kept, spread)
-        _spread(param, places, params)
-        for pack, arrays in zip(kept, slots, strict=True):
-            _spread(pack, places, arrays)
+                _copy(pack.parts(grad), grads)
+        tape.run(pack.param, grad, pack.kept, pack.spread(scalars))
+        pack.give(params)
+        for parts, slots in zip(pack.slots, (self._slots[i] for i in positions), strict=True):
+            _copy(parts, slots)
         return clipped
 
     def _run_alone(
@@ -378,7 +377,7 @@ class BlockedBatch(Batch):
             tape.run(param, grad, slots, scalars)
             return False
         numbers = [self._dtype.type(x[position]) for x in scaling]
-        is_clipped = numbers[0] != 1 or numbers[1] != 1
+        is_clipped = bool(numbers[0] != 1 or numbers[1] != 1)
         if not is_clipped and numbers[2] == inf:
             tape.run(param, grad, slots, scalars)
             return False
@@ -410,10 +409,9 @@ def _clipped(grad: np.ndarray, own: Any, shared: Any, bound: Any) -> tuple[np.nd
     return clamp(np, grad, bound), np.abs(grad) > bound
 
 
-def _spread(pack: np.ndarray, places: list[slice], arrays: list[np.ndarray]) -> None:
-    """Copy the parts of a pack into arrays."""
-    parts = [pack[place].reshape(array.shape) for place, array in zip(places, arrays, strict=True)]
-    deque(map(np.ndarray.__setitem__, arrays, repeat(...), parts), 0)
+def _copy(sources: Iterable[np.ndarray], targets: Iterable[np.ndarray]) -> None:
+    """Copy arrays into others of their shapes."""
+    deque(map(np.ndarray.__setitem__, targets, repeat(...), sources), 0)
 
 
 def _columns(rules: Sequence[Rule]) -> dict[str, Any]:
@@ -437,16 +435,18 @@ def _picked(column: Any, index: np.ndarray) -> Any:
 
 
 def _same(column: np.ndarray, dtype: np.dtype) -> Any:
-    """A column rounded to a dtype; one float if all of it is the same."""
-    rounded = column.astype(dtype)
-    return float(rounded[0]) if (rounded == rounded[0]).all() else rounded
+    """A column rounded to a dtype, or a bool for switches; one number if all of it is the same."""
+    if column.dtype == bool:
+        return bool(column.flat[0])
+    if not column.ndim:
+        return rounded(column, dtype.name)
+    numbers = column.astype(dtype)
+    return float(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
 def _own_their_memory(arrays: list[np.ndarray]) -> bool:
-    """Whether no array is a view, and each is another; then no two overlap."""
-    return set(map(type, map(BASE, arrays))) <= {type(None)} and len(set(map(id, arrays))) == len(
-        arrays
-    )
+    """Whether no array is a view; then no two of them overlap, if they are two."""
+    return all(map(is_, map(BASE, arrays), repeat(None)))
 
 
 def _at(value: Any, which: np.ndarray) -> Any:

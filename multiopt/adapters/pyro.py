@@ -5,7 +5,6 @@ purpose. It is keyed by tensor, as Pyro is: one entry for each live tensor, weak
 with the tensor's name in the param store.
 """
 
-import ctypes
 import pickle
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
@@ -37,7 +36,7 @@ from multiopt.adapters.torch_state import (
     rule_settings,
     to_torch,
 )
-from multiopt.backend import Layout, named, objects
+from multiopt.backend import Layout, identities, named, objects
 from multiopt.clipping import Clip
 from multiopt.entry import (
     Entry,
@@ -228,11 +227,11 @@ class _PyroOptimizer(PyroOptim):
         self._drop_dead()
         params = params if isinstance(params, Collection) else list(params)
         tensors = np.fromiter(params, object, len(params))
-        if _identities(tensors) != self._ids:
+        if identities(tensors) != self._ids:
             self._ids = b""
             by_key = {self._track(tensor).key: tensor for tensor in tensors}
             tensors = objects(by_key.values())
-            self._ids, self._keys = _identities(tensors), list(by_key)
+            self._ids, self._keys = identities(tensors), list(by_key)
         if self._state_waiting_to_be_consumed:
             self._settle(tensors)
         self._core.step_tensors(self._keys, tensors)
@@ -508,11 +507,6 @@ class _PyroOptimizer(PyroOptim):
         """Drop the entry of a tensor; presented again, it starts anew."""
         self._ids = b""
         self._core.forget(self._tracked.pop(tensor).key)
-
-
-def _identities(objects: np.ndarray) -> bytes:
-    """What ``id`` gives for each of the objects: they are the memory of an array of objects."""
-    return ctypes.string_at(objects.ctypes.data, objects.nbytes)
 
 
 #: torch allows a NumPy number for a setting, and a checkpoint then has one.

@@ -116,7 +116,7 @@ def _by_squaring_arrays(
     square, bits = np.asarray(base, np.float64), np.asarray(exponent)
     result = np.full(np.broadcast_shapes(square.shape, bits.shape), start)
     for bit in range(int(bits.max(initial=0)).bit_length()):
-        result = np.where((bits >> bit) & 1, combined(result, square), result)
+        np.copyto(result, combined(result, square), where=bits & (1 << bit) != 0)
         square = squared(square)
     return result
 
