@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import multiopt as mo
-from multiopt_numpy import compiler, kernels, team
-from multiopt_numpy.compiler import NotCompilable
+from multiopt_numpy.compiled import batch, kernels, team
+from multiopt_numpy.compiled.identity import update_identity
+from multiopt_numpy.compiled.update import compile_update
+from multiopt_numpy.forms import NotCompilable
 from tests.cases import CASES, Case
 from tests.libraries import assert_equal, engine
 
@@ -50,7 +52,7 @@ def not_elementwise(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 def test_what_cannot_be_compiled_alike_runs_otherwise(update: Any) -> None:
     rule = with_update(update)
     with pytest.raises(NotCompilable):
-        compiler.compile_update(rule, "float32")
+        compile_update(rule, "float32")
     results = []
     for name in ("compiled", "blocks", "plain"):
         w, opt = np.linspace(-1, 1, 5000, dtype=np.float32), mo.Optimizer(rule)
@@ -69,7 +71,7 @@ def test_literals_and_names_tell_updates_apart() -> None:
     def other(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
         return param + c.lr * grad, slots
 
-    assert compiler.identity(with_update(one), "float32") != compiler.identity(
+    assert update_identity(with_update(one), "float32") != update_identity(
         with_update(other), "float32"
     )
 
@@ -155,7 +157,7 @@ def test_shares_of_the_work_cover_every_block_once() -> None:
         sizes = rng.choice([0, 1, 10, 4095, 4096, 4097, 100_000, 1_000_000], rng.integers(1, 20))
         shares = int(rng.integers(1, 40))
         done = [[] for _ in sizes]  # type: list[list[int]]
-        for k0, b0, k1, b1 in kernels._borders(sizes, shares).tolist():
+        for k0, b0, k1, b1 in batch._borders(sizes, shares).tolist():
             for k in range(k0, k1 + 1 if b1 > 0 else k1):
                 last = -(-int(sizes[k]) // 4096)
                 done[k] += range(b0 if k == k0 else 0, min(b1, last) if k == k1 else last)

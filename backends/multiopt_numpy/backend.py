@@ -9,7 +9,8 @@ import numpy as np
 from multiopt.backend import Array, Backend, Batch, Layout, Member, Task, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines
-from multiopt_numpy.kernels import Look, look_kernel
+from multiopt_numpy.compiled.batch import Look
+from multiopt_numpy.compiled.kernels import look_kernel
 
 __all__ = ["NumpyBackend"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from multiopt.backend import Batch, Limits, Member, Scaling, identities
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
-from multiopt_numpy.compiler import NotCompilable, check_scalars, other_fields
+from multiopt_numpy.forms import NotCompilable, check_scalars, other_fields
 from multiopt_numpy.tape import Tape
 
 __all__ = ["BlockedBatch"]

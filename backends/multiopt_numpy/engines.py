@@ -9,15 +9,11 @@ from itertools import product
 from multiopt.backend import Batch, Layout, Member
 from multiopt.rules import Rule
 from multiopt_numpy.blocks import BlockedBatch
-from multiopt_numpy.compiler import (
-    NotCompilable,
-    number_fields,
-    other_fields,
-    sample_scalars,
-)
-from multiopt_numpy.kernels import CompiledBatch, Look, update_kernel
+from multiopt_numpy.compiled.batch import CompiledBatch, Look
+from multiopt_numpy.compiled.kernels import update_kernel
+from multiopt_numpy.compiled.team import Kernel
+from multiopt_numpy.forms import NotCompilable, number_fields, other_fields, sample_scalars
 from multiopt_numpy.tape import NotTraceable, Tape
-from multiopt_numpy.team import Kernel
 
 __all__ = ["batch", "kind"]
 

@@ -18,8 +18,9 @@ from multiopt.backend import Array, Backend, Batch, Layout, Member, Result, Task
 from multiopt.rules import Rule
 from multiopt_numpy import engines
 from multiopt_numpy.backend import check_places, read_only
-from multiopt_numpy.kernels import Look, look_kernel
-from multiopt_numpy.team import Kernel
+from multiopt_numpy.compiled.batch import Look
+from multiopt_numpy.compiled.kernels import look_kernel
+from multiopt_numpy.compiled.team import Kernel
 
 __all__ = ["TorchBackend"]
 

@@ -1,12 +1,8 @@
 """Batches that run in compiled kernels: one call for all parameters, large and small."""
 
-import sys
-import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from math import inf, nan, prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +10,12 @@ import numpy as np
 from multiopt.backend import Batch, Limits, Member, Scaling
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK
-from multiopt_numpy import compiler
-from multiopt_numpy.compiler import FIRST_SLOT, GRAD, PARAM, SIZE, number_fields
-from multiopt_numpy.object_cache import ObjectCode, cached, linked
-from multiopt_numpy.team import Kernel, thread_count
+from multiopt_numpy.compiled.kernels import norm_kernels
+from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE
+from multiopt_numpy.compiled.team import Kernel, thread_count
+from multiopt_numpy.forms import number_fields
 
-__all__ = ["CompiledBatch", "Look", "look_kernel", "update_kernel"]
+__all__ = ["CompiledBatch", "Look"]
 
 #: Elements below which threads cost more than they bring.
 LARGE = 2**18
@@ -47,49 +43,6 @@ class Look(NamedTuple):
     facts: Mapping[str, Sequence[int]]
     holds: Callable[[np.ndarray, np.ndarray, bool, np.ndarray], bool] | None = None
     touch: Callable[[np.ndarray], None] | None = None
-
-
-@cache
-def look_kernel(name: str) -> Kernel | None:
-    """How to look at the arrays of a library: ``"look_numpy"`` or ``"look_torch"``.
-
-    None where objects are laid out in other ways than this code reads them. All arrays are then
-    looked at in Python, with equal results.
-    """
-    usual = sys.implementation.name == "cpython" and sys.maxsize == 2**63 - 1
-    if not usual or sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return None
-    return _loaded("look", [], compiler.compile_look)[name]
-
-
-def update_kernel(rule: Rule, dtype: str) -> Kernel:
-    """The step of rules that have the class, the formula and the switches of this one.
-
-    Raises:
-        NotCompilable: There is none.
-    """
-    label = f"{type(rule).__name__}-{dtype}"
-    try:
-        identity = compiler.identity(rule, dtype)
-    except Exception as error:
-        raise compiler.NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
-    return _loaded(label, identity, lambda: compiler.compile_update(rule, dtype))["update"]
-
-
-@cache
-def _norm_kernels(dtype: str) -> dict[str, Kernel]:
-    return _loaded(
-        f"norms-{dtype}", compiler.norms_identity(dtype), lambda: compiler.compile_norms(dtype)
-    )
-
-
-def _loaded(
-    label: str, identity: Sequence[str], make: Callable[[], ObjectCode]
-) -> dict[str, Kernel]:
-    """Kernels by name, from the disk or compiled now."""
-    source = Path(compiler.__file__).read_bytes()
-    addresses = linked(cached(label, [source, *identity], make))
-    return {name: Kernel(address) for name, address in addresses.items()}
 
 
 class CompiledBatch(Batch):
@@ -218,7 +171,7 @@ class CompiledBatch(Batch):
         if limits is not self._limits:
             self._limits, self._measuring = limits, self._measuring_for(limits)
             self._measuring_at = _address(self._measuring)
-        _norm_kernels(self._dtype)["measure"].alone(self._measuring_at)
+        norm_kernels(self._dtype)["measure"].alone(self._measuring_at)
         clipped = self._run(self._everything, steps, limits.scaling, leave_clipped, threads)
         # Counting takes 50 us less than ``any`` when other work has filled the caches.
         count = np.count_nonzero(clipped)
@@ -261,7 +214,7 @@ class CompiledBatch(Batch):
     def finite(self, index: np.ndarray, threads: int | None) -> np.ndarray:
         """See ``Batch``."""
         bad = np.zeros(len(self._table), np.uint8)
-        self._call(_norm_kernels(self._dtype)["finite"], index, threads, [_address(bad)])
+        self._call(norm_kernels(self._dtype)["finite"], index, threads, [_address(bad)])
         finite: np.ndarray = bad[index] == 0
         return finite
 
@@ -269,7 +222,7 @@ class CompiledBatch(Batch):
         self, index: np.ndarray, own: np.ndarray, factor: float, threads: int | None
     ) -> np.ndarray:
         """See ``Batch``."""
-        kernels = _norm_kernels(self._dtype)
+        kernels = norm_kernels(self._dtype)
         blocks = -(-self._table[index, SIZE] // BLOCK)
         first = np.concatenate([[0], np.cumsum(blocks)])
         sums, factors = np.empty(first[-1]), np.array([factor])

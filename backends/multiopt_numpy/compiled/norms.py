@@ -1,0 +1,159 @@
+"""Norms over the summation tree of ``spec/arithmetic.md``, in its loop form."""
+
+import math
+
+import numpy as np
+
+from multiopt.rules.arithmetic import BLOCK, clip_coefficient, rescaling
+from multiopt_numpy.compiled.object_cache import ObjectCode
+from multiopt_numpy.compiled.rows import GRAD, SIZE
+from multiopt_numpy.compiled.toolbox import jitted, namespace, object_code, toolbox
+
+__all__ = ["compile_norms"]
+
+
+def compile_norms(dtype: str) -> ObjectCode:
+    """Sums of squares over the tree of the spec, and the search for what is not finite."""
+    tools = toolbox()
+    njit, words, doubles, flags = tools.njit, tools.words, tools.doubles, tools.bytes
+    prefetch = tools.prefetch
+    at, number, double = tools.at[dtype], getattr(tools.types, dtype), tools.types.float64
+
+    @njit
+    def fold(s, n):  # type: ignore[no-untyped-def]
+        """Fold ``n`` numbers; the zeros that fill them up are not added: ``x + 0`` is ``x``."""
+        half = 1
+        while half < n:
+            half *= 2
+        half //= 2
+        while half > 0:
+            for j in range(n - half):
+                s[j] += s[j + half]
+            n = half
+            half //= 2
+        return s[0]
+
+    @njit
+    def eight(g, j, q):  # type: ignore[no-untyped-def]
+        """The squares of eight elements, ``q`` apart, folded to one number."""
+        x0, x1, x2, x3 = double(g[j]), double(g[j + q]), double(g[j + 2 * q]), double(g[j + 3 * q])
+        j += 4 * q
+        x4, x5, x6, x7 = double(g[j]), double(g[j + q]), double(g[j + 2 * q]), double(g[j + 3 * q])
+        even = (x0 * x0 + x4 * x4) + (x2 * x2 + x6 * x6)
+        return even + ((x1 * x1 + x5 * x5) + (x3 * x3 + x7 * x7))
+
+    @njit
+    def leaves(g, n, s):  # type: ignore[no-untyped-def]
+        """The squares of a block of ``n`` elements, a whole block folded four times at once."""
+        if n < BLOCK:
+            for j in range(n):
+                s[j] = double(g[j]) * double(g[j])
+            return n
+        q = BLOCK // 16
+        for j in range(q):
+            s[j] = eight(g, j, 2 * q) + eight(g, j + q, 2 * q)
+        return q
+
+    @njit
+    def scaled_leaves(g, n, own, factor, s):  # type: ignore[no-untyped-def]
+        """The squares of a block of ``n`` elements, each multiplied first."""
+        for j in range(n):
+            x = double(own * g[j]) * factor
+            s[j] = x * x
+        return n
+
+    @njit
+    def block_sum(g, n, own, factor, s):  # type: ignore[no-untyped-def]
+        """The sum of squares of a block of ``n`` elements."""
+        if own == 1 and factor == 1:
+            return fold(s, leaves(g, n, s))
+        return fold(s, scaled_leaves(g, n, own, factor, s))
+
+    itemsize = np.dtype(dtype).itemsize
+
+    def squares(arguments_at):  # type: ignore[no-untyped-def]
+        """The sums of the blocks of a share."""
+        a = words(arguments_at)
+        index, k0, b0, k1, b1, table_at, width = words(a[0]), a[1], a[2], a[3], a[4], a[5], a[6]
+        own, factor, first, sums_at = doubles(a[7]), doubles(a[8])[0], words(a[9]), a[10]
+        scratch = doubles(a[11])
+        for k in range(k0, k1 + 1 if b1 > 0 else k1):
+            r = index[k]
+            row = words(table_at + r * width * 8)
+            size, sums = row[SIZE], doubles(sums_at + first[k] * 8)
+            x = number(own[r])
+            for b in range(
+                b0 if k == k0 else 0,
+                min(b1, first[k + 1] - first[k]) if k == k1 else first[k + 1] - first[k],
+            ):
+                g = at(row[GRAD] + b * BLOCK * itemsize)
+                if (b + 1) * BLOCK < size:
+                    # The next block, while this one is added up: 3.6 ms for 1e7 instead of 3.8.
+                    for line in range(0, BLOCK * itemsize, 64):
+                        prefetch(row[GRAD] + (b + 1) * BLOCK * itemsize + line)
+                sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), x, factor, scratch)
+        return 0
+
+    coefficient, factor_for = jitted(clip_coefficient), jitted(rescaling)
+    xp = namespace()
+
+    @njit
+    def total(g_at, size, factor, sums, scratch):  # type: ignore[no-untyped-def]
+        """The sum of squares of one gradient."""
+        blocks = -(-size // BLOCK)
+        for b in range(blocks):
+            g = at(g_at + b * BLOCK * itemsize)
+            sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), number(1.0), factor, scratch)
+        return fold(sums, blocks) if blocks > 0 else 0.0
+
+    def measure(arguments_at):  # type: ignore[no-untyped-def]
+        """The norms of all rows, and what they scale the gradients by."""
+        a = words(arguments_at)
+        n, table_at, width = a[0], a[1], a[2]
+        bounds, eps, norms, own = doubles(a[3]), doubles(a[4]), doubles(a[5]), doubles(a[6])
+        scratch, sums = doubles(a[7]), doubles(a[7] + BLOCK * 8)
+        for r in range(n):
+            if r + 8 < n:
+                prefetch(words(table_at + (r + 8) * width * 8)[GRAD])
+            bound = bounds[r]
+            if not math.isnan(bound):
+                row = words(table_at + r * width * 8)
+                g, size = row[GRAD], row[SIZE]
+                squares = total(g, size, 1.0, sums, scratch)
+                factor = factor_for(xp, squares)
+                if factor != 1.0:
+                    squares = total(g, size, factor, sums, scratch)
+                norms[r] = math.sqrt(squares) / factor
+                own[r] = number(coefficient(xp, bound, norms[r], eps[r]))
+        return 0
+
+    def totals(arguments_at):  # type: ignore[no-untyped-def]
+        """The sum of each row, from those of its blocks."""
+        a = words(arguments_at)
+        n, first, sums_at, out = a[0], words(a[1]), a[2], doubles(a[3])
+        for k in range(n):
+            blocks = first[k + 1] - first[k]
+            out[k] = fold(doubles(sums_at + first[k] * 8), blocks) if blocks > 0 else 0.0
+        return 0
+
+    def finite(arguments_at):  # type: ignore[no-untyped-def]
+        """Mark the rows of a share that have an infinity or a NaN."""
+        a = words(arguments_at)
+        index, k0, b0, k1, b1, table_at, width = words(a[0]), a[1], a[2], a[3], a[4], a[5], a[6]
+        bad = flags(a[7])
+        for k in range(k0, k1 + 1 if b1 > 0 else k1):
+            r = index[k]
+            row = words(table_at + r * width * 8)
+            g = at(row[GRAD])
+            low = b0 * BLOCK if k == k0 else 0
+            high = min(b1 * BLOCK, row[SIZE]) if k == k1 else row[SIZE]
+            found = 0
+            for i in range(low, high):
+                found |= g[i] - g[i] != 0
+            if found != 0:
+                bad[r] = 1
+        return 0
+
+    return object_code(
+        squares=njit(squares), totals=njit(totals), measure=njit(measure), finite=njit(finite)
+    )

@@ -1,0 +1,135 @@
+"""What kernels are made with: Numba, reading memory at an address, the Array API for scalars."""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+
+from multiopt_numpy.compiled.object_cache import ObjectCode
+from multiopt_numpy.forms import global_names
+
+__all__ = ["jitted", "namespace", "object_code", "toolbox"]
+
+
+@cache
+def toolbox() -> Any:
+    """What kernels are made with: compiling, and reading memory at an address."""
+    import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    def njit(function: Any) -> Any:
+        # The error model lets a division by zero be an infinity. Contraction is off in Numba
+        # unless it is asked for.
+        return numba.njit(  # type: ignore[call-overload]
+            function,
+            error_model="numpy",
+            no_cpython_wrapper=True,
+            no_cfunc_wrapper=True,
+            _nrt=False,
+        )
+
+    def pointer(kind: Any) -> Any:
+        @intrinsic
+        def at(context: Any, address: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+            return types.CPointer(kind)(types.int64), generate  # type: ignore[no-untyped-call]
+
+        return at
+
+    @intrinsic
+    def call(context: Any, function: Any, first: Any, second: Any) -> Any:
+        """Call ``int f(void *, void *)`` at an address."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)] * 2)
+            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+            return builder.sext(builder.call(pointer, arguments[1:]), ir.IntType(64))
+
+        return types.int64(types.int64, types.int64, types.int64), generate
+
+    @intrinsic
+    def prefetch(context: Any, address: Any) -> Any:
+        """Ask for a cache line; a wrong address does no harm."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            byte = ir.IntType(8).as_pointer()
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+            hints = [number(0), number(3), number(1)]
+            builder.call(function, [builder.inttoptr(arguments[0], byte), *hints])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    tools = ModuleType("tools")
+    tools.__dict__.update(
+        njit=njit,
+        call=call,
+        prefetch=prefetch,
+        types=types,
+        words=pointer(types.int64),
+        doubles=pointer(types.float64),
+        halves=pointer(types.int32),
+        bytes=pointer(types.uint8),
+        at={name: pointer(getattr(types, name)) for name in ("float32", "float64")},
+    )
+    return tools
+
+
+@cache
+def namespace() -> ModuleType:
+    """The Array API for scalars: a module, the one kind of namespace that Numba takes.
+
+    Numba's own ``where`` makes a 0-d array of scalars.
+    """
+    njit = toolbox().njit
+    namespace = ModuleType("scalar_namespace")
+    namespace.__dict__.update(
+        sqrt=np.sqrt,
+        abs=abs,
+        isnan=np.isnan,
+        isfinite=np.isfinite,
+        where=njit(lambda condition, x, y: x if condition else y),
+    )
+    return namespace
+
+
+def jitted(function: Callable[..., Any]) -> Any:
+    """A rule's function as it stands, compiled for scalars, with the functions that it calls."""
+    function = inspect.unwrap(function)
+    known = function.__globals__
+    replaced = {}
+    for name in global_names(function.__code__):
+        value = known.get(name)
+        if isinstance(value, FunctionType):
+            replaced[name] = jitted(value)
+        elif value is np:
+            replaced[name] = namespace()
+    rebound = FunctionType(
+        function.__code__,
+        {**known, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return toolbox().njit(rebound)
+
+
+def object_code(**kernels: Any) -> ObjectCode:
+    """The machine code of functions that take the address of their arguments, by name."""
+    symbols, objects = {}, []
+    int64 = toolbox().types.int64
+    for name, kernel in kernels.items():
+        kernel.compile((int64,))
+        (compiled,) = kernel.overloads.values()
+        symbols[name] = compiled.fndesc.llvm_func_name
+        objects.append(compiled.library._get_compiled_object())
+    return ObjectCode(symbols, tuple(objects))
