@@ -20,7 +20,6 @@ from multiopt_numpy import engines
 from multiopt_numpy.backend import check_places, read_only
 from multiopt_numpy.compiled.batch import Look
 from multiopt_numpy.compiled.kernels import look_kernel
-from multiopt_numpy.compiled.team import Kernel
 
 __all__ = ["TorchBackend"]
 
@@ -121,7 +120,6 @@ class TorchBackend(Backend):
 
     def gradients(self, params: np.ndarray) -> np.ndarray | None:
         """See ``Backend``."""
-        _warm(params)
         try:
             return np.fromiter(map(_GRAD, params), object, len(params))
         except Exception:
@@ -188,29 +186,8 @@ class TorchBackend(Backend):
 #: The types of tensors that compiled code looks at: no subclass with a mind of its own.
 KINDS = id(torch.Tensor), id(torch.nn.Parameter)
 
-#: So many tensors that it pays to ask for their memory beforehand: when other work has filled the
-#: caches, a step of 1000 takes a fifth less.
-MANY = 64
-
 _GRAD, _IS_LEAF, _BASE = attrgetter("grad"), attrgetter("is_leaf"), attrgetter("_base")
 _IS_NEGATIVE = torch.Tensor.is_neg
-
-
-def _warm(tensors: np.ndarray) -> None:
-    """Ask for the memory of many tensors before each is looked at."""
-    if len(tensors) < MANY:
-        return
-    if not _WARM:
-        tensor = torch.empty(0)
-        # Where Python objects have their tensors; elsewhere there is nothing to ask for.
-        inside = ctypes.c_size_t.from_address(id(tensor) + object.__basicsize__).value
-        _WARM.append(look_kernel("warm_torch") if inside == tensor._cdata else None)
-    if _WARM[0] is not None:
-        arguments = np.array([id(tensors), len(tensors), *KINDS])
-        _WARM[0].alone(arguments.ctypes.data)
-
-
-_WARM: list[Kernel | None] = []
 
 
 def _look() -> Look | None:

@@ -36,7 +36,7 @@ from multiopt.adapters.torch_state import (
     rule_settings,
     to_torch,
 )
-from multiopt.backend import Layout, identities, named, objects
+from multiopt.backend import Layout, identities, named
 from multiopt.clipping import Clip
 from multiopt.entry import (
     Entry,
@@ -200,9 +200,10 @@ class _PyroOptimizer(PyroOptim):
         self._rules: dict[Rule, Rule] = {}
         # By tensor, weakly: an entry goes when its tensor does.
         self._tracked: MutableMapping[torch.Tensor, _Tracked] = WeakTensorKeyDictionary()
-        # Of the last call: which objects the tensors are, and their keys. A number stands for the
-        # same tensor as long as no tensor has died.
+        # Of the last call: which objects the tensors are, the order in which they are stepped, and
+        # their keys in it. A number stands for the same tensor as long as no tensor has died.
         self._ids = b""
+        self._order = np.empty(0, np.intp)
         self._keys: list[str] = []
         self._unnamed = 0
         self._core = _Core(rule_class())
@@ -229,9 +230,13 @@ class _PyroOptimizer(PyroOptim):
         tensors = np.fromiter(params, object, len(params))
         if identities(tensors) != self._ids:
             self._ids = b""
-            by_key = {self._track(tensor).key: tensor for tensor in tensors}
-            tensors = objects(by_key.values())
-            self._ids, self._keys = identities(tensors), list(by_key)
+            places = {self._track(tensor).key: i for i, tensor in enumerate(tensors)}
+            # A set has them in no order. In that of their addresses a step of 1000 that finds its
+            # caches filled by other work takes 0.75 ms instead of 1.
+            self._keys = sorted(places, key=lambda key: id(tensors[places[key]]))
+            self._order = np.array([places[key] for key in self._keys], np.intp)
+            self._ids = identities(tensors)
+        tensors = tensors[self._order]
         if self._state_waiting_to_be_consumed:
             self._settle(tensors)
         self._core.step_tensors(self._keys, tensors)

@@ -74,12 +74,6 @@ def compile_look() -> ObjectCode:
         return -1 if count == 0 and overlap(order, n, table_at, width, itemsize) else count
 
     @njit
-    def inner(o, kind, other):  # type: ignore[no-untyped-def]
-        """What the Python object of a tensor points to: a hint where to prefetch, never read."""
-        known = words(o + 8)[0] == kind or words(o + 8)[0] == other
-        return words(o + 16)[0] if known else o
-
-    @njit
     def torch_address(o, row, call_at, kind, other, dtype, tensor_at):  # type: ignore[no-untyped-def]
         """The address of the elements, or -1."""
         if words(o + 8)[0] != kind and words(o + 8)[0] != other:
@@ -112,9 +106,6 @@ def compile_look() -> ObjectCode:
             if k + 8 < n:
                 prefetch(params[k + 8] + 16)
                 prefetch(grads[k + 8] + 16)
-            if k + 4 < n:
-                prefetch(inner(params[k + 4], kind, other))
-                prefetch(inner(grads[k + 4], kind, other))
             p = torch_address(params[k], row, call_at, kind, other, dtype, tensor_at)
             g = torch_address(grads[k], row, call_at, kind, other, dtype, tensor_at)
             odd = p == -1 or g == -1
@@ -123,29 +114,4 @@ def compile_look() -> ObjectCode:
             row[PARAM], row[GRAD] = p, g
         return -1 if count == 0 and overlap(order, n, table_at, width, itemsize) else count
 
-    def warm_torch(arguments_at):  # type: ignore[no-untyped-def]
-        """Ask for the cache lines of tensors all at once; Python goes from one to the next.
-
-        Then for what the first words of each point to, whatever that is: where its gradient is
-        found is among it. The Python object must be known to have its tensor behind the header.
-        """
-        a = words(arguments_at)
-        params, n, kind, other = words(words(a[0] + 16)[0]), a[1], a[2], a[3]
-        for k in range(n):
-            prefetch(params[k] + 16)
-        for k in range(n):
-            tensor = inner(params[k], kind, other)
-            prefetch(tensor)
-            prefetch(tensor + 64)
-            prefetch(tensor + 128)
-        for k in range(n):
-            o = params[k]
-            if words(o + 8)[0] == kind or words(o + 8)[0] == other:
-                tensor = words(words(o + 16)[0])
-                for i in range(8):
-                    prefetch(tensor[i])
-        return 0
-
-    return object_code(
-        look_numpy=njit(look_numpy), look_torch=njit(look_torch), warm_torch=njit(warm_torch)
-    )
+    return object_code(look_numpy=njit(look_numpy), look_torch=njit(look_torch))
