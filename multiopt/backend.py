@@ -90,6 +90,7 @@ class Task:
         layout: The parameter's layout.
         slots: The slots in the order of the rule, in the form in which the backend keeps them.
         update: The rule's formula.
+        elementwise: ``Rule.elementwise``.
         scalars: The numbers of the step, rounded to the compute dtype.
         scales: Clip coefficients, rounded to the compute dtype, applied one after the other.
         bound: Bound of each element of the scaled gradient, rounded likewise, or None.
@@ -102,6 +103,7 @@ class Task:
     layout: Layout
     slots: tuple[Array, ...]
     update: Update
+    elementwise: bool
     scalars: Any
     scales: list[float] = field(default_factory=list)
     bound: float | None = None
@@ -427,6 +429,9 @@ class Backend:
             limited = xp.any(xp.abs(grad) > task.bound)
             grad = clamp(xp, grad, task.bound)
         param = self.opened(task.param, task.layout)
+        if not task.elementwise:
+            # A sum may depend on strides, and a matrix product does.
+            param, grad = (xp.asarray(x, copy=True) for x in (param, grad))
         slots = tuple(self.opened(slot, task.layout) for slot in task.slots)
         try:
             new_param, new_slots = task.update(xp, param, grad, slots, task.scalars)
@@ -520,11 +525,11 @@ def _check_update(task: Task, param: Array, new_param: Array, new_slots: Any) ->
             f"the rule of parameter {task.name!r} returned {new_slots!r} as slots; expected a "
             f"tuple of {len(task.slots)}, as many as it has"
         )
-    for new in (new_param, *new_slots):
-        if new.dtype != param.dtype or new.shape != param.shape:
+    for old, new in zip((param, *task.slots), (new_param, *new_slots), strict=True):
+        if new.dtype != param.dtype or new.shape != old.shape:
             raise TypeError(
                 f"the rule of parameter {task.name!r} returned an array of shape "
-                f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(param.shape)} and "
+                f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(old.shape)} and "
                 f"{param.dtype}: an update has no literals and keeps shapes"
             )
 

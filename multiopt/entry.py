@@ -1,6 +1,6 @@
 """What the registry holds for one name, and its forms outside: plain data and loaded state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from math import isfinite
@@ -40,7 +40,8 @@ class Entry:
 
     def named_slots(self, convert: Callable[[Array], Array]) -> dict[str, Array]:
         """The slots by name, each converted."""
-        return dict(zip(self.rule.slots, map(convert, self.slots), strict=True))
+        names = self.rule.slot_shapes(self.layout.shape)
+        return dict(zip(names, map(convert, self.slots), strict=True))
 
 
 def check_rule(rule: Any) -> None:
@@ -85,23 +86,40 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
     return choice
 
 
-def new_entry(rule: Rule, clip: Clip | None, layout: Layout) -> Entry:
-    """An entry before its first step, every slot zero."""
+def new_entry(name: str, rule: Rule, clip: Clip | None, layout: Layout) -> Entry:
+    """An entry before its first step, every slot zero.
+
+    Raises:
+        ValueError: The rule is not for parameters of this shape.
+    """
     zeros = named(layout.library).zeros
-    return Entry(rule, clip, 0, tuple(zeros(layout) for _ in rule.slots), layout)
+    try:
+        shapes = rule.slot_shapes(layout.shape)
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
+    slots = tuple(zeros(layout._replace(shape=shape)) for shape in shapes.values())
+    return Entry(rule, clip, 0, slots, layout)
 
 
-def with_rule(entry: Entry, rule: Rule) -> Entry:
+def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
     """An entry under another rule: slots that both have are kept, others start at zero.
 
     Where the new rule has slots and none is kept, the clock starts with them: Adam's corrections of
     a bias towards zero belong to the steps that its averages have seen.
+
+    Raises:
+        ValueError: The rule is not for parameters of this shape.
     """
-    kept = dict(zip(entry.rule.slots, entry.slots, strict=True))
-    zeros = named(entry.layout.library).zeros
-    slots = tuple(kept[slot] if slot in kept else zeros(entry.layout) for slot in rule.slots)
-    anew = bool(rule.slots) and kept.keys().isdisjoint(rule.slots)
-    return replace(entry, rule=rule, slots=slots, step=0 if anew else entry.step)
+    old = entry.rule.slot_shapes(entry.layout.shape)
+    fresh = new_entry(name, rule, entry.clip, entry.layout)
+    new = rule.slot_shapes(entry.layout.shape)
+    kept = {
+        name: slot
+        for (name, shape), slot in zip(old.items(), entry.slots, strict=True)
+        if new.get(name) == shape
+    }
+    slots = tuple(kept.get(name, zero) for name, zero in zip(new, fresh.slots, strict=True))
+    return replace(entry, rule=rule, slots=slots, step=0 if new and not kept else entry.step)
 
 
 def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,14 +147,17 @@ def restored(
     Raises:
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
-    check_slot_names(name, stored, rule)
+    fresh = new_entry(name, rule, clip, layout)
+    shapes = rule.slot_shapes(layout.shape)
+    check_slot_names(name, stored, rule, shapes)
     if is_unstepped(stored):
-        return new_entry(rule, clip, layout)
+        return fresh
     for slot, array in stored["slots"].items():
-        if array.shape != layout.shape:
+        if array.shape != shapes[slot]:
             raise ValueError(
                 f"the loaded slot {slot!r} of parameter {name!r} has shape {array.shape}; expected "
-                f"{layout.shape}, that of the parameter: forget the name to start anew"
+                f"{shapes[slot]} for a parameter of shape {layout.shape}: forget the name to start "
+                "anew"
             )
         if array.dtype.name != layout.compute_dtype:
             raise ValueError(
@@ -145,18 +166,28 @@ def restored(
                 "convert it, or forget the name to start anew"
             )
     from_host = named(layout.library).from_host
-    slots = tuple(from_host(stored["slots"][slot], layout) for slot in rule.slots)
+    slots = tuple(from_host(stored["slots"][slot], layout) for slot in shapes)
     return Entry(rule, clip, stored["step"], slots, layout)
 
 
-def check_slot_names(name: str, stored: Mapping[str, Any], rule: Rule) -> None:
+def check_slot_names(
+    name: str, stored: Mapping[str, Any], rule: Rule, names: Iterable[str] | None = None
+) -> None:
     """Refuse loaded state whose slots are not those of a rule.
+
+    Args:
+        name: That of the parameter.
+        stored: The state.
+        rule: The rule.
+        names: Those of its slots, if the shape of the parameter is known.
 
     Raises:
         ValueError: They are not.
     """
-    have, want = sorted(stored["slots"]), sorted(rule.slots)
-    if have != want and not is_unstepped(stored):
+    have, want = sorted(stored["slots"]), sorted(rule.slots if names is None else names)
+    # Which slots a rule that is not elementwise has, the shape may decide.
+    known = names is not None or rule.elementwise
+    if (have != want if known else not set(have) <= set(want)) and not is_unstepped(stored):
         raise ValueError(
             f"the loaded state of parameter {name!r} has the slots {have} (of "
             f"{stored['rule'].get('name', 'an unknown rule')}); expected {want}, those of its rule "

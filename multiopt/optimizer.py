@@ -247,7 +247,7 @@ class Optimizer:
     def rule(self, rule: Rule | Callable[[str], Rule]) -> None:
         check_rule(rule)
         self._entries = {
-            name: with_rule(entry, chosen(rule, name, Rule, "rule"))
+            name: with_rule(name, entry, chosen(rule, name, Rule, "rule"))
             for name, entry in self._entries.items()
         }
         self._rule = rule
@@ -507,7 +507,7 @@ class Optimizer:
             clip = chosen_clip(self._clip, name)
             if name in self._pending:
                 return restored(name, self._pending[name], rule, clip, layout)
-            return new_entry(rule, clip, layout)
+            return new_entry(name, rule, clip, layout)
         if layout.shape != entry.layout.shape:
             raise ValueError(
                 f"parameter {name!r} has shape {layout.shape}; expected {entry.layout.shape}, that "

@@ -196,8 +196,11 @@ class Step:
             entry = self._plan.entries[i]
             if layout != entry.layout:
                 moved[i] = layout
-            update = entry.rule.update
-            self._tasks[i] = Task(name, backend, param, grad, layout, entry.slots, update, None)
+            rule = entry.rule
+            self._tasks[i] = Task(
+                *(name, backend, param, grad, layout, entry.slots),
+                *(rule.update, rule.elementwise, None),
+            )
         return moved
 
     def _leave_out(self, position: int) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import multiopt as mo
+from multiopt_numpy import engines
 from multiopt_numpy.compiled import batch, kernels, team
 from multiopt_numpy.compiled.identity import update_identity
 from multiopt_numpy.compiled.update import compile_update
@@ -27,7 +28,25 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_rule_has_a_kernel(case: Case, dtype: str) -> None:
-    assert isinstance(kernels.update_kernel(case.rule, dtype), team.Kernel)
+    assert isinstance(kernels.update_kernel(case.rule, dtype, given=False), team.Kernel)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_coefficients_of_the_host_are_those_of_the_kernel(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for uniform in (True, False):
+        monkeypatch.setattr(engines, "are_uniform", lambda rule, uniform=uniform: uniform)
+        monkeypatch.setattr(engines, "_engines", {})
+        opt = mo.Optimizer(case.rule)
+        params = {name: np.linspace(-1, 1, 9, dtype=np.float32) for name in "abc"}
+        with engine("compiled"):
+            for names in ("abc", "ab", "a", "abc"):
+                opt.step({n: params[n] for n in names}, {n: np.cos(params[n]) for n in names})
+        results.append(params)
+    for name in "abc":
+        assert_equal(results[0][name], results[1][name], name)
 
 
 class Odd(mo.SGD):
@@ -52,7 +71,7 @@ def not_elementwise(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 def test_what_cannot_be_compiled_alike_runs_otherwise(update: Any) -> None:
     rule = with_update(update)
     with pytest.raises(NotCompilable):
-        compile_update(rule, "float32")
+        compile_update(rule, "float32", given=True)
     results = []
     for name in ("compiled", "blocks", "plain"):
         w, opt = np.linspace(-1, 1, 5000, dtype=np.float32), mo.Optimizer(rule)

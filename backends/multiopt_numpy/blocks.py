@@ -13,7 +13,7 @@ import numpy as np
 from multiopt.backend import Batch, Limits, Member, Scaling, identities
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
-from multiopt_numpy.forms import NotCompilable, check_scalars, other_fields
+from multiopt_numpy.forms import are_uniform, other_fields
 from multiopt_numpy.tape import Tape
 
 __all__ = ["BlockedBatch"]
@@ -113,11 +113,7 @@ class BlockedBatch(Batch):
         self._different = b""
         self._jobs: list[tuple[np.ndarray, Tape, list[Any]]] = []
         self._alike = all(member.rule is members[0].rule for member in members)
-        try:
-            check_scalars(members[0].rule)
-            self._vectorized = True
-        except NotCompilable:
-            self._vectorized = False
+        self._vectorized = are_uniform(members[0].rule)
         self._columns = _columns([member.rule for member in members])
 
     def homes(self) -> Sequence[tuple[np.ndarray, ...]]:

@@ -3,8 +3,10 @@
 import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import product
+from typing import NamedTuple
 
 from multiopt.backend import Batch, Layout, Member
 from multiopt.rules import Rule
@@ -12,7 +14,13 @@ from multiopt_numpy.blocks import BlockedBatch
 from multiopt_numpy.compiled.batch import CompiledBatch, Look
 from multiopt_numpy.compiled.kernels import update_kernel
 from multiopt_numpy.compiled.team import Kernel
-from multiopt_numpy.forms import NotCompilable, number_fields, other_fields, sample_scalars
+from multiopt_numpy.forms import (
+    NotCompilable,
+    are_uniform,
+    number_fields,
+    other_fields,
+    sample_scalars,
+)
 from multiopt_numpy.tape import NotTraceable, Tape
 
 __all__ = ["batch", "kind"]
@@ -20,12 +28,22 @@ __all__ = ["batch", "kind"]
 #: The environment variable that asks for an engine: "compiled" (the default), "blocks" or "plain".
 VARIABLE = "MULTIOPT_ENGINE"
 
+
+class _Compiled(NamedTuple):
+    """The kernel of a rule, and whether it gets its coefficients from the host."""
+
+    kernel: Kernel
+    given: bool
+
+
 #: By kind of rule and dtype: its compiled kernel, the word that blocks can run it, or None.
-_engines: dict[Hashable, Kernel | str | None] = {}
+_engines: dict[Hashable, _Compiled | str | None] = {}
 
 
 def kind(rule: Rule, layout: Layout) -> Hashable | None:
     """What rules must have in common to share a batch; None if only the rule itself can run."""
+    if not rule.elementwise:
+        return None
     wanted = os.environ.get(VARIABLE, "compiled")
     choices = tuple(other_fields(rule).items())
     form = rule.update, rule.slots, tuple(number_fields(rule)), choices
@@ -58,12 +76,12 @@ def batch(
     layout = members[0].layout
     # 16-bit arrays are computed in float32: copies of them are lent.
     directly = layout.dtype == layout.compute_dtype
-    if isinstance(engine, Kernel):
-        return CompiledBatch(engine, look() if directly else None, members)
+    if isinstance(engine, _Compiled):
+        return CompiledBatch(*engine, look() if directly else None, members)
     return BlockedBatch(members, numpy_arrays and directly)
 
 
-def _engine(wanted: str, rule: Rule, dtype: str) -> Kernel | str | None:
+def _engine(wanted: str, rule: Rule, dtype: str) -> _Compiled | str | None:
     if wanted not in ("compiled", "blocks", "plain"):
         raise ValueError(f"{VARIABLE} is {wanted!r}; expected compiled, blocks or plain")
     if wanted == "plain":
@@ -80,7 +98,7 @@ def _engine(wanted: str, rule: Rule, dtype: str) -> Kernel | str | None:
         return None  # as it may be: the rule then runs as it stands
     if wanted == "compiled" and find_spec("numba") and find_spec("llvmlite"):
         try:
-            return update_kernel(rule, dtype)
+            return _compiled(rule, dtype)
         except NotCompilable:
             pass  # as it may be: the rule then runs in blocks
         except ImportError as error:
@@ -90,3 +108,15 @@ def _engine(wanted: str, rule: Rule, dtype: str) -> Kernel | str | None:
                 stacklevel=2,
             )
     return "blocks"
+
+
+def _compiled(rule: Rule, dtype: str) -> _Compiled:
+    """The kernel of a rule.
+
+    Raises:
+        NotCompilable: There is none.
+    """
+    if are_uniform(rule):
+        with suppress(NotCompilable):
+            return _Compiled(update_kernel(rule, dtype, given=False), given=False)
+    return _Compiled(update_kernel(rule, dtype, given=True), given=True)

@@ -13,6 +13,7 @@ from multiopt.rules import Rule
 
 __all__ = [
     "NotCompilable",
+    "are_uniform",
     "check_scalars",
     "global_names",
     "number_fields",
@@ -61,6 +62,15 @@ def scalars_of(rule: Rule) -> FunctionType:
     """The function that computes the coefficients of a rule."""
     function: FunctionType = type(rule).scalars.__func__  # type: ignore[attr-defined]
     return function
+
+
+def are_uniform(rule: Rule) -> bool:
+    """Whether the coefficients are the same numbers in compiled code, and for arrays of steps."""
+    try:
+        check_scalars(rule)
+    except NotCompilable:
+        return False
+    return True
 
 
 def check_scalars(rule: Rule) -> None:

@@ -146,7 +146,7 @@ class _Core(Optimizer):
 
     def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step."""
-        self._entries = {**self._entries, name: new_entry(rule, clip, layout)}
+        self._entries = {**self._entries, name: new_entry(name, rule, clip, layout)}
 
     def entry(self, name: str) -> Entry:
         """What is held for a name."""
@@ -155,7 +155,7 @@ class _Core(Optimizer):
     def change_rule(self, name: str, rule: Rule) -> None:
         """Change the rule of one name."""
         entries = self._entries
-        self._entries = {**entries, name: with_rule(entries[name], rule)}
+        self._entries = {**entries, name: with_rule(name, entries[name], rule)}
 
     def restore(self, states: Mapping[str, tuple[Mapping[str, Any], Rule]]) -> None:
         """Give names loaded state and the rules that came with it.

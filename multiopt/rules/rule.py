@@ -69,6 +69,9 @@ class Rule(ABC):
     ranges: ClassVar[Mapping[str, Range]]
     #: The hyperparameters that are True or False.
     switches: ClassVar[tuple[str, ...]] = ()
+    #: Whether ``update`` treats each element by itself. One that does not runs as it stands, for
+    #: each parameter by itself, on arrays in row-major order.
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Hold the hyperparameters to their ranges and store the numbers as floats.
@@ -89,6 +92,21 @@ class Rule(ABC):
     @abstractmethod
     def slots(self) -> tuple[str, ...]:
         """The names of the arrays that the rule keeps for a parameter, all zero at first."""
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The slots of a parameter, with their shapes: its own, unless the rule says otherwise.
+
+        Args:
+            shape: That of the parameter.
+
+        Returns:
+            Shapes by the names of slots, which are all or some of ``slots``, in the order in which
+            ``update`` gets them.
+
+        Raises:
+            ValueError: The rule is not for parameters of this shape.
+        """
+        return dict.fromkeys(self.slots, shape)
 
     @property
     @abstractmethod

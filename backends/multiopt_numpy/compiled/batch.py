@@ -13,7 +13,7 @@ from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import norm_kernels
 from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE
 from multiopt_numpy.compiled.team import Kernel, thread_count
-from multiopt_numpy.forms import number_fields
+from multiopt_numpy.forms import number_fields, sample_scalars
 
 __all__ = ["CompiledBatch", "Look"]
 
@@ -50,19 +50,25 @@ class CompiledBatch(Batch):
 
     Args:
         update: The kernel.
+        given: Whether it gets coefficients and computes none.
         look: How to look at the arrays; None if all are lent.
         members: The parameters, of one compute dtype.
     """
 
-    def __init__(self, update: Kernel, look: Look | None, members: Sequence[Member]) -> None:
+    def __init__(
+        self, update: Kernel, given: bool, look: Look | None, members: Sequence[Member]
+    ) -> None:
         """Fill a row for each parameter, but for what changes from step to step."""
         rule, layout, _ = members[0]
         count = len(members)
         self._update, self._look, self._dtype = update, look, layout.compute_dtype
         self._slots = [member.slots for member in members]
+        self._given, self._rules = given, [member.rule for member in members]
+        self._alike = all(other is rule for other in self._rules)
         self._fields = number_fields(rule)
+        numbers = len(sample_scalars(rule, self._dtype) if given else self._fields)
         self._first_number = FIRST_SLOT + len(rule.slots)
-        self._table = np.zeros((count, self._first_number + len(self._fields)), np.int64)
+        self._table = np.zeros((count, self._first_number + numbers), np.int64)
         self._numbers = self._table.view(np.float64)[:, self._first_number :]
         self._shapes = np.array([n for member in members for n in member.layout.shape], np.int64)
         self._fill(members)
@@ -109,7 +115,8 @@ class CompiledBatch(Batch):
                 numbers[id(rule)] = self._numbers_of(rule)
             values.append(numbers[id(rule)])
         self._table[:, : self._first_number] = rows
-        self._numbers[...] = values
+        if not self._given:
+            self._numbers[...] = values
 
     def _numbers_of(self, rule: Rule) -> list[float]:
         """The hyperparameters, NaN in the place of a schedule."""
@@ -163,6 +170,8 @@ class CompiledBatch(Batch):
             return None
         if self.look(params, grads, leaves).size or not self._disjoint:
             return None
+        if self._given:
+            self.prepare(self._everything, steps, {})
         touch = self._look.touch if self._look is not None else None
         if touch is not None:
             touch(params)
@@ -235,8 +244,20 @@ class CompiledBatch(Batch):
 
     def prepare(self, index: np.ndarray, steps: np.ndarray, now: Mapping[int, Rule]) -> None:
         """See ``Batch``."""
-        for position, rule in now.items():
-            self._numbers[position] = self._numbers_of(rule)
+        if not self._given:
+            for position, rule in now.items():
+                self._numbers[position] = self._numbers_of(rule)
+            return
+        first = int(steps[index[0]]) + 1 if index.size else 1
+        if self._alike and not now and (steps[index] == first - 1).all():
+            self._numbers[index] = self._rules[0].coefficients(first, self._dtype)
+            return
+        known: dict[tuple[int, int], Any] = {}
+        for i, step in zip(index.tolist(), (steps[index] + 1).tolist(), strict=True):
+            rule = now.get(i, self._rules[i])
+            if (id(rule), step) not in known:
+                known[id(rule), step] = rule.coefficients(step, self._dtype)
+            self._numbers[i] = known[id(rule), step]
 
     def run(
         self,

@@ -30,18 +30,24 @@ def look_kernel(name: str) -> Kernel | None:
     return _loaded("look", [], look.compile_look, look)[name]
 
 
-def update_kernel(rule: Rule, dtype: str) -> Kernel:
+def update_kernel(rule: Rule, dtype: str, given: bool) -> Kernel:
     """The step of rules that have the class, the formula and the switches of this one.
+
+    Args:
+        rule: The rule.
+        dtype: That of the computation.
+        given: Whether the kernel gets coefficients and computes none.
 
     Raises:
         NotCompilable: There is none.
     """
     label = f"{type(rule).__name__}-{dtype}"
     try:
-        identity = update_identity(rule, dtype)
+        identity = [str(given), *update_identity(rule, dtype)]
     except Exception as error:
         raise NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
-    return _loaded(label, identity, lambda: update.compile_update(rule, dtype), update)["update"]
+    kernels = _loaded(label, identity, lambda: update.compile_update(rule, dtype, given), update)
+    return kernels["update"]
 
 
 @cache

@@ -18,7 +18,6 @@ from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE
 from multiopt_numpy.compiled.toolbox import jitted, namespace, object_code, toolbox
 from multiopt_numpy.forms import (
     NotCompilable,
-    check_scalars,
     number_fields,
     sample_scalars,
     scalars_of,
@@ -27,13 +26,21 @@ from multiopt_numpy.forms import (
 __all__ = ["compile_update"]
 
 
-#: What differs between rules: how many slots, which scalars. ``coefficients`` is
 #: ``Rule.coefficients``: computed in float64, rounded once to the dtype.
-_TEMPLATE = """
+_COEFFICIENTS = """
 def coefficients(numbers, step):
     c = scalars(rule_class, Hyperparameters({hyperparameters}), step)
     return Scalars({rounded})
+"""
 
+#: The same where the host computes them: the numbers of a row are the coefficients.
+_GIVEN_COEFFICIENTS = """
+def coefficients(numbers, step):
+    return Scalars({given})
+"""
+
+#: What differs between rules: how many slots.
+_LOOPS = """
 def plain(row, low, high, c):
     p, g = at(row[PARAM]), at(row[GRAD])
     {slots}
@@ -68,75 +75,54 @@ def clipping(row, low, high, c, own, shared, bound, write):
 """
 
 
-def compile_update(rule: Rule, dtype: str) -> ObjectCode:
+def compile_update(rule: Rule, dtype: str, given: bool) -> ObjectCode:
     """The step of a rule over the rows of a table.
 
     Args:
         rule: A rule, of which the switches count, and not the numbers.
         dtype: That of the computation: ``"float32"`` or ``"float64"``.
+        given: Whether the numbers in a row are the coefficients, computed by the host, and not the
+            hyperparameters.
 
     Raises:
         NotCompilable: Numba cannot compile the rule, or would compute in another dtype.
     """
     import numba  # noqa: F401 -- that it cannot be imported is another matter than a rule's fault
 
-    check_scalars(rule)
     try:
-        return _compile_update(rule, dtype)
+        return _compile_update(rule, dtype, given)
     except Exception as error:
         # Whatever a rule of the user's makes of the compiler; it has other ways to run.
         raise NotCompilable(f"{type(rule).__name__}: {error}") from error
 
 
-def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
+def _compile_update(rule: Rule, dtype: str, given: bool) -> ObjectCode:
     tools = toolbox()
     kind = getattr(tools.types, dtype)
     scalars = sample_scalars(rule, dtype)
-    fields = number_fields(rule)
-    # A choice of another kind selects the update, or else there is no kernel.
-    names = [*rule.ranges, *rule.switches]
-    hyperparameters = {
-        name: [f"numbers[{i}]" for i, field in enumerate(fields) if field[0] == name]
-        for name in rule.ranges
-    }
-    given = [
-        f"{name}=({', '.join(places)},)"
-        if isinstance(getattr(rule, name), tuple)
-        else f"{name}={places[0]}"
-        for name, places in hyperparameters.items()
-    ] + [f"{name}={getattr(rule, name)}" for name in rule.switches]
     slots = range(len(rule.slots))
-    rule_class = ModuleType("rule_class")
-    rule_class.__dict__.update(class_numbers(rule))
     update = jitted(rule.update)
     known: dict[str, Any] = {
         "PARAM": PARAM,
         "GRAD": GRAD,
-        "Hyperparameters": namedtuple("Hyperparameters", names),
         "Scalars": type(scalars),
         "at": tools.at[dtype],
         "clamp": jitted(clamp),
         "dtype": kind,
         "inf": math.inf,
-        "rule_class": rule_class,
-        "scalars": jitted(scalars_of(rule)),
         "update": update,
         "xp": namespace(),
     }
-    text = _TEMPLATE.format(
-        hyperparameters=", ".join(given),
-        rounded=", ".join(
-            f"{name}=c.{name}" if isinstance(value, bool) else f"{name}=dtype(c.{name})"
-            for name, value in scalars._asdict().items()
-        ),
+    count = _add_given(known, rule) if given else _add_coefficients(known, rule)
+    text = _LOOPS.format(
         slots="; ".join(f"s{j} = at(row[{FIRST_SLOT + j}])" for j in slots),
         reads="".join(f"s{j}[i], " for j in slots),
         writes="; ".join(f"s{j}[i] = t[{j}]" for j in slots),
     )
     exec(text, known)
-    for name in ("coefficients", "plain", "clipping"):
+    for name in ("plain", "clipping"):
         known[name] = tools.njit(known[name])
-    run = _update_kernel(dtype, known, FIRST_SLOT + len(rule.slots), len(fields))
+    run = _update_kernel(dtype, known, FIRST_SLOT + len(rule.slots), count)
     code = object_code(update=run)
     (compiled,) = update.overloads.values()
     returned = compiled.signature.return_type
@@ -147,6 +133,51 @@ def _compile_update(rule: Rule, dtype: str) -> ObjectCode:
             "it a number literal? Make it a scalar"
         )
     return code
+
+
+def _add_coefficients(known: dict[str, Any], rule: Rule) -> int:
+    """Compile the coefficients of a rule; say how many numbers they are made from."""
+    fields = number_fields(rule)
+    # A choice of another kind selects the update, or else there is no kernel.
+    names = [*rule.ranges, *rule.switches]
+    places = {
+        name: [f"numbers[{i}]" for i, field in enumerate(fields) if field[0] == name]
+        for name in rule.ranges
+    }
+    values = [
+        f"{name}=({', '.join(mine)},)"
+        if isinstance(getattr(rule, name), tuple)
+        else f"{name}={mine[0]}"
+        for name, mine in places.items()
+    ] + [f"{name}={getattr(rule, name)}" for name in rule.switches]
+    sample = sample_scalars(rule, "float64")
+    rounded = (
+        f"{name}=c.{name}" if isinstance(value, bool) else f"{name}=dtype(c.{name})"
+        for name, value in sample._asdict().items()
+    )
+    rule_class = ModuleType("rule_class")
+    rule_class.__dict__.update(class_numbers(rule))
+    known |= {
+        "Hyperparameters": namedtuple("Hyperparameters", names),
+        "rule_class": rule_class,
+        "scalars": jitted(scalars_of(rule)),
+    }
+    text = _COEFFICIENTS.format(hyperparameters=", ".join(values), rounded=", ".join(rounded))
+    exec(text, known)
+    known["coefficients"] = toolbox().njit(known["coefficients"])
+    return len(fields)
+
+
+def _add_given(known: dict[str, Any], rule: Rule) -> int:
+    """Take the coefficients of a rule from the row; say how many there are."""
+    sample = sample_scalars(rule, "float64")
+    values = (
+        f"{name}=numbers[{i}] != 0" if isinstance(value, bool) else f"{name}=dtype(numbers[{i}])"
+        for i, (name, value) in enumerate(sample._asdict().items())
+    )
+    exec(_GIVEN_COEFFICIENTS.format(given=", ".join(values)), known)
+    known["coefficients"] = toolbox().njit(known["coefficients"])
+    return len(sample)
 
 
 def _update_kernel(dtype: str, made: dict[str, Any], first_number: int, count: int) -> Any:
