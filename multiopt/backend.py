@@ -91,6 +91,7 @@ class Task:
         slots: The slots in the order of the rule, in the form in which the backend keeps them.
         update: The rule's formula.
         elementwise: ``Rule.elementwise``.
+        master: The float32 array that a 16-bit parameter was rounded from, if that is kept.
         scalars: The numbers of the step, rounded to the compute dtype.
         scales: Clip coefficients, rounded to the compute dtype, applied one after the other.
         bound: Bound of each element of the scaled gradient, rounded likewise, or None.
@@ -104,6 +105,7 @@ class Task:
     slots: tuple[Array, ...]
     update: Update
     elementwise: bool
+    master: Array | None
     scalars: Any
     scales: list[float] = field(default_factory=list)
     bound: float | None = None
@@ -116,6 +118,7 @@ class Result(NamedTuple):
         param: The new parameter as ``write`` takes it.
         slots: The new slots, in the form in which the backend keeps them.
         grad: The clipped gradient, in the namespace of the computation.
+        master: What the new parameter is rounded from, if the task has a master copy.
         limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
             array that is still on its device.
     """
@@ -123,6 +126,7 @@ class Result(NamedTuple):
     param: Array
     slots: tuple[Array, ...]
     grad: Array
+    master: Array | None
     limited: Any
 
 
@@ -371,6 +375,22 @@ class Backend:
         xp = self.namespace(layout)
         return xp.astype(array, getattr(xp, layout.compute_dtype), copy=False)
 
+    def resumed(self, task: Task) -> Array:
+        """The parameter ready for the computation: its master copy, where that rounds to it.
+
+        Where it does not, the parameter was changed by somebody else, or there was no step yet.
+        """
+        param = self.opened(task.param, task.layout)
+        if task.master is None:
+            return param
+        master = self.opened(task.master, task.layout)
+        rounded = self.opened(self.rounded(task.master, task), task.layout)
+        return self.namespace(task.layout).where(rounded == param, master, param)
+
+    def rounded(self, master: Array, task: Task) -> Array:
+        """A master copy rounded to the dtype of its parameter."""
+        return self.namespace(task.layout).astype(master, task.param.dtype)
+
     def closed(self, computed: Array, param: Array) -> Array:
         """A computed array in the form in which slots are kept."""
         return computed
@@ -428,7 +448,7 @@ class Backend:
         if task.bound is not None:
             limited = xp.any(xp.abs(grad) > task.bound)
             grad = clamp(xp, grad, task.bound)
-        param = self.opened(task.param, task.layout)
+        param = self.resumed(task)
         if not task.elementwise:
             # A sum may depend on strides, and a matrix product does.
             param, grad = (xp.asarray(x, copy=True) for x in (param, grad))
@@ -440,12 +460,13 @@ class Backend:
             raise
         _check_update(task, param, new_param, new_slots)
         # A rule may hand on what it was given as a slot; what the caller lent is not ours to keep.
-        kept = (
+        kept = [
             xp.asarray(slot, copy=True) if _is_part(slot, (param, grad, *slots)) else slot
-            for slot in new_slots
-        )
-        closed = tuple(self.closed(slot, task.param) for slot in kept)
-        return Result(self.ready(task, new_param), closed, grad, limited)
+            for slot in (*new_slots, *([] if task.master is None else [new_param]))
+        ]
+        closed = [self.closed(slot, task.param) for slot in kept]
+        master = None if task.master is None else closed.pop()
+        return Result(self.ready(task, new_param), tuple(closed), grad, master, limited)
 
     def ready(self, task: Task, computed: Array) -> Array:
         """The computed parameter as ``write`` takes it: all of its writing that may fail."""

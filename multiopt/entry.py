@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+#: The name of the slot that is no rule's.
+MASTER = "master_param"
+
+
 @dataclass(slots=True)
 class Entry:
     """One parameter of the registry. A step changes its clock and its slots, and nothing else."""
@@ -37,11 +41,15 @@ class Entry:
     step: int
     slots: tuple[Array, ...]
     layout: Layout
+    #: What a 16-bit parameter is rounded from, in float32, if that is kept; zero at first.
+    master: Array | None = None
 
     def named_slots(self, convert: Callable[[Array], Array]) -> dict[str, Array]:
         """The slots by name, each converted."""
-        names = self.rule.slot_shapes(self.layout.shape)
-        return dict(zip(names, map(convert, self.slots), strict=True))
+        named = dict(zip(self.rule.slot_shapes(self.layout.shape), self.slots, strict=True))
+        if self.master is not None:
+            named[MASTER] = self.master
+        return {name: convert(slot) for name, slot in named.items()}
 
 
 def check_rule(rule: Any) -> None:
@@ -86,8 +94,17 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
     return choice
 
 
-def new_entry(name: str, rule: Rule, clip: Clip | None, layout: Layout) -> Entry:
+def new_entry(
+    name: str, rule: Rule, clip: Clip | None, layout: Layout, masters: bool = False
+) -> Entry:
     """An entry before its first step, every slot zero.
+
+    Args:
+        name: That of the parameter.
+        rule: Its rule.
+        clip: Its clip.
+        layout: Its layout.
+        masters: Whether 16-bit parameters have master copies.
 
     Raises:
         ValueError: The rule is not for parameters of this shape.
@@ -98,7 +115,8 @@ def new_entry(name: str, rule: Rule, clip: Clip | None, layout: Layout) -> Entry
     except ValueError as error:
         raise ValueError(f"parameter {name!r}: {error}") from error
     slots = tuple(zeros(layout._replace(shape=shape)) for shape in shapes.values())
-    return Entry(rule, clip, 0, slots, layout)
+    is_rounded = layout.dtype != layout.compute_dtype
+    return Entry(rule, clip, 0, slots, layout, zeros(layout) if masters and is_rounded else None)
 
 
 def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
@@ -140,15 +158,24 @@ def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored(
-    name: str, stored: Mapping[str, Any], rule: Rule, clip: Clip | None, layout: Layout
+    name: str,
+    stored: Mapping[str, Any],
+    rule: Rule,
+    clip: Clip | None,
+    layout: Layout,
+    masters: bool = False,
 ) -> Entry:
     """An entry from loaded state, its slots NumPy arrays; of step 0 it may have none.
+
+    The arguments are those of ``new_entry``. State without a master copy may begin to have one.
 
     Raises:
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
-    fresh = new_entry(name, rule, clip, layout)
+    fresh = new_entry(name, rule, clip, layout, masters)
     shapes = rule.slot_shapes(layout.shape)
+    if fresh.master is not None and MASTER in stored["slots"]:
+        shapes[MASTER] = layout.shape
     check_slot_names(name, stored, rule, shapes)
     if is_unstepped(stored):
         return fresh
@@ -166,8 +193,9 @@ def restored(
                 "convert it, or forget the name to start anew"
             )
     from_host = named(layout.library).from_host
-    slots = tuple(from_host(stored["slots"][slot], layout) for slot in shapes)
-    return Entry(rule, clip, stored["step"], slots, layout)
+    slots = {slot: from_host(stored["slots"][slot], layout) for slot in shapes}
+    master = slots.pop(MASTER, fresh.master)
+    return Entry(rule, clip, stored["step"], tuple(slots.values()), layout, master)
 
 
 def check_slot_names(
@@ -185,6 +213,14 @@ def check_slot_names(
         ValueError: They are not.
     """
     have, want = sorted(stored["slots"]), sorted(rule.slots if names is None else names)
+    if names is None and MASTER in have:
+        # Whether its parameter has 16 bits is not known yet.
+        want = sorted([*want, MASTER])
+    elif MASTER in have and MASTER not in want:
+        raise ValueError(
+            f"the loaded state of parameter {name!r} has the slot {MASTER!r}; expected none, for "
+            "a parameter of 32 or 64 bits or an optimizer without master_weights=True"
+        )
     # Which slots a rule that is not elementwise has, the shape may decide.
     known = names is not None or rule.elementwise
     if (have != want if known else not set(have) <= set(want)) and not is_unstepped(stored):

@@ -94,6 +94,10 @@ class Optimizer:
         threads: The largest number of threads for large parameters on the CPU. By default, and at
             most, as many as torch uses where it is loaded, else as many as the process may run on;
             the environment variable ``MULTIOPT_NUM_THREADS`` bounds them too.
+        master_weights: Keep a float32 copy of each float16 and bfloat16 parameter, from which the
+            parameter is rounded at every step, so that changes too small for it add up. The copy
+            is the slot ``master_param``, takes 4 bytes an element and is saved with the others. A
+            parameter that somebody else changes is taken as it is.
 
     Raises:
         TypeError: ``rule`` or ``clip`` is of another kind.
@@ -115,6 +119,7 @@ class Optimizer:
     __slots__ = (
         "__weakref__",
         "_clip",
+        "_masters",
         "_on_nonfinite",
         "_outcome",
         "_pending",
@@ -135,6 +140,7 @@ class Optimizer:
         *,
         on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
         threads: int | None = None,
+        master_weights: bool = False,
     ) -> None:
         """Make an optimizer that has seen no parameter yet."""
         check_rule(rule)
@@ -149,6 +155,7 @@ class Optimizer:
             raise ValueError(f"threads must be an integer >= 1 or None; got {threads!r}")
         self._on_nonfinite = on_nonfinite
         self._threads = threads
+        self._masters = master_weights
         self._seen: dict[str, Entry] = {}
         # The plan of the last step, which has the clocks of its entries, and some earlier ones.
         self._plan: Plan | None = None
@@ -506,8 +513,8 @@ class Optimizer:
             rule = chosen(self._rule, name, Rule, "rule")
             clip = chosen_clip(self._clip, name)
             if name in self._pending:
-                return restored(name, self._pending[name], rule, clip, layout)
-            return new_entry(name, rule, clip, layout)
+                return restored(name, self._pending[name], rule, clip, layout, self._masters)
+            return new_entry(name, rule, clip, layout, self._masters)
         if layout.shape != entry.layout.shape:
             raise ValueError(
                 f"parameter {name!r} has shape {layout.shape}; expected {entry.layout.shape}, that "
@@ -520,9 +527,13 @@ class Optimizer:
             )
         if layout == entry.layout:
             return entry
-        host = [named(entry.layout.library).to_host(slot) for slot in entry.slots]
-        slots = tuple(named(layout.library).from_host(array, layout) for array in host)
-        return replace(entry, slots=slots, layout=layout)
+        to_host, from_host = named(entry.layout.library).to_host, named(layout.library).from_host
+
+        def moved(slot: Array | None) -> Array | None:
+            return None if slot is None else from_host(to_host(slot), layout)
+
+        slots = tuple(map(moved, entry.slots))
+        return replace(entry, slots=slots, layout=layout, master=moved(entry.master))
 
     # State
 
@@ -576,7 +587,9 @@ class Optimizer:
             host = on_host(name, stored)
             entry = self._entries.get(name)
             if entry is not None:
-                entries[name] = restored(name, host, entry.rule, entry.clip, entry.layout)
+                entries[name] = restored(
+                    *(name, host, entry.rule, entry.clip, entry.layout), self._masters
+                )
             else:
                 if isinstance(self._rule, Rule):
                     check_slot_names(name, host, self._rule)

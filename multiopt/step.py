@@ -149,13 +149,15 @@ class Step:
             task = self._tasks[i]
             if clipped is not None and clipped[i] and lent.grad_is_copy:
                 self.left_over.append((task, lent.grad))
+            if task.master is not None:
+                plan.entries[i].master = task.backend.closed(lent.param, task.param)
             part = plan.parts[plan.part_of[i]]
             if part.batch.slots_of(int(plan.local[i])) is None:
                 closed = (task.backend.closed(slot, task.param) for slot in lent.slots)
                 plan.entries[i].slots = tuple(closed)
         for i, task, result in self._results:
             replaced[i] = task.backend.write(task, result.param)
-            plan.entries[i].slots = result.slots
+            plan.entries[i].slots, plan.entries[i].master = result.slots, result.master
             if clipped is not None:
                 clipped[i] = any(scale != 1 for scale in task.scales)
             if task.bound is not None:
@@ -199,7 +201,7 @@ class Step:
             rule = entry.rule
             self._tasks[i] = Task(
                 *(name, backend, param, grad, layout, entry.slots),
-                *(rule.update, rule.elementwise, None),
+                *(rule.update, rule.elementwise, entry.master, None),
             )
         return moved
 
@@ -240,7 +242,7 @@ class Step:
             param, grad = (self._memory(task, array) for array in (task.param, task.grad))
             in_place = param is not None and param.flags.writeable
             if param is None or not in_place:
-                param = self._copied(task, task.param)
+                param = np.array(task.backend.resumed(task), order="C")
             grad_is_copy = grad is None or copy
             if grad is None or copy:
                 grad = self._copied(task, task.grad)

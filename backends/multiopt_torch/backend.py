@@ -106,6 +106,10 @@ class TorchBackend(Backend):
         tensor = array.detach().resolve_neg().to(_DTYPES[layout.compute_dtype])
         return read_only(tensor.numpy()) if _on_cpu(layout) else tensor
 
+    def rounded(self, master: Array, task: Task) -> Array:
+        """A master copy rounded to the dtype of its parameter."""
+        return master.to(task.param.dtype)
+
     def closed(self, computed: Array, param: Array) -> Array:
         """The computed array as a tensor over the same memory."""
         return computed if isinstance(computed, torch.Tensor) else _from_numpy(computed)
