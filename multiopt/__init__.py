@@ -11,6 +11,7 @@ NumPy, PyTorch and JAX arrays.
 [-0.01, 0.01]
 """
 
+from multiopt.averaging import Average
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
@@ -20,6 +21,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Average",
     "CheckpointError",
     "Clip",
     "ClippedAdam",

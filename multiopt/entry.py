@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.clipping import Clip
 from multiopt.rules import Rule
 
 __all__ = [
     "Entry",
+    "check_average",
     "check_clip",
     "check_rule",
     "check_slot_names",
@@ -72,6 +74,19 @@ def check_clip(clip: Any) -> None:
         raise TypeError(f"clip must be a Clip, a callable name -> Clip or None; got {clip!r}")
 
 
+def check_average(average: Any) -> None:
+    """Refuse what is neither an average, nor a callable, nor None.
+
+    Raises:
+        TypeError: It is none of them.
+    """
+    known = average is None or isinstance(average, Average) or callable(average)
+    if isinstance(average, type) or not known:
+        raise TypeError(
+            f"average must be an Average, a callable name -> Average or None; got {average!r}"
+        )
+
+
 def chosen_clip(clip: Any, name: str) -> Clip | None:
     """The clip of a name, as ``chosen``."""
     return None if clip is None else chosen(clip, name, Clip, "clip")
@@ -86,7 +101,7 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
     if isinstance(given, kind):
         return given
     choice = given(name)
-    if not isinstance(choice, kind) and not (kind is Clip and choice is None):
+    if not isinstance(choice, kind) and not (kind is not Rule and choice is None):
         raise TypeError(
             f"the {what} callable gave {choice!r} for parameter {name!r}; expected a "
             f"{kind.__name__}"

@@ -113,7 +113,7 @@ def _by_squaring_arrays(
     combined: Callable[..., Any],
     squared: Callable[..., Any],
 ) -> Any:
-    square, bits = np.asarray(base, np.float64), np.asarray(exponent)
+    square, bits = np.asarray(base, np.float64), np.asarray(exponent, np.int64)
     result = np.full(np.broadcast_shapes(square.shape, bits.shape), start)
     for bit in range(int(bits.max(initial=0)).bit_length()):
         np.copyto(result, combined(result, square), where=bits & (1 << bit) != 0)
