@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf, nan
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -79,8 +79,14 @@ class Rule(ABC):
         Raises:
             ValueError: A hyperparameter is out of its range or of another kind.
         """
+        tuples = {field.name for field in fields(self) if isinstance(field.default, tuple)}
         for name in self.ranges:
-            object.__setattr__(self, name, self._checked(name, getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, tuple) and name in tuples:
+                checked: Any = tuple(self._checked(name, part) for part in value)
+            else:
+                checked = self._checked(name, value)
+            object.__setattr__(self, name, checked)
         for name in self.switches:
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -187,8 +193,6 @@ class Rule(ABC):
         return self._checked(name, number, f" at step {step}")
 
     def _checked(self, name: str, value: Any, when: str = "") -> Any:
-        if isinstance(value, tuple):
-            return tuple(self._checked(name, part) for part in value)
         if callable(value):
             return value
         real = isinstance(value, Real) and not isinstance(value, bool)
