@@ -49,6 +49,9 @@ COMPUTE_DTYPE: Mapping[str, str] = {
     "float64": "float64",
 }
 
+#: Complex dtypes, and that of their two parts, in which each is computed.
+PARTS_OF: Mapping[str, str] = {"complex64": "float32", "complex128": "float64"}
+
 #: The libraries with a package of their own. A library that nothing has imported is never asked.
 PACKAGES: Mapping[str, str] = {
     "numpy": "multiopt_numpy",
@@ -60,17 +63,41 @@ PACKAGES: Mapping[str, str] = {
 class Layout(NamedTuple):
     """What is known of a parameter without holding it: plain data, equal across processes.
 
+    A complex array counts as the array of its real and imaginary parts, which stand side by side
+    along one more axis.
+
     Attributes:
         library: A key of ``PACKAGES``, or the module name of another Array API namespace.
         shape: As in NumPy.
         dtype: A key of ``COMPUTE_DTYPE``.
         device: As the library writes it.
+        is_complex: Whether it is complex.
     """
 
     library: str
     shape: tuple[int, ...]
     dtype: str
     device: str
+    is_complex: bool = False
+
+    @classmethod
+    def of(cls, library: str, shape: Iterable[int], dtype: str, device: str) -> "Layout":
+        """That of an array, complex or not."""
+        if dtype in PARTS_OF:
+            return cls(library, (*shape, 2), PARTS_OF[dtype], device, is_complex=True)
+        return cls(library, tuple(shape), dtype, device)
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape that the array itself has."""
+        return self.shape[:-1] if self.is_complex else self.shape
+
+    @property
+    def own_dtype(self) -> str:
+        """The dtype that the array itself has."""
+        if self.is_complex:
+            return next(name for name, part in PARTS_OF.items() if part == self.dtype)
+        return self.dtype
 
     @property
     def compute_dtype(self) -> str:
@@ -85,7 +112,7 @@ class Task:
     Attributes:
         name: The parameter's name.
         backend: Where it runs.
-        param: Its array, which only ``Backend.write`` may change.
+        param: Its array, or the parts of a complex one, which only ``Backend.write`` may change.
         grad: Its gradient, which nothing may change.
         layout: The parameter's layout.
         slots: The slots in the order of the rule, in the form in which the backend keeps them.
@@ -333,7 +360,22 @@ class Backend:
         """
         dtype = str(array.dtype).rpartition(".")[2]
         require_dtype(dtype, label)
-        return Layout(self.library, tuple(array.shape), dtype, str(array.device))
+        return Layout.of(self.library, array.shape, dtype, str(array.device))
+
+    def parts(self, array: Array) -> Array:
+        """The real and imaginary parts of a complex array along one more axis.
+
+        Where arrays can be written, it is a view.
+        """
+        xp = import_module(self.library)
+        return xp.stack([xp.real(array), xp.imag(array)], axis=-1)
+
+    def whole(self, parts: Array) -> Array:
+        """The complex array of such parts."""
+        host = np.ascontiguousarray(np.from_dlpack(parts))
+        complex_ = next(name for name, part in PARTS_OF.items() if part == host.dtype.name)
+        xp = import_module(self.library)
+        return xp.asarray(host.view(complex_)[..., 0], device=parts.device)
 
     def check_surroundings(self, label: str) -> None:
         """Refuse a step where this library has no values to compute with.
@@ -526,12 +568,13 @@ def require_dtype(dtype: str, label: str) -> None:
     """Refuse a dtype that no rule can work with.
 
     Raises:
-        TypeError: It is not a real floating dtype of ``COMPUTE_DTYPE``.
+        TypeError: It is no floating dtype.
     """
-    if dtype not in COMPUTE_DTYPE:
+    known = [*COMPUTE_DTYPE, *PARTS_OF]
+    if dtype not in known:
         raise TypeError(
-            f"{label} has dtype {dtype}; expected one of {', '.join(sorted(COMPUTE_DTYPE))}: "
-            "convert it to a real floating dtype"
+            f"{label} has dtype {dtype}; expected one of {', '.join(sorted(known))}: convert it to "
+            "a floating dtype"
         )
 
 

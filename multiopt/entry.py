@@ -125,6 +125,11 @@ def new_entry(
         ValueError: The rule is not for parameters of this shape.
     """
     zeros = named(layout.library).zeros
+    if layout.is_complex and not rule.elementwise:
+        raise ValueError(
+            f"parameter {name!r} is complex; expected a real one, for {type(rule).__name__} treats "
+            "it as a whole: give it another rule"
+        )
     try:
         shapes = rule.slot_shapes(layout.shape)
     except ValueError as error:
@@ -194,7 +199,11 @@ def restored(
     check_slot_names(name, stored, rule, shapes)
     if is_unstepped(stored):
         return fresh
-    for slot, array in stored["slots"].items():
+    arrays = stored["slots"]
+    if layout.is_complex:
+        parts = named("numpy").parts
+        arrays = {k: parts(x) if np.iscomplexobj(x) else x for k, x in arrays.items()}
+    for slot, array in arrays.items():
         if array.shape != shapes[slot]:
             raise ValueError(
                 f"the loaded slot {slot!r} of parameter {name!r} has shape {array.shape}; expected "
@@ -208,7 +217,7 @@ def restored(
                 "convert it, or forget the name to start anew"
             )
     from_host = named(layout.library).from_host
-    slots = {slot: from_host(stored["slots"][slot], layout) for slot in shapes}
+    slots = {slot: from_host(arrays[slot], layout) for slot in shapes}
     master = slots.pop(MASTER, fresh.master)
     return Entry(rule, clip, stored["step"], tuple(slots.values()), layout, master)
 

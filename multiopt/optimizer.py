@@ -576,14 +576,15 @@ class Optimizer:
             if name in self._pending:
                 return restored(name, self._pending[name], rule, clip, layout, self._masters)
             return new_entry(name, rule, clip, layout, self._masters)
-        if layout.shape != entry.layout.shape:
+        old = entry.layout
+        if layout.own_shape != old.own_shape:
             raise ValueError(
-                f"parameter {name!r} has shape {layout.shape}; expected {entry.layout.shape}, that "
+                f"parameter {name!r} has shape {layout.own_shape}; expected {old.own_shape}, that "
                 "of its state: forget the name to start anew"
             )
-        if layout.dtype != entry.layout.dtype:
+        if layout.own_dtype != old.own_dtype:
             raise TypeError(
-                f"parameter {name!r} has dtype {layout.dtype}; expected {entry.layout.dtype}, that "
+                f"parameter {name!r} has dtype {layout.own_dtype}; expected {old.own_dtype}, that "
                 "of its state: forget the name to start anew"
             )
         if layout == entry.layout:
@@ -730,7 +731,11 @@ class Choices(dict[str, Any]):
 
 def _shown(entry: Entry) -> Callable[[Array], Array]:
     """How a slot of an entry is shown."""
-    return partial(named(entry.layout.library).shown, layout=entry.layout)
+    backend = named(entry.layout.library)
+    shown = partial(backend.shown, layout=entry.layout)
+    if entry.layout.is_complex:
+        return lambda slot: backend.whole(shown(slot))
+    return shown
 
 
 def _report(names: list[str], new: tuple[str, ...], outcome: Outcome) -> Report:

@@ -106,8 +106,8 @@ class Step:
         """
         for backend, tasks in by_backend(self._tasks.values()):
             backend.check_surroundings(f"parameter {tasks[0].name!r}")
-            for task in tasks:
-                backend.check_writable(task.param, f"parameter {task.name!r}")
+        for i, task in self._tasks.items():
+            task.backend.check_writable(self._params[i], f"parameter {task.name!r}")
         self._lend(self._tasks)
         self._was_apart = self._is_apart()
         if not self._was_apart:
@@ -156,7 +156,7 @@ class Step:
                 closed = (task.backend.closed(slot, task.param) for slot in lent.slots)
                 plan.entries[i].slots = tuple(closed)
         for i, task, result in self._results:
-            replaced[i] = task.backend.write(task, result.param)
+            replaced[i] = self._replacement(i, task, task.backend.write(task, result.param))
             plan.entries[i].slots, plan.entries[i].master = result.slots, result.master
             if clipped is not None:
                 clipped[i] = any(scale != 1 for scale in task.scales)
@@ -177,8 +177,15 @@ class Step:
         for backend, tasks in by_backend(self._tasks[i] for i in copied):
             computed = [copied[where[id(task)]].param for task in tasks]
             for task, ready in zip(tasks, backend.all_ready(tasks, computed), strict=True):
-                replaced[where[id(task)]] = backend.write(task, ready)
+                i = where[id(task)]
+                replaced[i] = self._replacement(i, task, backend.write(task, ready))
         return replaced
+
+    def _replacement(self, position: int, task: Task, written: Array) -> Array:
+        """What stands for a parameter whose update was written: itself, or a new array."""
+        if written is task.param:
+            return self._params[position]
+        return task.backend.whole(written) if task.layout.is_complex else written
 
     # Looking
 
@@ -195,6 +202,8 @@ class Step:
             backend = backend_of(param, label)
             layout = backend.layout(param, label)
             grad = checked_gradient(name, grad, layout)
+            if layout.is_complex:
+                param, grad = backend.parts(param), backend.parts(grad)
             entry = self._plan.entries[i]
             if layout != entry.layout:
                 moved[i] = layout

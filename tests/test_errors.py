@@ -159,11 +159,6 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
         TypeError,
         "parameter 'bad' has dtype int32; expected",
     ),
-    "complex": (
-        lambda: (ones(3, dtype=np.complex64), ones(3, dtype=np.complex64)),
-        TypeError,
-        "parameter 'bad' has dtype complex64; expected",
-    ),
     "objects": (
         lambda: (np.array([1.0, None]), ones(2)),
         TypeError,

@@ -60,7 +60,15 @@ class TorchBackend(Backend):
                 "traced, distributed or released tensor); inside a transformation call the pure "
                 "rule.update"
             )
-        return Layout("torch", tuple(array.shape), dtype, str(array.device))
+        return Layout.of("torch", array.shape, dtype, str(array.device))
+
+    def parts(self, array: Array) -> Array:
+        """A view."""
+        return torch.view_as_real(array.detach())
+
+    def whole(self, parts: Array) -> Array:
+        """A view."""
+        return torch.view_as_complex(parts.contiguous())
 
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse expanded tensors, and inference tensors outside of inference mode."""
