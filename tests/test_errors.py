@@ -147,7 +147,7 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
     "integers": (
         lambda: (ones(3, dtype=np.int64), ones(3, dtype=np.int64)),
         TypeError,
-        "parameter 'bad' has dtype int64; expected one of bfloat16, float16, float32, float64: con",
+        "parameter 'bad' has dtype int64; expected one of bfloat16, complex128, complex64, float16",
     ),
     "integers of torch": (
         lambda: (torch.ones(3, dtype=torch.int32), torch.ones(3, dtype=torch.int32)),
