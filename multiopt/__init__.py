@@ -14,10 +14,23 @@ NumPy, PyTorch and JAX arrays.
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
-from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, Rule
+from multiopt.rules import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    AdagradRMSProp,
+    Adam,
+    AdamW,
+    ClippedAdam,
+    Rprop,
+    Rule,
+)
 
 __all__ = [
     "SGD",
+    "Adadelta",
+    "Adagrad",
+    "AdagradRMSProp",
     "Adam",
     "AdamW",
     "CheckpointError",
@@ -25,6 +38,7 @@ __all__ = [
     "ClippedAdam",
     "Optimizer",
     "Report",
+    "Rprop",
     "Rule",
     "State",
 ]
