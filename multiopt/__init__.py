@@ -15,10 +15,23 @@ from multiopt.averaging import Average
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
-from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, Rule
+from multiopt.rules import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    AdagradRMSProp,
+    Adam,
+    AdamW,
+    ClippedAdam,
+    Rprop,
+    Rule,
+)
 
 __all__ = [
     "SGD",
+    "Adadelta",
+    "Adagrad",
+    "AdagradRMSProp",
     "Adam",
     "AdamW",
     "Average",
@@ -27,6 +40,7 @@ __all__ = [
     "ClippedAdam",
     "Optimizer",
     "Report",
+    "Rprop",
     "Rule",
     "State",
 ]

@@ -38,6 +38,14 @@ SGD_ULPS = {"param": 4.0, "momentum_buffer": 4.0}
 ADAM_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "max_corrected_exp_avg_sq")
 ADAM_ULPS = dict.fromkeys(("param", *ADAM_SLOTS), 8.0)
 ULPS = {"SGD": SGD_ULPS, "Adam": ADAM_ULPS, "AdamW": ADAM_ULPS, "ClippedAdam": ADAM_ULPS}
+# Adagrad's ``sum`` takes 2 u a step: the square and the addition. Adadelta's ``delta`` has 6 u of
+# its own and half of what either average is off by; its square, twice that, goes by its share into
+# ``acc_delta``, which keeps it. Rprop's ``prev`` is a gradient or zero, and its ``step_size`` takes
+# 2 u a step: the factor and the product.
+ULPS["Adagrad"] = {"param": 8.0, "sum": 4.0}
+ULPS["Adadelta"] = {"param": 8.0, "square_avg": 8.0, "acc_delta": 8.0}
+ULPS["Rprop"] = {"param": 8.0, "prev": 0.0, "step_size": 8.0}
+ULPS["AdagradRMSProp"] = {"param": 8.0, "sum": 8.0}
 
 #: Bits of the significand, the exponent of the smallest number, and the letter for ``struct``.
 FORMATS = {"float32": (24, -149, "f"), "float64": (53, -1074, "d")}
@@ -110,7 +118,72 @@ def clipped_adam(
         yield {"param": param, "exp_avg": m, "exp_avg_sq": v}
 
 
-RULES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "ClippedAdam": clipped_adam}
+def adagrad(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Duchi et al. (2011), Figure 1, diagonal; torch's start of the sum and decay of the rate."""
+    total = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        if step == 1:
+            total = h.initial_accumulator_value
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        total += grad**2
+        rate = h.lr / (1 + (step - 1) * h.lr_decay)
+        param -= rate * grad / (exact.sqrt(total) + h.eps)
+        yield {"param": param, "sum": total}
+
+
+def adadelta(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Zeiler (2012), Algorithm 1."""
+    square = change = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        square = h.rho * square + (1 - h.rho) * grad**2
+        delta = exact.sqrt(change + h.eps) / exact.sqrt(square + h.eps) * grad
+        change = h.rho * change + (1 - h.rho) * delta**2
+        param -= h.lr * delta
+        yield {"param": param, "square_avg": square, "acc_delta": change}
+
+
+def rprop(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Riedmiller & Braun (1993) without the step back: iRprop- of Igel & Hüsken (2000)."""
+    prev = size = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        if step == 1:
+            size = h.lr
+        grad = -grad if h.maximize else grad
+        product = prev * grad
+        size *= h.etas[product > 0] if product else 1
+        size = min(max(size, h.step_sizes[0]), h.step_sizes[1])
+        prev = exact.zero if product < 0 else grad
+        param -= exact.sign(prev) * size
+        yield {"param": param, "prev": prev, "step_size": size}
+
+
+def adagrad_rmsprop(
+    param: Any, grads: Iterable[Any], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Kucukelbir et al. (2017), equations 10 and 11, with tau of 1."""
+    average = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        average = grad**2 if step == 1 else h.t * grad**2 + (1 - h.t) * average
+        rate = h.eta * exact.power(step, h.delta - exact.mpf("0.5"))
+        param -= rate / (1 + exact.sqrt(average)) * grad
+        yield {"param": param, "sum": average}
+
+
+RULES = {
+    "SGD": sgd,
+    "Adam": adam,
+    "AdamW": adamw,
+    "ClippedAdam": clipped_adam,
+    "Adagrad": adagrad,
+    "Adadelta": adadelta,
+    "Rprop": rprop,
+    "AdagradRMSProp": adagrad_rmsprop,
+}
 
 
 def at(options: dict[str, Any], step: int) -> SimpleNamespace:

@@ -69,6 +69,8 @@ NO_EPS: Rows = {
     "float32": [*COMMON[:3], [1.0, 0.0, 0.5, -0.5, 1.0, 2.0], [1.0, 1e-22, 0.5, -0.5, 1.0, 2.0]],
     "float64": [*COMMON[:3], [1.0, 0.0, 0.5, -0.5, 1.0, 2.0], [1.0, 1e-162, 0.5, -0.5, 1.0, 2.0]],
 }
+#: The same, where the whole square is zero.
+NO_SUM: Rows = {**NO_EPS, "float32": [*NO_EPS["float32"][:4], [1.0, 1e-23, 0.5, -0.5, 1.0, 2.0]]}
 
 
 class Schedule:
@@ -184,6 +186,77 @@ CASES = {
         ),
         Case("twenty steps, lrd", mo.ClippedAdam(lr=8.0, lrd=1.01), LONG),
         Case("not finite", mo.ClippedAdam(lr=0.1), NONFINITE),
+    ],
+    "adagrad": [
+        Case("defaults", mo.Adagrad()),
+        Case("lr_decay, eps", mo.Adagrad(lr=0.1, lr_decay=0.3, eps=1e-3)),
+        Case("weight_decay", mo.Adagrad(lr=0.1, weight_decay=0.01)),
+        Case("initial_accumulator_value", mo.Adagrad(lr=0.1, initial_accumulator_value=0.1)),
+        Case("maximize", mo.Adagrad(lr=0.1, weight_decay=0.3, maximize=True)),
+        Case(
+            "schedules",
+            mo.Adagrad(
+                lr=LR,
+                lr_decay=Schedule(0.1, 0.0, 2.0, 0.3, 0.1),
+                weight_decay=DECAY,
+                initial_accumulator_value=Schedule(0.3, 1.0, 2.0, 3.0, 4.0),
+                eps=EPS,
+            ),
+        ),
+        Case("twenty steps", mo.Adagrad(lr=0.1), LONG),
+        Case("eps of zero", mo.Adagrad(lr=0.1, eps=0.0), NO_SUM),
+        Case("not finite", mo.Adagrad(lr=0.1), NONFINITE),
+    ],
+    "adadelta": [
+        Case("defaults", mo.Adadelta()),
+        Case("lr, rho, eps", mo.Adadelta(lr=0.1, rho=0.6, eps=1e-3)),
+        Case("rho of one", mo.Adadelta(lr=0.1, rho=1.0)),
+        Case("weight_decay", mo.Adadelta(weight_decay=0.01)),
+        Case("maximize", mo.Adadelta(weight_decay=0.3, maximize=True)),
+        Case(
+            "schedules",
+            mo.Adadelta(lr=LR, rho=Schedule(0.5, 1.0, 0.9, 0.0, 0.7), eps=EPS, weight_decay=DECAY),
+        ),
+        Case("twenty steps", mo.Adadelta(), LONG),
+        Case("eps of zero", mo.Adadelta(eps=0.0), NO_EPS),
+        Case("not finite", mo.Adadelta(), NONFINITE),
+    ],
+    "rprop": [
+        Case("defaults", mo.Rprop()),
+        Case("lr, etas", mo.Rprop(lr=0.1, etas=(0.3, 1.7))),
+        Case("step_sizes", mo.Rprop(lr=1.0, step_sizes=(0.2, 0.5))),
+        Case("step_sizes of zero and infinity", mo.Rprop(step_sizes=(0.0, inf))),
+        Case("maximize", mo.Rprop(lr=0.1, maximize=True)),
+        Case(
+            "schedules",
+            mo.Rprop(
+                lr=LR,
+                etas=(Schedule(0.5, 0.4, 0.3, 0.2, 0.1), Schedule(1.2, 1.3, 1.4, 1.5, 1.6)),
+                step_sizes=(
+                    Schedule(0.0, 0.3, 0.0, 0.1, 0.0),
+                    Schedule(50.0, 0.7, inf, 0.08, 0.01),
+                ),
+            ),
+        ),
+        Case("twenty steps", mo.Rprop(), LONG),
+        Case("not finite", mo.Rprop(lr=0.1), NONFINITE),
+    ],
+    # Deltas for which the powers of two to five are far from the middle of two numbers, so that
+    # every decent C library rounds them to the same ones.
+    "adagrad_rmsprop": [
+        Case("defaults", mo.AdagradRMSProp()),
+        Case("eta, delta, t", mo.AdagradRMSProp(eta=0.1, delta=0.3, t=0.4)),
+        Case("t of zero", mo.AdagradRMSProp(t=0.0)),
+        Case("t of one", mo.AdagradRMSProp(t=1.0)),
+        Case(
+            "schedules",
+            mo.AdagradRMSProp(
+                eta=LR,
+                delta=Schedule(0.1, -0.2, 0.3, 0.05, 0.05),
+                t=Schedule(0.5, 1.0, 0.1, 0.0, 0.3),
+            ),
+        ),
+        Case("not finite", mo.AdagradRMSProp(), NONFINITE),
     ],
 }
 

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro.optim.adagrad_rmsprop
 import pyro.optim.clipped_adam
 import torch
 
 import multiopt as mo
 
+PYRO_ADAGRAD_RMSPROP = pyro.optim.adagrad_rmsprop.AdagradRMSProp
 PYRO_CLIPPED_ADAM = pyro.optim.clipped_adam.ClippedAdam
 
 
@@ -69,4 +71,18 @@ CASES = [
     Case(mo.ClippedAdam, {"lr": 0.1, "clip_norm": 0.3, "lrd": 0.99}, PYRO_CLIPPED_ADAM),
     Case(mo.ClippedAdam, {"lr": 1e-3, "lrd": 1.01, "weight_decay": 0.1}, PYRO_CLIPPED_ADAM),
     Case(mo.ClippedAdam, {"lr": 0.01, "centered_variance": True}, PYRO_CLIPPED_ADAM),
+    Case(mo.Adagrad, {}, torch.optim.Adagrad),
+    Case(mo.Adagrad, {"lr": 0.5, "lr_decay": 0.1, "eps": 0.1}, torch.optim.Adagrad),
+    Case(mo.Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.3}, torch.optim.Adagrad),
+    Case(mo.Adagrad, {"lr": 0.1, "weight_decay": 0.1, "maximize": True}, torch.optim.Adagrad),
+    Case(mo.Adadelta, {}, torch.optim.Adadelta),
+    Case(mo.Adadelta, {"lr": 0.1, "rho": 0.5, "eps": 1e-3}, torch.optim.Adadelta),
+    Case(mo.Adadelta, {"lr": 0.01, "rho": 1.0}, torch.optim.Adadelta),
+    Case(mo.Adadelta, {"weight_decay": 0.1, "maximize": True}, torch.optim.Adadelta),
+    Case(mo.Rprop, {}, torch.optim.Rprop),
+    Case(mo.Rprop, {"lr": 0.1, "etas": (0.3, 1.5)}, torch.optim.Rprop),
+    Case(mo.Rprop, {"lr": 1.0, "step_sizes": (0.02, 0.1), "maximize": True}, torch.optim.Rprop),
+    Case(mo.AdagradRMSProp, {}, PYRO_ADAGRAD_RMSPROP),
+    Case(mo.AdagradRMSProp, {"eta": 0.1, "delta": 0.2, "t": 0.5}, PYRO_ADAGRAD_RMSPROP),
+    Case(mo.AdagradRMSProp, {"delta": -0.3, "t": 1.0}, PYRO_ADAGRAD_RMSPROP),
 ]

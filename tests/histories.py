@@ -128,6 +128,36 @@ def rules() -> st.SearchStrategy[mo.Rule]:
             lrd=st.sampled_from([1.0, 0.9, 3.0]),
             centered_variance=st.booleans(),
         ),
+        st.builds(
+            mo.Adagrad,
+            lr=lr,
+            lr_decay=st.sampled_from([0.0, 0.1]),
+            weight_decay=decay,
+            initial_accumulator_value=st.sampled_from([0.0, 0.1]),
+            eps=eps,
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.Adadelta,
+            lr=lr,
+            rho=beta | st.just(1.0),
+            eps=eps,
+            weight_decay=decay,
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.Rprop,
+            lr=lr,
+            etas=st.sampled_from([(0.5, 1.2), (0.0, 3.0), (lambda step: 1 / step, 1.2)]),
+            step_sizes=st.sampled_from([(1e-6, 50.0), (0.0, float("inf")), (0.5, 0.1)]),
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.AdagradRMSProp,
+            eta=lr,
+            delta=st.sampled_from([1e-16, 0.3, -0.5]),
+            t=beta | st.just(1.0),
+        ),
     )
 
 

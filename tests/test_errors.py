@@ -491,6 +491,10 @@ def test_nonfinite_gradients_raise_by_name(library: Library) -> None:
         (lambda: mo.Adam(maximize=1), ValueError, "Adam: maximize must be True or False; got 1"),
         (lambda: mo.AdamW(eps=-1e-8), ValueError, "AdamW: eps must be a finite number >= 0"),
         (lambda: mo.SGD(nesterov=True), ValueError, "SGD: nesterov needs a momentum and no damp"),
+        (lambda: mo.Adadelta(rho=1.1), ValueError, "Adadelta: rho must be a number >= 0 and <= 1"),
+        (lambda: mo.Rprop(step_sizes=1.0), ValueError, "Rprop: step_sizes must be a pair of num"),
+        (lambda: mo.Rprop(etas=(0.5, 1.0)), ValueError, "Rprop: etas must be below and above 1"),
+        (lambda: mo.Rprop(etas=(1.0, 1.2)), ValueError, "Rprop: etas must be below and above 1"),
         (
             lambda: mo.SGD(momentum=0.9, dampening=0.1, nesterov=True),
             ValueError,

@@ -39,7 +39,7 @@ def histories(draw: st.DrawFn, rule: str, dtype: str) -> History:
     options = draw(OPTIONS[rule])
     size = magnitudes(0.1, 100.0, dtype)
     centered = options.get("centered_variance", False)
-    if rule in ("SGD", "AdamW") or not (options["weight_decay"] or centered):
+    if rule in ("SGD", "AdamW") or not (options.get("weight_decay") or centered):
         size |= st.just(0.0)
     n = draw(st.integers(1, 50))
     sizes = draw(st.lists(size, min_size=n, max_size=n))
@@ -97,6 +97,36 @@ OPTIONS = {
             "lrd": st.floats(0.9, 1.0),
             "centered_variance": st.booleans(),
         }
+    ),
+    "Adagrad": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "lr_decay": st.floats(0.0, 1.0),
+            "weight_decay": DECAY,
+            "initial_accumulator_value": st.just(0.0) | st.floats(1e-3, 1.0),
+            "eps": st.floats(1e-10, 1e-3),
+            "maximize": st.booleans(),
+        }
+    ),
+    "Adadelta": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "rho": st.floats(0.5, 1.0),
+            "eps": st.floats(1e-10, 1e-3),
+            "weight_decay": DECAY,
+            "maximize": st.booleans(),
+        }
+    ),
+    "Rprop": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "etas": st.tuples(st.floats(0.1, 0.9), st.floats(1.1, 2.0)).map(list),
+            "step_sizes": st.tuples(st.floats(0.0, 0.01), st.floats(0.02, 50.0)).map(list),
+            "maximize": st.booleans(),
+        }
+    ),
+    "AdagradRMSProp": st.fixed_dictionaries(
+        {"eta": LR, "delta": st.floats(-0.5, 0.5), "t": st.just(0.0) | st.floats(1e-6, 1.0)}
     ),
 }
 

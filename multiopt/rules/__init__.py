@@ -1,9 +1,23 @@
 """The mathematics: one rule a file, each a frozen dataclass with a pure Array API update."""
 
+from multiopt.rules.adadelta import Adadelta
+from multiopt.rules.adagrad import Adagrad
+from multiopt.rules.adagrad_rmsprop import AdagradRMSProp
 from multiopt.rules.adam import Adam
 from multiopt.rules.adamw import AdamW
 from multiopt.rules.clipped_adam import ClippedAdam
+from multiopt.rules.rprop import Rprop
 from multiopt.rules.rule import Rule
 from multiopt.rules.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "ClippedAdam", "Rule"]
+__all__ = [
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "AdagradRMSProp",
+    "Adam",
+    "AdamW",
+    "ClippedAdam",
+    "Rprop",
+    "Rule",
+]

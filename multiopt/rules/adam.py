@@ -9,7 +9,7 @@ from multiopt.rules.arithmetic import maximum, one_minus_power
 from multiopt.rules.decay import descending, penalized, shrunk
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
 
-__all__ = ["Adam", "descend", "first_moment", "second_moment"]
+__all__ = ["Adam", "check_pair", "descend", "first_moment", "second_moment"]
 
 
 class Scalars(NamedTuple):
@@ -185,7 +185,16 @@ def check_betas(rule: Any) -> None:
     Raises:
         ValueError: It is no pair.
     """
-    pair = rule.betas
+    check_pair(rule, "betas")
+
+
+def check_pair(rule: Any, name: str) -> None:
+    """Hold a hyperparameter to a pair, and make a list of two a tuple.
+
+    Raises:
+        ValueError: It is no pair.
+    """
+    pair = getattr(rule, name)
     if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise ValueError(f"{type(rule).__name__}: betas must be a pair of numbers; got {pair!r}")
-    object.__setattr__(rule, "betas", tuple(pair))
+        raise ValueError(f"{type(rule).__name__}: {name} must be a pair of numbers; got {pair!r}")
+    object.__setattr__(rule, name, tuple(pair))

@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from math import inf, nan
+from math import inf, nan, nextafter
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ __all__ = [
     "FINITE",
     "FRACTION",
     "NONNEGATIVE",
+    "SHARE",
     "Hyperparameter",
     "Range",
     "Rule",
@@ -45,6 +46,7 @@ class Range(NamedTuple):
 FINITE = Range("a finite number", low=-np.finfo(np.float64).max.item())
 NONNEGATIVE = Range("a finite number >= 0")
 FRACTION = Range("a number >= 0 and < 1", below=1.0)
+SHARE = Range("a number >= 0 and <= 1", below=nextafter(1.0, inf))
 
 
 @dataclass(frozen=True)
