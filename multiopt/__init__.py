@@ -14,16 +14,19 @@ NumPy, PyTorch and JAX arrays.
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
-from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, Rule
+from multiopt.rules import ASGD, SGD, Adam, AdamW, ClippedAdam, Lion, RMSprop, Rule
 
 __all__ = [
+    "ASGD",
     "SGD",
     "Adam",
     "AdamW",
     "CheckpointError",
     "Clip",
     "ClippedAdam",
+    "Lion",
     "Optimizer",
+    "RMSprop",
     "Report",
     "Rule",
     "State",

@@ -128,6 +128,32 @@ def rules() -> st.SearchStrategy[mo.Rule]:
             lrd=st.sampled_from([1.0, 0.9, 3.0]),
             centered_variance=st.booleans(),
         ),
+        st.builds(
+            mo.RMSprop,
+            lr=lr,
+            alpha=beta,
+            eps=eps,
+            weight_decay=decay,
+            momentum=momentum,
+            centered=st.booleans(),
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.ASGD,
+            lr=lr,
+            lambd=st.sampled_from([0.0, 1e-4, 0.5]),
+            alpha=st.sampled_from([0.0, 0.75, 3.0]),
+            t0=st.sampled_from([0.0, 5.0, 1e6]),
+            weight_decay=decay,
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.Lion,
+            lr=lr,
+            betas=st.tuples(beta, beta),
+            weight_decay=decay,
+            maximize=st.booleans(),
+        ),
     )
 
 

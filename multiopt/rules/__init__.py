@@ -2,8 +2,11 @@
 
 from multiopt.rules.adam import Adam
 from multiopt.rules.adamw import AdamW
+from multiopt.rules.asgd import ASGD
 from multiopt.rules.clipped_adam import ClippedAdam
+from multiopt.rules.lion import Lion
+from multiopt.rules.rmsprop import RMSprop
 from multiopt.rules.rule import Rule
 from multiopt.rules.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "ClippedAdam", "Rule"]
+__all__ = ["ASGD", "SGD", "Adam", "AdamW", "ClippedAdam", "Lion", "RMSprop", "Rule"]
