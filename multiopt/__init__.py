@@ -16,6 +16,7 @@ from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
 from multiopt.rules import (
+    ASGD,
     SGD,
     Adadelta,
     Adagrad,
@@ -23,11 +24,14 @@ from multiopt.rules import (
     Adam,
     AdamW,
     ClippedAdam,
+    Lion,
+    RMSprop,
     Rprop,
     Rule,
 )
 
 __all__ = [
+    "ASGD",
     "SGD",
     "Adadelta",
     "Adagrad",
@@ -38,7 +42,9 @@ __all__ = [
     "CheckpointError",
     "Clip",
     "ClippedAdam",
+    "Lion",
     "Optimizer",
+    "RMSprop",
     "Report",
     "Rprop",
     "Rule",

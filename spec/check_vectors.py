@@ -33,19 +33,29 @@ exact.prec = 256
 # * to ``param`` 1 u for the subtraction, 2 u for a decay, and, by its share in the parameter, the
 #   change: 7 u of its own, what ``exp_avg`` is off by, and half of what ``exp_avg_sq`` is.
 #
-# For a few steps that is about 2 ulps a step and less than that as errors have either sign.
+# For a few steps that is about 2 ulps a step and less than that as errors have either sign. RMSprop
+# has twice as many for the parameter: its first changes are ten times as large as the later ones,
+# and where they cancel each other their errors add up.
 SGD_ULPS = {"param": 4.0, "momentum_buffer": 4.0}
 ADAM_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "max_corrected_exp_avg_sq")
 ADAM_ULPS = dict.fromkeys(("param", *ADAM_SLOTS), 8.0)
-ULPS = {"SGD": SGD_ULPS, "Adam": ADAM_ULPS, "AdamW": ADAM_ULPS, "ClippedAdam": ADAM_ULPS}
-# Adagrad's ``sum`` takes 2 u a step: the square and the addition. Adadelta's ``delta`` has 6 u of
-# its own and half of what either average is off by; its square, twice that, goes by its share into
-# ``acc_delta``, which keeps it. Rprop's ``prev`` is a gradient or zero, and its ``step_size`` takes
-# 2 u a step: the factor and the product.
-ULPS["Adagrad"] = {"param": 8.0, "sum": 4.0}
-ULPS["Adadelta"] = {"param": 8.0, "square_avg": 8.0, "acc_delta": 8.0}
-ULPS["Rprop"] = {"param": 8.0, "prev": 0.0, "step_size": 8.0}
-ULPS["AdagradRMSProp"] = {"param": 8.0, "sum": 8.0}
+ULPS = {
+    "SGD": SGD_ULPS,
+    "Adam": ADAM_ULPS,
+    "AdamW": ADAM_ULPS,
+    "ClippedAdam": ADAM_ULPS,
+    # ``sum`` takes 2 u a step: the square and the addition.
+    "Adagrad": {"param": 8.0, "sum": 4.0},
+    # ``delta`` has 6 u of its own and half of what either average is off by; its square, twice
+    # that, goes by its share into ``acc_delta``, which keeps it.
+    "Adadelta": {"param": 8.0, "square_avg": 8.0, "acc_delta": 8.0},
+    # ``prev`` is a gradient or zero; ``step_size`` takes 2 u a step: the factor and the product.
+    "Rprop": {"param": 8.0, "prev": 0.0, "step_size": 8.0},
+    "AdagradRMSProp": {"param": 8.0, "sum": 8.0},
+    "RMSprop": {"param": 16.0, "square_avg": 8.0, "momentum_buffer": 8.0, "grad_avg": 8.0},
+    "ASGD": {"param": 8.0, "ax": 8.0},
+    "Lion": {"param": 8.0, "exp_avg": 8.0},
+}
 
 #: Bits of the significand, the exponent of the smallest number, and the letter for ``struct``.
 FORMATS = {"float32": (24, -149, "f"), "float64": (53, -1074, "d")}
@@ -174,6 +184,45 @@ def adagrad_rmsprop(
         yield {"param": param, "sum": average}
 
 
+def rmsprop(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tieleman & Hinton (2012); centered: Graves (2013), equations 38-41; eps outside the root."""
+    mean_square = mean = buffer = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        mean_square = h.alpha * mean_square + (1 - h.alpha) * grad**2
+        mean = h.alpha * mean + (1 - h.alpha) * grad
+        divisor = exact.sqrt(mean_square - mean**2 if h.centered else mean_square) + h.eps
+        buffer = h.momentum * buffer + grad / divisor
+        param -= h.lr * buffer
+        slots = {"square_avg": mean_square, "momentum_buffer": buffer, "grad_avg": mean}
+        yield {"param": param, **slots}
+
+
+def asgd(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Polyak & Juditsky (1992), with the learning rate of Bottou (2012)."""
+    average = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        eta = h.lr / (1 + h.lambd * h.lr * (step - 1)) ** h.alpha
+        param = (1 - h.lambd * eta) * param - eta * grad
+        average += (param - average) / max(1, step - 1 - h.t0)
+        yield {"param": param, "ax": average}
+
+
+def lion(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Chen et al. (2023), Algorithm 2."""
+    m = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        grad = -grad if h.maximize else grad
+        param -= h.lr * (exact.sign(beta1 * m + (1 - beta1) * grad) + h.weight_decay * param)
+        m = beta2 * m + (1 - beta2) * grad
+        yield {"param": param, "exp_avg": m}
+
+
 RULES = {
     "SGD": sgd,
     "Adam": adam,
@@ -183,6 +232,9 @@ RULES = {
     "Adadelta": adadelta,
     "Rprop": rprop,
     "AdagradRMSProp": adagrad_rmsprop,
+    "RMSprop": rmsprop,
+    "ASGD": asgd,
+    "Lion": lion,
 }
 
 

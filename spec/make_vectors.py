@@ -72,6 +72,11 @@ NO_EPS: Rows = {
 #: The same, where the whole square is zero.
 NO_SUM: Rows = {**NO_EPS, "float32": [*NO_EPS["float32"][:4], [1.0, 1e-23, 0.5, -0.5, 1.0, 2.0]]}
 
+#: Steady gradients, whose variance comes out of rounding as nothing, or as less than nothing: the
+#: second with an alpha of 0.1 in float32, the third in float64. A large eps hides how much it is.
+STEADY_STEPS = [[2.0, *[size] * 20] for size in (1.0, 1.1, 0.3)]
+STEADY: Rows = {"float32": STEADY_STEPS, "float64": STEADY_STEPS}
+
 
 class Schedule:
     """A schedule that is a list of numbers, one a step."""
@@ -257,6 +262,67 @@ CASES = {
             ),
         ),
         Case("not finite", mo.AdagradRMSProp(), NONFINITE),
+    ],
+    "rmsprop": [
+        Case("defaults", mo.RMSprop()),
+        Case("lr, alpha, eps", mo.RMSprop(lr=0.1, alpha=0.6, eps=1e-3)),
+        Case("alpha of zero", mo.RMSprop(alpha=0.0)),
+        Case("weight_decay", mo.RMSprop(weight_decay=0.01)),
+        Case("momentum", mo.RMSprop(momentum=0.9)),
+        Case("centered", mo.RMSprop(centered=True)),
+        Case("maximize", mo.RMSprop(maximize=True)),
+        Case(
+            "momentum, centered, weight_decay, maximize",
+            mo.RMSprop(alpha=0.9, weight_decay=0.3, momentum=0.5, centered=True, maximize=True),
+        ),
+        Case(
+            "schedules",
+            mo.RMSprop(
+                lr=LR,
+                alpha=BETAS[1],
+                eps=EPS,
+                weight_decay=DECAY,
+                momentum=Schedule(0.9, 0.5, 0.0, 0.99, 0.8),
+            ),
+        ),
+        Case("steady gradients, centered", mo.RMSprop(alpha=0.1, eps=1e3, centered=True), STEADY),
+        Case("twenty steps", mo.RMSprop(momentum=0.5, centered=True), LONG),
+        Case("eps of zero", mo.RMSprop(eps=0.0), NO_EPS),
+        Case("not finite", mo.RMSprop(momentum=0.5), NONFINITE),
+        Case("not finite, centered", mo.RMSprop(centered=True), NONFINITE),
+    ],
+    # The powers in these cases are farther than 0.03 ulps from the middle between two numbers, so
+    # C libraries that are off by less than 0.53 ulps round them alike (asgd.md).
+    "asgd": [
+        Case("defaults", mo.ASGD()),
+        Case("lr, lambd, alpha", mo.ASGD(lr=0.1, lambd=2.0, alpha=0.5)),
+        Case("lambd of zero", mo.ASGD(lr=0.1, lambd=0.0, t0=1.0)),
+        Case("average", mo.ASGD(lr=0.1, t0=2.0)),
+        Case("average from the start", mo.ASGD(lr=0.1, t0=0.0)),
+        Case("weight_decay", mo.ASGD(lr=0.1, weight_decay=0.01)),
+        Case("maximize", mo.ASGD(lr=0.1, lambd=0.1, t0=1.0, weight_decay=0.3, maximize=True)),
+        Case(
+            "schedules",
+            mo.ASGD(
+                lr=LR,
+                lambd=Schedule(0.1, 0.2, 0.0, 0.5, 1.0),
+                alpha=Schedule(0.75, 0.5, 1.0, 0.0, 2.0),
+                t0=Schedule(3.0, 3.0, 0.5, 1.0, 1e6),
+                weight_decay=DECAY,
+            ),
+        ),
+        Case("twenty steps", mo.ASGD(lr=0.1, lambd=0.5, t0=5.0), LONG),
+        Case("not finite", mo.ASGD(lr=0.1, t0=1.0), NONFINITE),
+    ],
+    "lion": [
+        Case("defaults", mo.Lion()),
+        Case("lr, betas", mo.Lion(lr=0.1, betas=(0.6, 0.95))),
+        Case("betas of zero", mo.Lion(lr=0.1, betas=(0.0, 0.0))),
+        Case("weight_decay", mo.Lion(lr=0.1, weight_decay=0.3)),
+        Case("maximize", mo.Lion(lr=0.1, weight_decay=0.3, maximize=True)),
+        Case("schedules", mo.Lion(lr=LR, betas=BETAS, weight_decay=DECAY)),
+        Case("twenty steps", mo.Lion(lr=0.1), LONG),
+        Case("not finite", mo.Lion(lr=0.1, weight_decay=0.1), NONFINITE),
     ],
 }
 

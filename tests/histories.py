@@ -158,6 +158,32 @@ def rules() -> st.SearchStrategy[mo.Rule]:
             delta=st.sampled_from([1e-16, 0.3, -0.5]),
             t=beta | st.just(1.0),
         ),
+        st.builds(
+            mo.RMSprop,
+            lr=lr,
+            alpha=beta,
+            eps=eps,
+            weight_decay=decay,
+            momentum=momentum,
+            centered=st.booleans(),
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.ASGD,
+            lr=lr,
+            lambd=st.sampled_from([0.0, 1e-4, 0.5]),
+            alpha=st.sampled_from([0.0, 0.75, 3.0]),
+            t0=st.sampled_from([0.0, 5.0, 1e6]),
+            weight_decay=decay,
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.Lion,
+            lr=lr,
+            betas=st.tuples(beta, beta),
+            weight_decay=decay,
+            maximize=st.booleans(),
+        ),
     )
 
 

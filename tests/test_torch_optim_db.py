@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,12 @@ def arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", CLASSES)
-def test_fifty_steps_of_every_valid_configuration(name: str, dtype: str) -> None:
+def test_fifty_steps_of_every_valid_configuration(
+    name: str, dtype: str, request: pytest.FixtureRequest
+) -> None:
+    # torch keeps the learning rate of ASGD in its default dtype, whatever that of the parameter.
+    request.addfinalizer(partial(torch.set_default_dtype, torch.get_default_dtype()))
+    torch.set_default_dtype(getattr(torch, dtype))
     shapes = {"matrix": (6, 4)} if name == "Muon" else {"matrix": (6, 4), "w": (5,), "c": ()}
     tolerance = DIFFERENT[name][1] if name in DIFFERENT else TOLERANCE[dtype]
     configurations = database()[name]["valid"]

@@ -5,6 +5,7 @@ from multiopt.rules.adagrad import Adagrad
 from multiopt.rules.adagrad_rmsprop import AdagradRMSProp
 from multiopt.rules.adam import Adam
 from multiopt.rules.adamw import AdamW
+from multiopt.rules.asgd import ASGD
 from multiopt.rules.clipped_adam import ClippedAdam
 from multiopt.rules.rprop import Rprop
 from multiopt.rules.rule import Rule
@@ -21,3 +22,7 @@ __all__ = [
     "Rprop",
     "Rule",
 ]
+from multiopt.rules.lion import Lion
+from multiopt.rules.rmsprop import RMSprop
+
+__all__ = ["ASGD", "SGD", "Adam", "AdamW", "ClippedAdam", "Lion", "RMSprop", "Rule"]

@@ -24,6 +24,7 @@ __all__ = [
     "power",
     "rescaling",
     "rounded",
+    "sign",
     "sum_of_squares",
     "tree_sum",
 ]
@@ -169,6 +170,15 @@ def clamp(xp: Any, x: Any, bound: float) -> Any:
     """
     x = xp.where(x > bound, bound, x)
     return xp.where(x < -bound, -bound, x)
+
+
+def sign(xp: Any, x: Any, zero: Any, one: Any) -> Any:
+    """1 for what is positive, -1 for what is negative; zeros and NaN stay as they are.
+
+    >>> sign(np, np.asarray([-3.0, 0.0, 0.5, np.nan]), 0.0, 1.0).tolist()
+    [-1.0, 0.0, 1.0, nan]
+    """
+    return xp.where(x > zero, one, xp.where(x < zero, -one, x))
 
 
 def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:
