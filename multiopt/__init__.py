@@ -14,7 +14,7 @@ NumPy, PyTorch and JAX arrays.
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
-from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, Rule
+from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, DCTAdam, Rule
 
 __all__ = [
     "SGD",
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "Clip",
     "ClippedAdam",
+    "DCTAdam",
     "Optimizer",
     "Report",
     "Rule",

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.optim.clipped_adam
+import pyro.optim.dct_adam
 import torch
 
 import multiopt as mo
 
 PYRO_CLIPPED_ADAM = pyro.optim.clipped_adam.ClippedAdam
+PYRO_DCT_ADAM = pyro.optim.dct_adam.DCTAdam
 
 
 @dataclass(frozen=True)
@@ -69,4 +71,6 @@ CASES = [
     Case(mo.ClippedAdam, {"lr": 0.1, "clip_norm": 0.3, "lrd": 0.99}, PYRO_CLIPPED_ADAM),
     Case(mo.ClippedAdam, {"lr": 1e-3, "lrd": 1.01, "weight_decay": 0.1}, PYRO_CLIPPED_ADAM),
     Case(mo.ClippedAdam, {"lr": 0.01, "centered_variance": True}, PYRO_CLIPPED_ADAM),
+    Case(mo.DCTAdam, {}, PYRO_DCT_ADAM),
+    Case(mo.DCTAdam, {"lr": 0.1, "clip_norm": 0.3, "lrd": 0.99}, PYRO_DCT_ADAM),
 ]

@@ -128,6 +128,7 @@ def rules() -> st.SearchStrategy[mo.Rule]:
             lrd=st.sampled_from([1.0, 0.9, 3.0]),
             centered_variance=st.booleans(),
         ),
+        st.builds(mo.DCTAdam, lr=lr, clip_norm=st.sampled_from([1e-3, 10.0, float("inf")])),
     )
 
 

@@ -34,7 +34,7 @@ def test_two_hundred_steps_follow_the_peer(case: Case, dtype: str) -> None:
         np.testing.assert_allclose(array, peer.state[theirs][slot].numpy(), **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("rule_class", [mo.SGD, mo.Adam, mo.AdamW, mo.ClippedAdam])
+@pytest.mark.parametrize("rule_class", [mo.SGD, mo.Adam, mo.AdamW, mo.ClippedAdam, mo.DCTAdam])
 def test_defaults_are_the_peers(rule_class: type[mo.Rule]) -> None:
     peer = next(case.peer for case in CASES if case.rule_class is rule_class)
     (group,) = peer([torch.zeros(1)]).param_groups
