@@ -5,12 +5,14 @@ from typing import Any
 
 import pyro.optim.adagrad_rmsprop
 import pyro.optim.clipped_adam
+import pyro.optim.dct_adam
 import torch
 
 import multiopt as mo
 
 PYRO_ADAGRAD_RMSPROP = pyro.optim.adagrad_rmsprop.AdagradRMSProp
 PYRO_CLIPPED_ADAM = pyro.optim.clipped_adam.ClippedAdam
+PYRO_DCT_ADAM = pyro.optim.dct_adam.DCTAdam
 
 
 @dataclass(frozen=True)
@@ -111,4 +113,6 @@ CASES = [
     Case(mo.Lion, {"lr": 0.01, "betas": (0.0, 0.0)}),
     Case(mo.Lion, {"lr": 0.01, "weight_decay": 0.5}),
     Case(mo.Lion, {"lr": 0.01, "weight_decay": 0.5, "maximize": True}),
+    Case(mo.DCTAdam, {}, PYRO_DCT_ADAM),
+    Case(mo.DCTAdam, {"lr": 0.1, "clip_norm": 0.3, "lrd": 0.99}, PYRO_DCT_ADAM),
 ]

@@ -184,6 +184,7 @@ def rules() -> st.SearchStrategy[mo.Rule]:
             weight_decay=decay,
             maximize=st.booleans(),
         ),
+        st.builds(mo.DCTAdam, lr=lr, clip_norm=st.sampled_from([1e-3, 10.0, float("inf")])),
     )
 
 

@@ -19,6 +19,7 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam as TorchClippedAdam
+from pyro.optim.dct_adam import DCTAdam as TorchDCTAdam
 from pyro.params.param_store import (
     module_from_param_with_module_name,
     normalize_param_name,
@@ -27,6 +28,7 @@ from pyro.params.param_store import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from multiopt import checkpoint, rules
+from multiopt.adapters.pyro_dct import OF_TENSORS, marked, refuse_subsamples
 from multiopt.adapters.pyro_objects import OptimObjs
 from multiopt.adapters.torch_state import (
     from_plain,
@@ -53,7 +55,7 @@ from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.step import Step
 
-__all__ = ["SGD", "Adam", "AdamW", "ClippedAdam", "PyroOptim"]
+__all__ = ["SGD", "Adam", "AdamW", "ClippedAdam", "DCTAdam", "PyroOptim"]
 
 #: Settings of a dict, or a callable that gives them for a name, or for a module and a name.
 Settings = dict[str, Any] | Callable[..., dict[str, Any]]
@@ -112,6 +114,21 @@ def ClippedAdam(optim_args: Settings) -> PyroOptim:  # noqa: N802
             parameter name (dotted, as in ``nn.Module.named_parameters``).
     """
     return _PyroOptimizer(rules.ClippedAdam, TorchClippedAdam, optim_args, None)
+
+
+def DCTAdam(optim_args: Settings) -> PyroOptim:  # noqa: N802
+    """``pyro.optim.DCTAdam``: see ``multiopt.DCTAdam``.
+
+    The dimension of time is that of the tensor, which ``pyro.contrib.forecast`` marks. With
+    ``subsample_aware=True`` this is Pyro's own.
+
+    Args:
+        optim_args: Arguments of Pyro's ``DCTAdam``, or a callable that gives them for a parameter
+            name (dotted, as in ``nn.Module.named_parameters``).
+    """
+    if isinstance(optim_args, dict) and optim_args.get("subsample_aware"):
+        return pyro.optim.DCTAdam(optim_args)
+    return _PyroOptimizer(rules.DCTAdam, TorchDCTAdam, optim_args, None)
 
 
 class _Tracked(NamedTuple):
@@ -263,9 +280,10 @@ class _PyroOptimizer(PyroOptim):
         tracked = self._tracked.get(tensor)
         if tracked is None:
             label = pyro.get_param_store().param_name(tensor)
-            rule = self._make_rule(self._settings("optim_args", tensor, label))
+            rule = marked(self._make_rule(self._settings("optim_args", tensor, label)), tensor)
+            rule = self._rules.setdefault(rule, rule)
             clip = _make_clip(self._settings("clip_args", tensor, label))
-            if isinstance(rule, rules.ClippedAdam):
+            if isinstance(rule, rules.ClippedAdam | rules.DCTAdam):
                 # Once more what the rule does, for the gradient that Pyro leaves behind is clipped.
                 assert not callable(rule.clip_norm)
                 clip = Clip(value=rule.clip_norm)
@@ -317,6 +335,9 @@ class _PyroOptimizer(PyroOptim):
             )
         for name in EXECUTION:
             given.pop(name, None)
+        if self._rule_class is rules.DCTAdam:
+            refuse_subsamples(given)
+            given.pop("subsample_aware", None)
         for name in self._rule_class.switches:
             # torch takes any truth value.
             if given.get(name) in (0, 1):
@@ -540,7 +561,7 @@ def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
         return rule
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
     for name, value in values.items():
-        if name in stored and not is_schedule(value):
+        if name in stored and name not in OF_TENSORS and not is_schedule(value):
             values[name] = from_plain(stored[name])
     return rule_class(**values)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from multiopt import rules
+from multiopt.adapters.pyro_dct import refuse_subsamples
 from multiopt.backend import COMPUTE_DTYPE
 from multiopt.entry import described_rule
 from multiopt.rules import Rule
@@ -90,6 +91,7 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
     """
     state = state.get("optimizer", state)
     (group,) = state["param_groups"]
+    refuse_subsamples(group)
     kept = {}
     for values in state["state"].values():
         kept.update({key: value for key, value in values.items() if value is not None})

@@ -7,11 +7,15 @@ from multiopt.rules.adam import Adam
 from multiopt.rules.adamw import AdamW
 from multiopt.rules.asgd import ASGD
 from multiopt.rules.clipped_adam import ClippedAdam
+from multiopt.rules.dct_adam import DCTAdam
+from multiopt.rules.lion import Lion
+from multiopt.rules.rmsprop import RMSprop
 from multiopt.rules.rprop import Rprop
 from multiopt.rules.rule import Rule
 from multiopt.rules.sgd import SGD
 
 __all__ = [
+    "ASGD",
     "SGD",
     "Adadelta",
     "Adagrad",
@@ -19,10 +23,9 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClippedAdam",
+    "DCTAdam",
+    "Lion",
+    "RMSprop",
     "Rprop",
     "Rule",
 ]
-from multiopt.rules.lion import Lion
-from multiopt.rules.rmsprop import RMSprop
-
-__all__ = ["ASGD", "SGD", "Adam", "AdamW", "ClippedAdam", "Lion", "RMSprop", "Rule"]

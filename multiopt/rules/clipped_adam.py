@@ -38,6 +38,14 @@ def clipped_adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     return descend(xp, param, exp_avg, exp_avg_sq, c), (exp_avg, exp_avg_sq)
 
 
+def decayed_step_size(h: Any, step: Any) -> Any:
+    """The decayed learning rate with both bias corrections."""
+    beta1, beta2 = h.betas
+    correction1 = one_minus_power(beta1, step)
+    correction2 = one_minus_power(beta2, step)
+    return h.lr * power(h.lrd, step) * np.sqrt(correction2) / correction1
+
+
 @dataclass(frozen=True)
 class ClippedAdam(Rule):
     """Pyro's Adam with clipping by value and a learning rate that decays at each step.
@@ -107,15 +115,13 @@ class ClippedAdam(Rule):
     def scalars(cls, h: Any, step: Any) -> Scalars:
         """The numbers of a step."""
         beta1, beta2 = h.betas
-        correction1 = one_minus_power(beta1, step)
-        correction2 = one_minus_power(beta2, step)
         return Scalars(
             clip_norm=h.clip_norm,
             beta1=beta1,
             one_minus_beta1=1.0 - beta1,
             beta2=beta2,
             one_minus_beta2=1.0 - beta2,
-            step_size=h.lr * power(h.lrd, step) * np.sqrt(correction2) / correction1,
+            step_size=decayed_step_size(h, step),
             root_scale=1.0,
             eps=h.eps,
             weight_decay=h.weight_decay,

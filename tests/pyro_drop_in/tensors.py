@@ -9,7 +9,7 @@ import torch
 
 import multiopt.adapters.pyro as optim
 
-NAMES = ["SGD", "Adam", "AdamW", "ClippedAdam"]
+NAMES = ["SGD", "Adam", "AdamW", "ClippedAdam", "DCTAdam"]
 BOTH = pytest.mark.parametrize("module", [pyro.optim, optim], ids=["pyro", "multiopt"])
 
 
