@@ -14,16 +14,30 @@ NumPy, PyTorch and JAX arrays.
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
-from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, Rule
+from multiopt.rules import (
+    SGD,
+    AdaBelief,
+    Adam,
+    Adamax,
+    AdamW,
+    ClippedAdam,
+    NAdam,
+    RAdam,
+    Rule,
+)
 
 __all__ = [
     "SGD",
+    "AdaBelief",
     "Adam",
     "AdamW",
+    "Adamax",
     "CheckpointError",
     "Clip",
     "ClippedAdam",
+    "NAdam",
     "Optimizer",
+    "RAdam",
     "Report",
     "Rule",
     "State",
