@@ -38,7 +38,7 @@ def histories(draw: st.DrawFn, rule: str, dtype: str) -> History:
     """
     options = draw(OPTIONS[rule])
     size = magnitudes(0.1, 100.0, dtype)
-    centered = options.get("centered_variance", False)
+    centered = rule == "AdaBelief" or options.get("centered_variance", False)
     if rule in ("SGD", "AdamW") or not (options["weight_decay"] or centered):
         size |= st.just(0.0)
     n = draw(st.integers(1, 50))
@@ -70,6 +70,7 @@ MOMENTS = {
     "eps": st.floats(1e-10, 1e-3),
     "weight_decay": DECAY,
 }
+DECOUPLED = {"decoupled_weight_decay": st.booleans(), "maximize": st.booleans()}
 ADAM = st.fixed_dictionaries(
     {
         **MOMENTS,
@@ -98,6 +99,12 @@ OPTIONS = {
             "centered_variance": st.booleans(),
         }
     ),
+    "Adamax": st.fixed_dictionaries({**MOMENTS, "maximize": st.booleans()}),
+    "NAdam": st.fixed_dictionaries(
+        {**MOMENTS, **DECOUPLED, "momentum_decay": st.just(0.0) | st.floats(1e-3, 10.0)}
+    ),
+    "RAdam": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
+    "AdaBelief": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
 }
 
 

@@ -18,7 +18,7 @@ from multiopt_numpy import engines
 from multiopt_numpy.compiled import batch, kernels, team
 from multiopt_numpy.compiled.identity import update_identity
 from multiopt_numpy.compiled.update import compile_update
-from multiopt_numpy.forms import NotCompilable
+from multiopt_numpy.forms import NotCompilable, are_uniform
 from tests.cases import CASES, Case
 from tests.libraries import assert_equal, engine
 
@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_rule_has_a_kernel(case: Case, dtype: str) -> None:
-    assert isinstance(kernels.update_kernel(case.rule, dtype, given=False), team.Kernel)
+    given = not are_uniform(case.rule)
+    assert isinstance(kernels.update_kernel(case.rule, dtype, given), team.Kernel)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -552,7 +552,14 @@ def test_any_number_may_be_scheduled() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [mo.SGD(momentum=0.9, dampening=0.5), mo.Adam(), mo.AdamW(), mo.ClippedAdam(lrd=0.9)],
+    [
+        mo.SGD(momentum=0.9, dampening=0.5),
+        mo.Adam(),
+        mo.AdamW(),
+        mo.ClippedAdam(lrd=0.9),
+        mo.NAdam(),
+        mo.RAdam(),
+    ],
     ids=lambda rule: type(rule).__name__,
 )
 def test_coefficients_take_arrays_of_steps(rule: mo.Rule) -> None:
