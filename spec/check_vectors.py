@@ -55,6 +55,12 @@ ULPS = {
     "RMSprop": {"param": 16.0, "square_avg": 8.0, "momentum_buffer": 8.0, "grad_avg": 8.0},
     "ASGD": {"param": 8.0, "ax": 8.0},
     "Lion": {"param": 8.0, "exp_avg": 8.0},
+    # ``exp_inf`` gets 2 u at a step, of a product or a sum.
+    "Adamax": {"param": 8.0, "exp_avg": 8.0, "exp_inf": 8.0},
+    "NAdam": ADAM_ULPS,
+    "RAdam": ADAM_ULPS,
+    # ``exp_avg_var`` gets what ``exp_avg`` is off by beside what ``exp_avg_sq`` gets.
+    "AdaBelief": {"param": 8.0, "exp_avg": 8.0, "exp_avg_var": 8.0},
 }
 
 #: Bits of the significand, the exponent of the smallest number, and the letter for ``struct``.
@@ -236,6 +242,85 @@ RULES = {
     "ASGD": asgd,
     "Lion": lion,
 }
+
+
+def adamax(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Kingma & Ba (2015), Algorithm 2; torch's eps."""
+    m = u = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        m = beta1 * m + (1 - beta1) * grad
+        u = max(beta2 * u, abs(grad) + h.eps)
+        param -= h.lr / (1 - beta1**step) * m / u
+        yield {"param": param, "exp_avg": m, "exp_inf": u}
+
+
+def decayed(param: Any, grad: Any, h: Any) -> tuple[Any, Any]:
+    """The parameter and the gradient after the decay of the one or the other."""
+    grad = -grad if h.maximize else grad
+    if h.decoupled_weight_decay:
+        return param - h.lr * h.weight_decay * param, grad
+    return param, grad + h.weight_decay * param
+
+
+def nadam(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Dozat (2016), Algorithm 2, with the constant beta1 in the average, as torch."""
+    m = v = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        param, grad = decayed(param, grad, h)
+        factor = exact.mpf(0.96)
+        *mus, mu, mu_next = (
+            beta1 * (1 - factor ** (i * h.momentum_decay) / 2) for i in range(1, step + 2)
+        )
+        product = exact.fprod([*mus, mu])
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        m_hat = mu_next * m / (1 - product * mu_next) + (1 - mu) * grad / (1 - product)
+        param -= h.lr * m_hat / (exact.sqrt(v / (1 - beta2**step)) + h.eps)
+        yield {"param": param, "exp_avg": m, "exp_avg_sq": v}
+
+
+def radam(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Liu et al. (2020), Algorithm 2; torch's eps and its bound of 5."""
+    m = v = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        param, grad = decayed(param, grad, h)
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        m_hat = m / (1 - beta1**step)
+        limit = 2 / (1 - beta2) - 1
+        rho = limit - 2 * step * beta2**step / (1 - beta2**step)
+        if rho > 5:
+            r = (rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)
+            m_hat *= exact.sqrt(r * (1 - beta2**step)) / (exact.sqrt(v) + h.eps)
+        param -= h.lr * m_hat
+        yield {"param": param, "exp_avg": m, "exp_avg_sq": v}
+
+
+def adabelief(
+    param: Any, grads: Iterable[Any], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Zhuang et al. (2020), Algorithm 2."""
+    m = s = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        param, grad = decayed(param, grad, h)
+        m = beta1 * m + (1 - beta1) * grad
+        s = beta2 * s + (1 - beta2) * (grad - m) ** 2 + h.eps
+        m_hat, s_hat = m / (1 - beta1**step), s / (1 - beta2**step)
+        param -= h.lr * m_hat / (exact.sqrt(s_hat) + h.eps)
+        yield {"param": param, "exp_avg": m, "exp_avg_var": s}
+
+
+RULES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "ClippedAdam": clipped_adam}
+RULES |= {"Adamax": adamax, "NAdam": nadam, "RAdam": radam, "AdaBelief": adabelief}
 
 
 def at(options: dict[str, Any], step: int) -> SimpleNamespace:

@@ -324,6 +324,67 @@ CASES = {
         Case("twenty steps", mo.Lion(lr=0.1), LONG),
         Case("not finite", mo.Lion(lr=0.1, weight_decay=0.1), NONFINITE),
     ],
+    "adamax": [
+        Case("defaults", mo.Adamax()),
+        Case("lr, betas, eps", mo.Adamax(lr=0.1, betas=(0.6, 0.7), eps=1e-3)),
+        Case("betas of zero", mo.Adamax(lr=0.1, betas=(0.0, 0.0))),
+        Case("eps of zero", mo.Adamax(lr=0.1, eps=0.0), NO_EPS),
+        Case("weight_decay, maximize", mo.Adamax(lr=0.1, weight_decay=0.01, maximize=True)),
+        Case("schedules", mo.Adamax(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
+        Case("twenty steps", mo.Adamax(lr=0.1), LONG),
+        Case("not finite", mo.Adamax(lr=0.1), NONFINITE),
+    ],
+    "nadam": [
+        Case("defaults", mo.NAdam()),
+        Case("lr, betas, eps", mo.NAdam(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
+        Case("betas of zero", mo.NAdam(lr=0.1, betas=(0.0, 0.0))),
+        Case("momentum_decay", mo.NAdam(lr=0.1, momentum_decay=2.0)),
+        Case("momentum_decay of zero", mo.NAdam(lr=0.1, momentum_decay=0.0)),
+        Case("weight_decay, maximize", mo.NAdam(lr=0.1, weight_decay=0.01, maximize=True)),
+        Case(
+            "decoupled_weight_decay",
+            mo.NAdam(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
+        Case(
+            "schedules",
+            mo.NAdam(
+                lr=LR,
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=DECAY,
+                momentum_decay=Schedule(0.0, 1.0, 0.5, 4e-3, 100.0),
+            ),
+        ),
+        Case("twenty steps", mo.NAdam(lr=0.1, betas=(0.99, 0.999), momentum_decay=4.0), LONG),
+        Case("not finite", mo.NAdam(lr=0.1), NONFINITE),
+    ],
+    "radam": [
+        Case("defaults", mo.RAdam()),
+        Case("lr, betas, eps", mo.RAdam(lr=0.1, betas=(0.6, 0.95), eps=1e-3), LONG),
+        Case("betas of zero", mo.RAdam(lr=0.1, betas=(0.0, 0.0))),
+        Case("weight_decay, maximize", mo.RAdam(lr=0.1, weight_decay=0.01, maximize=True), LONG),
+        Case(
+            "decoupled_weight_decay",
+            mo.RAdam(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+            LONG,
+        ),
+        Case("schedules", mo.RAdam(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
+        Case("twenty steps", mo.RAdam(lr=0.1), LONG),
+        Case("never rectified", mo.RAdam(lr=0.1, betas=(0.9, 0.6)), LONG),
+        Case("not finite", mo.RAdam(lr=0.1), NONFINITE),
+    ],
+    "adabelief": [
+        Case("defaults", mo.AdaBelief()),
+        Case("lr, betas, eps", mo.AdaBelief(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
+        Case("weight_decay, maximize", mo.AdaBelief(lr=0.1, weight_decay=0.3, maximize=True)),
+        Case(
+            "decoupled_weight_decay",
+            mo.AdaBelief(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
+        Case("schedules", mo.AdaBelief(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
+        Case("twenty steps", mo.AdaBelief(lr=0.1), LONG),
+        Case("not finite", mo.AdaBelief(lr=0.1), NONFINITE),
+    ],
 }
 
 

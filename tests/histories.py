@@ -108,6 +108,7 @@ def rules() -> st.SearchStrategy[mo.Rule]:
     decay = st.sampled_from([0.0, 1e-2, 0.5])
     adam = {"lr": lr, "betas": st.tuples(beta, beta), "eps": eps, "weight_decay": decay}
     amsgrad = {"amsgrad": st.sampled_from([False, True, "corrected"]), "maximize": st.booleans()}
+    decoupled = {"decoupled_weight_decay": st.booleans(), "maximize": st.booleans()}
     momentum = st.sampled_from([0.0, 0.5, 0.9])
     return st.one_of(
         st.builds(
@@ -185,6 +186,12 @@ def rules() -> st.SearchStrategy[mo.Rule]:
             maximize=st.booleans(),
         ),
         st.builds(mo.DCTAdam, lr=lr, clip_norm=st.sampled_from([1e-3, 10.0, float("inf")])),
+        st.builds(mo.Adamax, **adam, maximize=st.booleans()),
+        st.builds(
+            mo.NAdam, **adam, **decoupled, momentum_decay=st.sampled_from([0.0, 4e-3, 0.4, 10.0])
+        ),
+        st.builds(mo.RAdam, **adam, **decoupled),
+        st.builds(mo.AdaBelief, **adam, **decoupled),
     )
 
 

@@ -39,7 +39,9 @@ def histories(draw: st.DrawFn, rule: str, dtype: str) -> History:
     """
     options = draw(OPTIONS[rule])
     size = magnitudes(0.1, 100.0, dtype)
-    centered = options.get("centered_variance", False) or options.get("centered", False)
+    centered = rule == "AdaBelief" or any(
+        options.get(name, False) for name in ("centered_variance", "centered")
+    )
     if rule in ("SGD", "AdamW", "ASGD") or not (options.get("weight_decay") or centered):
         size |= st.just(0.0)
     n = draw(st.integers(1, 50))
@@ -84,6 +86,7 @@ MOMENTS = {
     "eps": st.floats(1e-10, 1e-3),
     "weight_decay": DECAY,
 }
+DECOUPLED = {"decoupled_weight_decay": st.booleans(), "maximize": st.booleans()}
 ADAM = st.fixed_dictionaries(
     {
         **MOMENTS,
@@ -171,6 +174,12 @@ OPTIONS = {
             "maximize": st.booleans(),
         }
     ),
+    "Adamax": st.fixed_dictionaries({**MOMENTS, "maximize": st.booleans()}),
+    "NAdam": st.fixed_dictionaries(
+        {**MOMENTS, **DECOUPLED, "momentum_decay": st.just(0.0) | st.floats(1e-3, 10.0)}
+    ),
+    "RAdam": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
+    "AdaBelief": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
 }
 
 

@@ -22,7 +22,7 @@ def test_two_hundred_steps_follow_the_peer(
     ours = {"w": rng.standard_normal(50).astype(dtype)}
     theirs = torch.from_numpy(ours["w"].copy()).requires_grad_()
     opt, peer = mo.Optimizer(case.rule), case.peer([theirs], **case.arguments)
-    # torch keeps the learning rate of ASGD in its default dtype, whatever that of the parameter.
+    # torch keeps numbers of ASGD and of NAdam in its default dtype, whatever that of the parameter.
     request.addfinalizer(partial(torch.set_default_dtype, torch.get_default_dtype()))
     torch.set_default_dtype(theirs.dtype)
     moved = np.zeros(50)

@@ -570,6 +570,8 @@ def test_any_number_may_be_scheduled() -> None:
         mo.Adadelta(),
         mo.Rprop(),
         mo.AdagradRMSProp(delta=0.3),
+        mo.NAdam(),
+        mo.RAdam(),
     ],
     ids=lambda rule: type(rule).__name__,
 )

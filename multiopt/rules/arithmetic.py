@@ -27,6 +27,7 @@ __all__ = [
     "sign",
     "sum_of_squares",
     "tree_sum",
+    "vectorized",
 ]
 
 #: Elements in one block of the summation tree. A power of two.
@@ -137,6 +138,22 @@ def _by_squaring(
         square = squared(square)
         bits >>= 1
     return result
+
+
+def vectorized(function: Callable[..., float]) -> Callable[..., Any]:
+    """Give a function of host numbers a form for arrays of them, with the same results.
+
+    >>> vectorized(max)(np.array([1.0, 3.0]), 2.0).tolist()
+    [2.0, 3.0]
+    """
+
+    @wraps(function)
+    def either(*arguments: Any) -> Any:
+        if any(map(np.ndim, arguments)):
+            return np.vectorize(function, [np.float64])(*arguments)
+        return function(*arguments)
+
+    return either
 
 
 def rounded(value: Any, dtype: str) -> float:
