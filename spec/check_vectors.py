@@ -362,7 +362,8 @@ def deviations(
     """
     start = exact.mpf(param)
     truth = RULES[rule](start, map(exact.mpf, grads), options)
-    largest = dict.fromkeys(steps[0], exact.zero) | {"param": abs(start)}
+    # ASGD's average is of parameters, so it has their errors.
+    largest = dict.fromkeys(steps[0], exact.zero) | {"param": abs(start), "ax": abs(start)}
     result: dict[str, list[float]] = {name: [] for name in steps[0]}
     for got, wanted in zip(steps, truth, strict=True):
         for name, value in got.items():
