@@ -229,21 +229,6 @@ def lion(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[
         yield {"param": param, "exp_avg": m}
 
 
-RULES = {
-    "SGD": sgd,
-    "Adam": adam,
-    "AdamW": adamw,
-    "ClippedAdam": clipped_adam,
-    "Adagrad": adagrad,
-    "Adadelta": adadelta,
-    "Rprop": rprop,
-    "AdagradRMSProp": adagrad_rmsprop,
-    "RMSprop": rmsprop,
-    "ASGD": asgd,
-    "Lion": lion,
-}
-
-
 def adamax(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Kingma & Ba (2015), Algorithm 2; torch's eps."""
     m = u = exact.zero
@@ -319,8 +304,23 @@ def adabelief(
         yield {"param": param, "exp_avg": m, "exp_avg_var": s}
 
 
-RULES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "ClippedAdam": clipped_adam}
-RULES |= {"Adamax": adamax, "NAdam": nadam, "RAdam": radam, "AdaBelief": adabelief}
+RULES = {
+    "SGD": sgd,
+    "Adam": adam,
+    "AdamW": adamw,
+    "ClippedAdam": clipped_adam,
+    "Adagrad": adagrad,
+    "Adadelta": adadelta,
+    "Rprop": rprop,
+    "AdagradRMSProp": adagrad_rmsprop,
+    "RMSprop": rmsprop,
+    "ASGD": asgd,
+    "Lion": lion,
+    "Adamax": adamax,
+    "NAdam": nadam,
+    "RAdam": radam,
+    "AdaBelief": adabelief,
+}
 
 
 def at(options: dict[str, Any], step: int) -> SimpleNamespace:
