@@ -14,15 +14,18 @@ NumPy, PyTorch and JAX arrays.
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
-from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, Rule
+from multiopt.rules import LAMB, SGD, Adafactor, Adam, AdamW, ClippedAdam, Muon, Rule
 
 __all__ = [
+    "LAMB",
     "SGD",
+    "Adafactor",
     "Adam",
     "AdamW",
     "CheckpointError",
     "Clip",
     "ClippedAdam",
+    "Muon",
     "Optimizer",
     "Report",
     "Rule",

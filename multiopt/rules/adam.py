@@ -7,7 +7,7 @@ import numpy as np
 
 from multiopt.rules.arithmetic import maximum, one_minus_power
 from multiopt.rules.decay import descending, penalized, shrunk
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
 
 __all__ = ["Adam", "descend", "first_moment", "second_moment"]
 
@@ -185,7 +185,4 @@ def check_betas(rule: Any) -> None:
     Raises:
         ValueError: It is no pair.
     """
-    pair = rule.betas
-    if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise ValueError(f"{type(rule).__name__}: betas must be a pair of numbers; got {pair!r}")
-    object.__setattr__(rule, "betas", tuple(pair))
+    check_tuple(rule, "betas", 2)
