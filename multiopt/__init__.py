@@ -17,9 +17,11 @@ from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
 from multiopt.rules import (
     ASGD,
+    LAMB,
     SGD,
     AdaBelief,
     Adadelta,
+    Adafactor,
     Adagrad,
     AdagradRMSProp,
     Adam,
@@ -28,6 +30,7 @@ from multiopt.rules import (
     ClippedAdam,
     DCTAdam,
     Lion,
+    Muon,
     NAdam,
     RAdam,
     RMSprop,
@@ -37,9 +40,11 @@ from multiopt.rules import (
 
 __all__ = [
     "ASGD",
+    "LAMB",
     "SGD",
     "AdaBelief",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "AdagradRMSProp",
     "Adam",
@@ -51,6 +56,7 @@ __all__ = [
     "ClippedAdam",
     "DCTAdam",
     "Lion",
+    "Muon",
     "NAdam",
     "Optimizer",
     "RAdam",

@@ -492,8 +492,8 @@ class Backend:
             grad = clamp(xp, grad, task.bound)
         param = self.resumed(task)
         if not task.elementwise:
-            # A sum may depend on strides, and a matrix product does.
-            param, grad = (xp.asarray(x, copy=True) for x in (param, grad))
+            # A matrix product depends on strides, which ``asarray`` keeps.
+            param, grad = (_in_rows(xp, x) for x in (param, grad))
         slots = tuple(self.opened(slot, task.layout) for slot in task.slots)
         try:
             new_param, new_slots = task.update(xp, param, grad, slots, task.scalars)
@@ -596,6 +596,11 @@ def _check_update(task: Task, param: Array, new_param: Array, new_slots: Any) ->
                 f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(old.shape)} and "
                 f"{param.dtype}: an update has no literals and keeps shapes"
             )
+
+
+def _in_rows(xp: Any, array: Array) -> Array:
+    """A copy in row-major order."""
+    return xp.reshape(xp.reshape(array, (-1,), copy=True), array.shape)
 
 
 def _is_part(array: Array, lent: tuple[Array, ...]) -> bool:

@@ -142,3 +142,15 @@ CASES = [
     Case(mo.AdaBelief, {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
     Case(mo.AdaBelief, {"lr": 0.1, "weight_decay": 0.3, "decoupled_weight_decay": True}),
 ]
+
+#: Those that treat a parameter as a whole: no engine runs them but the rule as it stands.
+WHOLE = [
+    Case(mo.LAMB),
+    Case(mo.LAMB, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 0.1, "weight_decay": 0.1}),
+    Case(mo.LAMB, {"lr": 0.1, "weight_decay": 0.5, "maximize": True}),
+    Case(mo.Adafactor, {}, torch.optim.Adafactor),
+    Case(mo.Adafactor, {"lr": 0.1, "weight_decay": 0.1}, torch.optim.Adafactor),
+    Case(mo.Adafactor, {"lr": 1.0, "beta2_decay": -0.5, "d": 2.0}, torch.optim.Adafactor),
+    Case(mo.Adafactor, {"eps": (0.1, 0.5), "maximize": True}, torch.optim.Adafactor),
+    Case(mo.Adafactor, {"eps": (1e-30, 0.0), "d": float("inf")}, torch.optim.Adafactor),
+]

@@ -102,6 +102,27 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def rules() -> st.SearchStrategy[mo.Rule]:
+    return st.one_of(elementwise_rules(), whole_rules())
+
+
+def whole_rules() -> st.SearchStrategy[mo.Rule]:
+    lr = st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step])
+    beta = st.sampled_from([0.0, 0.5, 0.9, 0.999])
+    eps = st.sampled_from([0.0, 1e-6, 1e-3])
+    common = {"lr": lr, "weight_decay": st.sampled_from([0.0, 0.5]), "maximize": st.booleans()}
+    return st.one_of(
+        st.builds(mo.LAMB, **common, betas=st.tuples(beta, beta), eps=eps),
+        st.builds(
+            mo.Adafactor,
+            **common,
+            beta2_decay=st.sampled_from([-0.8, -0.5, 0.0]),
+            eps=st.tuples(st.none() | eps, eps),
+            d=st.sampled_from([1.0, 2.0, float("inf")]),
+        ),
+    )
+
+
+def elementwise_rules() -> st.SearchStrategy[mo.Rule]:
     lr = st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step])
     beta = st.sampled_from([0.0, 0.5, 0.9, 0.999])
     eps = st.sampled_from([0.0, 1e-8, 1e-3])

@@ -15,7 +15,7 @@ from multiopt.rules.arithmetic import clamp, maximum
 from multiopt_numpy import tape as tape_module
 from multiopt_numpy.tape import NotTraceable, Tape
 from tests.cases import CASES
-from tests.histories import fill, rules
+from tests.histories import elementwise_rules, fill
 from tests.libraries import assert_equal
 
 DTYPES = ["float32", "float64"]
@@ -98,7 +98,7 @@ def test_every_rule_is_traced_and_equal(case: Any, dtype: str) -> None:
 
 
 @given(
-    rules(),
+    elementwise_rules(),
     st.sampled_from(DTYPES),
     st.sampled_from(KINDS),
     st.sampled_from([*SIZES, 4 * BLOCK, 1000]),

@@ -2,6 +2,7 @@
 
 from multiopt.rules.adabelief import AdaBelief
 from multiopt.rules.adadelta import Adadelta
+from multiopt.rules.adafactor import Adafactor
 from multiopt.rules.adagrad import Adagrad
 from multiopt.rules.adagrad_rmsprop import AdagradRMSProp
 from multiopt.rules.adam import Adam
@@ -10,7 +11,9 @@ from multiopt.rules.adamw import AdamW
 from multiopt.rules.asgd import ASGD
 from multiopt.rules.clipped_adam import ClippedAdam
 from multiopt.rules.dct_adam import DCTAdam
+from multiopt.rules.lamb import LAMB
 from multiopt.rules.lion import Lion
+from multiopt.rules.muon import Muon
 from multiopt.rules.nadam import NAdam
 from multiopt.rules.radam import RAdam
 from multiopt.rules.rmsprop import RMSprop
@@ -20,9 +23,11 @@ from multiopt.rules.sgd import SGD
 
 __all__ = [
     "ASGD",
+    "LAMB",
     "SGD",
     "AdaBelief",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "AdagradRMSProp",
     "Adam",
@@ -31,6 +36,7 @@ __all__ = [
     "ClippedAdam",
     "DCTAdam",
     "Lion",
+    "Muon",
     "NAdam",
     "RAdam",
     "RMSprop",

@@ -5,10 +5,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from multiopt.rules.adam import check_betas, descend, first_moment, second_moment
+from multiopt.rules.adam import descend, first_moment, second_moment
 from multiopt.rules.arithmetic import one_minus_power
 from multiopt.rules.decay import descending, penalized, shrunk
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
 
 __all__ = ["AdaBelief"]
 
@@ -85,7 +85,7 @@ class AdaBelief(Rule):
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_betas(self)
+        check_tuple(self, "betas", 2)
         super().__post_init__()
 
     @property

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from multiopt.rules.adam import check_betas, first_moment
+from multiopt.rules.adam import first_moment
 from multiopt.rules.arithmetic import maximum, one_minus_power
 from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
 
 __all__ = ["Adamax"]
 
@@ -77,7 +77,7 @@ class Adamax(Rule):
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_betas(self)
+        check_tuple(self, "betas", 2)
         super().__post_init__()
 
     @property

@@ -5,10 +5,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from multiopt.rules.adam import check_betas, descend, first_moment, second_moment
+from multiopt.rules.adam import descend, first_moment, second_moment
 from multiopt.rules.arithmetic import clamp, one_minus_power, power
 from multiopt.rules.decay import penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, Update
+from multiopt.rules.rule import (
+    FRACTION,
+    NONNEGATIVE,
+    Hyperparameter,
+    Range,
+    Rule,
+    Update,
+    check_tuple,
+)
 
 __all__ = ["ClippedAdam"]
 
@@ -98,7 +106,7 @@ class ClippedAdam(Rule):
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_betas(self)
+        check_tuple(self, "betas", 2)
         super().__post_init__()
 
     @property

@@ -4,11 +4,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from multiopt.rules.adam import check_betas, first_moment, second_moment
+from multiopt.rules.adam import first_moment, second_moment
 from multiopt.rules.arithmetic import clamp
 from multiopt.rules.clipped_adam import Scalars, clipped_adam, decayed_step_size
 from multiopt.rules.cosine import dct, idct, next_fast_len
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, Update
+from multiopt.rules.rule import (
+    FRACTION,
+    NONNEGATIVE,
+    Hyperparameter,
+    Range,
+    Rule,
+    Update,
+    check_tuple,
+)
 
 __all__ = ["DCTAdam"]
 
@@ -80,7 +88,7 @@ class DCTAdam(Rule):
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_betas(self)
+        check_tuple(self, "betas", 2)
         super().__post_init__()
         dim = self.dct_dim
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):

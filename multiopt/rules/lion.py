@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from multiopt.rules.adam import check_betas, first_moment
+from multiopt.rules.adam import first_moment
 from multiopt.rules.arithmetic import sign
 from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
 
 __all__ = ["Lion"]
 
@@ -73,7 +73,7 @@ class Lion(Rule):
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_betas(self)
+        check_tuple(self, "betas", 2)
         super().__post_init__()
 
     @property

@@ -5,9 +5,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from multiopt.rules.adam import check_pair
 from multiopt.rules.decay import descending
-from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Range, Rule, Update
+from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Range, Rule, Update, check_tuple
 
 __all__ = ["Rprop"]
 
@@ -87,8 +86,8 @@ class Rprop(Rule):
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_pair(self, "etas")
-        check_pair(self, "step_sizes")
+        check_tuple(self, "etas", 2)
+        check_tuple(self, "step_sizes", 2)
         super().__post_init__()
         shrink, grow = self.etas
         if not ((callable(shrink) or shrink < 1) and (callable(grow) or grow > 1)):

@@ -21,6 +21,7 @@ __all__ = [
     "Range",
     "Rule",
     "Update",
+    "check_tuple",
     "is_schedule",
 ]
 
@@ -205,6 +206,19 @@ class Rule(ABC):
                 f"or a schedule step -> number; got {value!r}{when}"
             )
         return number
+
+
+def check_tuple(rule: Rule, name: str, length: int) -> None:
+    """Hold a hyperparameter to a pair or a triple, and make a list of as many a tuple.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = getattr(rule, name)
+    if not (isinstance(value, tuple | list) and len(value) == length):
+        words = {2: "a pair", 3: "a triple"}[length]
+        raise ValueError(f"{type(rule).__name__}: {name} must be {words} of numbers; got {value!r}")
+    object.__setattr__(rule, name, tuple(value))
 
 
 def is_schedule(value: Any) -> bool:
