@@ -11,6 +11,7 @@ NumPy, PyTorch and JAX arrays.
 [-0.01, 0.01]
 """
 
+from multiopt import schedules
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
@@ -27,6 +28,7 @@ __all__ = [
     "Report",
     "Rule",
     "State",
+    "schedules",
 ]
 
 __version__ = "0.1.0"
