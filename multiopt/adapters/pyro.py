@@ -47,6 +47,7 @@ from multiopt.entry import (
     described_rule,
     new_entry,
     restored,
+    restored_plateaus,
     with_rule,
 )
 from multiopt.errors import CheckpointError
@@ -174,6 +175,10 @@ class _Core(Optimizer):
         entries = self._entries
         self._entries = {**entries, name: with_rule(name, entries[name], rule)}
 
+    def resume(self, steps: int) -> None:
+        """Go on counting the steps of the optimizer from a number."""
+        self._steps = steps
+
     def restore(self, states: Mapping[str, tuple[Mapping[str, Any], Rule]]) -> None:
         """Give names loaded state and the rules that came with it.
 
@@ -266,12 +271,14 @@ class _PyroOptimizer(PyroOptim):
             self.pt_optim_args,
             self.pt_clip_args,
         )
-        return {"arguments": arguments, "waiting": self._stored_or_warn()}
+        steps = self._core.steps
+        return {"arguments": arguments, "waiting": self._stored_or_warn(), "steps": steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin with the settings, all state waiting."""
         _PyroOptimizer.__init__(self, *state["arguments"])
         self._state_waiting_to_be_consumed = state["waiting"]
+        self._core.resume(state["steps"])
 
     # Tensors
 
@@ -382,6 +389,8 @@ class _PyroOptimizer(PyroOptim):
             rule = _restored_rule(waiting[label]["rule"], entry.rule)
             states[key] = {**waiting[label], "slots": slots}, self._rules.setdefault(rule, rule)
         self._core.restore(states)
+        for stored, rule in states.values():
+            restored_plateaus(rule, stored["rule"], ahead=True)
         for label in takers:
             waiting.pop(label, None)
 
@@ -422,8 +431,13 @@ class _PyroOptimizer(PyroOptim):
                 ) from error
         self._wait(loaded)
 
-    def _wait(self, loaded: dict[str, dict[str, Any]]) -> None:
-        """Let loaded state wait, if it fits the rule as far as that is known."""
+    def _wait(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
+        """Let loaded state wait, if it fits the rule as far as that is known.
+
+        Args:
+            loaded: The state by label.
+            steps: How many steps the optimizer has taken; if unknown, the largest clock.
+        """
         if isinstance(self.pt_optim_args, dict):
             rule = self._make_rule(self.pt_optim_args)
             for label, stored in loaded.items():
@@ -431,7 +445,11 @@ class _PyroOptimizer(PyroOptim):
                     check_slot_names(label, stored, _restored_rule(stored["rule"], rule))
                 except (ValueError, TypeError) as error:
                     raise CheckpointError(str(error)) from error
+            for stored in loaded.values():
+                restored_plateaus(rule, stored["rule"])
         self._state_waiting_to_be_consumed.update(loaded)
+        clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
+        self._core.resume(max(clocks, default=0) if steps is None else steps)
 
     def save(self, filename: str | PathLike[str]) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
@@ -440,9 +458,8 @@ class _PyroOptimizer(PyroOptim):
         saved under; a warning says how many there are.
         """
         entries = self._stored_or_warn()
-        checkpoint.write(
-            filename, {"version": checkpoint.VERSION, "entries": entries, "pending": {}}
-        )
+        state = {"version": checkpoint.VERSION, "steps": self._core.steps}
+        checkpoint.write(filename, {**state, "entries": entries, "pending": {}})
 
     def load(self, filename: str | PathLike[str], map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
@@ -470,7 +487,8 @@ class _PyroOptimizer(PyroOptim):
                     ) from error
         if is_safetensors:
             document = checkpoint.read(filename)
-            self._wait({**document["pending"], **document["entries"]})
+            loaded = {**document["pending"], **document["entries"]}
+            self._wait(loaded, document.get("steps"))
         else:
             self.set_state(state)
 
@@ -509,12 +527,12 @@ class _PyroOptimizer(PyroOptim):
     def _describe(self, tensor: torch.Tensor) -> dict[str, Any]:
         """The state of a tensor as a state dict has it, its slots NumPy arrays."""
         entry = self._core.entry(self._tracked[tensor].key)
-        return described(entry, named(entry.layout.library).to_host)
+        return described(entry, named(entry.layout.library).to_host, self._core.steps)
 
     def _group(self, tensor: torch.Tensor) -> dict[str, Any]:
         """The settings of a tensor as they are now, in torch's terms."""
         entry = self._core.entry(self._tracked[tensor].key)
-        rule = described_rule(entry.rule, entry.step)
+        rule = described_rule(entry.rule, entry.step, self._core.steps)
         return group_settings(self._constructor, rule, entry.step)
 
     def _change(self, tensor: torch.Tensor, name: str, value: Any) -> None:
