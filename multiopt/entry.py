@@ -111,6 +111,8 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
         ValueError: The rule is not for parameters of this shape.
     """
     old = entry.rule.slot_shapes(entry.layout.shape)
+    if type(rule) is type(entry.rule) and rule.slot_shapes(entry.layout.shape) == old:
+        return replace(entry, rule=rule)
     fresh = new_entry(name, rule, entry.clip, entry.layout)
     new = rule.slot_shapes(entry.layout.shape)
     kept = {
