@@ -283,7 +283,9 @@ class JointOptim(PyroOptim):
             if isinstance(rule, rules.ClippedAdam):
                 # Once more what the rule does, for the gradient that Pyro leaves behind is clipped.
                 assert not callable(rule.clip_norm)
-                clip = Clip(value=rule.clip_norm)
+                clip = clip or Clip()
+                value = rule.clip_norm if clip.value is None else min(clip.value, rule.clip_norm)
+                clip = replace(clip, value=value)
             key = self._unused_key(label)
             layout = named("torch").layout(tensor, f"parameter {key!r}")
             self._core.enter(key, rule, clip, layout)
