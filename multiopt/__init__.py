@@ -11,20 +11,58 @@ NumPy, PyTorch and JAX arrays.
 [-0.01, 0.01]
 """
 
+from multiopt.averaging import Average
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, Report, State
-from multiopt.rules import SGD, Adam, AdamW, ClippedAdam, Rule
+from multiopt.rules import (
+    ASGD,
+    LAMB,
+    SGD,
+    AdaBelief,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    AdagradRMSProp,
+    Adam,
+    Adamax,
+    AdamW,
+    ClippedAdam,
+    DCTAdam,
+    Lion,
+    Muon,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    Rule,
+)
 
 __all__ = [
+    "ASGD",
+    "LAMB",
     "SGD",
+    "AdaBelief",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "AdagradRMSProp",
     "Adam",
     "AdamW",
+    "Adamax",
+    "Average",
     "CheckpointError",
     "Clip",
     "ClippedAdam",
+    "DCTAdam",
+    "Lion",
+    "Muon",
+    "NAdam",
     "Optimizer",
+    "RAdam",
+    "RMSprop",
     "Report",
+    "Rprop",
     "Rule",
     "State",
 ]

@@ -49,6 +49,9 @@ COMPUTE_DTYPE: Mapping[str, str] = {
     "float64": "float64",
 }
 
+#: Complex dtypes, and that of their two parts, in which each is computed.
+PARTS_OF: Mapping[str, str] = {"complex64": "float32", "complex128": "float64"}
+
 #: The libraries with a package of their own. A library that nothing has imported is never asked.
 PACKAGES: Mapping[str, str] = {
     "numpy": "multiopt_numpy",
@@ -60,17 +63,41 @@ PACKAGES: Mapping[str, str] = {
 class Layout(NamedTuple):
     """What is known of a parameter without holding it: plain data, equal across processes.
 
+    A complex array counts as the array of its real and imaginary parts, which stand side by side
+    along one more axis.
+
     Attributes:
         library: A key of ``PACKAGES``, or the module name of another Array API namespace.
         shape: As in NumPy.
         dtype: A key of ``COMPUTE_DTYPE``.
         device: As the library writes it.
+        is_complex: Whether it is complex.
     """
 
     library: str
     shape: tuple[int, ...]
     dtype: str
     device: str
+    is_complex: bool = False
+
+    @classmethod
+    def of(cls, library: str, shape: Iterable[int], dtype: str, device: str) -> "Layout":
+        """That of an array, complex or not."""
+        if dtype in PARTS_OF:
+            return cls(library, (*shape, 2), PARTS_OF[dtype], device, is_complex=True)
+        return cls(library, tuple(shape), dtype, device)
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape that the array itself has."""
+        return self.shape[:-1] if self.is_complex else self.shape
+
+    @property
+    def own_dtype(self) -> str:
+        """The dtype that the array itself has."""
+        if self.is_complex:
+            return next(name for name, part in PARTS_OF.items() if part == self.dtype)
+        return self.dtype
 
     @property
     def compute_dtype(self) -> str:
@@ -85,12 +112,13 @@ class Task:
     Attributes:
         name: The parameter's name.
         backend: Where it runs.
-        param: Its array, which only ``Backend.write`` may change.
+        param: Its array, or the parts of a complex one, which only ``Backend.write`` may change.
         grad: Its gradient, which nothing may change.
         layout: The parameter's layout.
         slots: The slots in the order of the rule, in the form in which the backend keeps them.
         update: The rule's formula.
         elementwise: ``Rule.elementwise``.
+        master: The float32 array that a 16-bit parameter was rounded from, if that is kept.
         scalars: The numbers of the step, rounded to the compute dtype.
         scales: Clip coefficients, rounded to the compute dtype, applied one after the other.
         bound: Bound of each element of the scaled gradient, rounded likewise, or None.
@@ -104,6 +132,7 @@ class Task:
     slots: tuple[Array, ...]
     update: Update
     elementwise: bool
+    master: Array | None
     scalars: Any
     scales: list[float] = field(default_factory=list)
     bound: float | None = None
@@ -116,6 +145,7 @@ class Result(NamedTuple):
         param: The new parameter as ``write`` takes it.
         slots: The new slots, in the form in which the backend keeps them.
         grad: The clipped gradient, in the namespace of the computation.
+        master: What the new parameter is rounded from, if the task has a master copy.
         limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
             array that is still on its device.
     """
@@ -123,6 +153,7 @@ class Result(NamedTuple):
     param: Array
     slots: tuple[Array, ...]
     grad: Array
+    master: Array | None
     limited: Any
 
 
@@ -329,7 +360,22 @@ class Backend:
         """
         dtype = str(array.dtype).rpartition(".")[2]
         require_dtype(dtype, label)
-        return Layout(self.library, tuple(array.shape), dtype, str(array.device))
+        return Layout.of(self.library, array.shape, dtype, str(array.device))
+
+    def parts(self, array: Array) -> Array:
+        """The real and imaginary parts of a complex array along one more axis.
+
+        Where arrays can be written, it is a view.
+        """
+        xp = import_module(self.library)
+        return xp.stack([xp.real(array), xp.imag(array)], axis=-1)
+
+    def whole(self, parts: Array) -> Array:
+        """The complex array of such parts."""
+        host = np.ascontiguousarray(np.from_dlpack(parts))
+        complex_ = next(name for name, part in PARTS_OF.items() if part == host.dtype.name)
+        xp = import_module(self.library)
+        return xp.asarray(host.view(complex_)[..., 0], device=parts.device)
 
     def check_surroundings(self, label: str) -> None:
         """Refuse a step where this library has no values to compute with.
@@ -370,6 +416,22 @@ class Backend:
         """An array ready for the computation: in its namespace, in the compute dtype."""
         xp = self.namespace(layout)
         return xp.astype(array, getattr(xp, layout.compute_dtype), copy=False)
+
+    def resumed(self, task: Task) -> Array:
+        """The parameter ready for the computation: its master copy, where that rounds to it.
+
+        Where it does not, the parameter was changed by somebody else, or there was no step yet.
+        """
+        param = self.opened(task.param, task.layout)
+        if task.master is None:
+            return param
+        master = self.opened(task.master, task.layout)
+        rounded = self.opened(self.rounded(task.master, task), task.layout)
+        return self.namespace(task.layout).where(rounded == param, master, param)
+
+    def rounded(self, master: Array, task: Task) -> Array:
+        """A master copy rounded to the dtype of its parameter."""
+        return self.namespace(task.layout).astype(master, task.param.dtype)
 
     def closed(self, computed: Array, param: Array) -> Array:
         """A computed array in the form in which slots are kept."""
@@ -428,10 +490,10 @@ class Backend:
         if task.bound is not None:
             limited = xp.any(xp.abs(grad) > task.bound)
             grad = clamp(xp, grad, task.bound)
-        param = self.opened(task.param, task.layout)
+        param = self.resumed(task)
         if not task.elementwise:
-            # A sum may depend on strides, and a matrix product does.
-            param, grad = (xp.asarray(x, copy=True) for x in (param, grad))
+            # A matrix product depends on strides, which ``asarray`` keeps.
+            param, grad = (_in_rows(xp, x) for x in (param, grad))
         slots = tuple(self.opened(slot, task.layout) for slot in task.slots)
         try:
             new_param, new_slots = task.update(xp, param, grad, slots, task.scalars)
@@ -440,12 +502,13 @@ class Backend:
             raise
         _check_update(task, param, new_param, new_slots)
         # A rule may hand on what it was given as a slot; what the caller lent is not ours to keep.
-        kept = (
+        kept = [
             xp.asarray(slot, copy=True) if _is_part(slot, (param, grad, *slots)) else slot
-            for slot in new_slots
-        )
-        closed = tuple(self.closed(slot, task.param) for slot in kept)
-        return Result(self.ready(task, new_param), closed, grad, limited)
+            for slot in (*new_slots, *([] if task.master is None else [new_param]))
+        ]
+        closed = [self.closed(slot, task.param) for slot in kept]
+        master = None if task.master is None else closed.pop()
+        return Result(self.ready(task, new_param), tuple(closed), grad, master, limited)
 
     def ready(self, task: Task, computed: Array) -> Array:
         """The computed parameter as ``write`` takes it: all of its writing that may fail."""
@@ -505,12 +568,13 @@ def require_dtype(dtype: str, label: str) -> None:
     """Refuse a dtype that no rule can work with.
 
     Raises:
-        TypeError: It is not a real floating dtype of ``COMPUTE_DTYPE``.
+        TypeError: It is no floating dtype.
     """
-    if dtype not in COMPUTE_DTYPE:
+    known = [*COMPUTE_DTYPE, *PARTS_OF]
+    if dtype not in known:
         raise TypeError(
-            f"{label} has dtype {dtype}; expected one of {', '.join(sorted(COMPUTE_DTYPE))}: "
-            "convert it to a real floating dtype"
+            f"{label} has dtype {dtype}; expected one of {', '.join(sorted(known))}: convert it to "
+            "a floating dtype"
         )
 
 
@@ -532,6 +596,11 @@ def _check_update(task: Task, param: Array, new_param: Array, new_slots: Any) ->
                 f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(old.shape)} and "
                 f"{param.dtype}: an update has no literals and keeps shapes"
             )
+
+
+def _in_rows(xp: Any, array: Array) -> Array:
+    """A copy in row-major order."""
+    return xp.reshape(xp.reshape(array, (-1,), copy=True), array.shape)
 
 
 def _is_part(array: Array, lent: tuple[Array, ...]) -> bool:

@@ -23,6 +23,9 @@ __all__ = ["VERSION", "check_state_dict", "read", "write"]
 #: The version of the file format and of ``state_dict``.
 VERSION = 1
 
+#: The parts of a state dict that are entries by name, and whether it must have them.
+PARTS = {"entries": True, "pending": True, "averages": False, "pending_averages": False}
+
 #: What reading a file of another kind, or a damaged one, can raise.
 MALFORMED = (SafetensorError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -44,7 +47,7 @@ def write(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
         return {**entry, "slots": slots}
 
     document = {
-        key: {name: stored(entry) for name, entry in value.items()} if key != "version" else value
+        key: {name: stored(entry) for name, entry in value.items()} if key in PARTS else value
         for key, value in state_dict.items()
     }
     metadata = {"multiopt": json.dumps(document, allow_nan=False)}
@@ -74,8 +77,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(path, framework="numpy") as file:
             document = json.loads((file.metadata() or {})["multiopt"])
             _check_version(document)
-            for part in ("entries", "pending"):
-                for entry in document[part].values():
+            for part, required in PARTS.items():
+                for entry in (document[part] if required else document.get(part, {})).values():
                     entry["slots"] = {
                         slot: file.get_tensor(key) for slot, key in entry["slots"].items()
                     }
@@ -103,8 +106,8 @@ def check_state_dict(state_dict: Any) -> None:
     if not isinstance(state_dict, Mapping) or "version" not in state_dict:
         raise ValueError("expected a state dict with 'version', 'entries' and 'pending'")
     _check_version(state_dict)
-    for part in ("entries", "pending"):
-        entries = state_dict.get(part)
+    for part, required in PARTS.items():
+        entries = state_dict.get(part, None if required else {})
         if not isinstance(entries, Mapping):
             raise ValueError(f"expected a mapping under {part!r}; got {type(entries).__name__}")
         for name, entry in entries.items():

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.clipping import Clip
 from multiopt.rules import Rule
 
 __all__ = [
     "Entry",
+    "check_average",
     "check_clip",
     "check_rule",
     "check_slot_names",
@@ -28,6 +30,10 @@ __all__ = [
 ]
 
 
+#: The name of the slot that is no rule's.
+MASTER = "master_param"
+
+
 @dataclass(slots=True)
 class Entry:
     """One parameter of the registry. A step changes its clock and its slots, and nothing else."""
@@ -37,11 +43,15 @@ class Entry:
     step: int
     slots: tuple[Array, ...]
     layout: Layout
+    #: What a 16-bit parameter is rounded from, in float32, if that is kept; zero at first.
+    master: Array | None = None
 
     def named_slots(self, convert: Callable[[Array], Array]) -> dict[str, Array]:
         """The slots by name, each converted."""
-        names = self.rule.slot_shapes(self.layout.shape)
-        return dict(zip(names, map(convert, self.slots), strict=True))
+        named = dict(zip(self.rule.slot_shapes(self.layout.shape), self.slots, strict=True))
+        if self.master is not None:
+            named[MASTER] = self.master
+        return {name: convert(slot) for name, slot in named.items()}
 
 
 def check_rule(rule: Any) -> None:
@@ -64,6 +74,19 @@ def check_clip(clip: Any) -> None:
         raise TypeError(f"clip must be a Clip, a callable name -> Clip or None; got {clip!r}")
 
 
+def check_average(average: Any) -> None:
+    """Refuse what is neither an average, nor a callable, nor None.
+
+    Raises:
+        TypeError: It is none of them.
+    """
+    known = average is None or isinstance(average, Average) or callable(average)
+    if isinstance(average, type) or not known:
+        raise TypeError(
+            f"average must be an Average, a callable name -> Average or None; got {average!r}"
+        )
+
+
 def chosen_clip(clip: Any, name: str) -> Clip | None:
     """The clip of a name, as ``chosen``."""
     return None if clip is None else chosen(clip, name, Clip, "clip")
@@ -78,7 +101,7 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
     if isinstance(given, kind):
         return given
     choice = given(name)
-    if not isinstance(choice, kind) and not (kind is Clip and choice is None):
+    if not isinstance(choice, kind) and not (kind is not Rule and choice is None):
         raise TypeError(
             f"the {what} callable gave {choice!r} for parameter {name!r}; expected a "
             f"{kind.__name__}"
@@ -86,19 +109,34 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
     return choice
 
 
-def new_entry(name: str, rule: Rule, clip: Clip | None, layout: Layout) -> Entry:
+def new_entry(
+    name: str, rule: Rule, clip: Clip | None, layout: Layout, masters: bool = False
+) -> Entry:
     """An entry before its first step, every slot zero.
+
+    Args:
+        name: That of the parameter.
+        rule: Its rule.
+        clip: Its clip.
+        layout: Its layout.
+        masters: Whether 16-bit parameters have master copies.
 
     Raises:
         ValueError: The rule is not for parameters of this shape.
     """
     zeros = named(layout.library).zeros
+    if layout.is_complex and not rule.elementwise:
+        raise ValueError(
+            f"parameter {name!r} is complex; expected a real one, for {type(rule).__name__} treats "
+            "it as a whole: give it another rule"
+        )
     try:
         shapes = rule.slot_shapes(layout.shape)
     except ValueError as error:
         raise ValueError(f"parameter {name!r}: {error}") from error
     slots = tuple(zeros(layout._replace(shape=shape)) for shape in shapes.values())
-    return Entry(rule, clip, 0, slots, layout)
+    is_rounded = layout.dtype != layout.compute_dtype
+    return Entry(rule, clip, 0, slots, layout, zeros(layout) if masters and is_rounded else None)
 
 
 def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
@@ -142,19 +180,32 @@ def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored(
-    name: str, stored: Mapping[str, Any], rule: Rule, clip: Clip | None, layout: Layout
+    name: str,
+    stored: Mapping[str, Any],
+    rule: Rule,
+    clip: Clip | None,
+    layout: Layout,
+    masters: bool = False,
 ) -> Entry:
     """An entry from loaded state, its slots NumPy arrays; of step 0 it may have none.
+
+    The arguments are those of ``new_entry``. State without a master copy may begin to have one.
 
     Raises:
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
-    fresh = new_entry(name, rule, clip, layout)
+    fresh = new_entry(name, rule, clip, layout, masters)
     shapes = rule.slot_shapes(layout.shape)
+    if fresh.master is not None and MASTER in stored["slots"]:
+        shapes[MASTER] = layout.shape
     check_slot_names(name, stored, rule, shapes)
     if is_unstepped(stored):
         return fresh
-    for slot, array in stored["slots"].items():
+    arrays = stored["slots"]
+    if layout.is_complex:
+        parts = named("numpy").parts
+        arrays = {k: parts(x) if np.iscomplexobj(x) else x for k, x in arrays.items()}
+    for slot, array in arrays.items():
         if array.shape != shapes[slot]:
             raise ValueError(
                 f"the loaded slot {slot!r} of parameter {name!r} has shape {array.shape}; expected "
@@ -168,8 +219,9 @@ def restored(
                 "convert it, or forget the name to start anew"
             )
     from_host = named(layout.library).from_host
-    slots = tuple(from_host(stored["slots"][slot], layout) for slot in shapes)
-    return Entry(rule, clip, stored["step"], slots, layout)
+    slots = {slot: from_host(arrays[slot], layout) for slot in shapes}
+    master = slots.pop(MASTER, fresh.master)
+    return Entry(rule, clip, stored["step"], tuple(slots.values()), layout, master)
 
 
 def check_slot_names(
@@ -187,6 +239,14 @@ def check_slot_names(
         ValueError: They are not.
     """
     have, want = sorted(stored["slots"]), sorted(rule.slots if names is None else names)
+    if names is None and MASTER in have:
+        # Whether its parameter has 16 bits is not known yet.
+        want = sorted([*want, MASTER])
+    elif MASTER in have and MASTER not in want:
+        raise ValueError(
+            f"the loaded state of parameter {name!r} has the slot {MASTER!r}; expected none, for "
+            "a parameter of 32 or 64 bits or an optimizer without master_weights=True"
+        )
     # Which slots a rule that is not elementwise has, the shape may decide.
     known = names is not None or rule.elementwise
     if (have != want if known else not set(have) <= set(want)) and not is_unstepped(stored):

@@ -92,8 +92,8 @@ def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
     came = backend_of(grad, label).layout(grad, label)
     for what, have, want, remedy, error in (
         ("library", came.library, layout.library, "convert it", TypeError),
-        ("shape", came.shape, layout.shape, "reshape it", ValueError),
-        ("dtype", came.dtype, layout.dtype, "convert it", TypeError),
+        ("shape", came.own_shape, layout.own_shape, "reshape it", ValueError),
+        ("dtype", came.own_dtype, layout.own_dtype, "convert it", TypeError),
         ("device", came.device, layout.device, "move it", TypeError),
     ):
         if have != want:

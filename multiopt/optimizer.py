@@ -14,10 +14,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from multiopt import checkpoint
+from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, backend_of, named, objects
 from multiopt.clipping import Clip
 from multiopt.entry import (
     Entry,
+    check_average,
     check_clip,
     check_rule,
     check_slot_names,
@@ -36,6 +38,9 @@ from multiopt.rules import Rule
 from multiopt.step import Step
 
 __all__ = ["Optimizer", "Report", "State"]
+
+#: Where a state dict has the entries of averages, and those that wait.
+AVERAGES = {"entries": "averages", "pending": "pending_averages"}
 
 #: How many plans are remembered: lists of names that take turns.
 PLANS = 8
@@ -94,6 +99,12 @@ class Optimizer:
         threads: The largest number of threads for large parameters on the CPU. By default, and at
             most, as many as torch uses where it is loaded, else as many as the process may run on;
             the environment variable ``MULTIOPT_NUM_THREADS`` bounds them too.
+        master_weights: Keep a float32 copy of each float16 and bfloat16 parameter, from which the
+            parameter is rounded at every step, so that changes too small for it add up. The copy
+            is the slot ``master_param``, takes 4 bytes an element and is saved with the others. A
+            parameter that somebody else changes is taken as it is.
+        average: What average to keep of every parameter beside it, or a callable ``name -> Average
+            or None``, called once for each name; None for none. ``average(name)`` reads it.
 
     Raises:
         TypeError: ``rule`` or ``clip`` is of another kind.
@@ -114,7 +125,10 @@ class Optimizer:
     # Without a dict, a misspelt attribute is an error instead of a setting without effect.
     __slots__ = (
         "__weakref__",
+        "_average",
+        "_averages",
         "_clip",
+        "_masters",
         "_on_nonfinite",
         "_outcome",
         "_pending",
@@ -135,10 +149,13 @@ class Optimizer:
         *,
         on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
         threads: int | None = None,
+        master_weights: bool = False,
+        average: Average | Callable[[str], Average | None] | None = None,
     ) -> None:
         """Make an optimizer that has seen no parameter yet."""
         check_rule(rule)
         check_clip(clip)
+        check_average(average)
         if on_nonfinite not in ("propagate", "raise", "skip"):
             raise ValueError(
                 f"on_nonfinite must be 'propagate', 'raise' or 'skip'; got {on_nonfinite!r}"
@@ -149,6 +166,10 @@ class Optimizer:
             raise ValueError(f"threads must be an integer >= 1 or None; got {threads!r}")
         self._on_nonfinite = on_nonfinite
         self._threads = threads
+        self._masters = master_weights
+        # Averages are slots of a rule that looks at each new parameter.
+        self._average = average
+        self._averages = None if average is None else Optimizer(Choices(), threads=threads)
         self._seen: dict[str, Entry] = {}
         # The plan of the last step, which has the clocks of its entries, and some earlier ones.
         self._plan: Plan | None = None
@@ -188,6 +209,17 @@ class Optimizer:
             why = "its loaded state is pending" if name in self._pending else "it was never stepped"
             raise KeyError(f"no state for parameter {name!r}: {why}")
         return State(entry.step, entry.named_slots(_shown(entry)))
+
+    def average(self, name: str) -> Array:
+        """The average of a parameter: a copy, float32 for a 16-bit parameter.
+
+        Raises:
+            KeyError: None is kept, or there was no step yet.
+        """
+        if self._averages is None or name not in self._averages:
+            why = "its loaded state is pending" if name in self._pending else "none is kept"
+            raise KeyError(f"no average of parameter {name!r}: {why}")
+        return self._averages.state(name).slots["average"]
 
     def __len__(self) -> int:
         """The number of names seen."""
@@ -279,6 +311,10 @@ class Optimizer:
             raise KeyError(f"cannot forget parameter {name!r}: it is neither seen nor pending")
         self._entries = {n: entry for n, entry in self._entries.items() if n != name}
         self._pending.pop(name, None)
+        if self._averages is not None and (
+            name in self._averages or name in self._averages.pending
+        ):
+            self._averages.forget(name)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give names, seen or pending, new names; state, rule and clip go along.
@@ -303,6 +339,9 @@ class Optimizer:
                 raise ValueError(f"cannot rename: two parameters would be called {new!r}")
         self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
         self._pending = {names.get(name, name): entry for name, entry in self._pending.items()}
+        if self._averages is not None:
+            known = dict.fromkeys([*self._averages.names, *self._averages.pending])
+            self._averages.rename({old: new for old, new in names.items() if old in known})
 
     # The step
 
@@ -341,9 +380,36 @@ class Optimizer:
             gradients = np.fromiter(map(grads.get, params), object, count)
         arrays = np.fromiter(params.values(), object, count)
         advance = _untraced() if "torch._dynamo" in sys.modules else Optimizer._advance
-        if replaced := advance(self, list(params), arrays, gradients):
+        names = list(params)
+        if replaced := advance(self, names, arrays, gradients):
             params.update(replaced)
+        if self._averages is not None:
+            averaged = self._averaged()
+            arrays = np.fromiter(map(params.get, averaged), object, len(averaged))
+            if grads is not None:
+                gradients = np.fromiter(map(grads.get, averaged), object, len(averaged))
+            advance(self._averages, averaged, arrays, gradients)
         return params
+
+    def _averaged(self) -> list[str]:
+        """The names that the last step updated, and of which an average is kept."""
+        assert self._outcome is not None
+        names, _, outcome = self._outcome
+        if outcome.active is not None:
+            names = list(compress(names, outcome.active))
+        if isinstance(self._average, Average):
+            return names
+        return [name for name in names if self._average_of(name) is not None]
+
+    def _average_of(self, name: str) -> Average | None:
+        """What average is kept of a name; asked once."""
+        assert self._averages is not None
+        choices = self._averages._rule
+        assert isinstance(choices, Choices)
+        if name not in choices:
+            choices[name] = chosen(self._average, name, Average, "average")
+        choice: Average | None = choices[name]
+        return choice
 
     def _advance(
         self, names: list[str], params: np.ndarray, grads: np.ndarray | None
@@ -503,26 +569,33 @@ class Optimizer:
         """The entry a step of this parameter starts from; nothing is registered yet."""
         entry = self._seen.get(name)
         if entry is None:
+            if self._averages is not None:
+                self._average_of(name)
             rule = chosen(self._rule, name, Rule, "rule")
             clip = chosen_clip(self._clip, name)
             if name in self._pending:
-                return restored(name, self._pending[name], rule, clip, layout)
-            return new_entry(name, rule, clip, layout)
-        if layout.shape != entry.layout.shape:
+                return restored(name, self._pending[name], rule, clip, layout, self._masters)
+            return new_entry(name, rule, clip, layout, self._masters)
+        old = entry.layout
+        if layout.own_shape != old.own_shape:
             raise ValueError(
-                f"parameter {name!r} has shape {layout.shape}; expected {entry.layout.shape}, that "
+                f"parameter {name!r} has shape {layout.own_shape}; expected {old.own_shape}, that "
                 "of its state: forget the name to start anew"
             )
-        if layout.dtype != entry.layout.dtype:
+        if layout.own_dtype != old.own_dtype:
             raise TypeError(
-                f"parameter {name!r} has dtype {layout.dtype}; expected {entry.layout.dtype}, that "
+                f"parameter {name!r} has dtype {layout.own_dtype}; expected {old.own_dtype}, that "
                 "of its state: forget the name to start anew"
             )
         if layout == entry.layout:
             return entry
-        host = [named(entry.layout.library).to_host(slot) for slot in entry.slots]
-        slots = tuple(named(layout.library).from_host(array, layout) for array in host)
-        return replace(entry, slots=slots, layout=layout)
+        to_host, from_host = named(entry.layout.library).to_host, named(layout.library).from_host
+
+        def moved(slot: Array | None) -> Array | None:
+            return None if slot is None else from_host(to_host(slot), layout)
+
+        slots = tuple(map(moved, entry.slots))
+        return replace(entry, slots=slots, layout=layout, master=moved(entry.master))
 
     # State
 
@@ -532,7 +605,8 @@ class Optimizer:
         Returns:
             ``{"version", "entries": {name: {"rule", "step", "slots"}}, "pending": {...}}``: the
             rule as a dict of its name and its hyperparameters at that step, slots as arrays of the
-            parameter's library; under ``"pending"`` likewise, slots as NumPy arrays.
+            parameter's library; under ``"pending"`` likewise, slots as NumPy arrays. With averages
+            also ``"averages"`` and ``"pending_averages"``, of the same form.
 
         >>> import multiopt as mo
         >>> mo.Optimizer(mo.SGD()).state_dict()
@@ -543,6 +617,16 @@ class Optimizer:
     def _state_dict(self, convert: Callable[[Entry], Callable[[Array], Array]]) -> dict[str, Any]:
         return {
             "version": checkpoint.VERSION,
+            **self._stored(convert),
+            **(
+                {}
+                if self._averages is None
+                else {AVERAGES[part]: x for part, x in self._averages._stored(convert).items()}
+            ),
+        }
+
+    def _stored(self, convert: Callable[[Entry], Callable[[Array], Array]]) -> dict[str, Any]:
+        return {
             "entries": {
                 name: described(entry, convert(entry)) for name, entry in self._entries.items()
             },
@@ -571,16 +655,45 @@ class Optimizer:
                 dtype of its parameter.
         """
         checkpoint.check_state_dict(state_dict)
+        loaded = self._loaded({**state_dict["pending"], **state_dict["entries"]})
+        averages: dict[str, Any] = {}
+        for part in AVERAGES.values():
+            averages |= state_dict.get(part, {})
+        keeps = self._averages
+        odd = [name for name in averages if keeps is None or self._average_of(name) is None]
+        if odd:
+            raise ValueError(
+                f"the loaded state has averages of {', '.join(map(repr, odd))}; expected none, for "
+                "names of which this optimizer keeps none: give it an average"
+            )
+        if keeps is not None:
+            keeps._take_over(*keeps._loaded(averages))
+            for name in loaded[0]:
+                if name in keeps and name not in averages:
+                    keeps.forget(name)
+        self._take_over(*loaded)
+
+    def _loaded(
+        self, states: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[dict[str, Entry], dict[str, dict[str, Any]]]:
+        """Loaded state as entries of names that were seen, and as what is to wait."""
         entries, pending = {}, {}
-        for name, stored in {**state_dict["pending"], **state_dict["entries"]}.items():
+        for name, stored in states.items():
             host = on_host(name, stored)
             entry = self._entries.get(name)
             if entry is not None:
-                entries[name] = restored(name, host, entry.rule, entry.clip, entry.layout)
+                entries[name] = restored(
+                    *(name, host, entry.rule, entry.clip, entry.layout), self._masters
+                )
             else:
                 if isinstance(self._rule, Rule):
                     check_slot_names(name, host, self._rule)
                 pending[name] = host
+        return entries, pending
+
+    def _take_over(
+        self, entries: Mapping[str, Entry], pending: Mapping[str, dict[str, Any]]
+    ) -> None:
         self._entries = {**self._entries, **entries}
         self._pending.update(pending)
 
@@ -610,9 +723,19 @@ class Optimizer:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
 
 
+class Choices(dict[str, Any]):
+    """A callable ``name -> average`` that knows the answers."""
+
+    __call__ = dict.__getitem__
+
+
 def _shown(entry: Entry) -> Callable[[Array], Array]:
     """How a slot of an entry is shown."""
-    return partial(named(entry.layout.library).shown, layout=entry.layout)
+    backend = named(entry.layout.library)
+    shown = partial(backend.shown, layout=entry.layout)
+    if entry.layout.is_complex:
+        return lambda slot: backend.whole(shown(slot))
+    return shown
 
 
 def _report(names: list[str], new: tuple[str, ...], outcome: Outcome) -> Report:

@@ -106,8 +106,8 @@ class Step:
         """
         for backend, tasks in by_backend(self._tasks.values()):
             backend.check_surroundings(f"parameter {tasks[0].name!r}")
-            for task in tasks:
-                backend.check_writable(task.param, f"parameter {task.name!r}")
+        for i, task in self._tasks.items():
+            task.backend.check_writable(self._params[i], f"parameter {task.name!r}")
         self._lend(self._tasks)
         self._was_apart = self._is_apart()
         if not self._was_apart:
@@ -149,13 +149,15 @@ class Step:
             task = self._tasks[i]
             if clipped is not None and clipped[i] and lent.grad_is_copy:
                 self.left_over.append((task, lent.grad))
+            if task.master is not None:
+                plan.entries[i].master = task.backend.closed(lent.param, task.param)
             part = plan.parts[plan.part_of[i]]
             if part.batch.slots_of(int(plan.local[i])) is None:
                 closed = (task.backend.closed(slot, task.param) for slot in lent.slots)
                 plan.entries[i].slots = tuple(closed)
         for i, task, result in self._results:
-            replaced[i] = task.backend.write(task, result.param)
-            plan.entries[i].slots = result.slots
+            replaced[i] = self._replacement(i, task, task.backend.write(task, result.param))
+            plan.entries[i].slots, plan.entries[i].master = result.slots, result.master
             if clipped is not None:
                 clipped[i] = any(scale != 1 for scale in task.scales)
             if task.bound is not None:
@@ -175,8 +177,15 @@ class Step:
         for backend, tasks in by_backend(self._tasks[i] for i in copied):
             computed = [copied[where[id(task)]].param for task in tasks]
             for task, ready in zip(tasks, backend.all_ready(tasks, computed), strict=True):
-                replaced[where[id(task)]] = backend.write(task, ready)
+                i = where[id(task)]
+                replaced[i] = self._replacement(i, task, backend.write(task, ready))
         return replaced
+
+    def _replacement(self, position: int, task: Task, written: Array) -> Array:
+        """What stands for a parameter whose update was written: itself, or a new array."""
+        if written is task.param:
+            return self._params[position]
+        return task.backend.whole(written) if task.layout.is_complex else written
 
     # Looking
 
@@ -193,13 +202,15 @@ class Step:
             backend = backend_of(param, label)
             layout = backend.layout(param, label)
             grad = checked_gradient(name, grad, layout)
+            if layout.is_complex:
+                param, grad = backend.parts(param), backend.parts(grad)
             entry = self._plan.entries[i]
             if layout != entry.layout:
                 moved[i] = layout
             rule = entry.rule
             self._tasks[i] = Task(
                 *(name, backend, param, grad, layout, entry.slots),
-                *(rule.update, rule.elementwise, None),
+                *(rule.update, rule.elementwise, entry.master, None),
             )
         return moved
 
@@ -240,7 +251,7 @@ class Step:
             param, grad = (self._memory(task, array) for array in (task.param, task.grad))
             in_place = param is not None and param.flags.writeable
             if param is None or not in_place:
-                param = self._copied(task, task.param)
+                param = np.array(task.backend.resumed(task), order="C")
             grad_is_copy = grad is None or copy
             if grad is None or copy:
                 grad = self._copied(task, task.grad)

@@ -33,11 +33,35 @@ exact.prec = 256
 # * to ``param`` 1 u for the subtraction, 2 u for a decay, and, by its share in the parameter, the
 #   change: 7 u of its own, what ``exp_avg`` is off by, and half of what ``exp_avg_sq`` is.
 #
-# For a few steps that is about 2 ulps a step and less than that as errors have either sign.
+# For a few steps that is about 2 ulps a step and less than that as errors have either sign. RMSprop
+# has twice as many for the parameter: its first changes are ten times as large as the later ones,
+# and where they cancel each other their errors add up.
 SGD_ULPS = {"param": 4.0, "momentum_buffer": 4.0}
 ADAM_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "max_corrected_exp_avg_sq")
 ADAM_ULPS = dict.fromkeys(("param", *ADAM_SLOTS), 8.0)
-ULPS = {"SGD": SGD_ULPS, "Adam": ADAM_ULPS, "AdamW": ADAM_ULPS, "ClippedAdam": ADAM_ULPS}
+ULPS = {
+    "SGD": SGD_ULPS,
+    "Adam": ADAM_ULPS,
+    "AdamW": ADAM_ULPS,
+    "ClippedAdam": ADAM_ULPS,
+    # ``sum`` takes 2 u a step: the square and the addition.
+    "Adagrad": {"param": 8.0, "sum": 4.0},
+    # ``delta`` has 6 u of its own and half of what either average is off by; its square, twice
+    # that, goes by its share into ``acc_delta``, which keeps it.
+    "Adadelta": {"param": 8.0, "square_avg": 8.0, "acc_delta": 8.0},
+    # ``prev`` is a gradient or zero; ``step_size`` takes 2 u a step: the factor and the product.
+    "Rprop": {"param": 8.0, "prev": 0.0, "step_size": 8.0},
+    "AdagradRMSProp": {"param": 8.0, "sum": 8.0},
+    "RMSprop": {"param": 16.0, "square_avg": 8.0, "momentum_buffer": 8.0, "grad_avg": 8.0},
+    "ASGD": {"param": 8.0, "ax": 8.0},
+    "Lion": {"param": 8.0, "exp_avg": 8.0},
+    # ``exp_inf`` gets 2 u at a step, of a product or a sum.
+    "Adamax": {"param": 8.0, "exp_avg": 8.0, "exp_inf": 8.0},
+    "NAdam": ADAM_ULPS,
+    "RAdam": ADAM_ULPS,
+    # ``exp_avg_var`` gets what ``exp_avg`` is off by beside what ``exp_avg_sq`` gets.
+    "AdaBelief": {"param": 8.0, "exp_avg": 8.0, "exp_avg_var": 8.0},
+}
 
 #: Bits of the significand, the exponent of the smallest number, and the letter for ``struct``.
 FORMATS = {"float32": (24, -149, "f"), "float64": (53, -1074, "d")}
@@ -110,7 +134,193 @@ def clipped_adam(
         yield {"param": param, "exp_avg": m, "exp_avg_sq": v}
 
 
-RULES = {"SGD": sgd, "Adam": adam, "AdamW": adamw, "ClippedAdam": clipped_adam}
+def adagrad(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Duchi et al. (2011), Figure 1, diagonal; torch's start of the sum and decay of the rate."""
+    total = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        if step == 1:
+            total = h.initial_accumulator_value
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        total += grad**2
+        rate = h.lr / (1 + (step - 1) * h.lr_decay)
+        param -= rate * grad / (exact.sqrt(total) + h.eps)
+        yield {"param": param, "sum": total}
+
+
+def adadelta(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Zeiler (2012), Algorithm 1."""
+    square = change = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        square = h.rho * square + (1 - h.rho) * grad**2
+        delta = exact.sqrt(change + h.eps) / exact.sqrt(square + h.eps) * grad
+        change = h.rho * change + (1 - h.rho) * delta**2
+        param -= h.lr * delta
+        yield {"param": param, "square_avg": square, "acc_delta": change}
+
+
+def rprop(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Riedmiller & Braun (1993) without the step back: iRprop- of Igel & Hüsken (2000)."""
+    prev = size = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        if step == 1:
+            size = h.lr
+        grad = -grad if h.maximize else grad
+        product = prev * grad
+        size *= h.etas[product > 0] if product else 1
+        size = min(max(size, h.step_sizes[0]), h.step_sizes[1])
+        prev = exact.zero if product < 0 else grad
+        param -= exact.sign(prev) * size
+        yield {"param": param, "prev": prev, "step_size": size}
+
+
+def adagrad_rmsprop(
+    param: Any, grads: Iterable[Any], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Kucukelbir et al. (2017), equations 10 and 11, with tau of 1."""
+    average = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        average = grad**2 if step == 1 else h.t * grad**2 + (1 - h.t) * average
+        rate = h.eta * exact.power(step, h.delta - exact.mpf("0.5"))
+        param -= rate / (1 + exact.sqrt(average)) * grad
+        yield {"param": param, "sum": average}
+
+
+def rmsprop(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tieleman & Hinton (2012); centered: Graves (2013), equations 38-41; eps outside the root."""
+    mean_square = mean = buffer = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        mean_square = h.alpha * mean_square + (1 - h.alpha) * grad**2
+        mean = h.alpha * mean + (1 - h.alpha) * grad
+        divisor = exact.sqrt(mean_square - mean**2 if h.centered else mean_square) + h.eps
+        buffer = h.momentum * buffer + grad / divisor
+        param -= h.lr * buffer
+        slots = {"square_avg": mean_square, "momentum_buffer": buffer, "grad_avg": mean}
+        yield {"param": param, **slots}
+
+
+def asgd(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Polyak & Juditsky (1992), with the learning rate of Bottou (2012)."""
+    average = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        eta = h.lr / (1 + h.lambd * h.lr * (step - 1)) ** h.alpha
+        param = (1 - h.lambd * eta) * param - eta * grad
+        average += (param - average) / max(1, step - 1 - h.t0)
+        yield {"param": param, "ax": average}
+
+
+def lion(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Chen et al. (2023), Algorithm 2."""
+    m = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        grad = -grad if h.maximize else grad
+        param -= h.lr * (exact.sign(beta1 * m + (1 - beta1) * grad) + h.weight_decay * param)
+        m = beta2 * m + (1 - beta2) * grad
+        yield {"param": param, "exp_avg": m}
+
+
+def adamax(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Kingma & Ba (2015), Algorithm 2; torch's eps."""
+    m = u = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        m = beta1 * m + (1 - beta1) * grad
+        u = max(beta2 * u, abs(grad) + h.eps)
+        param -= h.lr / (1 - beta1**step) * m / u
+        yield {"param": param, "exp_avg": m, "exp_inf": u}
+
+
+def decayed(param: Any, grad: Any, h: Any) -> tuple[Any, Any]:
+    """The parameter and the gradient after the decay of the one or the other."""
+    grad = -grad if h.maximize else grad
+    if h.decoupled_weight_decay:
+        return param - h.lr * h.weight_decay * param, grad
+    return param, grad + h.weight_decay * param
+
+
+def nadam(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Dozat (2016), Algorithm 2, with the constant beta1 in the average, as torch."""
+    m = v = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        param, grad = decayed(param, grad, h)
+        factor = exact.mpf(0.96)
+        *mus, mu, mu_next = (
+            beta1 * (1 - factor ** (i * h.momentum_decay) / 2) for i in range(1, step + 2)
+        )
+        product = exact.fprod([*mus, mu])
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        m_hat = mu_next * m / (1 - product * mu_next) + (1 - mu) * grad / (1 - product)
+        param -= h.lr * m_hat / (exact.sqrt(v / (1 - beta2**step)) + h.eps)
+        yield {"param": param, "exp_avg": m, "exp_avg_sq": v}
+
+
+def radam(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Liu et al. (2020), Algorithm 2; torch's eps and its bound of 5."""
+    m = v = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        param, grad = decayed(param, grad, h)
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        m_hat = m / (1 - beta1**step)
+        limit = 2 / (1 - beta2) - 1
+        rho = limit - 2 * step * beta2**step / (1 - beta2**step)
+        if rho > 5:
+            r = (rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)
+            m_hat *= exact.sqrt(r * (1 - beta2**step)) / (exact.sqrt(v) + h.eps)
+        param -= h.lr * m_hat
+        yield {"param": param, "exp_avg": m, "exp_avg_sq": v}
+
+
+def adabelief(
+    param: Any, grads: Iterable[Any], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Zhuang et al. (2020), Algorithm 2."""
+    m = s = exact.zero
+    for step, grad in enumerate(grads, start=1):
+        h = at(options, step)
+        beta1, beta2 = h.betas
+        param, grad = decayed(param, grad, h)
+        m = beta1 * m + (1 - beta1) * grad
+        s = beta2 * s + (1 - beta2) * (grad - m) ** 2 + h.eps
+        m_hat, s_hat = m / (1 - beta1**step), s / (1 - beta2**step)
+        param -= h.lr * m_hat / (exact.sqrt(s_hat) + h.eps)
+        yield {"param": param, "exp_avg": m, "exp_avg_var": s}
+
+
+RULES = {
+    "SGD": sgd,
+    "Adam": adam,
+    "AdamW": adamw,
+    "ClippedAdam": clipped_adam,
+    "Adagrad": adagrad,
+    "Adadelta": adadelta,
+    "Rprop": rprop,
+    "AdagradRMSProp": adagrad_rmsprop,
+    "RMSprop": rmsprop,
+    "ASGD": asgd,
+    "Lion": lion,
+    "Adamax": adamax,
+    "NAdam": nadam,
+    "RAdam": radam,
+    "AdaBelief": adabelief,
+}
 
 
 def at(options: dict[str, Any], step: int) -> SimpleNamespace:
@@ -152,7 +362,8 @@ def deviations(
     """
     start = exact.mpf(param)
     truth = RULES[rule](start, map(exact.mpf, grads), options)
-    largest = dict.fromkeys(steps[0], exact.zero) | {"param": abs(start)}
+    # ASGD's average is of parameters, so it has their errors.
+    largest = dict.fromkeys(steps[0], exact.zero) | {"param": abs(start), "ax": abs(start)}
     result: dict[str, list[float]] = {name: [] for name in steps[0]}
     for got, wanted in zip(steps, truth, strict=True):
         for name, value in got.items():

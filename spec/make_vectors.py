@@ -69,6 +69,13 @@ NO_EPS: Rows = {
     "float32": [*COMMON[:3], [1.0, 0.0, 0.5, -0.5, 1.0, 2.0], [1.0, 1e-22, 0.5, -0.5, 1.0, 2.0]],
     "float64": [*COMMON[:3], [1.0, 0.0, 0.5, -0.5, 1.0, 2.0], [1.0, 1e-162, 0.5, -0.5, 1.0, 2.0]],
 }
+#: The same, where the whole square is zero.
+NO_SUM: Rows = {**NO_EPS, "float32": [*NO_EPS["float32"][:4], [1.0, 1e-23, 0.5, -0.5, 1.0, 2.0]]}
+
+#: Steady gradients, whose variance comes out of rounding as nothing, or as less than nothing: the
+#: second with an alpha of 0.1 in float32, the third in float64. A large eps hides how much it is.
+STEADY_STEPS = [[2.0, *[size] * 20] for size in (1.0, 1.1, 0.3)]
+STEADY: Rows = {"float32": STEADY_STEPS, "float64": STEADY_STEPS}
 
 
 class Schedule:
@@ -184,6 +191,199 @@ CASES = {
         ),
         Case("twenty steps, lrd", mo.ClippedAdam(lr=8.0, lrd=1.01), LONG),
         Case("not finite", mo.ClippedAdam(lr=0.1), NONFINITE),
+    ],
+    "adagrad": [
+        Case("defaults", mo.Adagrad()),
+        Case("lr_decay, eps", mo.Adagrad(lr=0.1, lr_decay=0.3, eps=1e-3)),
+        Case("weight_decay", mo.Adagrad(lr=0.1, weight_decay=0.01)),
+        Case("initial_accumulator_value", mo.Adagrad(lr=0.1, initial_accumulator_value=0.1)),
+        Case("maximize", mo.Adagrad(lr=0.1, weight_decay=0.3, maximize=True)),
+        Case(
+            "schedules",
+            mo.Adagrad(
+                lr=LR,
+                lr_decay=Schedule(0.1, 0.0, 2.0, 0.3, 0.1),
+                weight_decay=DECAY,
+                initial_accumulator_value=Schedule(0.3, 1.0, 2.0, 3.0, 4.0),
+                eps=EPS,
+            ),
+        ),
+        Case("twenty steps", mo.Adagrad(lr=0.1), LONG),
+        Case("eps of zero", mo.Adagrad(lr=0.1, eps=0.0), NO_SUM),
+        Case("not finite", mo.Adagrad(lr=0.1), NONFINITE),
+    ],
+    "adadelta": [
+        Case("defaults", mo.Adadelta()),
+        Case("lr, rho, eps", mo.Adadelta(lr=0.1, rho=0.6, eps=1e-3)),
+        Case("rho of one", mo.Adadelta(lr=0.1, rho=1.0)),
+        Case("weight_decay", mo.Adadelta(weight_decay=0.01)),
+        Case("maximize", mo.Adadelta(weight_decay=0.3, maximize=True)),
+        Case(
+            "schedules",
+            mo.Adadelta(lr=LR, rho=Schedule(0.5, 1.0, 0.9, 0.0, 0.7), eps=EPS, weight_decay=DECAY),
+        ),
+        Case("twenty steps", mo.Adadelta(), LONG),
+        Case("eps of zero", mo.Adadelta(eps=0.0), NO_EPS),
+        Case("not finite", mo.Adadelta(), NONFINITE),
+    ],
+    "rprop": [
+        Case("defaults", mo.Rprop()),
+        Case("lr, etas", mo.Rprop(lr=0.1, etas=(0.3, 1.7))),
+        Case("step_sizes", mo.Rprop(lr=1.0, step_sizes=(0.2, 0.5))),
+        Case("step_sizes of zero and infinity", mo.Rprop(step_sizes=(0.0, inf))),
+        Case("maximize", mo.Rprop(lr=0.1, maximize=True)),
+        Case(
+            "schedules",
+            mo.Rprop(
+                lr=LR,
+                etas=(Schedule(0.5, 0.4, 0.3, 0.2, 0.1), Schedule(1.2, 1.3, 1.4, 1.5, 1.6)),
+                step_sizes=(
+                    Schedule(0.0, 0.3, 0.0, 0.1, 0.0),
+                    Schedule(50.0, 0.7, inf, 0.08, 0.01),
+                ),
+            ),
+        ),
+        Case("twenty steps", mo.Rprop(), LONG),
+        Case("not finite", mo.Rprop(lr=0.1), NONFINITE),
+    ],
+    # Deltas for which the powers of two to five are far from the middle of two numbers, so that
+    # every decent C library rounds them to the same ones.
+    "adagrad_rmsprop": [
+        Case("defaults", mo.AdagradRMSProp()),
+        Case("eta, delta, t", mo.AdagradRMSProp(eta=0.1, delta=0.3, t=0.4)),
+        Case("t of zero", mo.AdagradRMSProp(t=0.0)),
+        Case("t of one", mo.AdagradRMSProp(t=1.0)),
+        Case(
+            "schedules",
+            mo.AdagradRMSProp(
+                eta=LR,
+                delta=Schedule(0.1, -0.2, 0.3, 0.05, 0.05),
+                t=Schedule(0.5, 1.0, 0.1, 0.0, 0.3),
+            ),
+        ),
+        Case("not finite", mo.AdagradRMSProp(), NONFINITE),
+    ],
+    "rmsprop": [
+        Case("defaults", mo.RMSprop()),
+        Case("lr, alpha, eps", mo.RMSprop(lr=0.1, alpha=0.6, eps=1e-3)),
+        Case("alpha of zero", mo.RMSprop(alpha=0.0)),
+        Case("weight_decay", mo.RMSprop(weight_decay=0.01)),
+        Case("momentum", mo.RMSprop(momentum=0.9)),
+        Case("centered", mo.RMSprop(centered=True)),
+        Case("maximize", mo.RMSprop(maximize=True)),
+        Case(
+            "momentum, centered, weight_decay, maximize",
+            mo.RMSprop(alpha=0.9, weight_decay=0.3, momentum=0.5, centered=True, maximize=True),
+        ),
+        Case(
+            "schedules",
+            mo.RMSprop(
+                lr=LR,
+                alpha=BETAS[1],
+                eps=EPS,
+                weight_decay=DECAY,
+                momentum=Schedule(0.9, 0.5, 0.0, 0.99, 0.8),
+            ),
+        ),
+        Case("steady gradients, centered", mo.RMSprop(alpha=0.1, eps=1e3, centered=True), STEADY),
+        Case("twenty steps", mo.RMSprop(momentum=0.5, centered=True), LONG),
+        Case("eps of zero", mo.RMSprop(eps=0.0), NO_EPS),
+        Case("not finite", mo.RMSprop(momentum=0.5), NONFINITE),
+        Case("not finite, centered", mo.RMSprop(centered=True), NONFINITE),
+    ],
+    # The powers in these cases are farther than 0.03 ulps from the middle between two numbers, so
+    # C libraries that are off by less than 0.53 ulps round them alike (asgd.md).
+    "asgd": [
+        Case("defaults", mo.ASGD()),
+        Case("lr, lambd, alpha", mo.ASGD(lr=0.1, lambd=2.0, alpha=0.5)),
+        Case("lambd of zero", mo.ASGD(lr=0.1, lambd=0.0, t0=1.0)),
+        Case("average", mo.ASGD(lr=0.1, t0=2.0)),
+        Case("average from the start", mo.ASGD(lr=0.1, t0=0.0)),
+        Case("weight_decay", mo.ASGD(lr=0.1, weight_decay=0.01)),
+        Case("maximize", mo.ASGD(lr=0.1, lambd=0.1, t0=1.0, weight_decay=0.3, maximize=True)),
+        Case(
+            "schedules",
+            mo.ASGD(
+                lr=LR,
+                lambd=Schedule(0.1, 0.2, 0.0, 0.5, 1.0),
+                alpha=Schedule(0.75, 0.5, 1.0, 0.0, 2.0),
+                t0=Schedule(3.0, 3.0, 0.5, 1.0, 1e6),
+                weight_decay=DECAY,
+            ),
+        ),
+        Case("twenty steps", mo.ASGD(lr=0.1, lambd=0.5, t0=5.0), LONG),
+        Case("not finite", mo.ASGD(lr=0.1, t0=1.0), NONFINITE),
+    ],
+    "lion": [
+        Case("defaults", mo.Lion()),
+        Case("lr, betas", mo.Lion(lr=0.1, betas=(0.6, 0.95))),
+        Case("betas of zero", mo.Lion(lr=0.1, betas=(0.0, 0.0))),
+        Case("weight_decay", mo.Lion(lr=0.1, weight_decay=0.3)),
+        Case("maximize", mo.Lion(lr=0.1, weight_decay=0.3, maximize=True)),
+        Case("schedules", mo.Lion(lr=LR, betas=BETAS, weight_decay=DECAY)),
+        Case("twenty steps", mo.Lion(lr=0.1), LONG),
+        Case("not finite", mo.Lion(lr=0.1, weight_decay=0.1), NONFINITE),
+    ],
+    "adamax": [
+        Case("defaults", mo.Adamax()),
+        Case("lr, betas, eps", mo.Adamax(lr=0.1, betas=(0.6, 0.7), eps=1e-3)),
+        Case("betas of zero", mo.Adamax(lr=0.1, betas=(0.0, 0.0))),
+        Case("eps of zero", mo.Adamax(lr=0.1, eps=0.0), NO_EPS),
+        Case("weight_decay, maximize", mo.Adamax(lr=0.1, weight_decay=0.01, maximize=True)),
+        Case("schedules", mo.Adamax(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
+        Case("twenty steps", mo.Adamax(lr=0.1), LONG),
+        Case("not finite", mo.Adamax(lr=0.1), NONFINITE),
+    ],
+    "nadam": [
+        Case("defaults", mo.NAdam()),
+        Case("lr, betas, eps", mo.NAdam(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
+        Case("betas of zero", mo.NAdam(lr=0.1, betas=(0.0, 0.0))),
+        Case("momentum_decay", mo.NAdam(lr=0.1, momentum_decay=2.0)),
+        Case("momentum_decay of zero", mo.NAdam(lr=0.1, momentum_decay=0.0)),
+        Case("weight_decay, maximize", mo.NAdam(lr=0.1, weight_decay=0.01, maximize=True)),
+        Case(
+            "decoupled_weight_decay",
+            mo.NAdam(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
+        Case(
+            "schedules",
+            mo.NAdam(
+                lr=LR,
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=DECAY,
+                momentum_decay=Schedule(0.0, 1.0, 0.5, 4e-3, 100.0),
+            ),
+        ),
+        Case("twenty steps", mo.NAdam(lr=0.1, betas=(0.99, 0.999), momentum_decay=4.0), LONG),
+        Case("not finite", mo.NAdam(lr=0.1), NONFINITE),
+    ],
+    "radam": [
+        Case("defaults", mo.RAdam()),
+        Case("lr, betas, eps", mo.RAdam(lr=0.1, betas=(0.6, 0.95), eps=1e-3), LONG),
+        Case("betas of zero", mo.RAdam(lr=0.1, betas=(0.0, 0.0))),
+        Case("weight_decay, maximize", mo.RAdam(lr=0.1, weight_decay=0.01, maximize=True), LONG),
+        Case(
+            "decoupled_weight_decay",
+            mo.RAdam(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+            LONG,
+        ),
+        Case("schedules", mo.RAdam(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
+        Case("twenty steps", mo.RAdam(lr=0.1), LONG),
+        Case("never rectified", mo.RAdam(lr=0.1, betas=(0.9, 0.6)), LONG),
+        Case("not finite", mo.RAdam(lr=0.1), NONFINITE),
+    ],
+    "adabelief": [
+        Case("defaults", mo.AdaBelief()),
+        Case("lr, betas, eps", mo.AdaBelief(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
+        Case("weight_decay, maximize", mo.AdaBelief(lr=0.1, weight_decay=0.3, maximize=True)),
+        Case(
+            "decoupled_weight_decay",
+            mo.AdaBelief(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
+        Case("schedules", mo.AdaBelief(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
+        Case("twenty steps", mo.AdaBelief(lr=0.1), LONG),
+        Case("not finite", mo.AdaBelief(lr=0.1), NONFINITE),
     ],
 }
 

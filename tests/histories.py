@@ -102,12 +102,34 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def rules() -> st.SearchStrategy[mo.Rule]:
+    return st.one_of(elementwise_rules(), whole_rules())
+
+
+def whole_rules() -> st.SearchStrategy[mo.Rule]:
+    lr = st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step])
+    beta = st.sampled_from([0.0, 0.5, 0.9, 0.999])
+    eps = st.sampled_from([0.0, 1e-6, 1e-3])
+    common = {"lr": lr, "weight_decay": st.sampled_from([0.0, 0.5]), "maximize": st.booleans()}
+    return st.one_of(
+        st.builds(mo.LAMB, **common, betas=st.tuples(beta, beta), eps=eps),
+        st.builds(
+            mo.Adafactor,
+            **common,
+            beta2_decay=st.sampled_from([-0.8, -0.5, 0.0]),
+            eps=st.tuples(st.none() | eps, eps),
+            d=st.sampled_from([1.0, 2.0, float("inf")]),
+        ),
+    )
+
+
+def elementwise_rules() -> st.SearchStrategy[mo.Rule]:
     lr = st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step])
     beta = st.sampled_from([0.0, 0.5, 0.9, 0.999])
     eps = st.sampled_from([0.0, 1e-8, 1e-3])
     decay = st.sampled_from([0.0, 1e-2, 0.5])
     adam = {"lr": lr, "betas": st.tuples(beta, beta), "eps": eps, "weight_decay": decay}
     amsgrad = {"amsgrad": st.sampled_from([False, True, "corrected"]), "maximize": st.booleans()}
+    decoupled = {"decoupled_weight_decay": st.booleans(), "maximize": st.booleans()}
     momentum = st.sampled_from([0.0, 0.5, 0.9])
     return st.one_of(
         st.builds(
@@ -128,6 +150,69 @@ def rules() -> st.SearchStrategy[mo.Rule]:
             lrd=st.sampled_from([1.0, 0.9, 3.0]),
             centered_variance=st.booleans(),
         ),
+        st.builds(
+            mo.Adagrad,
+            lr=lr,
+            lr_decay=st.sampled_from([0.0, 0.1]),
+            weight_decay=decay,
+            initial_accumulator_value=st.sampled_from([0.0, 0.1]),
+            eps=eps,
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.Adadelta,
+            lr=lr,
+            rho=beta | st.just(1.0),
+            eps=eps,
+            weight_decay=decay,
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.Rprop,
+            lr=lr,
+            etas=st.sampled_from([(0.5, 1.2), (0.0, 3.0), (lambda step: 1 / step, 1.2)]),
+            step_sizes=st.sampled_from([(1e-6, 50.0), (0.0, float("inf")), (0.5, 0.1)]),
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.AdagradRMSProp,
+            eta=lr,
+            delta=st.sampled_from([1e-16, 0.3, -0.5]),
+            t=beta | st.just(1.0),
+        ),
+        st.builds(
+            mo.RMSprop,
+            lr=lr,
+            alpha=beta,
+            eps=eps,
+            weight_decay=decay,
+            momentum=momentum,
+            centered=st.booleans(),
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.ASGD,
+            lr=lr,
+            lambd=st.sampled_from([0.0, 1e-4, 0.5]),
+            alpha=st.sampled_from([0.0, 0.75, 3.0]),
+            t0=st.sampled_from([0.0, 5.0, 1e6]),
+            weight_decay=decay,
+            maximize=st.booleans(),
+        ),
+        st.builds(
+            mo.Lion,
+            lr=lr,
+            betas=st.tuples(beta, beta),
+            weight_decay=decay,
+            maximize=st.booleans(),
+        ),
+        st.builds(mo.DCTAdam, lr=lr, clip_norm=st.sampled_from([1e-3, 10.0, float("inf")])),
+        st.builds(mo.Adamax, **adam, maximize=st.booleans()),
+        st.builds(
+            mo.NAdam, **adam, **decoupled, momentum_decay=st.sampled_from([0.0, 4e-3, 0.4, 10.0])
+        ),
+        st.builds(mo.RAdam, **adam, **decoupled),
+        st.builds(mo.AdaBelief, **adam, **decoupled),
     )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multiopt as mo
-from tests.cases import CASES, Case
+from tests.cases import CASES, WHOLE, Case
 from tests.histories import History, arrays, fill, histories
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
@@ -41,7 +41,7 @@ def test_sixteen_bits_equal_numpy(library: Library, history: History) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*CASES, *WHOLE], ids=lambda case: case.id)
 def test_every_rule_over_fifty_steps(library: Library, case: Case, dtype: str) -> None:
     rng = np.random.default_rng(0)
     start = fill(rng, (3, 67), dtype, "moderate")
@@ -162,7 +162,7 @@ def test_sixteen_bits_keep_float32_slots(library: Library, dtype: str) -> None:
     assert library.numpy(params["w"]).dtype == array.dtype
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*CASES, *WHOLE], ids=lambda case: case.id)
 def test_torch_off_the_cpu_runs_the_rule_as_it_stands(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

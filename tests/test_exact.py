@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import multiopt as mo
@@ -31,15 +31,18 @@ class History:
 def histories(draw: st.DrawFn, rule: str, dtype: str) -> History:
     """Histories of moderate numbers, on which the rule is no ill-conditioned function.
 
-    Two mixtures are left out, which magnify every rounding error, whoever computes them. Adam
+    Three mixtures are left out, which magnify every rounding error, whoever computes them. Adam
     divides a gradient by its own size, so of one that the L2 penalty cancels it takes the rounding
     error for the direction: with a penalty, gradients are large against it. And a centered variance
-    of steady gradients goes to zero: with it, gradients change signs.
+    of steady gradients goes to zero: with it, gradients change signs. Lion takes the sign of a sum:
+    of one that cancels it takes that of the rounding error.
     """
     options = draw(OPTIONS[rule])
     size = magnitudes(0.1, 100.0, dtype)
-    centered = options.get("centered_variance", False)
-    if rule in ("SGD", "AdamW") or not (options["weight_decay"] or centered):
+    centered = rule == "AdaBelief" or any(
+        options.get(name, False) for name in ("centered_variance", "centered")
+    )
+    if rule in ("SGD", "AdamW", "ASGD") or not (options.get("weight_decay") or centered):
         size |= st.just(0.0)
     n = draw(st.integers(1, 50))
     sizes = draw(st.lists(size, min_size=n, max_size=n))
@@ -47,7 +50,20 @@ def histories(draw: st.DrawFn, rule: str, dtype: str) -> History:
     if centered:
         signs = [(-1) ** step for step in range(n)]
     param = draw(st.just(0.0) | magnitudes(0.01, 10.0, dtype)) * draw(st.sampled_from([-1, 1]))
-    return History(options, param, [x * sign for x, sign in zip(sizes, signs, strict=True)])
+    grads = [x * sign for x, sign in zip(sizes, signs, strict=True)]
+    assume(rule != "Lion" or not cancels(grads, *options["betas"]))
+    return History(options, param, grads)
+
+
+def cancels(grads: list[float], beta1: float, beta2: float) -> bool:
+    """Whether one of the sums that Lion takes the sign of is small against its parts."""
+    average = 0.0
+    for grad in grads:
+        old, new = beta1 * average, (1 - beta1) * grad
+        if abs(old + new) < 1e-4 * (abs(old) + abs(new)):
+            return True
+        average = beta2 * average + (1 - beta2) * grad
+    return False
 
 
 def magnitudes(low: float, high: float, dtype: str) -> st.SearchStrategy[float]:
@@ -70,6 +86,7 @@ MOMENTS = {
     "eps": st.floats(1e-10, 1e-3),
     "weight_decay": DECAY,
 }
+DECOUPLED = {"decoupled_weight_decay": st.booleans(), "maximize": st.booleans()}
 ADAM = st.fixed_dictionaries(
     {
         **MOMENTS,
@@ -98,6 +115,71 @@ OPTIONS = {
             "centered_variance": st.booleans(),
         }
     ),
+    "Adagrad": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "lr_decay": st.floats(0.0, 1.0),
+            "weight_decay": DECAY,
+            "initial_accumulator_value": st.just(0.0) | st.floats(1e-3, 1.0),
+            "eps": st.floats(1e-10, 1e-3),
+            "maximize": st.booleans(),
+        }
+    ),
+    "Adadelta": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "rho": st.floats(0.5, 1.0),
+            "eps": st.floats(1e-10, 1e-3),
+            "weight_decay": DECAY,
+            "maximize": st.booleans(),
+        }
+    ),
+    "Rprop": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "etas": st.tuples(st.floats(0.1, 0.9), st.floats(1.1, 2.0)).map(list),
+            "step_sizes": st.tuples(st.floats(0.0, 0.01), st.floats(0.02, 50.0)).map(list),
+            "maximize": st.booleans(),
+        }
+    ),
+    "AdagradRMSProp": st.fixed_dictionaries(
+        {"eta": LR, "delta": st.floats(-0.5, 0.5), "t": st.just(0.0) | st.floats(1e-6, 1.0)}
+    ),
+    "RMSprop": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "alpha": st.floats(0.5, 0.999),
+            "eps": st.floats(1e-10, 1e-3),
+            "weight_decay": DECAY,
+            "momentum": st.just(0.0) | st.floats(0.1, 0.95),
+            "centered": st.booleans(),
+            "maximize": st.booleans(),
+        }
+    ),
+    "ASGD": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "lambd": st.just(0.0) | st.floats(1e-6, 1.0),
+            "alpha": st.floats(0.0, 2.0),
+            "t0": st.floats(0.0, 60.0),
+            "weight_decay": DECAY,
+            "maximize": st.booleans(),
+        }
+    ),
+    "Lion": st.fixed_dictionaries(
+        {
+            "lr": LR,
+            "betas": MOMENTS["betas"],
+            "weight_decay": DECAY,
+            "maximize": st.booleans(),
+        }
+    ),
+    "Adamax": st.fixed_dictionaries({**MOMENTS, "maximize": st.booleans()}),
+    "NAdam": st.fixed_dictionaries(
+        {**MOMENTS, **DECOUPLED, "momentum_decay": st.just(0.0) | st.floats(1e-3, 10.0)}
+    ),
+    "RAdam": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
+    "AdaBelief": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
 }
 
 

@@ -61,9 +61,23 @@ FAULTS = [
     Fault(
         "a sum of squares in another order",
         "multiopt/rules/arithmetic.py",
-        "return _fold(xp, xp.reshape(x * x, (blocks, width)))",
-        "return xp.sum(xp.reshape(x * x, (blocks, width)), axis=-1)",
+        "return _fold(xp, xp.reshape(x, (*x.shape[:-1], blocks, width)))",
+        "return xp.sum(xp.reshape(x, (*x.shape[:-1], blocks, width)), axis=-1)",
         "test_clipping.py::test_the_norm_is_the_tree_of_the_spec",
+    ),
+    Fault(
+        "a length in the order of the library",
+        "multiopt/rules/lamb.py",
+        "xp.sqrt(sum_of_squares(xp, wide))",
+        "xp.sqrt(xp.sum(wide * wide))",
+        "test_whole_rules.py::test_lamb_is_the_text_of_the_spec",
+    ),
+    Fault(
+        "arrays of a whole rule in any order",
+        "multiopt/backend.py",
+        "(_in_rows(xp, x) for x in (param, grad))",
+        "(xp.asarray(x, copy=True) for x in (param, grad))",
+        "test_whole_rules.py::test_arrays_come_in_row_major_order",
     ),
     Fault(
         "a compiled sum of squares in another order",

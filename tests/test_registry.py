@@ -542,6 +542,15 @@ def test_any_number_may_be_scheduled() -> None:
             clip_norm=halves,
             lrd=halves,
         ),
+        mo.Adagrad(
+            lr=halves,
+            lr_decay=halves,
+            weight_decay=halves,
+            initial_accumulator_value=halves,
+            eps=halves,
+        ),
+        mo.Adadelta(lr=halves, rho=halves, eps=halves, weight_decay=halves),
+        mo.AdagradRMSProp(eta=halves, delta=halves, t=halves),
     ]
     for rule in scheduled:
         numbers = {name: (0.5, 0.5) if name == "betas" else 0.5 for name in rule.ranges}
@@ -552,7 +561,18 @@ def test_any_number_may_be_scheduled() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [mo.SGD(momentum=0.9, dampening=0.5), mo.Adam(), mo.AdamW(), mo.ClippedAdam(lrd=0.9)],
+    [
+        mo.SGD(momentum=0.9, dampening=0.5),
+        mo.Adam(),
+        mo.AdamW(),
+        mo.ClippedAdam(lrd=0.9),
+        mo.Adagrad(lr_decay=0.3, initial_accumulator_value=0.1),
+        mo.Adadelta(),
+        mo.Rprop(),
+        mo.AdagradRMSProp(delta=0.3),
+        mo.NAdam(),
+        mo.RAdam(),
+    ],
     ids=lambda rule: type(rule).__name__,
 )
 def test_coefficients_take_arrays_of_steps(rule: mo.Rule) -> None:

@@ -15,7 +15,7 @@ from multiopt.rules.arithmetic import clamp, maximum
 from multiopt_numpy import tape as tape_module
 from multiopt_numpy.tape import NotTraceable, Tape
 from tests.cases import CASES
-from tests.histories import fill, rules
+from tests.histories import elementwise_rules, fill
 from tests.libraries import assert_equal
 
 DTYPES = ["float32", "float64"]
@@ -85,18 +85,20 @@ def check_update(update: Any, slot_count: int, scalars: Any = C) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_rule_is_traced_and_equal(case: Any, dtype: str) -> None:
     rule = case.rule
-    first = rule.coefficients(1, dtype)
-    tape = Tape(rule.update, first, len(rule.slots), dtype)
+    tapes: dict[tuple[bool, ...], Tape] = {}
     for kind in KINDS:
         param, *grads = arrays(0, 7, 5 * BLOCK + 7, dtype, kind)
         slots = tuple(np.zeros_like(param) for _ in rule.slots)
         for step, grad in enumerate(grads, 1):
             c = rule.coefficients(step, dtype)
-            param, slots = check(tape, rule.update, param, grad, slots, c)
+            switches = tuple(x for x in c if isinstance(x, bool))
+            if switches not in tapes:
+                tapes[switches] = Tape(rule.update, c, len(rule.slots), dtype)
+            param, slots = check(tapes[switches], rule.update, param, grad, slots, c)
 
 
 @given(
-    rules(),
+    elementwise_rules(),
     st.sampled_from(DTYPES),
     st.sampled_from(KINDS),
     st.sampled_from([*SIZES, 4 * BLOCK, 1000]),

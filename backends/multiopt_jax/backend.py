@@ -33,11 +33,19 @@ class JaxBackend(Backend):
             raise TypeError(f"{label} is a deleted JAX array (donated?); expected a live one")
         dtype = _dtype_name(array.dtype)
         require_dtype(dtype, label)
-        if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        if dtype in ("float64", "complex128") and jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise TypeError(
-                f"{label} has dtype float64, of which JAX makes no arrays now: set jax_enable_x64"
+                f"{label} has dtype {dtype}, of which JAX makes no arrays now: set jax_enable_x64"
             )
-        return Layout("jax", array.shape, dtype, _device(array.sharding))
+        return Layout.of("jax", array.shape, dtype, _device(array.sharding))
+
+    def parts(self, array: Array) -> Array:
+        """A new array."""
+        return jax.numpy.stack([array.real, array.imag], axis=-1)
+
+    def whole(self, parts: Array) -> Array:
+        """A new array."""
+        return jax.lax.complex(parts[..., 0], parts[..., 1])
 
     def namespace(self, layout: Layout) -> Any:
         """NumPy for the CPU, ``jax.numpy`` for other devices."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.backend import Array, Backend, Batch, Layout, Member, Task, require_dtype
+from multiopt.backend import PARTS_OF, Array, Backend, Batch, Layout, Member, Task, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines
 from multiopt_numpy.compiled.batch import Look
@@ -30,7 +30,15 @@ class NumpyBackend(Backend):
             raise TypeError(f"{label} is a masked array, whose mask no rule knows: fill it first")
         dtype = _dtype_name(array.dtype)
         require_dtype(dtype, label)
-        return Layout("numpy", array.shape, dtype, "cpu")
+        return Layout.of("numpy", array.shape, dtype, "cpu")
+
+    def parts(self, array: Array) -> Array:
+        """A view."""
+        return np.asarray(array)[..., np.newaxis].view(PARTS_OF[array.dtype.name])
+
+    def whole(self, parts: Array) -> Array:
+        """A view."""
+        return np.ascontiguousarray(parts).view(np.result_type(parts, np.complex64))[..., 0]
 
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse read-only and broadcast parameters."""

@@ -60,7 +60,15 @@ class TorchBackend(Backend):
                 "traced, distributed or released tensor); inside a transformation call the pure "
                 "rule.update"
             )
-        return Layout("torch", tuple(array.shape), dtype, str(array.device))
+        return Layout.of("torch", array.shape, dtype, str(array.device))
+
+    def parts(self, array: Array) -> Array:
+        """A view."""
+        return torch.view_as_real(array.detach())
+
+    def whole(self, parts: Array) -> Array:
+        """A view."""
+        return torch.view_as_complex(parts.contiguous())
 
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse expanded tensors, and inference tensors outside of inference mode."""
@@ -105,6 +113,10 @@ class TorchBackend(Backend):
         """A NumPy view of a CPU tensor, or the detached tensor; float32 if it has 16 bits."""
         tensor = array.detach().resolve_neg().to(_DTYPES[layout.compute_dtype])
         return read_only(tensor.numpy()) if _on_cpu(layout) else tensor
+
+    def rounded(self, master: Array, task: Task) -> Array:
+        """A master copy rounded to the dtype of its parameter."""
+        return master.to(task.param.dtype)
 
     def closed(self, computed: Array, param: Array) -> Array:
         """The computed array as a tensor over the same memory."""

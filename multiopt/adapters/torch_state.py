@@ -22,6 +22,7 @@ __all__ = [
     "from_torch",
     "group_settings",
     "number",
+    "refuse_subsamples",
     "rule_settings",
     "to_torch",
 ]
@@ -80,12 +81,15 @@ def to_torch(constructor: type[torch.optim.Optimizer], stored: Mapping[str, Any]
 
     Args:
         constructor: The class of the torch optimizer.
-        stored: One entry of ``Optimizer.state_dict``, its slots NumPy arrays, and under ``"group"``
-            what schedulers keep in the group.
+        stored: One entry of ``Optimizer.state_dict``, its slots NumPy arrays; under ``"group"``
+            what schedulers keep in the group, under ``"complex"`` whether slots are the parts of
+            complex ones.
     """
     step, rule = stored["step"], stored["rule"]
     group = group_settings(constructor, rule, step)
     slots = {slot: torch.from_numpy(array.copy()) for slot, array in stored["slots"].items()}
+    if stored.get("complex"):
+        slots = {slot: torch.view_as_complex(tensor) for slot, tensor in slots.items()}
     state = {}
     if step:
         # Pyro's optimizers count in an int, torch's in a tensor of the default dtype.
@@ -136,8 +140,8 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
         state: Its state dict, or that of a learning-rate scheduler of Pyro around it.
 
     Returns:
-        The entry; under ``"group"`` what schedulers keep in the group, and under ``"scheduler"``
-        the state of the scheduler, if it is that of one.
+        The entry, with what ``to_torch`` looks for, and under ``"scheduler"`` the state of the
+        scheduler, if it is that of one.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: It has another form, or its settings are
@@ -145,6 +149,7 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
     """
     inner = state.get("optimizer", state)
     (group,) = inner["param_groups"]
+    refuse_subsamples(group)
     kept = {}
     for values in inner["state"].values():
         kept.update({key: value for key, value in values.items() if value is not None})
@@ -158,17 +163,32 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
     for name in _derived(rule, step):
         kept.pop(name, None)
     slots = {}
+    is_complex = any(tensor.is_complex() for tensor in kept.values())
     for slot, tensor in kept.items():
+        tensor = torch.view_as_real(tensor) if is_complex else tensor
         dtype = getattr(torch, COMPUTE_DTYPE[str(tensor.dtype).removeprefix("torch.")])
         slots[slot] = tensor.detach().cpu().to(dtype).numpy().copy()
         if not step:
             # Slots are zero before the first step; Adagrad's sum in torch may not be.
             slots[slot] = np.zeros_like(slots[slot])
-    loaded = {"rule": rule, "step": step, "slots": slots}
+    loaded = {"rule": rule, "step": step, "slots": slots, "complex": is_complex}
     loaded["group"] = {k: number(v) for k, v in group.items() if k in SCHEDULED}
     if "scheduler" in state:
         loaded["scheduler"] = deepcopy(state["scheduler"])
     return loaded
+
+
+def refuse_subsamples(settings: Mapping[str, Any]) -> None:
+    """Refuse the option that only Pyro's own class has.
+
+    Raises:
+        ValueError: It is on.
+    """
+    if settings.get("subsample_aware"):
+        raise ValueError(
+            "subsample_aware=True is not for a callable of names, nor for state that is loaded "
+            "here: use pyro.optim.DCTAdam, which this one gives for a dict with that option"
+        )
 
 
 def number(value: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 
 from multiopt.rules.arithmetic import maximum, one_minus_power
 from multiopt.rules.decay import descending, penalized, shrunk
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
 
 __all__ = ["Adam", "descend", "first_moment", "second_moment"]
 
@@ -130,7 +130,7 @@ class Adam(Rule):
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_betas(self)
+        check_tuple(self, "betas", 2)
         super().__post_init__()
         if not (isinstance(self.amsgrad, bool) or self.amsgrad == "corrected"):
             raise ValueError(
@@ -177,15 +177,3 @@ class Adam(Rule):
             shrinks=cls.decoupled and h.weight_decay != 0,
             maximizes=h.maximize,
         )
-
-
-def check_betas(rule: Any) -> None:
-    """Hold ``betas`` to a pair, and make a list of two a tuple.
-
-    Raises:
-        ValueError: It is no pair.
-    """
-    pair = rule.betas
-    if not (isinstance(pair, tuple | list) and len(pair) == 2):
-        raise ValueError(f"{type(rule).__name__}: betas must be a pair of numbers; got {pair!r}")
-    object.__setattr__(rule, "betas", tuple(pair))

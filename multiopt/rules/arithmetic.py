@@ -7,7 +7,7 @@ which performs them one by one gives the same numbers.
 
 from collections.abc import Callable
 from functools import wraps
-from math import inf
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,16 @@ __all__ = [
     "clamp",
     "clip_coefficient",
     "maximum",
+    "means",
     "one_minus_power",
     "power",
     "rescaling",
+    "root_mean_square",
     "rounded",
+    "sign",
     "sum_of_squares",
     "tree_sum",
+    "vectorized",
 ]
 
 #: Elements in one block of the summation tree. A power of two.
@@ -113,7 +117,7 @@ def _by_squaring_arrays(
     combined: Callable[..., Any],
     squared: Callable[..., Any],
 ) -> Any:
-    square, bits = np.asarray(base, np.float64), np.asarray(exponent)
+    square, bits = np.asarray(base, np.float64), np.asarray(exponent, np.int64)
     result = np.full(np.broadcast_shapes(square.shape, bits.shape), start)
     for bit in range(int(bits.max(initial=0)).bit_length()):
         np.copyto(result, combined(result, square), where=bits & (1 << bit) != 0)
@@ -136,6 +140,22 @@ def _by_squaring(
         square = squared(square)
         bits >>= 1
     return result
+
+
+def vectorized(function: Callable[..., float]) -> Callable[..., Any]:
+    """Give a function of host numbers a form for arrays of them, with the same results.
+
+    >>> vectorized(max)(np.array([1.0, 3.0]), 2.0).tolist()
+    [2.0, 3.0]
+    """
+
+    @wraps(function)
+    def either(*arguments: Any) -> Any:
+        if any(map(np.ndim, arguments)):
+            return np.vectorize(function, [np.float64])(*arguments)
+        return function(*arguments)
+
+    return either
 
 
 def rounded(value: Any, dtype: str) -> float:
@@ -169,6 +189,15 @@ def clamp(xp: Any, x: Any, bound: float) -> Any:
     """
     x = xp.where(x > bound, bound, x)
     return xp.where(x < -bound, -bound, x)
+
+
+def sign(xp: Any, x: Any, zero: Any, one: Any) -> Any:
+    """1 for what is positive, -1 for what is negative; zeros and NaN stay as they are.
+
+    >>> sign(np, np.asarray([-3.0, 0.0, 0.5, np.nan]), 0.0, 1.0).tolist()
+    [-1.0, 0.0, 1.0, nan]
+    """
+    return xp.where(x > zero, one, xp.where(x < zero, -one, x))
 
 
 def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:
@@ -218,21 +247,46 @@ def block_sums(xp: Any, x: Any) -> Any:
     >>> block_sums(np, np.ones(BLOCK + 1)).tolist()
     [4096.0, 1.0]
     """
-    size = x.shape[0]
-    # A block of zeros adds nothing, so a short array may use a short block: the same bits.
-    width = min(BLOCK, _power_of_two(size))
-    blocks = max(1, -(-size // width))
-    x = _zero_padded(xp, x, blocks * width)
-    return _fold(xp, xp.reshape(x * x, (blocks, width)))
+    return _folded_blocks(xp, x * x)
 
 
 def tree_sum(xp: Any, x: Any) -> Any:
-    """The sum of a 1-d array, filled up with zeros to a power of two and folded by halves.
+    """The sums along the last axis, filled up with zeros to a power of two and folded by halves.
 
     >>> float(tree_sum(np, np.asarray([1.0, 2.0, 4.0])))
     7.0
     """
-    return _fold(xp, _zero_padded(xp, x, _power_of_two(x.shape[0])))
+    return _fold(xp, _zero_padded(xp, x, _power_of_two(x.shape[-1])))
+
+
+def means(xp: Any, x: Any) -> Any:
+    """The means along the last axis of a float64 array; 0 where it has no elements.
+
+    The numbers of each row are added over the tree of ``sum_of_squares``.
+
+    >>> means(np, np.asarray([[1.0, 2.0, 6.0], [0.5, 0.0, 1.0]])).tolist()
+    [3.0, 0.5]
+    """
+    return (1.0 / max(x.shape[-1], 1)) * tree_sum(xp, _folded_blocks(xp, x))
+
+
+def root_mean_square(xp: Any, x: Any) -> Any:
+    """The root of the mean square of all elements of a float64 array; 0 for an empty array.
+
+    >>> float(root_mean_square(np, np.asarray([[1.0, 7.0]])))
+    5.0
+    """
+    return xp.sqrt((1.0 / max(prod(x.shape), 1)) * sum_of_squares(xp, x))
+
+
+def _folded_blocks(xp: Any, x: Any) -> Any:
+    """The sum of each block of the last axis; one 0 where it has no elements."""
+    size = x.shape[-1]
+    # A block of zeros adds nothing, so a short array may use a short block: the same bits.
+    width = min(BLOCK, _power_of_two(size))
+    blocks = max(1, -(-size // width))
+    x = _zero_padded(xp, x, blocks * width)
+    return _fold(xp, xp.reshape(x, (*x.shape[:-1], blocks, width)))
 
 
 def _power_of_two(n: int) -> int:
@@ -241,11 +295,12 @@ def _power_of_two(n: int) -> int:
 
 
 def _zero_padded(xp: Any, x: Any, size: int) -> Any:
-    """A 1-d array filled up with zeros to ``size`` elements."""
-    missing = size - x.shape[0]
+    """An array whose last axis is filled up with zeros to ``size`` elements."""
+    missing = size - x.shape[-1]
     if missing == 0:
         return x
-    return xp.concat([x, xp.zeros((missing,), dtype=x.dtype, device=x.device)])
+    zeros = xp.zeros((*x.shape[:-1], missing), dtype=x.dtype, device=x.device)
+    return xp.concat([x, zeros], axis=-1)
 
 
 def _fold(xp: Any, x: Any) -> Any:

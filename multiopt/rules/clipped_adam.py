@@ -5,10 +5,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from multiopt.rules.adam import check_betas, descend, first_moment, second_moment
+from multiopt.rules.adam import descend, first_moment, second_moment
 from multiopt.rules.arithmetic import clamp, one_minus_power, power
 from multiopt.rules.decay import penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, Update
+from multiopt.rules.rule import (
+    FRACTION,
+    NONNEGATIVE,
+    Hyperparameter,
+    Range,
+    Rule,
+    Update,
+    check_tuple,
+)
 
 __all__ = ["ClippedAdam"]
 
@@ -36,6 +44,14 @@ def clipped_adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     exp_avg = first_moment(exp_avg, grad, c)
     exp_avg_sq = second_moment(exp_avg_sq, grad - exp_avg if c.centered else grad, c)
     return descend(xp, param, exp_avg, exp_avg_sq, c), (exp_avg, exp_avg_sq)
+
+
+def decayed_step_size(h: Any, step: Any) -> Any:
+    """The decayed learning rate with both bias corrections."""
+    beta1, beta2 = h.betas
+    correction1 = one_minus_power(beta1, step)
+    correction2 = one_minus_power(beta2, step)
+    return h.lr * power(h.lrd, step) * np.sqrt(correction2) / correction1
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class ClippedAdam(Rule):
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_betas(self)
+        check_tuple(self, "betas", 2)
         super().__post_init__()
 
     @property
@@ -107,15 +123,13 @@ class ClippedAdam(Rule):
     def scalars(cls, h: Any, step: Any) -> Scalars:
         """The numbers of a step."""
         beta1, beta2 = h.betas
-        correction1 = one_minus_power(beta1, step)
-        correction2 = one_minus_power(beta2, step)
         return Scalars(
             clip_norm=h.clip_norm,
             beta1=beta1,
             one_minus_beta1=1.0 - beta1,
             beta2=beta2,
             one_minus_beta2=1.0 - beta2,
-            step_size=h.lr * power(h.lrd, step) * np.sqrt(correction2) / correction1,
+            step_size=decayed_step_size(h, step),
             root_scale=1.0,
             eps=h.eps,
             weight_decay=h.weight_decay,

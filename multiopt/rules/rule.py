@@ -3,8 +3,8 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import inf, nan
+from dataclasses import dataclass, fields
+from math import inf, nan, nextafter
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -16,10 +16,12 @@ __all__ = [
     "FINITE",
     "FRACTION",
     "NONNEGATIVE",
+    "SHARE",
     "Hyperparameter",
     "Range",
     "Rule",
     "Update",
+    "check_tuple",
     "is_schedule",
 ]
 
@@ -45,6 +47,7 @@ class Range(NamedTuple):
 FINITE = Range("a finite number", low=-np.finfo(np.float64).max.item())
 NONNEGATIVE = Range("a finite number >= 0")
 FRACTION = Range("a number >= 0 and < 1", below=1.0)
+SHARE = Range("a number >= 0 and <= 1", below=nextafter(1.0, inf))
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,14 @@ class Rule(ABC):
         Raises:
             ValueError: A hyperparameter is out of its range or of another kind.
         """
+        tuples = {field.name for field in fields(self) if isinstance(field.default, tuple)}
         for name in self.ranges:
-            object.__setattr__(self, name, self._checked(name, getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, tuple) and name in tuples:
+                checked: Any = tuple(self._checked(name, part) for part in value)
+            else:
+                checked = self._checked(name, value)
+            object.__setattr__(self, name, checked)
         for name in self.switches:
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -187,8 +196,6 @@ class Rule(ABC):
         return self._checked(name, number, f" at step {step}")
 
     def _checked(self, name: str, value: Any, when: str = "") -> Any:
-        if isinstance(value, tuple):
-            return tuple(self._checked(name, part) for part in value)
         if callable(value):
             return value
         real = isinstance(value, Real) and not isinstance(value, bool)
@@ -199,6 +206,19 @@ class Rule(ABC):
                 f"or a schedule step -> number; got {value!r}{when}"
             )
         return number
+
+
+def check_tuple(rule: Rule, name: str, length: int) -> None:
+    """Hold a hyperparameter to a pair or a triple, and make a list of as many a tuple.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = getattr(rule, name)
+    if not (isinstance(value, tuple | list) and len(value) == length):
+        words = {2: "a pair", 3: "a triple"}[length]
+        raise ValueError(f"{type(rule).__name__}: {name} must be {words} of numbers; got {value!r}")
+    object.__setattr__(rule, name, tuple(value))
 
 
 def is_schedule(value: Any) -> bool:

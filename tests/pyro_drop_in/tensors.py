@@ -10,7 +10,7 @@ import torch
 import multiopt.adapters.pyro as optim
 from multiopt.adapters.pyro.optim import CONSTRUCTORS, RULES
 
-NAMES = ["SGD", "Adam", "AdamW", "ClippedAdam"]
+NAMES = ["SGD", "Adam", "AdamW", "ClippedAdam", "DCTAdam"]
 RULED = [name for name, constructor in CONSTRUCTORS.items() if constructor in RULES]
 #: Settings for which an optimizer keeps all that it may keep.
 SETTINGS: dict[str, dict[str, Any]] = {name: {"lr": 0.1} for name in CONSTRUCTORS} | {

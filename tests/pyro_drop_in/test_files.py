@@ -355,3 +355,25 @@ def test_a_state_of_another_form_is_a_checkpoint_error() -> None:
     ):
         opt.set_state({"a": {"state": {}, "param_groups": [{"lr": 1}]}, "b": {"momentum": 1}})
     assert opt.get_state() == {}
+
+
+@pytest.mark.parametrize("way", ["file", "pyro to ours", "ours to pyro"])
+@pytest.mark.parametrize("name", ["Adam", "Adagrad", "SGD"])
+def test_complex_state_goes_on(tmp_path: Path, name: str, way: str) -> None:
+    first = pyro.optim if way == "pyro to ours" else optim
+    second = pyro.optim if way == "ours to pyro" else optim
+    start = torch.ones(3, dtype=torch.complex64)
+    loc, whole = pyro.param("loc", start.clone()).unconstrained(), start.requires_grad_()
+    opt, never = (getattr(module, name)(SETTINGS[name]) for module in (first, pyro.optim))
+    for i, grad in enumerate(torch.randn(6, 3, dtype=torch.complex64)):
+        if i == 3:
+            stopped, opt = opt, getattr(second, name)(SETTINGS[name])
+            if way == "file":
+                stopped.save(tmp_path / "opt")
+                opt.load(tmp_path / "opt")
+            else:
+                opt.set_state(stopped.get_state())
+        loc.grad, whole.grad = grad.clone(), grad.clone()
+        opt([loc])
+        never([whole])
+    torch.testing.assert_close(loc, whole, rtol=1e-5, atol=1e-6)

@@ -190,10 +190,12 @@ def test_settings_by_name(module: Any) -> None:
 @pytest.mark.filterwarnings("ignore:multiopt has no rule for DCTAdam")
 def test_a_scheduler_around_an_optimizer_without_a_rule() -> None:
     constructor = pyro.optim.dct_adam.DCTAdam
-    settings = {"optimizer": constructor, "optim_args": {"lr": 0.5}, "gamma": 0.5}
+    arguments = {"lr": 0.5, "subsample_aware": True}
+    settings = {"optimizer": constructor, "optim_args": arguments, "gamma": 0.5}
     scheduler, loc = optim.ExponentialLR(settings), param("loc")
     assert isinstance(scheduler, optim.PyroOptim)
     assert isinstance(scheduler, optim.PyroLRScheduler)
+    assert not isinstance(scheduler, JointOptim)
     assert settings["optimizer"] is constructor
     for _ in range(2):
         scheduler([give(loc)])

@@ -10,7 +10,7 @@ import pyro.optim
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from multiopt.adapters.pyro.optim import RULES, JointOptim, PyroOptim, Settings, _Tracked
+from multiopt.adapters.pyro.optim import JointOptim, PyroOptim, Settings, _Tracked, has_rule
 from multiopt.errors import CheckpointError
 
 __all__ = ["PyroLRScheduler"]
@@ -43,7 +43,8 @@ class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):
         chosen = cls
         if cls is PyroLRScheduler and (args or kwargs):
             given = signature(cls.__init__).bind(None, *args, **kwargs).arguments
-            if given["optim_args"]["optimizer"] in RULES:
+            settings = given["optim_args"]
+            if has_rule(settings["optimizer"], settings["optim_args"]):
                 chosen = JointLRScheduler
         return super().__new__(chosen)
 

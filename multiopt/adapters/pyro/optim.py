@@ -27,12 +27,14 @@ from pyro.params.param_store import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from multiopt import checkpoint, rules
+from multiopt.adapters.pyro.dct import OF_TENSORS, marked
 from multiopt.adapters.pyro.objects import OptimObjs, TensorOptimizer
 from multiopt.adapters.torch_state import (
     from_plain,
     from_torch,
     group_settings,
     number,
+    refuse_subsamples,
     rule_settings,
     to_torch,
 )
@@ -53,7 +55,7 @@ from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.step import Step
 
-__all__ = ["CONSTRUCTORS", "RULES", "JointOptim", "PyroOptim", "Settings"]
+__all__ = ["CONSTRUCTORS", "RULES", "JointOptim", "PyroOptim", "Settings", "has_rule"]
 
 #: Settings of a dict, or a callable that gives them for a name, or for a module and a name.
 Settings = dict[str, Any] | Callable[..., dict[str, Any]]
@@ -78,6 +80,13 @@ RULES: dict[Any, type[Rule]] = {
     if hasattr(rules, name)
 }
 
+
+def has_rule(optim_constructor: Any, optim_args: Settings) -> bool:
+    """Whether multiopt has a rule for a torch optimizer with these arguments."""
+    aware = isinstance(optim_args, dict) and optim_args.get("subsample_aware")
+    return optim_constructor in RULES and not aware
+
+
 #: Arguments of torch's optimizers about how they run, not about what they compute.
 EXECUTION = ("capturable", "foreach", "fused")
 
@@ -100,7 +109,7 @@ class PyroOptim(pyro.optim.PyroOptim):
         chosen = cls
         if cls is PyroOptim and (args or kwargs):
             given = signature(cls.__init__).bind(None, *args, **kwargs).arguments
-            if given["optim_constructor"] in RULES:
+            if has_rule(given["optim_constructor"], given["optim_args"]):
                 chosen = JointOptim
         made: PyroOptim = super().__new__(chosen)
         return made
@@ -109,16 +118,16 @@ class PyroOptim(pyro.optim.PyroOptim):
         self, optim_constructor: Any, optim_args: Settings, clip_args: Settings | None = None
     ) -> None:
         """As in Pyro, saying what is slow."""
-        if optim_constructor not in RULES:
-            _say_wrapped(optim_constructor)
+        if not has_rule(optim_constructor, optim_args):
+            name = getattr(optim_constructor, "__name__", repr(optim_constructor))
+            _say_wrapped(f"{name} with subsample_aware" if optim_constructor in RULES else name)
         super().__init__(optim_constructor, optim_args, clip_args)
 
 
 @cache
-def _say_wrapped(constructor: Any) -> None:
+def _say_wrapped(what: str) -> None:
     warnings.warn(
-        f"multiopt has no rule for {getattr(constructor, '__name__', constructor)}: Pyro steps its "
-        "parameters one by one, by torch",
+        f"multiopt has no rule for {what}: Pyro steps its parameters one by one, by torch",
         stacklevel=3,
     )
 
@@ -278,9 +287,10 @@ class JointOptim(PyroOptim):
         tracked = self._tracked.get(tensor)
         if tracked is None:
             label = pyro.get_param_store().param_name(tensor)
-            rule = self._make_rule(self._settings("optim_args", tensor, label))
+            rule = marked(self._make_rule(self._settings("optim_args", tensor, label)), tensor)
+            rule = self._rules.setdefault(rule, rule)
             clip = _make_clip(self._settings("clip_args", tensor, label))
-            if isinstance(rule, rules.ClippedAdam):
+            if isinstance(rule, rules.ClippedAdam | rules.DCTAdam):
                 # Once more what the rule does, for the gradient that Pyro leaves behind is clipped.
                 assert not callable(rule.clip_norm)
                 clip = clip or Clip()
@@ -334,6 +344,9 @@ class JointOptim(PyroOptim):
             )
         for name in EXECUTION:
             given.pop(name, None)
+        if self._rule_class is rules.DCTAdam:
+            refuse_subsamples(given)
+            given.pop("subsample_aware", None)
         for name in self._rule_class.switches:
             # torch takes any truth value.
             if given.get(name) in (0, 1):
@@ -543,7 +556,8 @@ class JointOptim(PyroOptim):
         entry = self._core.entry(self._tracked[tensor].key)
         stored = described(entry, named(entry.layout.library).to_host)
         stand_in = self._stand_ins.get(tensor)
-        return stored if stand_in is None else {**stored, "group": dict(stand_in.group.extra)}
+        extra = {} if stand_in is None else dict(stand_in.group.extra)
+        return {**stored, "complex": entry.layout.is_complex, "group": extra}
 
     def _group(self, tensor: torch.Tensor) -> Mapping[str, Any]:
         """The settings of a tensor as they are now, in torch's terms; not to be changed."""
@@ -631,7 +645,7 @@ def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
         return rule
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
     for name, value in values.items():
-        if name in stored and not is_schedule(value):
+        if name in stored and name not in OF_TENSORS and not is_schedule(value):
             values[name] = from_plain(stored[name])
     return rule_class(**values)
 

@@ -1,0 +1,86 @@
+"""Write ``docs/rules.md`` from the rules' own code: ``python docs/make_rules.py``.
+
+``tests/test_rules_table.py`` compares the file with what comes out here.
+"""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import optax
+import pyro.optim
+import torch
+
+import multiopt as mo
+from multiopt import rules
+from multiopt_numpy.forms import are_uniform
+
+FILE = Path(__file__).parent / "rules.md"
+
+INTRODUCTION = """# The rules
+
+This page is made from the code by `docs/make_rules.py`. Names and defaults are those of
+`torch.optim` where it has the rule, else those of Pyro or of the paper. Every number may also be a
+schedule, `step -> number`. The pages under `spec/rules/` have the formulas, in the order in which
+they are computed, and the differences from the peers with their reasons.
+
+*Runs* says how: compiled, elements by themselves; so, with coefficients computed by the host, where
+one needs a function such as `0.96 ** x`, so that results are equal on all libraries of one machine,
+but not across machines; or each parameter as a whole, as the code stands.
+
+"""
+
+
+def table() -> str:
+    """The table, in Markdown."""
+    lines = ["| rule | source | options and defaults | also in | runs |", "|---|---|---|---|---|"]
+    lines += [_row(getattr(mo, name)) for name in sorted(rules.__all__) if name != "Rule"]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The whole page."""
+    return INTRODUCTION + table() + "\n"
+
+
+def _row(rule: type[mo.Rule]) -> str:
+    options = ", ".join(f"`{f.name}={f.default!r}`" for f in fields(rule))
+    name = f"[`{rule.__name__}`](../spec/rules/{_page(rule)})"
+    return f"| {name} | {_source(rule)} | {options} | {', '.join(_peers(rule))} | {_runs(rule)} |"
+
+
+def _runs(rule: type[mo.Rule]) -> str:
+    if not rule.elementwise:
+        return "as a whole"
+    return "compiled" if are_uniform(rule()) else "compiled, coefficients by the host"
+
+
+def _page(rule: type[mo.Rule]) -> str:
+    """The page of a rule: that of its module."""
+    return f"{rule.__module__.rpartition('.')[2]}.md"
+
+
+def _source(rule: type[mo.Rule]) -> str:
+    """The first work that the docstring names."""
+    text = " ".join(inspect.cleandoc(rule.__doc__ or "").split())
+    found = re.search(r"Source: (.*?)(?:\.(?= [A-Z]|$)|;)", text)
+    if found is None:
+        raise ValueError(f"the docstring of {rule.__name__} names no source")
+    return found[1].replace("``", "`").replace("|", "\\|")
+
+
+def _peers(rule: type[mo.Rule]) -> list[str]:
+    name = rule.__name__
+    peers = [
+        f"{library} `{name}`"
+        for library, module in (("torch", torch.optim), ("Pyro", pyro.optim))
+        if hasattr(module, name)
+    ]
+    if hasattr(optax, name.lower()):
+        peers.append(f"optax `{name.lower()}`")
+    return peers
+
+
+if __name__ == "__main__":
+    FILE.write_text(page(), encoding="utf-8")

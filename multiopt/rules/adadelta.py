@@ -1,0 +1,97 @@
+"""Adadelta: ``spec/rules/adadelta.md``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from multiopt.rules.adam import second_moment
+from multiopt.rules.decay import descending, penalized
+from multiopt.rules.rule import NONNEGATIVE, SHARE, Hyperparameter, Rule, Update
+
+__all__ = ["Adadelta"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of Adadelta."""
+
+    lr: float
+    beta2: float
+    one_minus_beta2: float
+    eps: float
+    weight_decay: float
+    penalizes: bool
+    maximizes: bool
+
+
+def adadelta(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Zeiler, Algorithm 1."""
+    square_avg, acc_delta = slots
+    grad = penalized(param, descending(grad, c), c)
+    square_avg = second_moment(square_avg, grad, c)
+    delta = xp.sqrt(acc_delta + c.eps) / xp.sqrt(square_avg + c.eps) * grad
+    return param - c.lr * delta, (square_avg, second_moment(acc_delta, delta, c))
+
+
+@dataclass(frozen=True)
+class Adadelta(Rule):
+    """Adadelta: steps as long as those before were, on average, whatever the gradient's unit.
+
+    Source: Zeiler, "ADADELTA: An Adaptive Learning Rate Method" (2012, arXiv:1212.5701),
+    Algorithm 1, with a learning rate of 1. Names and defaults are those of
+    ``torch.optim.Adadelta``.
+
+    Args:
+        lr: Factor of every change, >= 0; the paper's is 1.
+        rho: How much of the two averages stays at a step, from 0 to 1.
+        eps: Added to both averages inside their roots, >= 0; it also sets the first steps' length.
+        weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
+        maximize: Ascend instead.
+
+    Each of the first four may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.Adadelta(rho=0.75, eps=0.25))
+    >>> w = np.array([1.0, 1.0])
+    >>> _ = opt.step({"w": w}, {"w": np.array([3.0 ** 0.5, 0.0])})
+    >>> w.round(4).tolist()
+    [0.134, 1.0]
+    """
+
+    lr: Hyperparameter = 1.0
+    rho: Hyperparameter = 0.9
+    eps: Hyperparameter = 1e-6
+    weight_decay: Hyperparameter = 0.0
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "rho": SHARE,
+        "eps": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+    }
+    switches: ClassVar = ("maximize",)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``square_avg`` and ``acc_delta``."""
+        return ("square_avg", "acc_delta")
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return adadelta
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        return Scalars(
+            lr=h.lr,
+            beta2=h.rho,
+            one_minus_beta2=1.0 - h.rho,
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            penalizes=h.weight_decay != 0,
+            maximizes=h.maximize,
+        )

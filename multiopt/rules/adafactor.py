@@ -1,0 +1,182 @@
+"""Adafactor: ``spec/rules/adafactor.md``."""
+
+from dataclasses import dataclass
+from math import ulp
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.adam import second_moment
+from multiopt.rules.arithmetic import maximum, means, root_mean_square
+from multiopt.rules.decay import descending, shrunk
+from multiopt.rules.rule import (
+    FINITE,
+    NONNEGATIVE,
+    Hyperparameter,
+    Range,
+    Rule,
+    Update,
+    check_tuple,
+)
+
+__all__ = ["Adafactor"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of Adafactor."""
+
+    relative_step: Any
+    beta2: float
+    one_minus_beta2: float
+    eps1: float
+    takes_machine_eps: bool
+    eps2: float
+    inverse_d: float
+    one: float
+    shrinkage: float
+    shrinks: bool
+    maximizes: bool
+
+
+def adafactor(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Shazeer & Stern, Algorithms 4 and 5, in torch's form."""
+    grad = descending(grad, c)
+    eps1 = float(xp.finfo(param.dtype).eps) if c.takes_machine_eps else c.eps1
+    if param.ndim < 2:
+        (variance,) = slots = (second_moment(slots[0], grad, c),)
+    else:
+        row_var, col_var = slots = factored_second_moment(xp, slots, grad, c)
+        variance = product(xp, row_var, col_var, eps1)
+    direction = grad / maximum(xp, xp.sqrt(variance), eps1)
+    size = maximum(xp, root_mean_square(xp, wide(xp, param)), c.eps2)
+    excess = maximum(xp, c.inverse_d * root_mean_square(xp, wide(xp, direction)), c.one)
+    step_size = xp.asarray(c.relative_step * size / excess, dtype=param.dtype)
+    return shrunk(param, c) - step_size * direction, slots
+
+
+def factored_second_moment(xp: Any, slots: Any, grad: Any, c: Any) -> Any:
+    """The exponential averages of the mean squares of the rows and of the columns."""
+    squares = wide(xp, grad)
+    squares = squares * squares
+    rows = xp.expand_dims(means(xp, squares), axis=-1)
+    columns = xp.expand_dims(means(xp, xp.matrix_transpose(squares)), axis=-2)
+    return tuple(
+        c.beta2 * average + c.one_minus_beta2 * xp.asarray(mean, dtype=grad.dtype)
+        for average, mean in zip(slots, (rows, columns), strict=True)
+    )
+
+
+def product(xp: Any, row_var: Any, col_var: Any, eps1: Any) -> Any:
+    """The second moment that has these means of rows and columns, and rank one."""
+    total = means(xp, xp.matrix_transpose(wide(xp, row_var)))
+    total = xp.asarray(xp.expand_dims(total, axis=-1), dtype=row_var.dtype)
+    return row_var / maximum(xp, total, eps1) * col_var
+
+
+def wide(xp: Any, x: Any) -> Any:
+    """An array in float64, in which sums are taken."""
+    return xp.asarray(x, dtype=xp.float64)
+
+
+@dataclass(frozen=True)
+class Adafactor(Rule):
+    """Adafactor: a second moment kept as means of rows and columns, steps relative to the size.
+
+    Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (ICML
+    2018, arXiv:1804.04235), Algorithms 4 and 5, in torch's form: ``lr`` bounds the relative step
+    and scales a decoupled decay, ``eps[0]`` bounds denominators. Names and defaults are those of
+    ``torch.optim.Adafactor``.
+
+    Args:
+        lr: Largest relative step, >= 0: step ``t`` takes ``min(lr, 1 / sqrt(t))``.
+        beta2_decay: The average of squares keeps ``1 - t ** beta2_decay`` at step ``t``; <= 0.
+        eps: Lower bounds, each >= 0: of the root of the second moment, where None is the machine
+            epsilon of the dtype of the computation, and of the parameter's root mean square.
+        d: Bound of the root mean square of a direction, >= 1; infinity for none.
+        weight_decay: Decay, >= 0: a step multiplies the parameter by ``1 - lr * weight_decay``.
+        maximize: Ascend instead; the decay still shrinks.
+
+    ``lr``, ``beta2_decay``, ``d``, ``weight_decay`` and either of ``eps`` may be a schedule
+    ``step -> number``.
+
+    Arrays of two or more dimensions are factored along the last two; others keep the whole moment.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.Adafactor(lr=0.5))
+    >>> w = np.array([[1.0, -1.0], [1.0, 1.0]])
+    >>> _ = opt.step({"w": w}, {"w": np.array([[4.0, -4.0], [2.0, 2.0]])})
+    >>> w.round(4).tolist()
+    [[0.5, -0.5], [0.5, 0.5]]
+    >>> {name: slot.tolist() for name, slot in opt.state("w").slots.items()}
+    {'row_var': [[16.0], [4.0]], 'col_var': [[10.0, 10.0]]}
+    """
+
+    lr: Hyperparameter = 1e-2
+    beta2_decay: Hyperparameter = -0.8
+    eps: tuple[Hyperparameter | None, Hyperparameter] = (None, 1e-3)
+    d: Hyperparameter = 1.0
+    weight_decay: Hyperparameter = 0.0
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "beta2_decay": Range("a finite number <= 0", low=FINITE.low, below=ulp(0.0)),
+        "eps": NONNEGATIVE,
+        "d": Range("a number >= 1", low=1.0, infinite=True),
+        "weight_decay": NONNEGATIVE,
+    }
+    switches: ClassVar = ("maximize",)
+    elementwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        check_tuple(self, "eps", 2)
+        super().__post_init__()
+        if self.eps[1] is None:
+            raise ValueError("Adafactor: eps[1] must be a number >= 0; got None")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``row_var`` and ``col_var`` of a matrix, ``variance`` of a vector."""
+        return ("row_var", "col_var", "variance")
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Those of torch: a mean over the last axis, and one over the last but one."""
+        if len(shape) < 2:
+            return {"variance": shape}
+        *stack, rows, columns = shape
+        return {"row_var": (*stack, rows, 1), "col_var": (*stack, 1, columns)}
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return adafactor
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        eps1, eps2 = h.eps
+        slow = 1.0 / np.sqrt(step)
+        one_minus_beta2 = step**h.beta2_decay
+        return Scalars(
+            relative_step=np.where(h.lr < slow, h.lr, slow),
+            beta2=1.0 - one_minus_beta2,
+            one_minus_beta2=one_minus_beta2,
+            eps1=0.0 if eps1 is None else eps1,
+            takes_machine_eps=eps1 is None,
+            eps2=eps2,
+            inverse_d=1.0 / h.d,
+            one=1.0,
+            shrinkage=1.0 - h.lr * h.weight_decay,
+            shrinks=h.weight_decay != 0,
+            maximizes=h.maximize,
+        )
+
+    def _checked(self, name: str, value: Any, when: str = "") -> Any:
+        # The first of eps may be left to the dtype.
+        if name == "eps" and value is None:
+            return None
+        return super()._checked(name, value, when)

@@ -1,0 +1,104 @@
+"""Adagrad: ``spec/rules/adagrad.md``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.adam import descend
+from multiopt.rules.decay import descending, penalized
+from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Rule, Update
+
+__all__ = ["Adagrad"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of Adagrad."""
+
+    start: Any
+    step_size: float
+    root_scale: float
+    eps: float
+    weight_decay: float
+    penalizes: bool
+    maximizes: bool
+
+
+def adagrad(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Duchi, Hazan & Singer, the diagonal matrix."""
+    (total,) = slots
+    grad = penalized(param, descending(grad, c), c)
+    total = total + c.start + grad * grad
+    return descend(xp, param, grad, total, c), (total,)
+
+
+@dataclass(frozen=True)
+class Adagrad(Rule):
+    """Adagrad: steps scaled by the root of the sum of all squared gradients.
+
+    Source: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+    Optimization" (JMLR 12, 2011), Figure 1 with diagonal matrices, unconstrained. Names and
+    defaults are those of ``torch.optim.Adagrad``.
+
+    Args:
+        lr: Learning rate of the first step, >= 0.
+        lr_decay: Decay of the learning rate, >= 0: step ``t`` uses
+            ``lr / (1 + (t - 1) * lr_decay)``.
+        weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
+        initial_accumulator_value: What the sum of squares starts from, >= 0.
+        eps: Added to the root of the sum, >= 0.
+        maximize: Ascend instead.
+
+    Each of the first five may be a schedule ``step -> number``; of
+    ``initial_accumulator_value`` only the first number counts.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.Adagrad(lr=0.5))
+    >>> w = np.array([1.0, -1.0])
+    >>> for grad in ([3.0, -0.01], [4.0, 0.0]):
+    ...     _ = opt.step({"w": w}, {"w": np.array(grad)})
+    >>> w.round(4).tolist()
+    [0.1, -0.5]
+    """
+
+    lr: Hyperparameter = 1e-2
+    lr_decay: Hyperparameter = 0.0
+    weight_decay: Hyperparameter = 0.0
+    initial_accumulator_value: Hyperparameter = 0.0
+    eps: Hyperparameter = 1e-10
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "lr_decay": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+        "initial_accumulator_value": NONNEGATIVE,
+        "eps": NONNEGATIVE,
+    }
+    switches: ClassVar = ("maximize",)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``sum``."""
+        return ("sum",)
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return adagrad
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        return Scalars(
+            start=np.where(step == 1, h.initial_accumulator_value, 0.0),
+            step_size=h.lr / (1.0 + (step - 1) * h.lr_decay),
+            root_scale=1.0,
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            penalizes=h.weight_decay != 0,
+            maximizes=h.maximize,
+        )

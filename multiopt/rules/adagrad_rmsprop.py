@@ -1,0 +1,95 @@
+"""Pyro's AdagradRMSProp: ``spec/rules/adagrad_rmsprop.md``."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.adam import descend, second_moment
+from multiopt.rules.rule import NONNEGATIVE, SHARE, Hyperparameter, Range, Rule, Update
+
+__all__ = ["AdagradRMSProp"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of AdagradRMSProp."""
+
+    beta2: Any
+    one_minus_beta2: Any
+    step_size: float
+    root_scale: float
+    eps: float
+
+
+def adagrad_rmsprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Kucukelbir et al., equations 10 and 11."""
+    (average,) = slots
+    average = second_moment(average, grad, c)
+    return descend(xp, param, grad, average, c), (average,)
+
+
+@dataclass(frozen=True)
+class AdagradRMSProp(Rule):
+    """The step sizes of ADVI: Adagrad's decay over time, RMSProp's average of squared gradients.
+
+    Source: Kucukelbir, Tran, Ranganath, Gelman & Blei, "Automatic Differentiation Variational
+    Inference" (JMLR 18, 2017, arXiv:1603.00788), equations 10 and 11 with ``tau`` of 1, as
+    ``pyro.optim.adagrad_rmsprop.AdagradRMSProp`` has them. Names and defaults are Pyro's.
+
+    Args:
+        eta: Scale of the step size, >= 0.
+        delta: Added to the exponent of the decay, >= -1 and < 1: step ``i`` has the factor
+            ``i ** (delta - 1/2)``. It is computed by the C library of the host: the same for all
+            array libraries, but not on every machine.
+        t: Share of the new squared gradient in the average, from 0 to 1.
+
+    Each may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.AdagradRMSProp(eta=0.5))
+    >>> w = np.array([1.0, -1.0])
+    >>> _ = opt.step({"w": w}, {"w": np.array([4.0, -0.25])})
+    >>> w.round(4).tolist()
+    [0.6, -0.9]
+    """
+
+    eta: Hyperparameter = 1.0
+    delta: Hyperparameter = 1e-16
+    t: Hyperparameter = 0.1
+
+    ranges: ClassVar = {
+        "eta": NONNEGATIVE,
+        "delta": Range("a number >= -1 and < 1", low=-1.0, below=1.0),
+        "t": SHARE,
+    }
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``sum``, which is Pyro's name for the average."""
+        return ("sum",)
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return adagrad_rmsprop
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        return Scalars(
+            # The first average is the first square itself.
+            beta2=np.where(step == 1, 0.0, 1.0 - h.t),
+            one_minus_beta2=np.where(step == 1, 1.0, h.t),
+            step_size=h.eta * _power(step, h.delta - 0.5),
+            root_scale=1.0,
+            eps=1.0,
+        )
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    """``base ** exponent`` of the host; number by number, for NumPy's for arrays is another."""
+    return np.vectorize(math.pow, [float])(base, exponent)

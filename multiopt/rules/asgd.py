@@ -1,0 +1,109 @@
+"""Averaged stochastic gradient descent: ``spec/rules/asgd.md``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.decay import descending, penalized, shrunk
+from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Rule, Update
+
+__all__ = ["ASGD"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of ASGD."""
+
+    eta: float
+    mu: Any
+    averages: bool
+    weight_decay: float
+    penalizes: bool
+    shrinkage: float
+    shrinks: bool
+    maximizes: bool
+
+
+def asgd(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Descend, and average the parameters once their time has come."""
+    (average,) = slots
+    grad = penalized(param, descending(grad, c), c)
+    param = shrunk(param, c) - c.eta * grad
+    return param, (average + c.mu * (param - average) if c.averages else param,)
+
+
+@dataclass(frozen=True)
+class ASGD(Rule):
+    """Stochastic gradient descent that keeps an average of the parameters.
+
+    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging" (SIAM J.
+    Control Optim. 1992), with the learning rate of Bottou, "Stochastic Gradient Descent Tricks"
+    (2012). Names and defaults are those of ``torch.optim.ASGD``. The average is the slot ``ax``;
+    the parameter itself is not averaged.
+
+    Args:
+        lr: Learning rate of the first step, >= 0.
+        lambd: Decay, >= 0: step ``t`` first multiplies the parameter by ``1 - lambd * eta``, where
+            ``eta``, its learning rate, is ``lr / (1 + lambd * lr * (t - 1)) ** alpha``.
+        alpha: Power of the learning rate's decay, >= 0.
+        t0: Steps before averaging begins, >= 0; until then ``ax`` is the parameter.
+        weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
+        maximize: Ascend instead; the decay still shrinks.
+
+    Each of the first five may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.ASGD(lr=0.5, lambd=0.0, t0=0.0))
+    >>> w = np.array([1.0, -1.0])
+    >>> for _ in range(3):
+    ...     _ = opt.step({"w": w}, {"w": np.array([1.0, -1.0])})
+    >>> w.tolist(), opt.state("w").slots["ax"].tolist()
+    ([-0.5, 0.5], [-0.25, 0.25])
+    """
+
+    lr: Hyperparameter = 1e-2
+    lambd: Hyperparameter = 1e-4
+    alpha: Hyperparameter = 0.75
+    t0: Hyperparameter = 1e6
+    weight_decay: Hyperparameter = 0.0
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "lambd": NONNEGATIVE,
+        "alpha": NONNEGATIVE,
+        "t0": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+    }
+    switches: ClassVar = ("maximize",)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``ax``, the average."""
+        return ("ax",)
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return asgd
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        past = step - 1
+        # A negative power: it goes to zero where the other would overflow, which Python refuses.
+        eta = h.lr * (1.0 + h.lambd * h.lr * past) ** -h.alpha
+        averaged = past - h.t0
+        return Scalars(
+            eta=eta,
+            mu=1.0 / np.where(averaged > 1.0, averaged, 1.0),
+            averages=averaged > 1.0,
+            weight_decay=h.weight_decay,
+            penalizes=h.weight_decay != 0,
+            shrinkage=1.0 - h.lambd * eta,
+            shrinks=h.lambd != 0,
+            maximizes=h.maximize,
+        )

@@ -1,0 +1,143 @@
+"""Pyro's DCTAdam: ``spec/rules/dct_adam.md``."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from multiopt.rules.adam import first_moment, second_moment
+from multiopt.rules.arithmetic import clamp
+from multiopt.rules.clipped_adam import Scalars, clipped_adam, decayed_step_size
+from multiopt.rules.cosine import dct, idct, next_fast_len
+from multiopt.rules.rule import (
+    FRACTION,
+    NONNEGATIVE,
+    Hyperparameter,
+    Range,
+    Rule,
+    Update,
+    check_tuple,
+)
+
+__all__ = ["DCTAdam"]
+
+
+def dct_adam(dim: int, xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """ClippedAdam over time and, beside it, over frequencies; the steps of both are added."""
+    exp_avg, exp_avg_sq = slots
+    time = xp.moveaxis(clamp(xp, grad, c.clip_norm), dim, -1)
+    size = time.shape[-1]
+    missing = (*time.shape[:-1], exp_avg.shape[dim] - size - size)
+    padding = xp.zeros(missing, dtype=time.dtype, device=time.device)
+    frequency = dct(xp, xp.concat([time, padding], axis=-1))
+    grad = xp.moveaxis(xp.concat([time, frequency], axis=-1), -1, dim)
+    exp_avg = first_moment(exp_avg, grad, c)
+    exp_avg_sq = second_moment(exp_avg_sq, grad, c)
+    steps = xp.moveaxis(c.step_size * exp_avg / (xp.sqrt(exp_avg_sq) + c.eps), dim, -1)
+    step = steps[..., :size] + idct(xp, steps[..., size:])[..., :size]
+    return param - xp.moveaxis(step, -1, dim), (exp_avg, exp_avg_sq)
+
+
+@dataclass(frozen=True)
+class DCTAdam(Rule):
+    """Pyro's ClippedAdam for time series: a second Adam works on the frequencies of the gradient.
+
+    Source: ``pyro.optim.dct_adam.DCTAdam`` (Pyro 1.9). Names and defaults are Pyro's. There an
+    attribute of the parameter says which dimension is time; here it is ``dct_dim``. Pyro's
+    ``subsample_aware`` is not offered.
+
+    Args:
+        lr: Learning rate before the first decay, >= 0.
+        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        eps: Added to the root of the uncorrected second moment, >= 0.
+        clip_norm: Bound of each element of the gradient, >= 0, infinity for none. Pyro calls it a
+            norm; it limits values.
+        lrd: Factor of the learning rate, >= 0: step ``t`` uses ``lr * lrd ** t``, the first
+            one ``lr * lrd``.
+        dct_dim: The dimension of time, as NumPy counts dimensions. None: the rule is ClippedAdam
+            without decay.
+
+    Each of the first five (and either of ``betas``) may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.DCTAdam(lr=0.5, dct_dim=-1))
+    >>> w = np.zeros((1, 4))
+    >>> _ = opt.step({"w": w}, {"w": np.array([[4.0, 1.0, 2.0, -1.0]])})
+    >>> w.round(4).tolist()
+    [[-1.2119, -0.5587, -0.9413, 0.7119]]
+    >>> opt.state("w").slots["exp_avg"].shape
+    (1, 8)
+    """
+
+    lr: Hyperparameter = 1e-3
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
+    eps: Hyperparameter = 1e-8
+    clip_norm: Hyperparameter = 10.0
+    lrd: Hyperparameter = 1.0
+    dct_dim: int | None = None
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "betas": FRACTION,
+        "eps": NONNEGATIVE,
+        "clip_norm": Range("a number >= 0", infinite=True),
+        "lrd": NONNEGATIVE,
+    }
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        check_tuple(self, "betas", 2)
+        super().__post_init__()
+        dim = self.dct_dim
+        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
+            raise ValueError(f"DCTAdam: dct_dim must be an integer or None; got {dim!r}")
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]  # an option decides, not the class
+        """Whether there is no transform."""
+        return self.dct_dim is None
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``exp_avg`` and ``exp_avg_sq``."""
+        return ("exp_avg", "exp_avg_sq")
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Time and frequencies one after the other in the dimension of time.
+
+        Raises:
+            ValueError: There is no such dimension.
+        """
+        dim = self.dct_dim
+        if dim is None:
+            return super().slot_shapes(shape)
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"DCTAdam: dct_dim={dim} is no dimension of the shape {shape}")
+        doubled = list(shape)
+        doubled[dim] += next_fast_len(shape[dim])
+        return dict.fromkeys(self.slots, tuple(doubled))
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return clipped_adam if self.dct_dim is None else partial(dct_adam, self.dct_dim)
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step, those of ClippedAdam."""
+        beta1, beta2 = h.betas
+        return Scalars(
+            clip_norm=h.clip_norm,
+            beta1=beta1,
+            one_minus_beta1=1.0 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1.0 - beta2,
+            step_size=decayed_step_size(h, step),
+            root_scale=1.0,
+            eps=h.eps,
+            weight_decay=0.0,
+            penalizes=False,
+            centered=False,
+        )

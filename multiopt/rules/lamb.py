@@ -1,0 +1,131 @@
+"""LAMB: ``spec/rules/lamb.md``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.adam import first_moment, second_moment
+from multiopt.rules.arithmetic import one_minus_power, sum_of_squares
+from multiopt.rules.decay import descending, penalized
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+
+__all__ = ["LAMB"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of LAMB."""
+
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    first_moment_scale: float
+    root_scale: float
+    eps: float
+    weight_decay: float
+    penalizes: bool
+    lr: float
+    zero: float
+    one: float
+    maximizes: bool
+
+
+def lamb(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """You et al., Algorithm 2."""
+    exp_avg, exp_avg_sq = slots
+    grad = descending(grad, c)
+    exp_avg = first_moment(exp_avg, grad, c)
+    exp_avg_sq = second_moment(exp_avg_sq, grad, c)
+    denominator = c.root_scale * xp.sqrt(exp_avg_sq) + c.eps
+    direction = penalized(param, c.first_moment_scale * exp_avg / denominator, c)
+    # In float64 to the end: a direction that is almost zero has a ratio beyond float32.
+    wide = xp.asarray(direction, dtype=xp.float64)
+    size = xp.sqrt(sum_of_squares(xp, xp.asarray(param, dtype=xp.float64)))
+    length = xp.sqrt(sum_of_squares(xp, wide))
+    ratio = xp.where((size == c.zero) | (length == c.zero), c.one, size / length)
+    change = xp.asarray(c.lr * ratio * wide, dtype=param.dtype)
+    return param - change, (exp_avg, exp_avg_sq)
+
+
+@dataclass(frozen=True)
+class LAMB(Rule):
+    """LAMB: Adam's direction, for each parameter as long as the parameter itself, times ``lr``.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes"
+    (ICLR 2020, arXiv:1904.00962), Algorithm 2, with the identity for ``phi``. Names are those of
+    ``AdamW``.
+
+    Args:
+        lr: Learning rate, >= 0: the length of a step over that of the parameter.
+        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        eps: Added to the root of the corrected second moment, >= 0.
+        weight_decay: Decay, >= 0: ``weight_decay * param`` is added to the direction, before its
+            length is taken.
+        maximize: Ascend instead; the decay still shrinks.
+
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+
+    A parameter is a layer of the paper: it has one length. Where that is zero, or that of the
+    direction, the direction is taken as it is.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.LAMB(lr=0.5))
+    >>> w = np.array([3.0, -4.0])
+    >>> _ = opt.step({"w": w}, {"w": np.array([4.0, -0.5])})
+    >>> w.round(4).tolist()
+    [1.2322, -2.2322]
+    """
+
+    lr: Hyperparameter = 1e-3
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
+    eps: Hyperparameter = 1e-6
+    weight_decay: Hyperparameter = 0.0
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "betas": FRACTION,
+        "eps": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+    }
+    switches: ClassVar = ("maximize",)
+    elementwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        check_tuple(self, "betas", 2)
+        super().__post_init__()
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``exp_avg`` and ``exp_avg_sq``."""
+        return ("exp_avg", "exp_avg_sq")
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return lamb
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        beta1, beta2 = h.betas
+        return Scalars(
+            beta1=beta1,
+            one_minus_beta1=1.0 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1.0 - beta2,
+            first_moment_scale=1.0 / one_minus_power(beta1, step),
+            root_scale=1.0 / np.sqrt(one_minus_power(beta2, step)),
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            penalizes=h.weight_decay != 0,
+            lr=h.lr,
+            zero=0.0,
+            one=1.0,
+            maximizes=h.maximize,
+        )

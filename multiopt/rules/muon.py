@@ -1,0 +1,180 @@
+"""Muon: ``spec/rules/muon.md``."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from multiopt.rules.arithmetic import maximum, sum_of_squares
+from multiopt.rules.decay import shrunk
+from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+
+__all__ = ["Muon"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of Muon."""
+
+    momentum: float
+    one_minus_momentum: float
+    nesterov: bool
+    a: float
+    b: float
+    c: float
+    eps: float
+    ns_steps: float
+    lr: float
+    rms: float
+    matches_adamw: bool
+    shrinkage: float
+    shrinks: bool
+
+
+def muon(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Jordan's Muon, as torch has it."""
+    (buffer,) = slots
+    buffer = c.momentum * buffer + c.one_minus_momentum * grad
+    ahead = c.momentum * buffer + c.one_minus_momentum * grad if c.nesterov else buffer
+    direction = orthogonalized(xp, ahead, c)
+    return shrunk(param, c) - step_size(param.shape, c) * direction, (buffer,)
+
+
+def orthogonalized(xp: Any, x: Any, c: Any) -> Any:
+    """A matrix of about the same singular vectors, its singular values all brought near 1.
+
+    Each step of the iteration of Newton and Schulz maps a singular value ``s`` to
+    ``a * s + b * s ** 3 + c * s ** 5``.
+    """
+    is_tall = x.shape[0] > x.shape[1]
+    if is_tall:
+        # The smaller of the two products with the transpose.
+        x = xp.matrix_transpose(x)
+    norm = xp.sqrt(sum_of_squares(xp, xp.asarray(x, dtype=xp.float64)))
+    x = x / maximum(xp, xp.asarray(norm, dtype=x.dtype), c.eps)
+    for _ in range(int(c.ns_steps)):
+        gram = x @ xp.matrix_transpose(x)
+        x = c.a * x + (c.b * gram + c.c * (gram @ gram)) @ x
+    return xp.matrix_transpose(x) if is_tall else x
+
+
+def step_size(shape: tuple[int, int], c: Any) -> float:
+    """The learning rate for a matrix of a shape."""
+    rows, columns = shape
+    if c.matches_adamw:
+        return float(c.lr * c.rms * sqrt(max(rows, columns)))
+    return float(c.lr * sqrt(rows / columns)) if rows > columns > 0 else float(c.lr)
+
+
+@dataclass(frozen=True)
+class Muon(Rule):
+    """Muon: steps along the momentum, its singular values all made about equal; for matrices.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024,
+    https://kellerjordan.github.io/posts/muon/), in torch's form. Names and defaults are those of
+    ``torch.optim.Muon``.
+
+    It is for matrices inside a network. Other names need another rule: give a callable, as in
+    ``Optimizer(lambda name: Muon() if name in hidden else AdamW())``.
+
+    Args:
+        lr: Learning rate, >= 0.
+        weight_decay: Decay, >= 0: a step multiplies the parameter by ``1 - lr * weight_decay``.
+        momentum: How much of the average of the gradients stays at a step, >= 0.
+        nesterov: Average the gradient once more into the direction.
+        ns_coefficients: ``a``, ``b`` and ``c`` of the iteration of Newton and Schulz.
+        eps: Lower bound of the norm that the direction is divided by first, >= 0.
+        ns_steps: Number of steps of that iteration, from 0 to 99.
+        adjust_lr_fn: What ``lr`` is multiplied by for a matrix of m rows and n columns:
+            ``sqrt(max(1, m / n))`` for None or ``"original"``, ``0.2 * sqrt(max(m, n))`` for
+            ``"match_rms_adamw"``, with which values of ``lr`` and ``weight_decay`` for AdamW fit.
+
+    ``lr``, ``weight_decay``, ``momentum``, ``eps`` and each of ``ns_coefficients`` may be a
+    schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.Muon(lr=0.5, weight_decay=0.0))
+    >>> w = np.zeros((2, 2))
+    >>> _ = opt.step({"w": w}, {"w": np.array([[0.0, 3.0], [-3.0, 0.0]])})
+    >>> w.round(1).tolist()
+    [[0.0, -0.6], [0.6, 0.0]]
+    """
+
+    lr: Hyperparameter = 1e-3
+    weight_decay: Hyperparameter = 0.1
+    momentum: Hyperparameter = 0.95
+    nesterov: bool = True
+    ns_coefficients: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = (
+        3.4445,
+        -4.775,
+        2.0315,
+    )
+    eps: Hyperparameter = 1e-7
+    ns_steps: int = 5
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+        "momentum": NONNEGATIVE,
+        "ns_coefficients": FINITE,
+        "eps": NONNEGATIVE,
+    }
+    switches: ClassVar = ("nesterov",)
+    elementwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        check_tuple(self, "ns_coefficients", 3)
+        super().__post_init__()
+        steps, adjust = self.ns_steps, self.adjust_lr_fn
+        if not (isinstance(steps, int) and not isinstance(steps, bool) and 0 <= steps < 100):
+            raise ValueError(f"Muon: ns_steps must be an integer from 0 to 99; got {steps!r}")
+        if adjust not in (None, "original", "match_rms_adamw"):
+            raise ValueError(
+                f"Muon: adjust_lr_fn must be None, 'original' or 'match_rms_adamw'; got {adjust!r}"
+            )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``momentum_buffer``."""
+        return ("momentum_buffer",)
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Those of other rules, for matrices.
+
+        Raises:
+            ValueError: The parameter is no matrix.
+        """
+        if len(shape) != 2:
+            raise ValueError(
+                f"Muon is for matrices; got shape {shape}: give such names another rule by a "
+                "callable, as in Optimizer(lambda name: AdamW() if name == ... else Muon())"
+            )
+        return super().slot_shapes(shape)
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return muon
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        a, b, c = h.ns_coefficients
+        return Scalars(
+            momentum=h.momentum,
+            one_minus_momentum=1.0 - h.momentum,
+            nesterov=h.nesterov,
+            a=a,
+            b=b,
+            c=c,
+            eps=h.eps,
+            ns_steps=h.ns_steps,
+            lr=h.lr,
+            rms=0.2,
+            matches_adamw=h.adjust_lr_fn == "match_rms_adamw",
+            shrinkage=1.0 - h.lr * h.weight_decay,
+            shrinks=h.weight_decay != 0,
+        )

@@ -1,0 +1,157 @@
+"""NAdam: ``spec/rules/nadam.md``."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.adam import first_moment, second_moment
+from multiopt.rules.arithmetic import one_minus_power, power, vectorized
+from multiopt.rules.decay import descending, penalized, shrunk
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+
+__all__ = ["NAdam"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of NAdam."""
+
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    gradient_step: float
+    momentum_step: float
+    root_scale: float
+    eps: float
+    weight_decay: float
+    penalizes: bool
+    shrinkage: float
+    shrinks: bool
+    maximizes: bool
+
+
+def nadam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Dozat's NAdam: the gradient and the momentum of the next step, over Adam's root."""
+    exp_avg, exp_avg_sq = slots
+    grad = penalized(param, descending(grad, c), c)
+    exp_avg = first_moment(exp_avg, grad, c)
+    exp_avg_sq = second_moment(exp_avg_sq, grad, c)
+    change = c.gradient_step * grad + c.momentum_step * exp_avg
+    param = shrunk(param, c) - change / (c.root_scale * xp.sqrt(exp_avg_sq) + c.eps)
+    return param, (exp_avg, exp_avg_sq)
+
+
+@vectorized
+def share(momentum_decay: Any, step: Any) -> Any:
+    """Of ``beta1``, the share that is the momentum of a step: it grows from a half to one."""
+    return 1.0 - 0.5 * 0.96 ** float(step * momentum_decay)
+
+
+@vectorized
+def product_of_shares(momentum_decay: Any, step: Any) -> Any:
+    """The product of the shares of steps 1 to ``step``."""
+    products = _products(momentum_decay)
+    return products[min(int(step), len(products)) - 1]
+
+
+@lru_cache(maxsize=256)
+def _products(momentum_decay: float) -> tuple[float, ...]:
+    """The products of the first shares, up to where more of them change no coefficient.
+
+    That is where a share is one, or where one less the product is one. Whatever the decay, it is
+    within 2500 steps.
+    """
+    factor, products = 0.0, [1.0]
+    while factor < 1.0 and products[-1] > 2.0**-54:
+        factor = share(momentum_decay, len(products))
+        products.append(products[-1] * factor)
+    return tuple(products[1:])
+
+
+@dataclass(frozen=True)
+class NAdam(Rule):
+    """NAdam: Adam with Nesterov's momentum, which warms up.
+
+    Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), Algorithm 2,
+    in torch's form: the average keeps ``beta1``, and only the step uses the momentum of the
+    schedule, ``beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))``. Names and defaults are those of
+    ``torch.optim.NAdam``.
+
+    Args:
+        lr: Learning rate, >= 0.
+        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        eps: Added to the root of the corrected second moment, >= 0.
+        weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
+        momentum_decay: How fast the momentum grows from a half of ``beta1`` to all of it, >= 0.
+        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
+        maximize: Ascend instead.
+
+    Each of the first five (and either of ``betas``) may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.NAdam(lr=0.5))
+    >>> w = np.array([1.0, -1.0])
+    >>> _ = opt.step({"w": w}, {"w": np.array([4.0, -0.01])})
+    >>> w.round(4).tolist()
+    [0.4718, -0.4718]
+    """
+
+    lr: Hyperparameter = 2e-3
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
+    eps: Hyperparameter = 1e-8
+    weight_decay: Hyperparameter = 0.0
+    momentum_decay: Hyperparameter = 4e-3
+    decoupled_weight_decay: bool = False
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "betas": FRACTION,
+        "eps": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+        "momentum_decay": NONNEGATIVE,
+    }
+    switches: ClassVar = ("decoupled_weight_decay", "maximize")
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        check_tuple(self, "betas", 2)
+        super().__post_init__()
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``exp_avg`` and ``exp_avg_sq``."""
+        return ("exp_avg", "exp_avg_sq")
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return nadam
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        beta1, beta2 = h.betas
+        momentum = beta1 * share(h.momentum_decay, step)
+        next_momentum = beta1 * share(h.momentum_decay, step + 1)
+        product = power(beta1, step) * product_of_shares(h.momentum_decay, step)
+        return Scalars(
+            beta1=beta1,
+            one_minus_beta1=1.0 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1.0 - beta2,
+            gradient_step=h.lr * (1.0 - momentum) / (1.0 - product),
+            momentum_step=h.lr * next_momentum / (1.0 - product * next_momentum),
+            root_scale=1.0 / np.sqrt(one_minus_power(beta2, step)),
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            penalizes=not h.decoupled_weight_decay and h.weight_decay != 0,
+            shrinkage=1.0 - h.lr * h.weight_decay,
+            shrinks=h.decoupled_weight_decay and h.weight_decay != 0,
+            maximizes=h.maximize,
+        )

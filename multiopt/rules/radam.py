@@ -1,0 +1,159 @@
+"""RAdam: ``spec/rules/radam.md``."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from multiopt.rules.adam import descend, first_moment, second_moment
+from multiopt.rules.arithmetic import one_minus_power, vectorized
+from multiopt.rules.decay import descending, penalized, shrunk
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+
+__all__ = ["RAdam"]
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step of RAdam."""
+
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    step_size: float
+    root_scale: float
+    eps: float
+    rectifies: bool
+    weight_decay: float
+    penalizes: bool
+    shrinkage: float
+    shrinks: bool
+    maximizes: bool
+
+
+def radam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Adam, or while little is known of the second moment, momentum alone."""
+    exp_avg, exp_avg_sq = slots
+    grad = penalized(param, descending(grad, c), c)
+    exp_avg = first_moment(exp_avg, grad, c)
+    exp_avg_sq = second_moment(exp_avg_sq, grad, c)
+    param = shrunk(param, c)
+    if c.rectifies:
+        return descend(xp, param, exp_avg, exp_avg_sq, c), (exp_avg, exp_avg_sq)
+    return param - c.step_size * exp_avg, (exp_avg, exp_avg_sq)
+
+
+@vectorized
+def mean_age(beta: Any, step: Any) -> Any:
+    """The mean age of the gradients in an average: of 0 to ``step - 1``, with weights ``beta^age``.
+
+    Put together from blocks of 1, 2, 4, ... ages, as ``one_minus_power`` is. The difference of the
+    paper, ``beta / (1 - beta) - t * beta^t / (1 - beta^t)``, loses three digits at 0.999.
+    """
+    mean, mass = 0.0, 0.0
+    block, block_mean, block_mass = 1.0, 0.0, 1.0 - float(beta)
+    bits = int(step)
+    while bits:
+        if bits & 1:
+            mean, mass = _older(block, block_mean, block_mass, mean, mass)
+        block_mean, block_mass = _older(block, block_mean, block_mass, block_mean, block_mass)
+        block = block + block
+        bits >>= 1
+    return mean
+
+
+def _older(block: Any, block_mean: Any, block_mass: Any, mean: Any, mass: Any) -> Any:
+    """The mean and the mass of a block of ages and of others, made older by its length."""
+    mass = (1.0 - block_mass) * mass
+    total = block_mass + mass
+    return (block_mass * block_mean + mass * (block + mean)) / total, total
+
+
+@dataclass(frozen=True)
+class RAdam(Rule):
+    """RAdam: Adam whose first steps are those of momentum, and later ones shorter at first.
+
+    Source: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (ICLR 2020,
+    arXiv:1908.03265), Algorithm 2, in torch's form: the second moment is used where the length
+    ``rho`` of the average is above 5, and ``eps`` stands beside the root of the uncorrected one.
+    Names and defaults are those of ``torch.optim.RAdam``.
+
+    Args:
+        lr: Learning rate, >= 0.
+        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        eps: Added to the root of the uncorrected second moment, >= 0.
+        weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
+        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
+        maximize: Ascend instead.
+
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.RAdam(lr=0.5))
+    >>> w = np.array([1.0, -1.0])
+    >>> _ = opt.step({"w": w}, {"w": np.array([4.0, -0.01])})
+    >>> w.round(4).tolist()
+    [-1.0, -0.995]
+    """
+
+    lr: Hyperparameter = 1e-3
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
+    eps: Hyperparameter = 1e-8
+    weight_decay: Hyperparameter = 0.0
+    decoupled_weight_decay: bool = False
+    maximize: bool = False
+
+    ranges: ClassVar = {
+        "lr": NONNEGATIVE,
+        "betas": FRACTION,
+        "eps": NONNEGATIVE,
+        "weight_decay": NONNEGATIVE,
+    }
+    switches: ClassVar = ("decoupled_weight_decay", "maximize")
+
+    def __post_init__(self) -> None:
+        """Check the hyperparameters."""
+        check_tuple(self, "betas", 2)
+        super().__post_init__()
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``exp_avg`` and ``exp_avg_sq``."""
+        return ("exp_avg", "exp_avg_sq")
+
+    @property
+    def update(self) -> Update:
+        """One step."""
+        return radam
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        """The numbers of a step."""
+        beta1, beta2 = h.betas
+        rho = 1.0 + 2.0 * mean_age(beta2, step)
+        rectifies = rho > 5.0
+        # Where it does not rectify, any length that gives a finite factor.
+        rho = np.where(rectifies, rho, 6.0)
+        limit = np.where(rectifies, 2.0 / (1.0 - beta2) - 1.0, 6.0)
+        rectification = np.sqrt(
+            (rho - 4.0) * (rho - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * rho)
+        )
+        adaptive = rectification * np.sqrt(one_minus_power(beta2, step))
+        return Scalars(
+            beta1=beta1,
+            one_minus_beta1=1.0 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1.0 - beta2,
+            step_size=h.lr * np.where(rectifies, adaptive, 1.0) / one_minus_power(beta1, step),
+            root_scale=1.0,
+            eps=h.eps,
+            rectifies=rectifies,
+            weight_decay=h.weight_decay,
+            penalizes=not h.decoupled_weight_decay and h.weight_decay != 0,
+            shrinkage=1.0 - h.lr * h.weight_decay,
+            shrinks=h.decoupled_weight_decay and h.weight_decay != 0,
+            maximizes=h.maximize,
+        )

@@ -1,0 +1,153 @@
+"""Complex parameters: as torch has it, their real and imaginary parts are elements of their own."""
+
+from pathlib import Path
+from typing import Any
+
+import array_api_strict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import multiopt as mo
+from tests.cases import CASES, Case
+from tests.libraries import assert_equal, engine
+
+MAKERS: dict[str, Any] = {
+    "numpy": np.array,
+    "torch": lambda x: torch.from_numpy(np.array(x)).requires_grad_(),
+    "jax": jnp.asarray,
+    "strict": lambda x: array_api_strict.asarray(np.array(x)),
+}
+READERS: dict[str, Any] = {
+    "numpy": np.asarray,
+    "torch": lambda x: x.detach().numpy(),
+    "jax": np.asarray,
+    "strict": np.from_dlpack,
+}
+
+
+def numbers(rng: np.random.Generator, dtype: str) -> np.ndarray:
+    real, imaginary = rng.standard_normal((2, 3, 4))
+    return np.asarray(real + 1j * imaginary, dtype)
+
+
+def run(library: str, rule: mo.Rule, dtype: str, clip: mo.Clip | None = None, steps: int = 20):
+    make, read = MAKERS[library], READERS[library]
+    rng = np.random.default_rng(3)
+    params = {"z": make(numbers(rng, dtype))}
+    opt = mo.Optimizer(rule, clip=clip)
+    for _ in range(steps):
+        grad = make(numbers(rng, dtype))
+        grads = {"z": grad.detach() if library == "torch" else grad}
+        params = opt.step(params, grads)
+    return opt, params["z"], read(params["z"])
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.rule.elementwise], ids=lambda c: c.id)
+def test_the_parts_step_as_real_arrays(case: Case, dtype: str) -> None:
+    opt, param, values = run("numpy", case.rule, dtype)
+    real = "float32" if dtype == "complex64" else "float64"
+    rng = np.random.default_rng(3)
+    parts = {"z": np.array(numbers(rng, dtype)[..., None].view(real))}
+    its = mo.Optimizer(case.rule)
+    for _ in range(20):
+        its.step(parts, {"z": np.array(numbers(rng, dtype)[..., None].view(real))})
+    assert param.dtype == dtype
+    assert_equal(values[..., None].view(real), parts["z"])
+    for name, slot in opt.state("z").slots.items():
+        assert slot.dtype == dtype
+        assert slot.shape == (3, 4)
+        assert_equal(slot[..., None].view(real), its.state("z").slots[name], name)
+
+
+@pytest.mark.parametrize("clip", [None, mo.Clip(norm=0.5), mo.Clip(global_norm=0.5, value=0.1)])
+@pytest.mark.parametrize("library", ["torch", "jax", "strict"])
+def test_equal_on_every_library(library: str, clip: mo.Clip | None) -> None:
+    with engine("plain"):
+        opt, _, expected = run("numpy", mo.Adam(lr=0.1), "complex64", clip)
+    its, param, values = run(library, mo.Adam(lr=0.1), "complex64", clip)
+    assert_equal(values, expected)
+    kind = {"torch": torch.Tensor, "jax": jax.Array}.get(library, object)
+    assert isinstance(param, kind)
+    for name, slot in opt.state("z").slots.items():
+        shown = its.state("z").slots[name]
+        assert isinstance(shown, kind)
+        assert_equal(READERS[library](shown), slot, name)
+
+
+@pytest.mark.parametrize("rule", [mo.Adam(lr=0.1), mo.SGD(lr=0.1, momentum=0.9)], ids=repr)
+def test_follows_torch(rule: mo.Rule) -> None:
+    rng = np.random.default_rng(3)
+    w = torch.from_numpy(numbers(rng, "complex128")).requires_grad_()
+    momentum = {"momentum": 0.9} if isinstance(rule, mo.SGD) else {}
+    peer = getattr(torch.optim, type(rule).__name__)([w], lr=0.1, **momentum)
+    for _ in range(20):
+        w.grad = torch.from_numpy(numbers(rng, "complex128"))
+        peer.step()
+    _, _, values = run("numpy", rule, "complex128")
+    np.testing.assert_allclose(values, w.detach().numpy(), rtol=1e-12)
+
+
+def test_own_gradients_and_views() -> None:
+    w = torch.ones(3, 4, dtype=torch.complex64)[:, ::2].clone().requires_grad_()
+    before = w._version
+    (w * w.conj()).real.sum().backward()
+    opt = mo.Optimizer(mo.SGD(lr=0.25))
+    assert opt.step({"w": w})["w"] is w
+    assert w.tolist() == [[0.5 + 0j] * 2] * 3
+    assert w._version > before
+    strided = np.ones((4, 6), np.complex64)[:, ::2]
+    assert opt.step({"v": strided}, {"v": strided.copy()})["v"] is strided
+    assert (strided == 0.75).all()
+
+
+def test_the_norm_is_of_the_moduli() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=1.0), clip=mo.Clip(norm=1.0, eps=0.0))
+    z = {"z": np.zeros(1, np.complex128)}
+    opt.step(z, {"z": np.array([3 + 4j])})
+    assert opt.last.norms == {"z": 5.0}
+    assert z["z"].item() == pytest.approx(-0.6 - 0.8j)
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize("library", list(MAKERS))
+def test_state_goes_on(library: str, by_file: bool, tmp_path: Path) -> None:
+    opt, _, _ = run("numpy", mo.Adam(lr=0.1), "complex64")
+    other = mo.Optimizer(mo.Adam(lr=0.1))
+    if by_file:
+        opt.save(tmp_path / "file")
+        other.load(tmp_path / "file")
+    else:
+        state = opt.state_dict()
+        assert state["entries"]["z"]["slots"]["exp_avg"].dtype == np.complex64
+        other.load_state_dict(state)
+    rng = np.random.default_rng(5)
+    start, grad = numbers(rng, "complex64"), numbers(rng, "complex64")
+    make, read = MAKERS[library], READERS[library]
+    lent = make(grad)
+    gradient = lent.detach() if library == "torch" else lent
+    theirs = other.step({"z": make(start)}, {"z": gradient})["z"]
+    ours = opt.step({"z": start}, {"z": grad})["z"]
+    assert_equal(read(theirs), ours)
+
+
+def test_averages_are_complex() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=1.0), average=mo.Average())
+    z = {"z": np.zeros(2, np.complex64)}
+    for _ in range(3):
+        opt.step(z, {"z": np.full(2, -1j, np.complex64)})
+    assert opt.average("z").tolist() == [2j, 2j]
+
+
+def test_a_real_gradient_is_no_complex_one() -> None:
+    opt = mo.Optimizer(mo.SGD())
+    with pytest.raises(TypeError, match="has dtype float32; expected complex64"):
+        opt.step({"z": np.zeros(2, np.complex64)}, {"z": np.zeros(2, np.float32)})
+    opt.step({"z": np.zeros(2, np.complex64)}, {"z": np.zeros(2, np.complex64)})
+    with pytest.raises(TypeError, match="has dtype complex128; expected complex64"):
+        opt.step({"z": np.zeros(2, complex)}, {"z": np.zeros(2, complex)})
+    with pytest.raises(ValueError, match=r"has shape \(3,\); expected \(2,\)"):
+        opt.step({"z": np.zeros(3, np.complex64)}, {"z": np.zeros(3, np.complex64)})

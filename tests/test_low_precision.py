@@ -1,0 +1,129 @@
+"""16-bit parameters: with master copies they keep moving, whatever the step."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import multiopt as mo
+from tests.cases import CASES
+from tests.libraries import NUMPY, Library, assert_equal, engine
+
+RULES = {case.rule_class: case.rule_class for case in CASES}
+DTYPES = ["float16", "bfloat16"]
+
+
+def array(x: Any, dtype: str) -> np.ndarray:
+    return np.asarray(x, np.float32).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_weight_moves_by_small_steps(dtype: str) -> None:
+    # The spacing of bfloat16 at 256 is 2, that of float16 0.25; a step is 1e-3.
+    w = {"w": array([256.0], dtype)}
+    still = {"w": w["w"].copy()}
+    opt, without = mo.Optimizer(mo.Adam(lr=1e-3), master_weights=True), mo.Optimizer(mo.Adam())
+    for _ in range(3000):
+        opt.step(w, {"w": array([1.0], dtype)})
+        without.step(still, {"w": array([1.0], dtype)})
+    assert still["w"].item() == 256.0
+    master = opt.state("w").slots["master_param"]
+    assert master.item() == pytest.approx(253.0, rel=1e-3)
+    assert w["w"] == master.astype(dtype)
+    assert w["w"].item() < 256.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_master_is_the_parameter_of_a_float32_run(rule: type[mo.Rule], dtype: str) -> None:
+    start = array(np.linspace(-2, 2, 11), dtype)
+    full, half = {"w": start.astype(np.float32)}, {"w": start.copy()}
+    opt, low = mo.Optimizer(rule()), mo.Optimizer(rule(), master_weights=True)
+    for step in range(20):
+        grad = array(np.sin(np.arange(11.0) + step), dtype)
+        opt.step(full, {"w": grad.astype(np.float32)})
+        low.step(half, {"w": grad})
+        state = low.state("w").slots
+        assert_equal(state["master_param"], full["w"])
+        assert_equal(half["w"], full["w"].astype(dtype))
+        for slot, values in opt.state("w").slots.items():
+            assert_equal(state[slot], values, slot)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_on_every_library(library: Library, dtype: str) -> None:
+    if dtype not in library.dtypes:
+        pytest.skip(f"{library.id} has no {dtype}")
+    results = []
+    for lib in (NUMPY, library):
+        params = {"w": lib.param(array(np.linspace(-300, 300, 40), dtype).reshape(5, 8))}
+        opt = mo.Optimizer(mo.Adam(lr=0.03), clip=mo.Clip(norm=1.0), master_weights=True)
+        with engine(lib.engine):
+            for step in range(10):
+                grad = array(np.cos(np.arange(40.0) * step), dtype).reshape(5, 8)
+                params = opt.step(params, {"w": lib.grad(grad)})
+        slots = {k: lib.numpy(x) for k, x in opt.state("w").slots.items()}
+        results.append((lib.numpy(params["w"]), slots))
+    (w, slots), (w_there, slots_there) = results
+    assert_equal(w, w_there)
+    assert slots.keys() == slots_there.keys() == {"exp_avg", "exp_avg_sq", "master_param"}
+    for name, values in slots.items():
+        assert_equal(values, slots_there[name], name)
+
+
+def test_a_parameter_that_was_set_is_taken_as_it_is() -> None:
+    w = {"w": array([256.0, 1.0], "bfloat16")}
+    opt = mo.Optimizer(mo.SGD(lr=1e-3), master_weights=True)
+    for _ in range(3):
+        opt.step(w, {"w": array([1.0, 1.0], "bfloat16")})
+    w["w"][0] = 8.0
+    opt.step(w, {"w": array([1.0, 0.0], "bfloat16")})
+    master = opt.state("w").slots["master_param"]
+    assert master.tolist() == pytest.approx([8.0 - 1e-3, 1.0 - 3e-3], rel=1e-6)
+
+
+def test_masters_are_saved_and_go_on(tmp_path: Path) -> None:
+    w = {"w": array([256.0], "bfloat16")}
+    grads = {"w": array([1.0], "bfloat16")}
+    opt = mo.Optimizer(mo.SGD(lr=0.3), master_weights=True)
+    opt.step(w, grads)
+    opt.save(tmp_path / "file")
+    resumed = mo.Optimizer(mo.SGD(lr=0.3), master_weights=True)
+    resumed.load(tmp_path / "file")
+    assert resumed.pending == ("w",)
+    resumed.load(tmp_path / "file")
+    resumed.step(
+        {"w": torch.tensor([256.0], dtype=torch.bfloat16)}, {"w": torch.ones(1).bfloat16()}
+    )
+    assert resumed.state("w").slots["master_param"].tolist() == pytest.approx([256 - 0.6])
+
+
+def test_state_without_masters_begins_to_have_them() -> None:
+    w, grads = {"w": array([2.0], "float16")}, {"w": array([1.0], "float16")}
+    old = mo.Optimizer(mo.SGD(lr=0.3, momentum=0.5))
+    old.step(w, grads)
+    new = mo.Optimizer(mo.SGD(lr=0.3, momentum=0.5), master_weights=True)
+    new.load_state_dict(old.state_dict())
+    expected = w["w"].astype(np.float32) - np.float32(0.3) * np.float32(1.5)
+    new.step(w, grads)
+    assert_equal(new.state("w").slots["master_param"], expected)
+
+
+def test_masters_without_the_option_are_refused() -> None:
+    w, grads = {"w": array([2.0], "float16")}, {"w": array([1.0], "float16")}
+    old, new = mo.Optimizer(mo.SGD(), master_weights=True), mo.Optimizer(mo.SGD())
+    old.step(w, grads)
+    new.load_state_dict(old.state_dict())
+    with pytest.raises(ValueError, match=r"slot 'master_param'.*master_weights=True"):
+        new.step(w, grads)
+    assert new.pending == ("w",)
+
+
+def test_wider_parameters_have_no_masters() -> None:
+    opt = mo.Optimizer(mo.SGD(), master_weights=True)
+    opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+    assert opt.state("w").slots == {}
+    assert ml_dtypes.bfloat16 is not None
