@@ -159,8 +159,8 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
     """
     old = entry.rule.slot_shapes(entry.layout.shape)
     new = _slot_shapes(name, rule, entry.layout)
-    if new == old:
-        return Entry(rule, entry.clip, entry.step, entry.slots, entry.layout)
+    if list(new.items()) == list(old.items()):
+        return replace(entry, rule=rule)
     fresh = new_entry(name, rule, entry.clip, entry.layout)
     kept = {
         name: slot

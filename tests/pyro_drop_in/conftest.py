@@ -1,4 +1,4 @@
-"""Every test of the drop-in has a param store and random numbers of its own."""
+"""Every test of the drop-in has a param store, random numbers and notes of its own."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,13 @@ import pyro
 import pyro.optim
 import pytest
 
+from multiopt.adapters.pyro.optim import _say_wrapped
+
 
 @pytest.fixture(autouse=True)
 def fresh_store() -> Iterator[None]:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    _say_wrapped.cache_clear()
     yield
     pyro.clear_param_store()

@@ -8,18 +8,32 @@ import pytest
 import torch
 
 import multiopt.adapters.pyro as optim
+from multiopt.adapters.pyro.optim import CONSTRUCTORS, RULES
 
 NAMES = ["SGD", "Adam", "AdamW", "ClippedAdam", "DCTAdam"]
+RULED = [name for name, constructor in CONSTRUCTORS.items() if constructor in RULES]
+#: Settings for which an optimizer keeps all that it may keep.
+SETTINGS: dict[str, dict[str, Any]] = {name: {"lr": 0.1} for name in CONSTRUCTORS} | {
+    "ASGD": {"lr": 0.1, "lambd": 0.1, "t0": 2.0},
+    "Adagrad": {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.5},
+    "AdagradRMSProp": {"eta": 0.1},
+    "NAdam": {"lr": 0.1, "momentum_decay": 0.1, "decoupled_weight_decay": True},
+    "RAdam": {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    "RMSprop": {"lr": 0.1, "momentum": 0.9, "centered": True},
+    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5},
+}
 BOTH = pytest.mark.parametrize("module", [pyro.optim, optim], ids=["pyro", "multiopt"])
 
 
-def param(name: str, value: float = 0.0, size: int = 2) -> torch.Tensor:
+def param(name: str, value: float = 0.0, size: int | tuple[int, ...] = 2) -> torch.Tensor:
     """The unconstrained leaf behind a parameter of the store."""
-    return pyro.param(name, torch.full((size,), value)).unconstrained()
+    shape = size if isinstance(size, tuple) else (size,)
+    return pyro.param(name, torch.full(shape, value)).unconstrained()
 
 
 def give(tensor: torch.Tensor, *grad: float) -> torch.Tensor:
-    tensor.grad = torch.tensor(grad or [1.0] * tensor.numel(), dtype=tensor.dtype)
+    values = torch.tensor(grad or [1.0] * tensor.numel(), dtype=tensor.dtype)
+    tensor.grad = values.reshape(tensor.shape)
     return tensor
 
 

@@ -1,11 +1,15 @@
 """What users do with ``optim_objs``."""
 
+import copy
+import gc
 from typing import Any
 
 import numpy as np
+import pyro
 import pytest
 import torch
 
+import multiopt as mo
 import multiopt.adapters.pyro as optim
 from tests.pyro_drop_in.tensors import BOTH, give, param, steps_of
 
@@ -132,3 +136,92 @@ def test_gradients_can_be_zeroed_where_pyro_has_it(set_to_none: bool) -> None:
     assert (loc.grad is None) == set_to_none
     if loc.grad is not None:
         assert loc.grad.tolist() == [0.0, 0.0]
+
+
+# Schedulers of torch around what stands there
+
+
+@BOTH
+def test_schedulers_of_torch_take_what_is_there(module: Any) -> None:
+    opt, loc = module.SGD({"lr": 1.0}), param("loc")
+    opt([give(loc)])
+    one = opt.optim_objs[loc]
+    assert isinstance(one, torch.optim.Optimizer)
+    assert one is opt.optim_objs[loc]
+    parts = [
+        torch.optim.lr_scheduler.ConstantLR(opt.optim_objs[loc], 0.5, 2),
+        torch.optim.lr_scheduler.ExponentialLR(opt.optim_objs[loc], 0.5),
+    ]
+    scheduler = torch.optim.lr_scheduler.SequentialLR(one, parts, [2])
+    rates = []
+    for _ in range(5):
+        opt([give(loc)])
+        scheduler.step()
+        rates.append(one.param_groups[0]["lr"])
+    assert rates == [0.5, 1.0, 0.5, 0.25, 0.125]
+    assert loc.tolist() == [-3.75, -3.75]
+    assert opt.get_state()["loc"]["param_groups"][0]["initial_lr"] == 1.0
+    assert "lr: 0.125" in repr(one)
+
+
+@BOTH
+def test_a_schedule_of_ones_own_goes_through_state(module: Any) -> None:
+    opt, loc = module.Adam({"lr": 1.0}), param("loc")
+    opt([give(loc)])
+    kind = torch.optim.lr_scheduler.OneCycleLR
+    first = kind(opt.optim_objs[loc], 3.0, total_steps=10)
+    for _ in range(3):
+        opt([give(loc)])
+        first.step()
+    state, schedule = opt.get_state(), first.state_dict()
+    other = module.Adam({"lr": 1.0})
+    other.set_state(state)
+    other([loc])
+    second = kind(other.optim_objs[loc], 3.0, total_steps=10)
+    second.load_state_dict(schedule)
+    other.optim_objs[loc].load_state_dict(state["loc"])
+    for one in (first, second):
+        one.step()
+    groups = [o.get_state()["loc"]["param_groups"][0] for o in (opt, other)]
+    assert groups[0] == groups[1]
+    assert groups[0]["max_lr"] == 3.0
+
+
+@BOTH
+def test_one_tensor_can_be_stepped_and_loaded_by_itself(module: Any) -> None:
+    opt, a, b = module.SGD({"lr": 1.0, "momentum": 0.5}), param("a"), param("b")
+    opt([give(a), give(b)])
+    one = opt.optim_objs[a]
+    state = copy.deepcopy(one.state_dict())
+    one.step()
+    assert (a.tolist(), b.tolist()) == ([-2.5, -2.5], [-1.0, -1.0])
+    one.load_state_dict(state)
+    one.step()
+    assert a.tolist() == [-4.0, -4.0]
+    assert one.defaults["momentum"] == 0.5
+    assert one.state[a]["momentum_buffer"].tolist() == [1.5, 1.5]
+
+
+def test_what_one_tensor_refuses() -> None:
+    opt, loc = optim.SGD({"lr": 1.0, "momentum": 0.5}), param("loc")
+    opt([give(loc)])
+    one = opt.optim_objs[loc]
+    with pytest.raises(TypeError, match="an optimizer of one tensor"):
+        one.add_param_group({"params": [loc]})
+    with pytest.raises(mo.CheckpointError, match="'loc' is no state of SGD"):
+        one.load_state_dict({"momentum": 1})
+    del opt
+    with pytest.raises(ReferenceError):
+        one.step()
+
+
+def test_what_stands_there_does_not_hold_its_tensor() -> None:
+    opt, loc = optim.SGD({"lr": 1.0}), param("loc")
+    opt([give(loc)])
+    one = opt.optim_objs[loc]
+    pyro.clear_param_store()
+    del loc
+    gc.collect()
+    assert len(opt.optim_objs) == 0
+    with pytest.raises(ReferenceError, match="the tensor of this optimizer is gone"):
+        one.step()

@@ -1,14 +1,14 @@
-"""A drop-in for ``pyro.optim``: ``import multiopt.adapters.pyro as optim``.
+"""``PyroOptim``, and the one whose parameters multiopt steps.
 
-Calls, arguments and results are Pyro's; ``docs/pyro.md`` lists where the drop-in differs on
-purpose. It is keyed by tensor, as Pyro is: one entry for each live tensor, weakly held, labelled
-with the tensor's name in the param store.
+It is keyed by tensor, as Pyro is: one entry for each live tensor, weakly held, labelled with the
+tensor's name in the param store.
 """
 
 import pickle
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import fields, replace
+from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
 from os import PathLike
 from pathlib import Path
@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
+import pyro.optim
 import torch
-from pyro.optim import PyroOptim
-from pyro.optim.clipped_adam import ClippedAdam as TorchClippedAdam
-from pyro.optim.dct_adam import DCTAdam as TorchDCTAdam
+from pyro.optim import adagrad_rmsprop, clipped_adam, dct_adam
 from pyro.params.param_store import (
     module_from_param_with_module_name,
     normalize_param_name,
@@ -28,13 +27,14 @@ from pyro.params.param_store import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from multiopt import checkpoint, rules
-from multiopt.adapters.pyro_dct import OF_TENSORS, marked, refuse_subsamples
-from multiopt.adapters.pyro_objects import OptimObjs
+from multiopt.adapters.pyro.dct import OF_TENSORS, marked
+from multiopt.adapters.pyro.objects import OptimObjs, TensorOptimizer
 from multiopt.adapters.torch_state import (
     from_plain,
     from_torch,
     group_settings,
     number,
+    refuse_subsamples,
     rule_settings,
     to_torch,
 )
@@ -56,80 +56,81 @@ from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.step import Step
 
-__all__ = ["SGD", "Adam", "AdamW", "ClippedAdam", "DCTAdam", "PyroOptim"]
+__all__ = ["CONSTRUCTORS", "RULES", "JointOptim", "PyroOptim", "Settings", "has_rule"]
 
 #: Settings of a dict, or a callable that gives them for a name, or for a module and a name.
 Settings = dict[str, Any] | Callable[..., dict[str, Any]]
+
+#: The torch optimizers that a name of ``pyro.optim`` stands for. LBFGS is not for SVI, says Pyro.
+CONSTRUCTORS: dict[str, type[torch.optim.Optimizer]] = {
+    name: value
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type)
+    and issubclass(value, torch.optim.Optimizer)
+    and value not in (torch.optim.Optimizer, torch.optim.LBFGS)
+} | {
+    "AdagradRMSProp": adagrad_rmsprop.AdagradRMSProp,
+    "ClippedAdam": clipped_adam.ClippedAdam,
+    "DCTAdam": dct_adam.DCTAdam,
+}
+
+#: The rules of multiopt, by the torch optimizer whose arguments and state they take.
+RULES: dict[Any, type[Rule]] = {
+    constructor: getattr(rules, name)
+    for name, constructor in CONSTRUCTORS.items()
+    if hasattr(rules, name)
+}
+
+
+def has_rule(optim_constructor: Any, optim_args: Settings) -> bool:
+    """Whether multiopt has a rule for a torch optimizer with these arguments."""
+    aware = isinstance(optim_args, dict) and optim_args.get("subsample_aware")
+    return optim_constructor in RULES and not aware
+
 
 #: Arguments of torch's optimizers about how they run, not about what they compute.
 EXECUTION = ("capturable", "foreach", "fused")
 
 
-def SGD(optim_args: Settings, clip_args: Settings | None = None) -> PyroOptim:  # noqa: N802
-    """``pyro.optim.SGD``: see ``multiopt.SGD``.
+class PyroOptim(pyro.optim.PyroOptim):
+    """``pyro.optim.PyroOptim``: parameters that may appear at any time, each with its settings.
+
+    Of a torch optimizer that multiopt has a rule for, it makes a ``JointOptim``. Any other is
+    Pyro's affair: a torch optimizer for each parameter.
 
     Args:
-        optim_args: Arguments of ``torch.optim.SGD``, or a callable that gives them for a parameter
-            name (dotted, as in ``nn.Module.named_parameters``).
+        optim_constructor: The class of a torch optimizer.
+        optim_args: Its arguments, or a callable that gives them for a parameter name (dotted, as in
+            ``nn.Module.named_parameters``).
         clip_args: ``clip_norm`` and ``clip_value``, or a callable that gives them likewise.
     """
-    return _PyroOptimizer(rules.SGD, torch.optim.SGD, optim_args, clip_args)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PyroOptim":
+        """Choose who steps."""
+        chosen = cls
+        if cls is PyroOptim and (args or kwargs):
+            given = signature(cls.__init__).bind(None, *args, **kwargs).arguments
+            if has_rule(given["optim_constructor"], given["optim_args"]):
+                chosen = JointOptim
+        made: PyroOptim = super().__new__(chosen)
+        return made
+
+    def __init__(
+        self, optim_constructor: Any, optim_args: Settings, clip_args: Settings | None = None
+    ) -> None:
+        """As in Pyro, saying what is slow."""
+        if not has_rule(optim_constructor, optim_args):
+            name = getattr(optim_constructor, "__name__", repr(optim_constructor))
+            _say_wrapped(f"{name} with subsample_aware" if optim_constructor in RULES else name)
+        super().__init__(optim_constructor, optim_args, clip_args)
 
 
-def Adam(optim_args: Settings, clip_args: Settings | None = None) -> PyroOptim:  # noqa: N802
-    """``pyro.optim.Adam``: see ``multiopt.Adam``.
-
-    Args:
-        optim_args: Arguments of ``torch.optim.Adam``, or a callable that gives them for a
-            parameter name (dotted, as in ``nn.Module.named_parameters``).
-        clip_args: ``clip_norm`` and ``clip_value``, or a callable that gives them likewise.
-
-    >>> import pyro, torch
-    >>> import multiopt.adapters.pyro as optim
-    >>> adam = optim.Adam({"lr": 0.5}, {"clip_norm": 10.0})
-    >>> loc = torch.zeros(2, requires_grad=True)
-    >>> (loc - 3).square().sum().backward()
-    >>> adam({loc})
-    >>> loc.detach().numpy().round(4).tolist()
-    [0.5, 0.5]
-    """
-    return _PyroOptimizer(rules.Adam, torch.optim.Adam, optim_args, clip_args)
-
-
-def AdamW(optim_args: Settings, clip_args: Settings | None = None) -> PyroOptim:  # noqa: N802
-    """``pyro.optim.AdamW``: see ``multiopt.AdamW``.
-
-    Args:
-        optim_args: Arguments of ``torch.optim.AdamW``, or a callable that gives them for a
-            parameter name (dotted, as in ``nn.Module.named_parameters``).
-        clip_args: ``clip_norm`` and ``clip_value``, or a callable that gives them likewise.
-    """
-    return _PyroOptimizer(rules.AdamW, torch.optim.AdamW, optim_args, clip_args)
-
-
-def ClippedAdam(optim_args: Settings) -> PyroOptim:  # noqa: N802
-    """``pyro.optim.ClippedAdam``: see ``multiopt.ClippedAdam``.
-
-    Args:
-        optim_args: Arguments of Pyro's ``ClippedAdam``, or a callable that gives them for a
-            parameter name (dotted, as in ``nn.Module.named_parameters``).
-    """
-    return _PyroOptimizer(rules.ClippedAdam, TorchClippedAdam, optim_args, None)
-
-
-def DCTAdam(optim_args: Settings) -> PyroOptim:  # noqa: N802
-    """``pyro.optim.DCTAdam``: see ``multiopt.DCTAdam``.
-
-    The dimension of time is that of the tensor, which ``pyro.contrib.forecast`` marks. With
-    ``subsample_aware=True`` this is Pyro's own.
-
-    Args:
-        optim_args: Arguments of Pyro's ``DCTAdam``, or a callable that gives them for a parameter
-            name (dotted, as in ``nn.Module.named_parameters``).
-    """
-    if isinstance(optim_args, dict) and optim_args.get("subsample_aware"):
-        return pyro.optim.DCTAdam(optim_args)
-    return _PyroOptimizer(rules.DCTAdam, TorchDCTAdam, optim_args, None)
+@cache
+def _say_wrapped(what: str) -> None:
+    warnings.warn(
+        f"multiopt has no rule for {what}: Pyro steps its parameters one by one, by torch",
+        stacklevel=3,
+    )
 
 
 class _Tracked(NamedTuple):
@@ -170,10 +171,15 @@ class _Core(Optimizer):
         """What is held for a name."""
         return self._entries[name]
 
-    def change_rule(self, name: str, rule: Rule) -> None:
-        """Change the rule of one name."""
+    def change_rules(self, rules: Mapping[str, Rule]) -> None:
+        """Change the rules of some names."""
         entries = self._entries
-        self._entries = {**entries, name: with_rule(name, entries[name], rule)}
+        self._entries = entries | {n: with_rule(n, entries[n], rule) for n, rule in rules.items()}
+
+    @property
+    def rules(self) -> set[Rule]:
+        """Those of all names."""
+        return {entry.rule for entry in self._entries.values()}
 
     def resume(self, steps: int) -> None:
         """Go on counting the steps of the optimizer from a number."""
@@ -192,7 +198,7 @@ class _Core(Optimizer):
         }
 
 
-class _PyroOptimizer(PyroOptim):
+class JointOptim(PyroOptim):
     """A ``PyroOptim`` whose parameters are stepped together by multiopt.
 
     A copy, or one that was pickled, has the settings and the state that ``get_state`` lists, which
@@ -200,35 +206,39 @@ class _PyroOptimizer(PyroOptim):
     """
 
     def __init__(
-        self,
-        rule_class: type[Rule],
-        constructor: type[torch.optim.Optimizer],
-        optim_args: Settings,
-        clip_args: Settings | None,
+        self, optim_constructor: Any, optim_args: Settings, clip_args: Settings | None = None
     ) -> None:
-        """Check the arguments; see ``Adam``.
+        """Check the arguments; see ``PyroOptim``.
 
         Raises:
             TypeError: An argument is neither a dict nor a callable, or has an unknown key.
             ValueError: A setting is out of range.
         """
         # The names under which Pyro's Horovod wrapper and users' code look for them.
-        self.pt_optim_constructor = self._constructor = constructor
+        self.pt_optim_constructor = self._constructor = optim_constructor
         self.pt_optim_args = optim_args
         self.pt_clip_args = {} if clip_args is None else clip_args
         # Loaded state by label, for the next tensor that is presented under it.
         self._state_waiting_to_be_consumed: dict[str, dict[str, Any]] = {}
-        self._rule_class = rule_class
+        self._rule_class = RULES[optim_constructor]
         self._rules: dict[Rule, Rule] = {}
+        # Of rules without schedules, in torch's terms: the settings, and the rule with one of them
+        # changed. Most parameters are alike.
+        self._read = lru_cache(SHARED)(partial(_settings_now, optim_constructor))
+        self._write = lru_cache(SHARED, typed=True)(partial(_with_setting, optim_constructor))
+        # New rules by key, while they are collected.
+        self._changes: dict[str, Rule] = {}
+        self._collects = False
         # By tensor, weakly: an entry goes when its tensor does.
         self._tracked: MutableMapping[torch.Tensor, _Tracked] = WeakTensorKeyDictionary()
+        self._stand_ins: MutableMapping[torch.Tensor, TensorOptimizer] = WeakTensorKeyDictionary()
         # Of the last call: which objects the tensors are, the order in which they are stepped, and
         # their keys in it. A number stands for the same tensor as long as no tensor has died.
         self._ids = b""
         self._order = np.empty(0, np.intp)
         self._keys: list[str] = []
         self._unnamed = 0
-        self._core = _Core(rule_class())
+        self._core = _Core(self._rule_class())
         for what, settings in (("optim_args", optim_args), ("clip_args", self.pt_clip_args)):
             if not isinstance(settings, dict) and not callable(settings):
                 raise TypeError(f"{what} must be a dict or a callable; got {settings!r}")
@@ -265,20 +275,20 @@ class _PyroOptimizer(PyroOptim):
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings, and the state by name."""
-        arguments = (
-            self._rule_class,
-            self._constructor,
-            self.pt_optim_args,
-            self.pt_clip_args,
-        )
-        steps = self._core.steps
-        return {"arguments": arguments, "waiting": self._stored_or_warn(), "steps": steps}
+        return {
+            "arguments": self._arguments(),
+            "waiting": self._stored_or_warn(),
+            "steps": self._core.steps,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin with the settings, all state waiting."""
-        _PyroOptimizer.__init__(self, *state["arguments"])
+        type(self).__init__(self, *state["arguments"])
         self._state_waiting_to_be_consumed = state["waiting"]
         self._core.resume(state["steps"])
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self._constructor, self.pt_optim_args, self.pt_clip_args
 
     # Tensors
 
@@ -293,7 +303,9 @@ class _PyroOptimizer(PyroOptim):
             if isinstance(rule, rules.ClippedAdam | rules.DCTAdam):
                 # Once more what the rule does, for the gradient that Pyro leaves behind is clipped.
                 assert not callable(rule.clip_norm)
-                clip = Clip(value=rule.clip_norm)
+                clip = clip or Clip()
+                value = rule.clip_norm if clip.value is None else min(clip.value, rule.clip_norm)
+                clip = replace(clip, value=value)
             key = self._unused_key(label)
             layout = named("torch").layout(tensor, f"parameter {key!r}")
             self._core.enter(key, rule, clip, layout)
@@ -380,28 +392,58 @@ class _PyroOptimizer(PyroOptim):
             # Of two tensors of one name, the one in the store takes it.
             if label in waiting and (label not in takers or in_store.get(label) is tensor):
                 takers[label] = tensor
+        self._take([(tensor, waiting[label]) for label, tensor in takers.items()])
+        for label in takers:
+            waiting.pop(label, None)
+
+    def _take(self, loaded: Collection[tuple[torch.Tensor, Mapping[str, Any]]]) -> None:
+        """Give tensors loaded state, all of them or none."""
         states = {}
-        for label, tensor in takers.items():
+        for tensor, stored in loaded:
             key = self._tracked[tensor].key
             entry = self._core.entry(key)
             dtype = entry.layout.compute_dtype
-            slots = {k: array.astype(dtype) for k, array in waiting[label]["slots"].items()}
-            rule = _restored_rule(waiting[label]["rule"], entry.rule)
-            states[key] = {**waiting[label], "slots": slots}, self._rules.setdefault(rule, rule)
+            slots = {k: array.astype(dtype) for k, array in stored["slots"].items()}
+            rule = _restored_rule(stored["rule"], entry.rule)
+            states[key] = {**stored, "slots": slots}, self._rules.setdefault(rule, rule)
         self._core.restore(states)
         for stored, rule in states.values():
             restored_plateaus(rule, stored["rule"], ahead=True)
-        for label in takers:
-            waiting.pop(label, None)
+        for tensor, stored in loaded:
+            self._restore_beside(tensor, stored)
+
+    def _load(self, tensor: torch.Tensor, state: Mapping[str, Any]) -> None:
+        """Load the state of one tensor in torch's format.
+
+        Raises:
+            CheckpointError: It has another form.
+            ValueError: It does not fit; nothing has changed.
+        """
+        self._take([(tensor, self._from_torch(self._tracked[tensor].key, state))])
+
+    def _restore_beside(self, tensor: torch.Tensor, stored: Mapping[str, Any]) -> None:
+        """Give a tensor what was loaded beside its entry."""
+        if stored.get("group"):
+            self._stand_in(tensor).group.extra.update(stored["group"])
 
     def get_state(self) -> dict[str, Any]:
         """The state by parameter name, in Pyro's format, loaded state that waits included.
 
         It lists the tensors that are in the param store now.
         """
-        return {
-            label: to_torch(self._constructor, stored) for label, stored in self._stored().items()
-        }
+        return {label: self._to_torch(stored) for label, stored in self._stored().items()}
+
+    def _from_torch(self, label: str, state: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return from_torch(self._rule_class, state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"the state of {label!r} is no state of {self._constructor.__name__} "
+                f"in Pyro's format ({type(error).__name__}: {error})"
+            ) from error
+
+    def _to_torch(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return to_torch(self._constructor, stored)
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
         """Load state in Pyro's format; each name's goes to the next tensor presented under it.
@@ -422,13 +464,7 @@ class _PyroOptimizer(PyroOptim):
                 # Pyro's own get_state() leaves this behind for tensors that left the store.
                 warnings.warn("left out a state without a parameter name", stacklevel=2)
                 continue
-            try:
-                loaded[label] = from_torch(self._rule_class, state)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise CheckpointError(
-                    f"the state of {label!r} is no state of {self._constructor.__name__} "
-                    f"in Pyro's format ({type(error).__name__}: {error})"
-                ) from error
+            loaded[label] = self._from_torch(label, state)
         self._wait(loaded)
 
     def _wait(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
@@ -457,7 +493,10 @@ class _PyroOptimizer(PyroOptim):
         It holds what ``get_state`` lists. Tensors that are in no param store have no name to be
         saved under; a warning says how many there are.
         """
-        entries = self._stored_or_warn()
+        entries = {
+            label: {part: stored[part] for part in ("rule", "step", "slots")}
+            for label, stored in self._stored_or_warn().items()
+        }
         state = {"version": checkpoint.VERSION, "steps": self._core.steps}
         checkpoint.write(filename, {**state, "entries": entries, "pending": {}})
 
@@ -524,33 +563,82 @@ class _PyroOptimizer(PyroOptim):
             raise TypeError("optim_objs can be emptied by assigning {}, not filled")
         self.optim_objs.clear()
 
-    def _describe(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """The state of a tensor as a state dict has it, its slots NumPy arrays."""
-        entry = self._core.entry(self._tracked[tensor].key)
-        return described(entry, named(entry.layout.library).to_host, self._core.steps)
+    def _object(self, tensor: torch.Tensor) -> Any:
+        """What ``optim_objs`` has for a tensor."""
+        return self._stand_in(tensor)
 
-    def _group(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """The settings of a tensor as they are now, in torch's terms."""
+    def _stand_in(self, tensor: torch.Tensor) -> TensorOptimizer:
+        if tensor not in self._stand_ins:
+            self._stand_ins[tensor] = TensorOptimizer(self, tensor)
+        return self._stand_ins[tensor]
+
+    def _describe(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """The state of a tensor as a state dict has it, its slots NumPy arrays, and more."""
         entry = self._core.entry(self._tracked[tensor].key)
-        rule = described_rule(entry.rule, entry.step, self._core.steps)
-        return group_settings(self._constructor, rule, entry.step)
+        stored = described(entry, named(entry.layout.library).to_host, self._core.steps)
+        stand_in = self._stand_ins.get(tensor)
+        extra = {} if stand_in is None else dict(stand_in.group.extra)
+        return {**stored, "complex": entry.layout.is_complex, "group": extra}
+
+    def _group(self, tensor: torch.Tensor) -> Mapping[str, Any]:
+        """The settings of a tensor as they are now, in torch's terms; not to be changed."""
+        key = self._tracked[tensor].key
+        entry = self._core.entry(key)
+        rule = self._changes.get(key, entry.rule)
+        if _has_schedule(rule):
+            now = described_rule(rule, entry.step, self._core.steps)
+            return group_settings(self._constructor, now, entry.step)
+        return self._read(rule, entry.step)
 
     def _change(self, tensor: torch.Tensor, name: str, value: Any) -> None:
         """Change one setting of a tensor, in torch's terms."""
         key = self._tracked[tensor].key
         entry = self._core.entry(key)
-        before = self._group(tensor)
-        old = rule_settings(before, entry.step)
-        new = rule_settings({**before, name: number(value)}, entry.step)
-        known = {f.name for f in fields(entry.rule)}
-        changed = {k: v for k, v in new.items() if k in known and (k == name or v != old[k])}
-        rule = replace(entry.rule, **changed)
-        self._core.change_rule(key, self._rules.setdefault(rule, rule))
+        rule = self._changes.get(key, entry.rule)
+        if _has_schedule(rule):
+            rule = _with_setting(self._constructor, rule, entry.step, name, number(value))
+        else:
+            rule = self._write(rule, entry.step, name, number(value))
+        self._changes[key] = self._rules.setdefault(rule, rule)
+        if not self._collects:
+            self._take_changes()
+
+    def _take_changes(self) -> None:
+        """Give the tensors their new rules."""
+        self._collects = False
+        changes, self._changes = self._changes, {}
+        if changes:
+            self._core.change_rules(changes)
+            if len(self._rules) > SHARED + 2 * len(self._core):
+                self._rules = {rule: rule for rule in self._core.rules}
 
     def _forget(self, tensor: torch.Tensor) -> None:
         """Drop the entry of a tensor; presented again, it starts anew."""
         self._ids = b""
+        self._stand_ins.pop(tensor, None)
         self._core.forget(self._tracked.pop(tensor).key)
+
+
+#: How many different settings are remembered.
+SHARED = 64
+
+
+def _has_schedule(rule: Rule) -> bool:
+    return any(is_schedule(getattr(rule, name)) for name in rule.ranges)
+
+
+def _settings_now(constructor: Any, rule: Rule, step: int) -> dict[str, Any]:
+    return group_settings(constructor, described_rule(rule, step), step)
+
+
+def _with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:
+    """A rule with one setting changed, in torch's terms, after a step."""
+    before = _settings_now(constructor, rule, step)
+    old = rule_settings(before, step)
+    new = rule_settings({**before, name: value}, step)
+    known = {f.name for f in fields(rule)}
+    changed = {k: v for k, v in new.items() if k in known and (k == name or v != old[k])}
+    return replace(rule, **changed)
 
 
 #: torch allows a NumPy number for a setting, and a checkpoint then has one.

@@ -1,0 +1,88 @@
+"""A drop-in for ``pyro.optim``: ``import multiopt.adapters.pyro as optim``.
+
+Names, calls, arguments and results are Pyro's; ``docs/pyro.md`` lists where the drop-in differs on
+purpose.
+
+>>> import pyro, torch
+>>> import multiopt.adapters.pyro as optim
+>>> adam = optim.Adam({"lr": 0.5}, {"clip_norm": 10.0})
+>>> loc = torch.zeros(2, requires_grad=True)
+>>> (loc - 3).square().sum().backward()
+>>> adam({loc})
+>>> loc.detach().numpy().round(4).tolist()
+[0.5, 0.5]
+"""
+
+from collections.abc import Callable
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import pyro.optim
+import torch
+from pyro.optim import adagrad_rmsprop, clipped_adam, dct_adam
+
+from multiopt.adapters.pyro import lr_scheduler, multi
+from multiopt.adapters.pyro.lr_scheduler import PyroLRScheduler
+from multiopt.adapters.pyro.optim import CONSTRUCTORS, RULES, PyroOptim, Settings
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., PyroOptim]:
+        """One of ``FACTORIES``."""
+
+
+def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:
+    """A function in the place of one of ``pyro.optim``.
+
+    Args:
+        name: Its name.
+        like: Pyro's, which has the same arguments.
+    """
+    wrapper: Any = PyroOptim
+    constructor: Any = CONSTRUCTORS.get(name)
+    first = "Arguments of the torch optimizer"
+    if constructor is None:
+        wrapper, constructor = PyroLRScheduler, getattr(torch.optim.lr_scheduler, name)
+        what, first = f"``torch.optim.lr_scheduler.{name}``", "See ``PyroLRScheduler``"
+    elif constructor in RULES:
+        what = f"see ``multiopt.{name}``"
+    else:
+        what = f"``{constructor.__module__}.{name}``, wrapped as Pyro does"
+
+    def with_clips(optim_args: Any, clip_args: Settings | None = None) -> PyroOptim:
+        made: PyroOptim = wrapper(constructor, optim_args, clip_args)
+        return made
+
+    def without(optim_args: Any) -> PyroOptim:
+        return with_clips(optim_args)
+
+    doc = [f"``pyro.optim.{name}``: {what}.", "", "Args:"]
+    by_name = ", or a callable that gives them for a parameter name" if wrapper is PyroOptim else ""
+    doc.append(f"    optim_args: {first}{by_name}.")
+    factory = without
+    if "clip_args" in signature(like).parameters:
+        factory = with_clips
+        doc.append("    clip_args: ``clip_norm`` and ``clip_value``, or a callable likewise.")
+    factory.__name__ = factory.__qualname__ = name
+    factory.__doc__ = "\n".join(doc)
+    return factory
+
+
+#: The functions of ``pyro.optim``, each optimizer by multiopt's rule if there is one of its name.
+FACTORIES = {
+    name: _factory(name, getattr(pyro.optim, name))
+    for name in pyro.optim.__all__
+    if name in CONSTRUCTORS or hasattr(torch.optim.lr_scheduler, name)
+}
+globals().update(FACTORIES)
+
+__all__ = [
+    "PyroLRScheduler",
+    "PyroOptim",
+    "adagrad_rmsprop",
+    "clipped_adam",
+    "dct_adam",
+    "lr_scheduler",
+    "multi",
+    *FACTORIES,
+]
