@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import optax
@@ -21,6 +21,7 @@ from torch.optim import lr_scheduler
 import multiopt as mo
 import multiopt.adapters.pyro as drop_in
 from multiopt import schedules
+from multiopt.rules.rule import NONNEGATIVE
 from multiopt.schedules import (
     Constant,
     Cosine,
@@ -345,11 +346,12 @@ def test_each_rule_is_asked_once_a_step(name: str, how: str, make: Library) -> N
             assert asked == [step]
             asked.clear()
         # Not for a name that takes no part.
-        opt.step(params, {"a": make.grad(ones())})
-        assert asked == [5]
-        asked.clear()
+        for step in (5, 6):
+            opt.step(params, {"a": make.grad(ones())})
+            assert asked == [step]
+            asked.clear()
         opt.step(params, {n: make.grad(ones()) for n in params})
-        assert asked == [6, 5]
+        assert asked == [7, 5]
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -360,6 +362,56 @@ def test_equal_rules_are_asked_together_and_others_not(name: str) -> None:
         for _ in range(4):
             opt.step(params, {n: np.ones(2) for n in params})
     assert {n: w[0] for n, w in params.items()} == {"a": -1.5, "b": -1.5, "c": -3.0, "d": -3.0}
+
+
+class Scalars(NamedTuple):
+    lr: float
+    shrinks: bool
+
+
+@dataclass(frozen=True)
+class HostOnly(mo.Rule):
+    """A rule whose coefficients only the host computes, with a switch that a schedule turns."""
+
+    lr: Any = 0.1
+
+    ranges: ClassVar = {"lr": NONNEGATIVE}
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def update(self) -> Any:
+        return shrinking
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> Scalars:
+        return Scalars(h.lr**1.5, h.lr > 0.3)
+
+
+def shrinking(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    return (param - c.lr * param if c.shrinks else param) - c.lr * grad, slots
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("both", [False, True], ids=["one dtype", "two dtypes"])
+def test_schedules_of_coefficients_that_only_the_host_computes(name: str, both: bool) -> None:
+    lr = Exponential(0.9, 0.7)
+    opt = mo.Optimizer(HostOnly(lr=lr))
+    params = {n: ones(4).astype("float32" if both and n > "b" else "float64") for n in "abcd"}
+    expected = {n: w.copy() for n, w in params.items()}
+    clocks = dict.fromkeys("abcd", 0)
+    with engine(name):
+        for names in ("ab", "abd", "abcd", "abcd", "cd", "abcd"):
+            opt.step(params, {n: ones(4).astype(params[n].dtype) for n in names})
+            for n in names:
+                clocks[n] += 1
+                w, rule = expected[n], HostOnly(lr=lr(clocks[n]))
+                c = rule.coefficients(clocks[n], w.dtype.name)
+                expected[n], _ = rule.update(np, w, np.ones_like(w), (), c)
+            for n in "abcd":
+                assert_equal(params[n], expected[n], n)
 
 
 def test_a_schedule_that_cannot_be_looked_up() -> None:
@@ -557,6 +609,12 @@ def test_a_loss_that_is_not_finite_is_no_improvement_and_leaves_no_trace(
     for _ in range(3):
         plateau.observe(loss)
     assert plateau(1) == 0.4
+
+
+def test_the_first_loss_is_the_best_whatever_the_threshold() -> None:
+    plateau = Plateau(0.8, 0.5, patience=0, threshold=2.0)
+    plateau.observe(1.0)
+    assert plateau(1) == 0.8
 
 
 def test_smoothing_sees_through_noise() -> None:
@@ -885,25 +943,28 @@ def test_changing_a_thousand_names_takes_milliseconds() -> None:
 def test_the_drop_in_counts_and_saves_schedules_too(tmp_path: Path) -> None:
     def made() -> tuple[Any, Plateau]:
         plateau = Plateau(0.5, 0.5, patience=0)
-        lr = Shared(Join([Constant(1.0), plateau], [2]))
+        lr = Shared(Join([Constant(1.0), plateau], [3]))
         return drop_in.SGD({"lr": lr}), plateau
 
-    def stepped(adam: Any, times: int) -> None:
+    def stepped(optimizer: Any, times: int) -> None:
         for _ in range(times):
-            loc = pyro.get_param_store()._params["loc"]
             loc.grad = torch.ones(2)
-            adam({loc})
+            optimizer({loc})
 
     pyro.clear_param_store()
     pyro.param("loc", torch.zeros(2))
+    loc = pyro.get_param_store()._params["loc"]
     opt, plateau = made()
+    other = torch.zeros(2, requires_grad=True)
+    other.grad = torch.ones(2)
+    opt({other})
+    del other
     stepped(opt, 2)
     for _ in range(2):
         plateau.observe(1.0)
     opt.save(tmp_path / "run")
     copied = copy.deepcopy(opt)
     stepped(opt, 1)
-    loc = pyro.get_param_store()._params["loc"]
     assert loc.tolist() == [-2.25, -2.25]
     again, restored = made()
     again.load(tmp_path / "run")
