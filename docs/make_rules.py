@@ -64,7 +64,8 @@ def _page(rule: type[mo.Rule]) -> str:
 def _source(rule: type[mo.Rule]) -> str:
     """The first work that the docstring names."""
     text = " ".join(inspect.cleandoc(rule.__doc__ or "").split())
-    found = re.search(r"Source: (.*?)(?:\.(?= [A-Z]|$)|;)", text)
+    # Up to a full stop that ends a sentence: outside of parentheses, before a capital.
+    found = re.search(r"Source: ((?:\([^)]*\)|[^(])*?)(?:\.(?= [A-Z]|$)|;)", text)
     if found is None:
         raise ValueError(f"the docstring of {rule.__name__} names no source")
     return found[1].replace("``", "`").replace("|", "\\|")

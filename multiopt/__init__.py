@@ -11,6 +11,7 @@ NumPy, PyTorch and JAX arrays.
 [-0.01, 0.01]
 """
 
+from multiopt import schedules
 from multiopt.averaging import Average
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
@@ -65,6 +66,7 @@ __all__ = [
     "Rprop",
     "Rule",
     "State",
+    "schedules",
 ]
 
 __version__ = "0.1.0"

@@ -28,6 +28,7 @@ __all__ = [
     "Layout",
     "Limits",
     "Member",
+    "Now",
     "Result",
     "Scaling",
     "Task",
@@ -172,6 +173,18 @@ class Member(NamedTuple):
     slots: tuple[np.ndarray, ...] | None
 
 
+class Now(NamedTuple):
+    """A rule with the numbers that its schedules give at a step.
+
+    Attributes:
+        rule: The rule, without schedules.
+        where: The positions that have it.
+    """
+
+    rule: Rule
+    where: np.ndarray
+
+
 class Batch(ABC):
     """Parameters that one engine updates together, in place, in the memory of the host.
 
@@ -203,6 +216,7 @@ class Batch(ABC):
         grads: np.ndarray,
         leaves: bool,
         steps: np.ndarray,
+        now: Sequence[Now],
         limits: "Limits | None",
         leave_clipped: bool,
         threads: int | None,
@@ -214,6 +228,7 @@ class Batch(ABC):
             grads: The gradients, likewise.
             leaves: As for ``look``.
             steps: As for ``run``.
+            now: As for ``prepare``.
             limits: How to clip; None for no clipping.
             leave_clipped: As for ``run``.
             threads: As for ``run``.
@@ -264,13 +279,13 @@ class Batch(ABC):
         """
 
     @abstractmethod
-    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Mapping[int, Rule]) -> None:
+    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Sequence[Now]) -> None:
         """Make all that may fail of a step of these positions.
 
         Args:
             index: Positions.
             steps: By position, the steps taken.
-            now: By position, the rule at this step where it has schedules.
+            now: The rules at this step of those positions whose rule has schedules.
         """
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """The state of an optimizer in one file: safetensors, no pickle, readable by any backend.
 
-The header's metadata has one key, ``multiopt``: JSON with the format's version and, by parameter
-name, the rule, the step and the key of each slot's tensor. ``spec/registry.md`` says what a state
-is.
+The header's metadata has one key, ``multiopt``: JSON with the format's version, the steps of the
+optimizer and, by parameter name, the rule, the step and the key of each slot's tensor.
+``spec/registry.md`` says what a state is.
 """
 
 import json
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from multiopt.errors import CheckpointError
+from multiopt.schedules import check_description
 
 __all__ = ["VERSION", "check_state_dict", "read", "write"]
 
@@ -106,6 +107,8 @@ def check_state_dict(state_dict: Any) -> None:
     if not isinstance(state_dict, Mapping) or "version" not in state_dict:
         raise ValueError("expected a state dict with 'version', 'entries' and 'pending'")
     _check_version(state_dict)
+    if not _is_clock(state_dict.get("steps", 0)):
+        raise ValueError(f"expected an integer >= 0 under 'steps'; got {state_dict['steps']!r}")
     for part, required in PARTS.items():
         entries = state_dict.get(part, None if required else {})
         if not isinstance(entries, Mapping):
@@ -114,7 +117,7 @@ def check_state_dict(state_dict: Any) -> None:
             if not isinstance(name, str):
                 raise ValueError(f"expected names under {part!r} to be strings; got {name!r}")
             step = entry.get("step") if isinstance(entry, Mapping) else None
-            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            if not _is_clock(step):
                 raise ValueError(
                     f"the state of {name!r} has step {step!r}; expected an integer >= 0"
                 )
@@ -123,6 +126,17 @@ def check_state_dict(state_dict: Any) -> None:
                 raise ValueError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")
             if not all(isinstance(key, str) for key in (*slots, *rule)):
                 raise ValueError(f"the state of {name!r} has a slot or setting without a name")
+            schedules = rule.get("schedules", {})
+            if not isinstance(schedules, Mapping):
+                raise ValueError(f"the state of {name!r} needs a mapping under 'schedules'")
+            try:
+                check_description(schedules)
+            except ValueError as error:
+                raise ValueError(f"the state of {name!r}: {error}") from error
+
+
+def _is_clock(step: Any) -> bool:
+    return isinstance(step, int) and not isinstance(step, bool) and step >= 0
 
 
 def _check_version(state_dict: Mapping[str, Any]) -> None:

@@ -12,9 +12,13 @@ from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.clipping import Clip
 from multiopt.rules import Rule
+from multiopt.schedules import Schedule, plateaus
+from multiopt.schedules import described as described_schedule
 
 __all__ = [
+    "Changed",
     "Entry",
+    "changed",
     "check_average",
     "check_clip",
     "check_rule",
@@ -26,6 +30,7 @@ __all__ = [
     "new_entry",
     "on_host",
     "restored",
+    "restored_plateaus",
     "with_rule",
 ]
 
@@ -130,13 +135,17 @@ def new_entry(
             f"parameter {name!r} is complex; expected a real one, for {type(rule).__name__} treats "
             "it as a whole: give it another rule"
         )
-    try:
-        shapes = rule.slot_shapes(layout.shape)
-    except ValueError as error:
-        raise ValueError(f"parameter {name!r}: {error}") from error
+    shapes = _slot_shapes(name, rule, layout)
     slots = tuple(zeros(layout._replace(shape=shape)) for shape in shapes.values())
     is_rounded = layout.dtype != layout.compute_dtype
     return Entry(rule, clip, 0, slots, layout, zeros(layout) if masters and is_rounded else None)
+
+
+def _slot_shapes(name: str, rule: Rule, layout: Layout) -> dict[str, tuple[int, ...]]:
+    try:
+        return rule.slot_shapes(layout.shape)
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
 
 
 def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
@@ -149,10 +158,10 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
         ValueError: The rule is not for parameters of this shape.
     """
     old = entry.rule.slot_shapes(entry.layout.shape)
-    if type(rule) is type(entry.rule) and rule.slot_shapes(entry.layout.shape) == old:
+    new = _slot_shapes(name, rule, entry.layout)
+    if list(new.items()) == list(old.items()):
         return replace(entry, rule=rule)
     fresh = new_entry(name, rule, entry.clip, entry.layout)
-    new = rule.slot_shapes(entry.layout.shape)
     kept = {
         name: slot
         for (name, shape), slot in zip(old.items(), entry.slots, strict=True)
@@ -160,6 +169,60 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
     }
     slots = tuple(kept.get(name, zero) for name, zero in zip(new, fresh.slots, strict=True))
     return replace(entry, rule=rule, slots=slots, step=0 if new and not kept else entry.step)
+
+
+def changed(name: str | None, rule: Rule, values: Mapping[str, Any]) -> Rule:
+    """A rule with some hyperparameters changed.
+
+    Args:
+        name: Whose it is, for messages; None if it is nobody's yet.
+        rule: The rule.
+        values: The hyperparameters.
+
+    Raises:
+        TypeError: The rule has no hyperparameter of that name.
+        ValueError: A value is out of range.
+    """
+    label = "" if name is None else f"parameter {name!r}: "
+    known = [f.name for f in fields(rule)]
+    unknown = ", ".join(key for key in values if key not in known)
+    if unknown:
+        raise TypeError(
+            f"{label}{type(rule).__name__} has no hyperparameter {unknown}; it has "
+            f"{', '.join(known)}"
+        )
+    try:
+        return replace(rule, **values)
+    except ValueError as error:
+        raise ValueError(f"{label}{error}") from error
+
+
+class Changed:
+    """A callable ``name -> rule`` that changes hyperparameters of what another one gives.
+
+    Args:
+        given: The other.
+        values: The hyperparameters.
+    """
+
+    def __init__(self, given: Callable[[str], Rule], values: dict[str, Any]) -> None:
+        """Nothing is changed yet."""
+        self.given, self.values = given, values
+        # The last rules, so that names that share one go on sharing one.
+        self._last: list[tuple[Rule, Rule]] = []
+
+    def __call__(self, name: str) -> Rule:
+        """The changed rule of a name."""
+        rule = chosen(self.given, name, Rule, "rule")
+        for old, new in self._last:
+            if old is rule:
+                return new
+        self._last = [(rule, changed(name, rule, self.values)), *self._last[:7]]
+        return self._last[0][1]
+
+    def __repr__(self) -> str:
+        """The callable and the changes."""
+        return f"{self.given!r} with {self.values!r}"
 
 
 def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,26 +325,57 @@ def is_unstepped(stored: Mapping[str, Any]) -> bool:
     return stored["step"] == 0 and not stored["slots"]
 
 
-def described(entry: Entry, convert: Callable[[Array], Array]) -> dict[str, Any]:
-    """An entry as plain data."""
+def restored_plateaus(rule: Rule, stored: Mapping[str, Any], ahead: bool = False) -> None:
+    """Give each ``Plateau`` of a rule what a loaded description of a rule says it has seen.
+
+    Args:
+        rule: The rule.
+        stored: The description.
+        ahead: Whether only those that have seen less than that take it.
+    """
+    words = stored.get("schedules", {})
+    for name in rule.ranges:
+        for plateau, state in plateaus(getattr(rule, name), words.get(name)):
+            if not ahead or plateau.observed < state["observed"]:
+                plateau.load_state(state)
+
+
+def described(
+    entry: Entry, convert: Callable[[Array], Array], count: int | None = None
+) -> dict[str, Any]:
+    """An entry as plain data; ``count`` as for ``described_rule``."""
     return {
-        "rule": described_rule(entry.rule, entry.step),
+        "rule": described_rule(entry.rule, entry.step, count),
         "step": entry.step,
         "slots": entry.named_slots(convert),
     }
 
 
-def described_rule(rule: Rule, step: int) -> dict[str, Any]:
-    """A rule as plain data: its name, and its hyperparameters at a step."""
+def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str, Any]:
+    """A rule as plain data: its name, its hyperparameters at a step, and its schedules.
+
+    Args:
+        rule: The rule.
+        step: How many steps its parameter has taken.
+        count: How many steps the optimizer has taken; if left out, as many.
+    """
     try:
-        now = rule.at(max(step, 1))
+        now = rule.at(max(step, 1), None if count is None else max(count, 1))
     except ValueError:
         # State must not be lost over a schedule that gives no number for this step.
         now = rule
-    return {
+    words = {
         "name": type(rule).__name__,
         **{f.name: _plain(getattr(now, f.name)) for f in fields(now)},
     }
+    given = {name: getattr(rule, name) for name in rule.ranges}
+    schedules = {k: described_schedule(v) for k, v in given.items() if _is_describable(v)}
+    return {**words, "schedules": schedules} if schedules else words
+
+
+def _is_describable(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(part, Schedule) for part in parts)
 
 
 def _plain(value: Any) -> Any:

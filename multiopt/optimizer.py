@@ -3,9 +3,9 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import compress
 from types import MappingProxyType
@@ -15,10 +15,12 @@ import numpy as np
 
 from multiopt import checkpoint
 from multiopt.averaging import Average
-from multiopt.backend import Array, Layout, backend_of, named, objects
+from multiopt.backend import Array, Layout, Now, backend_of, named, objects
 from multiopt.clipping import Clip
 from multiopt.entry import (
+    Changed,
     Entry,
+    changed,
     check_average,
     check_clip,
     check_rule,
@@ -29,6 +31,7 @@ from multiopt.entry import (
     new_entry,
     on_host,
     restored,
+    restored_plateaus,
     with_rule,
 )
 from multiopt.errors import CheckpointError
@@ -136,6 +139,7 @@ class Optimizer:
         "_plans",
         "_rule",
         "_seen",
+        "_steps",
         "_threads",
     )
 
@@ -171,6 +175,7 @@ class Optimizer:
         self._average = average
         self._averages = None if average is None else Optimizer(Choices(), threads=threads)
         self._seen: dict[str, Entry] = {}
+        self._steps = 0
         # The plan of the last step, which has the clocks of its entries, and some earlier ones.
         self._plan: Plan | None = None
         self._plans: dict[tuple[str, ...], Plan] = {}
@@ -198,17 +203,49 @@ class Optimizer:
         """The names whose loaded state waits for the parameter."""
         return tuple(self._pending)
 
+    @property
+    def steps(self) -> int:
+        """How many steps it has taken in which anything was updated.
+
+        Schedules count the steps of their parameter instead, but for ``schedules.Shared``.
+        """
+        return self._steps
+
     def state(self, name: str) -> State:
         """A snapshot of a parameter's clock and slots.
 
         Raises:
             KeyError: The name has not been seen.
         """
+        entry = self._entry(name)
+        return State(entry.step, entry.named_slots(_shown(entry)))
+
+    def hyperparameters(self, name: str) -> dict[str, Any]:
+        """The hyperparameters that the next step of a parameter will use, schedules as numbers.
+
+        Raises:
+            KeyError: The name has not been seen.
+            ValueError: A schedule gives no number, or one out of range.
+
+        >>> import numpy as np, multiopt as mo
+        >>> opt = mo.Optimizer(mo.SGD(lr=mo.schedules.Linear(0.0, 1.0, steps=4)))
+        >>> _ = opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+        >>> opt.hyperparameters("w")["lr"]
+        0.25
+        """
+        entry = self._entry(name)
+        try:
+            now = entry.rule.at(entry.step + 1, self._steps + 1)
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from error
+        return {f.name: getattr(now, f.name) for f in fields(now)}
+
+    def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
             why = "its loaded state is pending" if name in self._pending else "it was never stepped"
             raise KeyError(f"no state for parameter {name!r}: {why}")
-        return State(entry.step, entry.named_slots(_shown(entry)))
+        return entry
 
     def average(self, name: str) -> Array:
         """The average of a parameter: a copy, float32 for a 16-bit parameter.
@@ -282,6 +319,50 @@ class Optimizer:
             name: with_rule(name, entry, chosen(rule, name, Rule, "rule"))
             for name, entry in self._entries.items()
         }
+        self._rule = rule
+
+    def set_hyperparameters(self, names: Iterable[str] | str | None = None, **values: Any) -> None:
+        """Change some hyperparameters, of all names or of none.
+
+        Slots and clocks are kept. A value that changes which slots there are has the effect of
+        assigning a rule with it to ``rule``.
+
+        Args:
+            names: The names, or one name; by default all, and those still to come.
+            **values: The hyperparameters with their new values: numbers, or schedules.
+
+        Raises:
+            KeyError: A name has not been seen.
+            TypeError: The rule of a name has no such hyperparameter.
+            ValueError: A value is out of range.
+
+        >>> import numpy as np, multiopt as mo
+        >>> opt = mo.Optimizer(mo.Adam(lr=0.5))
+        >>> _ = opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+        >>> opt.set_hyperparameters(lr=0.25)
+        >>> opt.rule.lr, opt.hyperparameters("w")["lr"], opt.state("w").step
+        (0.25, 0.25, 1)
+        """
+        entries, rule = self._entries, self._rule
+        if names is None:
+            touched = dict(entries)
+        else:
+            listed = [names] if isinstance(names, str) else names
+            touched = {name: self._entry(name) for name in listed}
+        # Names that share a rule go on sharing one: the numbers of a step are computed once for it.
+        made: dict[int, Rule] = {}
+        for name, entry in touched.items():
+            if id(entry.rule) not in made:
+                made[id(entry.rule)] = changed(name, entry.rule, values)
+            touched[name] = with_rule(name, entry, made[id(entry.rule)])
+        if names is None:
+            if isinstance(rule, Rule):
+                rule = made.get(id(rule)) or changed(None, rule, values)
+            elif isinstance(rule, Changed):
+                rule = Changed(rule.given, {**rule.values, **values})
+            else:
+                rule = Changed(rule, values)
+        self._entries = {**entries, **touched}
         self._rule = rule
 
     @property
@@ -424,16 +505,20 @@ class Optimizer:
             grads = objects(map(own_gradient, names, params))
         if plan is not None:
             # The way of nearly every step.
-            if self._on_nonfinite == "propagate":
+            now = None
+            if self._on_nonfinite == "propagate" and plan.takes_all(params, grads):
+                # A schedule is the caller's code: the arrays are looked at when it has run.
+                now = self._rules_now(plan) if plan.scheduled else ()
                 outcome = plan.advance_all(
-                    params, grads, leaves, self._leave_clipped, self._threads
+                    params, grads, leaves, now, self._leave_clipped, self._threads
                 )
                 if outcome is not None:
+                    self._steps += 1
                     self._outcome = plan.names, (), outcome
                     return {}
             # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step apart.
             with np.errstate(all="ignore"):
-                return self._take(plan, params, grads, own=own, leaves=leaves)
+                return self._take(plan, params, grads, own=own, leaves=leaves, now=now)
         # A name is seen for the first time with its first gradient.
         has = np.array([grad is not None for grad in grads], bool)
         if not has.all():
@@ -448,6 +533,10 @@ class Optimizer:
         with np.errstate(all="ignore"):
             return self._take(self._made(names, fresh), params, grads, fresh, own=own)
 
+    def _rules_now(self, plan: Plan) -> Sequence[Now]:
+        with np.errstate(all="ignore"):
+            return plan.rules_now(None, self._steps + 1)
+
     def _take(
         self,
         plan: Plan,
@@ -457,6 +546,7 @@ class Optimizer:
         *,
         own: bool,
         leaves: bool = False,
+        now: Sequence[Now] | None = None,
     ) -> dict[str, Array]:
         """Take a step of a plan.
 
@@ -468,8 +558,19 @@ class Optimizer:
                 moved.
             own: Whether the gradients are the parameters' own.
             leaves: Whether it is known that the parameters may have gradients of their own.
+            now: The rules at this step, if the schedules were asked already.
         """
-        step = Step(plan, params, grads, own=own, leaves=leaves, threads=self._threads)
+        count = self._steps + 1
+        step = Step(
+            plan,
+            params,
+            grads,
+            own=own,
+            leaves=leaves,
+            count=count,
+            now=now,
+            threads=self._threads,
+        )
         # What is new is looked at in Python, which knows more.
         new = [i for i, name in enumerate(plan.names) if name in fresh] if fresh else []
         moved = step.look(new)
@@ -477,12 +578,15 @@ class Optimizer:
             names = plan.names
             self._settle_clocks()
             fresh = {**fresh, **{names[i]: self._settled(names[i], x) for i, x in moved.items()}}
-            return self._take(self._made(names, fresh), params, grads, fresh, own=own)
+            made = self._made(names, fresh)
+            return self._take(made, params, grads, fresh, own=own, now=now)
         step.check(self._on_nonfinite)
         # From here on nothing fails: the step is whole.
         outcome = step.run(self._leave_clipped)
         self._after(step)
         active = outcome.active
+        if plan.names and (active is None or active.any()):
+            self._steps = count
         born = tuple(
             plan.names[i]
             for i in new
@@ -574,7 +678,10 @@ class Optimizer:
             rule = chosen(self._rule, name, Rule, "rule")
             clip = chosen_clip(self._clip, name)
             if name in self._pending:
-                return restored(name, self._pending[name], rule, clip, layout, self._masters)
+                stored = self._pending[name]
+                made = restored(name, stored, rule, clip, layout, self._masters)
+                restored_plateaus(rule, stored["rule"], ahead=True)
+                return made
             return new_entry(name, rule, clip, layout, self._masters)
         old = entry.layout
         if layout.own_shape != old.own_shape:
@@ -603,20 +710,21 @@ class Optimizer:
         """The state as plain data: copies, never views.
 
         Returns:
-            ``{"version", "entries": {name: {"rule", "step", "slots"}}, "pending": {...}}``: the
-            rule as a dict of its name and its hyperparameters at that step, slots as arrays of the
-            parameter's library; under ``"pending"`` likewise, slots as NumPy arrays. With averages
-            also ``"averages"`` and ``"pending_averages"``, of the same form.
+            ``{"version", "steps", "entries": {name: {"rule", "step", "slots"}}, "pending"}``: the
+            rule as a dict of its name, its hyperparameters at that step and its schedules, slots as
+            arrays of the parameter's library; under ``"pending"`` likewise, slots as NumPy arrays.
+            With averages also ``"averages"`` and ``"pending_averages"``, of the same form.
 
         >>> import multiopt as mo
         >>> mo.Optimizer(mo.SGD()).state_dict()
-        {'version': 1, 'entries': {}, 'pending': {}}
+        {'version': 1, 'steps': 0, 'entries': {}, 'pending': {}}
         """
         return self._state_dict(_shown)
 
     def _state_dict(self, convert: Callable[[Entry], Callable[[Array], Array]]) -> dict[str, Any]:
         return {
             "version": checkpoint.VERSION,
+            "steps": self._steps,
             **self._stored(convert),
             **(
                 {}
@@ -628,7 +736,8 @@ class Optimizer:
     def _stored(self, convert: Callable[[Entry], Callable[[Array], Array]]) -> dict[str, Any]:
         return {
             "entries": {
-                name: described(entry, convert(entry)) for name, entry in self._entries.items()
+                name: described(entry, convert(entry), self._steps)
+                for name, entry in self._entries.items()
             },
             "pending": {
                 name: {
@@ -645,7 +754,8 @@ class Optimizer:
 
         The state of a name already seen is replaced at once. That of another name waits in
         ``pending`` until its parameter is seen. Names that the state dict does not have stay as
-        they are. This optimizer's rules stay; the state dict's are only a description.
+        they are. This optimizer's rules stay; the state dict's are only a description, but for what
+        a ``schedules.Plateau`` has seen, which one in the same place takes over.
 
         Args:
             state_dict: As ``state_dict`` gives it, with arrays of any library, which are copied.
@@ -667,35 +777,38 @@ class Optimizer:
                 "names of which this optimizer keeps none: give it an average"
             )
         if keeps is not None:
-            keeps._take_over(*keeps._loaded(averages))
-            for name in loaded[0]:
+            keeps._take_over(keeps._loaded(averages))
+            for name in loaded.entries:
                 if name in keeps and name not in averages:
                     keeps.forget(name)
-        self._take_over(*loaded)
+        self._take_over(loaded, state_dict.get("steps"))
 
-    def _loaded(
-        self, states: Mapping[str, Mapping[str, Any]]
-    ) -> tuple[dict[str, Entry], dict[str, dict[str, Any]]]:
-        """Loaded state as entries of names that were seen, and as what is to wait."""
-        entries, pending = {}, {}
+    def _loaded(self, states: Mapping[str, Mapping[str, Any]]) -> "_Loaded":
+        """What to take over of loaded state, if all of it fits."""
+        loaded = _Loaded({}, {}, [])
         for name, stored in states.items():
             host = on_host(name, stored)
             entry = self._entries.get(name)
             if entry is not None:
-                entries[name] = restored(
+                loaded.entries[name] = restored(
                     *(name, host, entry.rule, entry.clip, entry.layout), self._masters
                 )
+                loaded.reached.append((entry.rule, host["rule"]))
             else:
                 if isinstance(self._rule, Rule):
                     check_slot_names(name, host, self._rule)
-                pending[name] = host
-        return entries, pending
+                    loaded.reached.append((self._rule, host["rule"]))
+                loaded.pending[name] = host
+        return loaded
 
-    def _take_over(
-        self, entries: Mapping[str, Entry], pending: Mapping[str, dict[str, Any]]
-    ) -> None:
-        self._entries = {**self._entries, **entries}
-        self._pending.update(pending)
+    def _take_over(self, loaded: "_Loaded", steps: int | None = None) -> None:
+        self._entries = {**self._entries, **loaded.entries}
+        self._pending.update(loaded.pending)
+        for rule, words in loaded.reached:
+            restored_plateaus(rule, words)
+        clocks = [entry.step for entry in self._seen.values()]
+        clocks += [entry["step"] for entry in self._pending.values()]
+        self._steps = max(clocks, default=0) if steps is None else steps
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state, pending state included, to a file that any backend can load.
@@ -721,6 +834,20 @@ class Optimizer:
             self.load_state_dict(state_dict)
         except ValueError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+
+
+class _Loaded(NamedTuple):
+    """Loaded state that fits.
+
+    Attributes:
+        entries: The new entries of names that were seen.
+        pending: The state of others, which is to wait.
+        reached: Rules with the descriptions of the rules that were saved in their place.
+    """
+
+    entries: dict[str, Entry]
+    pending: dict[str, dict[str, Any]]
+    reached: list[tuple[Rule, Mapping[str, Any]]]
 
 
 class Choices(dict[str, Any]):

@@ -1,14 +1,16 @@
 """What a step of one list of names does, worked out once and kept for the next step."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from multiopt.backend import Array, Backend, Batch, Member, named
+from multiopt.backend import Array, Backend, Batch, Member, Now, identities, named
 from multiopt.clipping import Clipping, Norms
 from multiopt.entry import Entry
+from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 
 if TYPE_CHECKING:
@@ -104,14 +106,22 @@ class Plan:
         #: The one part that has everything, if there is one.
         self.whole = self.parts[0] if len(self.parts) == 1 and not self.loose.size else None
         self._slots = [entry.slots for entry in entries]
-        #: Positions whose rule has schedules.
-        self.scheduled = [i for i, entry in enumerate(entries) if _has_schedule(entry)]
+        rules: dict[Hashable, tuple[Rule, list[int]]] = {}
+        keys: dict[int, Hashable] = {}
+        for i, entry in enumerate(entries):
+            number = id(entry.rule)
+            if number not in keys:
+                keys[number] = _key(entry.rule) if _has_schedule(entry.rule) else None
+            if keys[number] is not None:
+                rules.setdefault(keys[number], (entry.rule, []))[1].append(i)
+        #: The rules that have schedules, equal ones once, and the positions that have them.
+        self.scheduled = [(rule, np.array(where)) for rule, where in rules.values()]
         sizes = [prod(entry.layout.shape) for entry in entries]
         # Those without elements, which have no address by which they could be told apart.
         self._empty = np.array([i for i, size in enumerate(sizes) if size == 0], np.int64)
         # Whether one batch has everything and can take a step by itself.
         shares = self.clipping is not None and self.clipping.limits is None
-        self._takes_all = self.whole is not None and not self.scheduled and not shares
+        self._takes_all = self.whole is not None and not shares
 
     @cached_property
     def clipping(self) -> Clipping | None:
@@ -144,7 +154,40 @@ class Plan:
                 entry.step = step
             self._ahead = False
 
+    # Schedules
+
+    def rules_now(self, active: np.ndarray | None, count: int) -> list[Now]:
+        """The rules with schedules at this step, each once for each number of a step.
+
+        Args:
+            active: The positions that take part; None for all.
+            count: The number of the step of the optimizer.
+
+        Raises:
+            ValueError: A schedule gave no number, or one out of range.
+        """
+        now = []
+        for rule, everywhere in self.scheduled:
+            where = everywhere if active is None else everywhere[active[everywhere]]
+            steps = self.steps[where]
+            # The usual case is one number for all: it takes a tenth of the time.
+            alike = len(steps) > 0 and (steps == steps[0]).all()
+            for step in steps[:1].tolist() if alike else dict.fromkeys(steps.tolist()):
+                mine = where if alike else where[steps == step]
+                try:
+                    now.append(Now(rule.at(step + 1, count), mine))
+                except ValueError as error:
+                    raise ValueError(f"parameter {self.names[mine[0]]!r}: {error}") from error
+        return now
+
     # Arrays
+
+    def takes_all(self, params: np.ndarray, grads: np.ndarray) -> bool:
+        """Whether ``advance_all`` may be asked."""
+        if not (self._takes_all and self.empty_differ(params)):
+            return False
+        # A schedule is not asked for what takes no part.
+        return not self.scheduled or id(None) not in np.frombuffer(identities(grads), np.uintp)
 
     def empty_differ(self, params: np.ndarray) -> bool:
         """Whether arrays without elements are all different objects."""
@@ -156,17 +199,16 @@ class Plan:
         params: np.ndarray,
         grads: np.ndarray,
         leaves: bool,
+        now: Sequence[Now],
         leave_clipped: bool,
         threads: int | None,
     ) -> Outcome | None:
         """Take a step in which nothing is out of the ordinary; None if this is no such step."""
-        if not (self._takes_all and self.empty_differ(params)):
-            return None
         assert self.whole is not None
         clipping = self.clipping
         limits = None if clipping is None else clipping.limits
         clipped = self.whole.batch.advance(
-            params, grads, leaves, self.steps, limits, leave_clipped, threads
+            params, grads, leaves, self.steps, now, limits, leave_clipped, threads
         )
         if clipped is None:
             return None
@@ -192,5 +234,13 @@ def _member(backend: Backend, entry: Entry) -> Member:
     return Member(entry.rule, entry.layout, own if len(own) == len(memory) else None)
 
 
-def _has_schedule(entry: Entry) -> bool:
-    return any(is_schedule(getattr(entry.rule, name)) for name in entry.rule.ranges)
+def _key(rule: Rule) -> "Hashable":
+    try:
+        hash(rule)
+    except TypeError:
+        return id(rule)  # a schedule that changes, or a choice of another kind
+    return rule
+
+
+def _has_schedule(rule: Rule) -> bool:
+    return any(is_schedule(getattr(rule, name)) for name in rule.ranges)

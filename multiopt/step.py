@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from multiopt.backend import Array, Layout, Result, Scaling, Task, backend_of, by_backend
+from multiopt.backend import Array, Layout, Now, Result, Scaling, Task, backend_of, by_backend
 from multiopt.inputs import apart, check_no_shared_memory, checked_gradient, own_gradient
 from multiopt.plan import Outcome, Part, Plan
-from multiopt.rules import Rule
 
 if TYPE_CHECKING:
     from multiopt.clipping import Norms
@@ -45,6 +44,8 @@ class Step:
         grads: Their gradients; None for a name that is to be left alone.
         own: Whether the gradients are the parameters' own.
         leaves: Whether it is known that the parameters may have gradients of their own.
+        count: The number of the step of the optimizer.
+        now: The rules at this step, if the schedules were asked already.
         threads: The largest number of threads, or None.
 
     Attributes:
@@ -59,11 +60,14 @@ class Step:
         *,
         own: bool,
         leaves: bool,
+        count: int,
+        now: Sequence[Now] | None,
         threads: int | None,
     ) -> None:
         """Nothing is looked at yet."""
         self._plan, self._params, self._grads = plan, params, grads
         self._own, self._leaves, self._threads = own, leaves, threads
+        self._count, self._now = count, now
         # By position, whether it takes part; None for all.
         self._active: np.ndarray | None = None
         self._skipped: list[int] = []
@@ -118,11 +122,12 @@ class Step:
             self._lend(self._tasks, copy=True)
         if policy != "propagate":
             self._check_finite(policy)
-        now = self._rules_now()
-        if now:
-            self._look_again()
+        if self._now is None:
+            self._now = self._plan.rules_now(self._active, self._count)
+            if self._now:
+                self._look_again()
         self._measure()
-        self._prepare(now)
+        self._prepare(self._now)
 
     def run(self, leave_clipped: bool) -> Outcome:
         """Update the parameters.
@@ -360,23 +365,6 @@ class Step:
 
     # Preparing
 
-    def _rules_now(self) -> dict[int, Rule]:
-        """By position, the rule at this step of what takes part and has schedules."""
-        plan = self._plan
-        now: dict[int, Rule] = {}
-        known: dict[tuple[int, int], Rule] = {}
-        for i in plan.scheduled:
-            if not self._has(i):
-                continue
-            rule, step = plan.entries[i].rule, int(plan.steps[i]) + 1
-            if (id(rule), step) not in known:
-                try:
-                    known[id(rule), step] = rule.at(step)
-                except ValueError as error:
-                    raise ValueError(f"parameter {plan.names[i]!r}: {error}") from error
-            now[i] = known[id(rule), step]
-        return now
-
     def _look_again(self) -> None:
         """Make sure that the arrays are where they were: a schedule is the caller's code."""
         odd = self._plan.look(self._params, self._grads, self._leaves)
@@ -388,22 +376,25 @@ class Step:
         if self._was_apart and not self._is_apart():
             raise ValueError("a schedule changed the arrays of the step that it was asked for")
 
-    def _prepare(self, now: Mapping[int, Rule]) -> None:
+    def _prepare(self, now: Sequence[Now]) -> None:
         """All that may fail of running."""
         plan = self._plan
         loose = self._loose()
+        rules = {i: rule for rule, where in now for i in where.tolist()} if loose else {}
         where = {id(task): i for i, task in loose}
         for i, task in loose:
-            rule = now.get(i, plan.entries[i].rule)
+            rule = rules.get(i, plan.entries[i].rule)
             task.scalars = rule.coefficients(int(plan.steps[i]) + 1, task.layout.compute_dtype)
         for backend, tasks in by_backend(task for _, task in loose):
             for task, result in zip(tasks, backend.run(tasks), strict=True):
                 self._results.append((where[id(task)], task, result))
         for number, part in enumerate(plan.parts):
             index = self._index(part)
-            mine = ((i, rule) for i, rule in now.items() if plan.part_of[i] == number)
-            rules = {int(plan.local[i]): rule for i, rule in mine}
-            part.batch.prepare(index, plan.steps[part.where], rules)
+            here = now
+            if part is not plan.whole:
+                split = [(rule, where[plan.part_of[where] == number]) for rule, where in now]
+                here = [Now(rule, plan.local[where]) for rule, where in split if where.size]
+            part.batch.prepare(index, plan.steps[part.where], here)
             positions = part.where[index]
             if self._lent:
                 copied = [i for i, lent in self._lent.items() if not lent.in_place]

@@ -334,6 +334,7 @@ CASES = {
         Case("twenty steps", mo.Adamax(lr=0.1), LONG),
         Case("not finite", mo.Adamax(lr=0.1), NONFINITE),
     ],
+    # The powers here too are farther than 0.03 ulps from the middle between two numbers (nadam.md).
     "nadam": [
         Case("defaults", mo.NAdam()),
         Case("lr, betas, eps", mo.NAdam(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
@@ -355,7 +356,7 @@ CASES = {
                 momentum_decay=Schedule(0.0, 1.0, 0.5, 4e-3, 100.0),
             ),
         ),
-        Case("twenty steps", mo.NAdam(lr=0.1, betas=(0.99, 0.999), momentum_decay=4.0), LONG),
+        Case("twenty steps", mo.NAdam(lr=0.1, betas=(0.99, 0.999), momentum_decay=5.0), LONG),
         Case("not finite", mo.NAdam(lr=0.1), NONFINITE),
     ],
     "radam": [

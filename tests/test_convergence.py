@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 
 import multiopt as mo
+from multiopt import rules
 
-RULES = [
-    value
-    for value in map(vars(mo).get, mo.__all__)
-    if isinstance(value, type) and issubclass(value, mo.Rule) and value is not mo.Rule
-]
+RULES = [getattr(mo, name) for name in rules.__all__ if name != "Rule"]
 
 
 class Problem:

@@ -1,7 +1,7 @@
 """Batches without Numba: large parameters in cache-sized blocks, small ones packed together."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from math import inf, nan, prod
 from operator import attrgetter, is_
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.backend import Batch, Limits, Member, Scaling, identities
+from multiopt.backend import Batch, Limits, Member, Now, Scaling, identities
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
-from multiopt_numpy.forms import are_uniform, other_fields
+from multiopt_numpy.forms import are_uniform, distinct, other_fields, replaced
 from multiopt_numpy.tape import Tape
 
 __all__ = ["BlockedBatch"]
@@ -112,9 +112,9 @@ class BlockedBatch(Batch):
         # The identities of arrays that were each another.
         self._different = b""
         self._jobs: list[tuple[np.ndarray, Tape, list[Any]]] = []
-        self._alike = all(member.rule is members[0].rule for member in members)
         self._vectorized = are_uniform(members[0].rule)
-        self._columns = _columns([member.rule for member in members])
+        self._rules, self._which = distinct([member.rule for member in members])
+        self._columns = _columns(self._rules)
 
     def homes(self) -> Sequence[tuple[np.ndarray, ...]]:
         """See ``Batch``: parts of the pack for small parameters."""
@@ -159,6 +159,7 @@ class BlockedBatch(Batch):
         grads: np.ndarray,
         leaves: bool,
         steps: np.ndarray,
+        now: Sequence[Now],
         limits: Limits | None,
         leave_clipped: bool,
         threads: int | None,
@@ -182,7 +183,7 @@ class BlockedBatch(Batch):
         except TypeError:
             return None  # another dtype
         with np.errstate(all="ignore"):
-            self.prepare(self._everything, steps, {})
+            self.prepare(self._everything, steps, now)
             if len(self._jobs) > 1:
                 return None
             (_, tape, scalars), *_ = self._jobs
@@ -245,52 +246,47 @@ class BlockedBatch(Batch):
             totals.append(float(tree_sum(np, np.concatenate(sums))) if sums else 0.0)
         return np.array(totals)
 
-    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Mapping[int, Rule]) -> None:
+    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Sequence[Now]) -> None:
         """See ``Batch``."""
         if not index.size:
             self._jobs = []
             return
-        counts = steps[index] + 1
-        rule = self._members[0].rule
-        if not now and self._alike and (counts == counts[0]).all():
+        rules, which = replaced(self._rules, self._which, now)
+        which, counts = which[index], steps[index] + 1
+        rule = rules[which[0]]
+        if (which == which[0]).all() and (counts == counts[0]).all():
             scalars = rule.coefficients(int(counts[0]), self._dtype.name)
             self._jobs = [(index, self._tape(rule, scalars), list(scalars))]
             return
         # The same functions on arrays: one call for all names.
-        if now:
-            columns_now = _columns([now.get(i, m.rule) for i, m in enumerate(self._members)])
-        else:
-            columns_now = self._columns
+        by_name = _columns(rules) if now else self._columns
         h = SimpleNamespace(
-            **{name: _picked(column, index) for name, column in columns_now.items()},
+            **{name: _picked(column, which) for name, column in by_name.items()},
             **other_fields(rule),
         )
-        scalars = self._scalars_of(index, counts, now, h)
+        scalars = self._scalars_of([rules[i] for i in which.tolist()], counts, h)
         columns = [np.asarray(x) for x in scalars]
         # Switches that differ by name: each of their patterns has a tape of its own.
         patterns = [column for column in columns if column.dtype == bool and column.ndim]
-        which = np.zeros(len(index), np.intp)
+        kinds = np.zeros(len(index), np.intp)
         if patterns:
-            which = np.unique(np.array(patterns), axis=1, return_inverse=True)[1].reshape(-1)
+            kinds = np.unique(np.array(patterns), axis=1, return_inverse=True)[1].reshape(-1)
         self._jobs = []
-        for pattern in range(which.max() + 1):
-            mine = np.flatnonzero(which == pattern) if patterns else slice(None)
+        for pattern in range(kinds.max() + 1):
+            mine = np.flatnonzero(kinds == pattern) if patterns else slice(None)
             values = [_same(x[mine] if x.ndim else x, self._dtype) for x in columns]
             tape = self._tape(rule, scalars._make(values))
             self._jobs.append((index[mine], tape, values))
 
-    def _scalars_of(
-        self, index: np.ndarray, counts: np.ndarray, now: Mapping[int, Rule], h: Any
-    ) -> Any:
-        """The coefficients of each of some positions, as a named tuple of arrays."""
-        rule = self._members[0].rule
+    def _scalars_of(self, rules: list[Rule], counts: np.ndarray, h: Any) -> Any:
+        """The coefficients of each of some rules at its step, as a named tuple of arrays."""
         if self._vectorized:
             try:
-                return type(rule).scalars(h, counts)
+                return type(rules[0]).scalars(h, counts)
             except (TypeError, ValueError):
                 self._vectorized = False  # somebody's scalars that take no arrays
-        pairs = zip(index.tolist(), counts.tolist(), strict=True)
-        each = [now.get(i, self._members[i].rule).coefficients(count) for i, count in pairs]
+        pairs = zip(rules, counts.tolist(), strict=True)
+        each = [rule.coefficients(count) for rule, count in pairs]
         return each[0]._make(map(np.array, zip(*each, strict=True)))
 
     def _tape(self, rule: Rule, scalars: Any) -> Tape:

@@ -4,21 +4,26 @@ import copy
 import dis
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from types import CodeType, FunctionType
 from typing import Any
 
+import numpy as np
+
+from multiopt.backend import Now
 from multiopt.rules import Rule
 
 __all__ = [
     "NotCompilable",
     "are_uniform",
     "check_scalars",
+    "distinct",
     "global_names",
     "number_fields",
     "other_fields",
     "reached",
+    "replaced",
     "sample_scalars",
     "scalars_of",
 ]
@@ -51,6 +56,25 @@ def sample_scalars(rule: Rule, dtype: str) -> Any:
             numbers = 0.5 if callable(value) else value
         object.__setattr__(sample, name, numbers)
     return sample.coefficients(1, dtype)
+
+
+def distinct(rules: Sequence[Rule]) -> tuple[list[Rule], np.ndarray]:
+    """The rules of a batch, each object once, and for each position which one it has."""
+    places: dict[int, int] = {}
+    which = np.array([places.setdefault(id(rule), len(places)) for rule in rules], np.intp)
+    return list({id(rule): rule for rule in rules}.values()), which
+
+
+def replaced(
+    rules: list[Rule], which: np.ndarray, now: Sequence[Now]
+) -> tuple[list[Rule], np.ndarray]:
+    """What ``distinct`` gave, with the rules of this step in their places."""
+    if not now:
+        return rules, which
+    which = which.copy()
+    for place, (_, where) in enumerate(now, len(rules)):
+        which[where] = place
+    return [*rules, *(rule for rule, _ in now)], which
 
 
 def other_fields(rule: Rule) -> dict[str, Any]:

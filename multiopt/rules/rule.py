@@ -23,6 +23,7 @@ __all__ = [
     "Update",
     "check_tuple",
     "is_schedule",
+    "is_shared",
 ]
 
 #: A number, or a schedule: a callable that gives the number for each step (1, 2, ...).
@@ -159,8 +160,13 @@ class Rule(ABC):
             bool(x) if isinstance(x, bool | np.bool_) else rounded(x, dtype) for x in scalars
         )
 
-    def at(self, step: Any) -> Any:
+    def at(self, step: Any, count: int | None = None) -> Any:
         """This rule with every schedule replaced by the number it gives at a step.
+
+        Args:
+            step: As for ``coefficients``.
+            count: The number of the step of the optimizer, which ``schedules.Shared`` gets; by
+                default it gets the other.
 
         Raises:
             ValueError: A schedule gave no number, or one out of range.
@@ -175,16 +181,18 @@ class Rule(ABC):
         for name in self.ranges:
             value = getattr(self, name)
             if is_schedule(value):
-                object.__setattr__(now, name, self._scheduled(name, value, step))
+                object.__setattr__(now, name, self._scheduled(name, value, step, count))
         return now
 
-    def _scheduled(self, name: str, value: Any, step: Any) -> Any:
+    def _scheduled(self, name: str, value: Any, step: Any, count: int | None) -> Any:
         if isinstance(value, tuple):
-            return tuple(self._scheduled(name, part, step) for part in value)
+            return tuple(self._scheduled(name, part, step, count) for part in value)
         if not callable(value):
             return value
+        if count is not None and is_shared(value):
+            step = count
         if np.ndim(step):
-            return np.vectorize(lambda s: self._scheduled(name, value, int(s)), [float])(step)
+            return np.vectorize(lambda s: self._scheduled(name, value, int(s), None), [float])(step)
         try:
             given = value(step)
             number = nan if isinstance(given, str | bool) else float(given)
@@ -205,7 +213,8 @@ class Rule(ABC):
                 f"{type(self).__name__}: {name} must be {self.ranges[name].words}, "
                 f"or a schedule step -> number; got {value!r}{when}"
             )
-        return number
+        # Not -0.0: equal rules do the same.
+        return number + 0.0
 
 
 def check_tuple(rule: Rule, name: str, length: int) -> None:
@@ -224,3 +233,8 @@ def check_tuple(rule: Rule, name: str, length: int) -> None:
 def is_schedule(value: Any) -> bool:
     """Whether a hyperparameter, or one of a pair, is a schedule."""
     return any(map(callable, value)) if isinstance(value, tuple) else callable(value)
+
+
+def is_shared(schedule: Any) -> bool:
+    """Whether a schedule counts the steps of the optimizer: ``schedules.Shared``."""
+    return getattr(schedule, "shared", False) is True

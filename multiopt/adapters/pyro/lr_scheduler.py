@@ -125,11 +125,11 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         scheduler = deepcopy(stored["scheduler"])
         return {"scheduler": scheduler, "optimizer": super()._to_torch(stored)}
 
-    def _wait(self, loaded: dict[str, dict[str, Any]]) -> None:
+    def _wait(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
         for label, stored in loaded.items():
             if "scheduler" not in stored:
                 raise CheckpointError(f"the state of {label!r} is not that of a scheduler")
-        super()._wait(loaded)
+        super()._wait(loaded, steps)
 
     def _restore_beside(self, tensor: torch.Tensor, stored: Mapping[str, Any]) -> None:
         super()._restore_beside(tensor, stored)

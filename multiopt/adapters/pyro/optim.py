@@ -47,6 +47,7 @@ from multiopt.entry import (
     described_rule,
     new_entry,
     restored,
+    restored_plateaus,
     with_rule,
 )
 from multiopt.errors import CheckpointError
@@ -180,6 +181,10 @@ class _Core(Optimizer):
         """Those of all names."""
         return {entry.rule for entry in self._entries.values()}
 
+    def resume(self, steps: int) -> None:
+        """Go on counting the steps of the optimizer from a number."""
+        self._steps = steps
+
     def restore(self, states: Mapping[str, tuple[Mapping[str, Any], Rule]]) -> None:
         """Give names loaded state and the rules that came with it.
 
@@ -270,12 +275,17 @@ class JointOptim(PyroOptim):
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings, and the state by name."""
-        return {"arguments": self._arguments(), "waiting": self._stored_or_warn()}
+        return {
+            "arguments": self._arguments(),
+            "waiting": self._stored_or_warn(),
+            "steps": self._core.steps,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin with the settings, all state waiting."""
         type(self).__init__(self, *state["arguments"])
         self._state_waiting_to_be_consumed = state["waiting"]
+        self._core.resume(state["steps"])
 
     def _arguments(self) -> tuple[Any, ...]:
         return self._constructor, self.pt_optim_args, self.pt_clip_args
@@ -397,6 +407,8 @@ class JointOptim(PyroOptim):
             rule = _restored_rule(stored["rule"], entry.rule)
             states[key] = {**stored, "slots": slots}, self._rules.setdefault(rule, rule)
         self._core.restore(states)
+        for stored, rule in states.values():
+            restored_plateaus(rule, stored["rule"], ahead=True)
         for tensor, stored in loaded:
             self._restore_beside(tensor, stored)
 
@@ -455,8 +467,13 @@ class JointOptim(PyroOptim):
             loaded[label] = self._from_torch(label, state)
         self._wait(loaded)
 
-    def _wait(self, loaded: dict[str, dict[str, Any]]) -> None:
-        """Let loaded state wait, if it fits the rule as far as that is known."""
+    def _wait(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
+        """Let loaded state wait, if it fits the rule as far as that is known.
+
+        Args:
+            loaded: The state by label.
+            steps: How many steps the optimizer has taken; if unknown, the largest clock.
+        """
         if isinstance(self.pt_optim_args, dict):
             rule = self._make_rule(self.pt_optim_args)
             for label, stored in loaded.items():
@@ -464,7 +481,11 @@ class JointOptim(PyroOptim):
                     check_slot_names(label, stored, _restored_rule(stored["rule"], rule))
                 except (ValueError, TypeError) as error:
                     raise CheckpointError(str(error)) from error
+            for stored in loaded.values():
+                restored_plateaus(rule, stored["rule"])
         self._state_waiting_to_be_consumed.update(loaded)
+        clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
+        self._core.resume(max(clocks, default=0) if steps is None else steps)
 
     def save(self, filename: str | PathLike[str]) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
@@ -476,9 +497,8 @@ class JointOptim(PyroOptim):
             label: {part: stored[part] for part in ("rule", "step", "slots")}
             for label, stored in self._stored_or_warn().items()
         }
-        checkpoint.write(
-            filename, {"version": checkpoint.VERSION, "entries": entries, "pending": {}}
-        )
+        state = {"version": checkpoint.VERSION, "steps": self._core.steps}
+        checkpoint.write(filename, {**state, "entries": entries, "pending": {}})
 
     def load(self, filename: str | PathLike[str], map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
@@ -506,7 +526,8 @@ class JointOptim(PyroOptim):
                     ) from error
         if is_safetensors:
             document = checkpoint.read(filename)
-            self._wait({**document["pending"], **document["entries"]})
+            loaded = {**document["pending"], **document["entries"]}
+            self._wait(loaded, document.get("steps"))
         else:
             self.set_state(state)
 
@@ -554,7 +575,7 @@ class JointOptim(PyroOptim):
     def _describe(self, tensor: torch.Tensor) -> dict[str, Any]:
         """The state of a tensor as a state dict has it, its slots NumPy arrays, and more."""
         entry = self._core.entry(self._tracked[tensor].key)
-        stored = described(entry, named(entry.layout.library).to_host)
+        stored = described(entry, named(entry.layout.library).to_host, self._core.steps)
         stand_in = self._stand_ins.get(tensor)
         extra = {} if stand_in is None else dict(stand_in.group.extra)
         return {**stored, "complex": entry.layout.is_complex, "group": extra}
@@ -565,7 +586,8 @@ class JointOptim(PyroOptim):
         entry = self._core.entry(key)
         rule = self._changes.get(key, entry.rule)
         if _has_schedule(rule):
-            return _settings_now(self._constructor, rule, entry.step)
+            now = described_rule(rule, entry.step, self._core.steps)
+            return group_settings(self._constructor, now, entry.step)
         return self._read(rule, entry.step)
 
     def _change(self, tensor: torch.Tensor, name: str, value: Any) -> None:
