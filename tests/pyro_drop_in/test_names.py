@@ -4,7 +4,9 @@ import copy
 import functools
 import inspect
 import pickle
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,3 +175,16 @@ def test_a_factory_says_what_it_is() -> None:
     for name, constructor in CONSTRUCTORS.items():
         wanted = f"see ``multiopt.{name}``" if constructor in RULES else "wrapped as Pyro does"
         assert wanted in getattr(optim, name).__doc__
+
+
+def test_the_document_lists_the_rules() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "pyro.md").read_text()
+    rows = {
+        line.split(" | ")[1]: set(re.findall(r"`(\w+)`", line.split(" | ")[0]))
+        for line in text.splitlines()
+        if line.startswith("| `")
+    }
+    ruled = {name for name, constructor in CONSTRUCTORS.items() if constructor in RULES}
+    assert rows["multiopt's rule of that name |"] & CONSTRUCTORS.keys() == ruled
+    wrapped = rows["wrapped as Pyro does: a torch optimizer for each parameter |"]
+    assert wrapped == CONSTRUCTORS.keys() - ruled

@@ -20,7 +20,7 @@ from torch.distributions import constraints
 
 import multiopt as mo
 import multiopt.adapters.pyro as optim
-from multiopt.adapters.pyro.optim import JointOptim
+from multiopt.adapters.pyro.optim import JointOptim, _Core
 from tests.pyro_drop_in.tensors import BOTH, give, param
 
 
@@ -146,6 +146,8 @@ def test_what_pyro_cannot_make_fails_alike(name: str) -> None:
             with pytest.raises((TypeError, NotImplementedError)) as error:
                 scheduler([give(loc)])
             errors.append((error.type, str(error.value)))
+            assert len(scheduler.optim_objs) == 0
+            assert scheduler.get_state() == {}
     assert len(set(errors)) == 1
 
 
@@ -250,6 +252,19 @@ def test_a_schedule_goes_on_where_it_stopped(
         np.testing.assert_allclose(values()[label], value, rtol=1e-4, atol=1e-6)
 
 
+def test_the_arguments_that_were_saved_win() -> None:
+    found = []
+    for module in (optim, pyro.optim):
+        pyro.clear_param_store()
+        stopped = made(module, "OneCycleLR")
+        run(stopped, range(15))
+        settings = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 9.0, "momentum": 0.5}}
+        resumed = module.OneCycleLR({**settings, "max_lr": 9.0, "total_steps": 20})
+        resumed.set_state(stopped.get_state())
+        found.append(run(resumed, range(15, STEPS)))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_of_a_scheduler_goes_on_by_name(copy_of: Callable[[Any], Any]) -> None:
     whole = run(made(optim, "OneCycleLR", "AdamW"))
@@ -343,6 +358,18 @@ def test_rules_of_the_past_are_forgotten() -> None:
         scheduler([give(loc)])
         scheduler.step()
     assert len(scheduler._rules) < 100
+
+
+def test_the_rules_of_a_step_change_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, changes = made(optim, "OneCycleLR", "AdamW"), []
+    scheduler([give(param(name)) for name in "abc"])
+    change = _Core.change_rules
+    monkeypatch.setattr(
+        _Core, "change_rules", lambda core, rules: changes.append(rules) or change(core, rules)
+    )
+    scheduler.step()
+    assert [list(rules) for rules in changes] == [["a", "b", "c"]]
+    assert len({id(rule) for rule in changes[0].values()}) == 1
 
 
 # A program of Pyro
