@@ -172,7 +172,8 @@ class CompiledBatch(Batch):
         if self.look(params, grads, leaves).size or not self._disjoint:
             return None
         if self._given or now:
-            self.prepare(self._everything, steps, now)
+            with np.errstate(all="ignore"):
+                self.prepare(self._everything, steps, now)
         touch = self._look.touch if self._look is not None else None
         if touch is not None:
             touch(params)
