@@ -130,11 +130,6 @@ def new_entry(
         ValueError: The rule is not for parameters of this shape.
     """
     zeros = named(layout.library).zeros
-    if layout.is_complex and not rule.elementwise:
-        raise ValueError(
-            f"parameter {name!r} is complex; expected a real one, for {type(rule).__name__} treats "
-            "it as a whole: give it another rule"
-        )
     shapes = _slot_shapes(name, rule, layout)
     slots = tuple(zeros(layout._replace(shape=shape)) for shape in shapes.values())
     is_rounded = layout.dtype != layout.compute_dtype
@@ -142,6 +137,11 @@ def new_entry(
 
 
 def _slot_shapes(name: str, rule: Rule, layout: Layout) -> dict[str, tuple[int, ...]]:
+    if layout.is_complex and not rule.elementwise:
+        raise ValueError(
+            f"parameter {name!r} is complex; expected a real one, for {type(rule).__name__} treats "
+            "it as a whole: give it another rule"
+        )
     try:
         return rule.slot_shapes(layout.shape)
     except ValueError as error:

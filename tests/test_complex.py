@@ -151,3 +151,15 @@ def test_a_real_gradient_is_no_complex_one() -> None:
         opt.step({"z": np.zeros(2, complex)}, {"z": np.zeros(2, complex)})
     with pytest.raises(ValueError, match=r"has shape \(3,\); expected \(2,\)"):
         opt.step({"z": np.zeros(3, np.complex64)}, {"z": np.zeros(3, np.complex64)})
+
+
+def test_rules_of_whole_parameters_refuse_it() -> None:
+    z = np.zeros(2, np.complex64)
+    with pytest.raises(ValueError, match="parameter 'z' is complex"):
+        mo.Optimizer(mo.LAMB()).step({"z": z}, {"z": z.copy()})
+    opt = mo.Optimizer(mo.Adam())
+    opt.step({"z": z}, {"z": z.copy()})
+    # LAMB has the slots of Adam.
+    with pytest.raises(ValueError, match="parameter 'z' is complex"):
+        opt.rule = mo.LAMB()
+    assert opt.rule == mo.Adam()
