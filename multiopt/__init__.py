@@ -15,7 +15,7 @@ from multiopt import schedules
 from multiopt.averaging import Average
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
-from multiopt.optimizer import Optimizer, Report, State
+from multiopt.optimizer import Optimizer, Report, Skips, State
 from multiopt.rules import (
     ASGD,
     LAMB,
@@ -65,6 +65,7 @@ __all__ = [
     "Report",
     "Rprop",
     "Rule",
+    "Skips",
     "State",
     "schedules",
 ]
