@@ -256,7 +256,9 @@ def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool, scalars: np.
 
 
 def _from_numpy(array: Any) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(array))
+    array = np.asarray(array)
+    # A rule that leaves the parameter alone hands on what it may only read.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _fetched(scalars: Sequence[Any]) -> list[Any]:
