@@ -492,10 +492,9 @@ class Optimizer:
             TypeError: Something is no usable array: a scalar, a dtype that is not real floating, a
                 gradient of another dtype or device than its parameter's, a tracer.
         """
-        before: _Outcome | None = None
         undo: list[_Before] = []
+        before = self._outcome
         try:
-            before = self._outcome
             params = as_dict("params", params)
             count, gradients = len(params), None
             if grads is not None:

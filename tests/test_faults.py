@@ -6,9 +6,9 @@ import gc
 import signal
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,10 +25,12 @@ import torch
 
 import multiopt as mo
 import multiopt_numpy
-from multiopt import interruption
+from multiopt.adapters import pyro as pyro_optim
+from multiopt.backend import Backend, named
 from multiopt.interruption import uninterrupted
 from multiopt.step import Step
-from multiopt_numpy.compiled import team
+from multiopt_numpy.compiled import batch, team
+from multiopt_numpy.tape import Tape
 from tests.libraries import engine
 
 #: How an array of each library is made from NumPy's, and as which dtype.
@@ -391,13 +393,17 @@ def points(total: int, few: int) -> list[int]:
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.id)
 def test_an_interrupt_leaves_each_name_as_before_or_as_after(world: World) -> None:
+    interrupts_at(world, 20)
+
+
+def interrupts_at(world: World, few: int) -> None:
     seen = set()
     reference = Reference(world)
     with engine(world.engine):
         life = world.start()
         grads = life.grads(HIT)
         total = opcodes(lambda: life.step(HIT, grads))
-        for k in points(total, 30):
+        for k in points(total, few):
             life = world.start()
             grads = life.grads(HIT)
             try:
@@ -410,3 +416,280 @@ def test_an_interrupt_leaves_each_name_as_before_or_as_after(world: World) -> No
                 check(reference, life, None)
     in_place = tuple(name for name in reference.updated if world.in_place(name))
     assert seen == {(), in_place}
+
+
+@pytest.mark.parametrize("threads", ["pytorch", "pool"])
+def test_an_interrupt_of_threads_leaves_a_whole_step(
+    threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "thread_count", lambda limit: 2)
+    if threads == "pool":
+        monkeypatch.setattr(team, "_openmp", lambda: None)
+    elif team._openmp() is None:
+        pytest.skip("PyTorch's OpenMP was not found on this system")
+    kinds = {"a": ("numpy", batch.LARGE), "b": ("torch", batch.LARGE)}
+    interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), kinds), 12)
+    interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), {"a": kinds["a"]}), 12)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
+@pytest.mark.parametrize("name", ["fast", "blocks-large", "mixed-compiled", "plain"])
+def test_a_timer_at_any_time_leaves_each_name_as_before_or_as_after(name: str) -> None:
+    (world,) = (world for world in WORLDS if world.id == name)
+    reference = Reference(world)
+    delays = np.random.default_rng(0).uniform(0, 1, len(points(1000, 20)))
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    with engine(world.engine), handling({signal.SIGALRM: late}):
+        begun = time.perf_counter()
+        life = world.start()
+        life.finish()
+        whole = (time.perf_counter() - begun) / STEPS
+        for delay in delays.tolist():
+            life, error = world.start(), None
+            grads = life.grads(HIT)
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, max(delay * whole, 1e-6))
+                    life.step(HIT, grads)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except TimeoutError as caught:
+                error = caught
+            if error is None or error.__notes__:
+                check(reference, life, error)
+
+
+# Handlers
+
+
+@contextlib.contextmanager
+def handling(handlers: dict[int, Any]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_handlers_run_once_each_when_the_work_is_whole() -> None:
+    came: list[int] = []
+
+    def come(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    with handling({signal.SIGINT: come, signal.SIGTERM: come}):
+        with uninterrupted():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+            assert came == []
+        assert came == [signal.SIGINT, signal.SIGTERM]
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+
+
+def test_every_handler_runs_whatever_another_raises() -> None:
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    with handling({signal.SIGTERM: give_up}):
+        with pytest.raises(TimeoutError) as caught, uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        assert isinstance(caught.value.__context__, KeyboardInterrupt)
+
+
+def test_a_context_in_a_context_hands_on_what_came() -> None:
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+
+
+def test_signals_without_a_handler_in_python_are_left_alone() -> None:
+    with handling({signal.SIGTERM: signal.SIG_IGN}), uninterrupted():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_other_threads_leave_the_handlers_alone() -> None:
+    found: list[Any] = []
+
+    def look() -> None:
+        with uninterrupted():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGINT)]
+
+
+def test_an_interrupt_on_the_way_in_or_out_leaves_the_handlers_and_the_work_whole() -> None:
+    """Of several handlers, one may have its place again when its signal comes."""
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    ends = set()
+    with handling({signal.SIGTERM: give_up, signal.SIGABRT: give_up}):
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGABRT
+        before = [signal.getsignal(number) for number in numbers]
+
+        def work() -> None:
+            with uninterrupted():
+                done.append("begun")
+                done.append("done")
+
+        done: list[str] = []
+        for k in range(1, opcodes(work) + 1):
+            done.clear()
+            with contextlib.suppress(KeyboardInterrupt):
+                opcodes(work, k)
+            assert [signal.getsignal(number) for number in numbers] == before
+            ends.add(tuple(done))
+    assert ends == {(), ("begun", "done")}
+
+
+# Memory
+
+
+class Scarce:
+    """Calls that make arrays, of which one fails."""
+
+    def __init__(self, fails: float = float("inf")) -> None:
+        self.calls, self._fails, self._stack = 0, fails, contextlib.ExitStack()
+
+    def __enter__(self) -> "Scarce":
+        patch = pytest.MonkeyPatch()
+        self._stack.callback(patch.undo)
+        for module, names in MAKING:
+            for name in names:
+                patch.setattr(module, name, self._counting(getattr(module, name)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _counting(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self._fails:
+                raise MemoryError
+            return real(*args, **kwargs)
+
+        return made
+
+
+MAKING: list[tuple[Any, list[str]]] = [
+    (
+        np,
+        [
+            "empty",
+            "zeros",
+            "ones",
+            "full",
+            "array",
+            "concatenate",
+            "repeat",
+            "arange",
+            "flatnonzero",
+            "fromiter",
+        ],
+    ),
+    (jax, ["device_put"]),
+    (jax.lax, ["complex"]),
+    (torch, ["zeros", "from_numpy"]),
+    (torch.Tensor, ["contiguous", "to", "clone"]),
+    (Tape, ["room"]),
+    (type(named("numpy")), ["opened", "closed", "ready"]),
+    (type(named("torch")), ["opened", "closed", "ready"]),
+    (type(named("jax")), ["opened", "all_ready", "whole"]),
+    (Backend, ["ready", "closed", "resumed"]),
+]
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.id)
+def test_want_of_memory_leaves_everything_as_before(world: World) -> None:
+    reference = Reference(world)
+    failed = 0
+    with engine(world.engine):
+        life = world.start()
+        grads = life.grads(HIT)
+        with Scarce() as scarce:
+            life.step(HIT, grads)
+        for fails in points(scarce.calls, 12):
+            life, error = world.start(), None
+            grads = life.grads(HIT)
+            try:
+                with Scarce(fails):
+                    life.step(HIT, grads)
+            except MemoryError as caught:
+                error, failed = caught, failed + 1
+            updated = check(reference, life, error)
+            # An average takes its step when that of its parameter is whole.
+            assert error is None or world.averages or not updated
+    assert failed
+
+
+@pytest.mark.parametrize("clip", [None, mo.Clip(value=0.1), mo.Clip(norm=1.0)])
+@pytest.mark.parametrize("engine_", ["compiled", "blocks", "plain"])
+def test_what_changes_things_makes_no_large_array(
+    engine_: str, clip: mo.Clip | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, peaks, real = 200_000, [], Step.run
+
+    def run(step: Step) -> None:
+        tracemalloc.start()
+        try:
+            real(step)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+
+    kinds = {kind: (kind, size) for kind in MAKE}
+    world = World("large", adam(clip=clip, master_weights=True), kinds, engine_)
+    monkeypatch.setattr(Step, "run", run)
+    with engine(engine_):
+        life = world.start()
+        life.step(HIT, life.grads(HIT))
+    assert len(peaks) == HIT + 1
+    # A gradient has 400 kB or more. What NumPy takes to convert dtypes is below 100 kB.
+    assert max(peaks) < 100_000, peaks
+
+
+# The drop-in
+
+
+def test_an_interrupt_of_the_drop_in_leaves_a_note_and_a_whole_step() -> None:
+    outcomes = set()
+
+    def start() -> tuple[Any, list[torch.Tensor]]:
+        params = [torch.ones(n, requires_grad=True) for n in (2, 3)]
+        optim = pyro_optim.Adam({"lr": 0.1}, {"clip_norm": 0.5})
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.ones(param.shape)
+            if _ < 2:
+                optim(params)
+        return optim, params
+
+    optim, params = start()
+    before = [bits(param) for param in params]
+    total = opcodes(lambda: optim(params))
+    after = [bits(param) for param in params]
+    for k in points(total, 20):
+        optim, params = start()
+        try:
+            opcodes(lambda optim=optim, params=params: optim(params), k)
+        except KeyboardInterrupt as error:
+            now = [bits(param) for param in params]
+            assert now in (before, after)
+            for note in getattr(error, "__notes__", []):
+                assert ("nothing was changed" in note) == (now == before)
+                outcomes.add(now == before)
+    assert outcomes == {True, False}
