@@ -317,7 +317,7 @@ def check(reference: Reference, life: Life, error: BaseException | None) -> tupl
         assert life.opt.last.updated == tuple(updated)
         assert set(life.opt.last.clipped) <= set(updated)
     if error is not None:
-        notes = getattr(error, "__notes__", [])
+        notes = [note for note in getattr(error, "__notes__", []) if note.startswith("multiopt")]
         if is_whole:
             assert notes == [note_of(updated)]
         else:
@@ -385,7 +385,7 @@ def opcodes(action: Callable[[], object], hit: float = float("inf")) -> int:
 
 
 def points(total: int, few: int) -> list[int]:
-    """Where to interrupt: everywhere in a thorough run, else at some points, the most at the end."""
+    """Where it fails: everywhere in a thorough run, else at some points, the most at the end."""
     if hypothesis.settings().max_examples >= 1000:
         return list(range(1, total + 1))
     return sorted({total - (total - 1) * i**3 // few**3 for i in range(few + 1)})
@@ -393,7 +393,7 @@ def points(total: int, few: int) -> list[int]:
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.id)
 def test_an_interrupt_leaves_each_name_as_before_or_as_after(world: World) -> None:
-    interrupts_at(world, 20)
+    interrupts_at(world, 12)
 
 
 def interrupts_at(world: World, few: int) -> None:
@@ -428,8 +428,8 @@ def test_an_interrupt_of_threads_leaves_a_whole_step(
     elif team._openmp() is None:
         pytest.skip("PyTorch's OpenMP was not found on this system")
     kinds = {"a": ("numpy", batch.LARGE), "b": ("torch", batch.LARGE)}
-    interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), kinds), 12)
-    interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), {"a": kinds["a"]}), 12)
+    interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), kinds), 6)
+    interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), {"a": kinds["a"]}), 6)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
@@ -458,7 +458,8 @@ def test_a_timer_at_any_time_leaves_each_name_as_before_or_as_after(name: str) -
                     signal.setitimer(signal.ITIMER_REAL, 0)
             except TimeoutError as caught:
                 error = caught
-            if error is None or error.__notes__:
+            # Without a note it came outside of the step.
+            if error is None or hasattr(error, "__notes__"):
                 check(reference, life, error)
 
 
@@ -473,6 +474,12 @@ def handling(handlers: dict[int, Any]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def raising(*numbers: int) -> None:
+    with uninterrupted():
+        for number in numbers:
+            signal.raise_signal(number)
 
 
 def test_handlers_run_once_each_when_the_work_is_whole() -> None:
@@ -496,17 +503,21 @@ def test_every_handler_runs_whatever_another_raises() -> None:
         raise TimeoutError
 
     with handling({signal.SIGTERM: give_up}):
-        with pytest.raises(TimeoutError) as caught, uninterrupted():
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(TimeoutError) as caught:
+            raising(signal.SIGINT, signal.SIGTERM)
         assert isinstance(caught.value.__context__, KeyboardInterrupt)
 
 
 def test_a_context_in_a_context_hands_on_what_came() -> None:
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    reached = []
+
+    def work() -> None:
         with uninterrupted():
-            signal.raise_signal(signal.SIGINT)
-        reached = True
+            raising(signal.SIGINT)
+            reached.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert reached
 
 
@@ -622,7 +633,7 @@ def test_want_of_memory_leaves_everything_as_before(world: World) -> None:
         grads = life.grads(HIT)
         with Scarce() as scarce:
             life.step(HIT, grads)
-        for fails in points(scarce.calls, 12):
+        for fails in points(scarce.calls, 8):
             life, error = world.start(), None
             grads = life.grads(HIT)
             try:
@@ -641,7 +652,7 @@ def test_want_of_memory_leaves_everything_as_before(world: World) -> None:
 def test_what_changes_things_makes_no_large_array(
     engine_: str, clip: mo.Clip | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size, peaks, real = 200_000, [], Step.run
+    size, peaks, real = 100_000, [], Step.run
 
     def run(step: Step) -> None:
         tracemalloc.start()
@@ -658,7 +669,7 @@ def test_what_changes_things_makes_no_large_array(
         life = world.start()
         life.step(HIT, life.grads(HIT))
     assert len(peaks) == HIT + 1
-    # A gradient has 400 kB or more. What NumPy takes to convert dtypes is below 100 kB.
+    # A parameter has 200 kB or more. What NumPy takes to convert dtypes is below 100 kB.
     assert max(peaks) < 100_000, peaks
 
 
