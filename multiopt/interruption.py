@@ -62,11 +62,13 @@ class uninterrupted:  # noqa: N801 -- read as a word: with uninterrupted()
     def _restore(self) -> None:
         """Give all places back, also if a handler that has its own again raises meanwhile."""
         left, raised = list(self._handlers), None
-        while left:
+        # Each may raise once or twice. What raises for ever is no handler.
+        for _ in range(3 * len(left)):
             try:
                 while left:
                     _signal.signal(*left[-1])
                     left.pop()
+                break
             except BaseException as error:
                 raised = error
         if raised is not None:

@@ -25,9 +25,11 @@ import torch
 
 import multiopt as mo
 import multiopt_numpy
+from multiopt import optimizer
 from multiopt.adapters import pyro as pyro_optim
 from multiopt.backend import Backend, named
 from multiopt.interruption import uninterrupted
+from multiopt.plan import Plan
 from multiopt.step import Step
 from multiopt_numpy.compiled import batch, team
 from multiopt_numpy.tape import Tape
@@ -356,8 +358,10 @@ OURS = (
 RETURNS = {number for name, number in dis.opmap.items() if name.startswith("RETURN")}
 
 
-def opcodes(action: Callable[[], object], hit: float = float("inf")) -> int:
-    """Run an action, Ctrl-C before the opcode of this number; how many there were until then."""
+def opcodes(
+    action: Callable[[], object], hit: float = float("inf"), number: int = signal.SIGINT
+) -> int:
+    """Run an action, a signal before the opcode of that place; how many there were until then."""
     count = 0
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
@@ -369,7 +373,7 @@ def opcodes(action: Callable[[], object], hit: float = float("inf")) -> int:
             count += 1
             if count == hit:
                 sys.settrace(None)
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
         return trace
 
     before = sys.gettrace()
@@ -418,6 +422,28 @@ def interrupts_at(world: World, few: int) -> None:
     assert seen == {(), in_place}
 
 
+def test_an_interrupt_of_a_new_plan_leaves_the_slots_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def made(*args: Any) -> Plan:
+        plan = Plan(*args)
+        signal.raise_signal(signal.SIGINT)
+        return plan
+
+    (world,) = (world for world in WORLDS if world.id == "late-blocks")
+    with engine(world.engine):
+        life, calm = world.start(), world.start()
+        with monkeypatch.context() as patched:
+            patched.setattr(optimizer, "Plan", made)
+            with pytest.raises(KeyboardInterrupt):
+                life.step(HIT, world.grads(HIT))
+        for each in (life, calm):
+            # The names of the plan before, whose slots the other one has moved.
+            grads = {name: world.array(name, HIT) for name in SMALL}
+            each.opt.step({name: each.params[name] for name in SMALL}, grads)
+        assert life.state() == calm.state()
+
+
 @pytest.mark.parametrize("threads", ["pytorch", "pool"])
 def test_an_interrupt_of_threads_leaves_a_whole_step(
     threads: str, monkeypatch: pytest.MonkeyPatch
@@ -427,9 +453,9 @@ def test_an_interrupt_of_threads_leaves_a_whole_step(
         monkeypatch.setattr(team, "_openmp", lambda: None)
     elif team._openmp() is None:
         pytest.skip("PyTorch's OpenMP was not found on this system")
-    kinds = {"a": ("numpy", batch.LARGE), "b": ("torch", batch.LARGE)}
+    kinds = {"a": ("numpy", batch.LARGE + 1), "b": ("torch", batch.LARGE + 1)}
     interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), kinds), 6)
-    interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), {"a": kinds["a"]}), 6)
+    interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), {"a": kinds["a"]}), 40)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
@@ -540,7 +566,8 @@ def test_other_threads_leave_the_handlers_alone() -> None:
     assert found == [signal.getsignal(signal.SIGINT)]
 
 
-def test_an_interrupt_on_the_way_in_or_out_leaves_the_handlers_and_the_work_whole() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGABRT])
+def test_a_signal_on_the_way_in_or_out_leaves_the_handlers_and_the_work_whole(number: int) -> None:
     """Of several handlers, one may have its place again when its signal comes."""
 
     def give_up(number: int, frame: FrameType | None) -> None:
@@ -559,8 +586,8 @@ def test_an_interrupt_on_the_way_in_or_out_leaves_the_handlers_and_the_work_whol
         done: list[str] = []
         for k in range(1, opcodes(work) + 1):
             done.clear()
-            with contextlib.suppress(KeyboardInterrupt):
-                opcodes(work, k)
+            with pytest.raises((KeyboardInterrupt, TimeoutError)):
+                opcodes(work, k, number)
             assert [signal.getsignal(number) for number in numbers] == before
             ends.add(tuple(done))
     assert ends == {(), ("begun", "done")}

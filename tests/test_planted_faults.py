@@ -157,6 +157,13 @@ FAULTS = [
         "test_checkpoint.py::test_pending_state_survives_save_load_save",
     ),
     Fault(
+        "a step that signals can tear",
+        "multiopt/optimizer.py",
+        "with uninterrupted():\n            # From here",
+        "with np.errstate():\n            # From here",
+        "test_faults.py::test_an_interrupt_leaves_each_name_as_before_or_as_after[plain]",
+    ),
+    Fault(
         "parameters written before all is checked",
         "multiopt/inputs.py",
         'raise error(\n                f"{label} has {what}',
