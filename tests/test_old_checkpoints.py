@@ -13,7 +13,7 @@ from multiopt import checkpoint
 from tests.libraries import assert_equal
 
 FILES = Path(__file__).parent / "checkpoints"
-VERSIONS = [1]
+VERSIONS = [1, 2]
 
 
 def optimizer() -> mo.Optimizer:
@@ -92,7 +92,7 @@ def test_a_file_of_each_version_loads(version: int) -> None:
 
 
 def test_there_is_a_file_of_every_version() -> None:
-    assert VERSIONS == list(range(1, checkpoint.VERSION + 1))
+    assert list(range(1, checkpoint.VERSION + 1)) == VERSIONS
     assert sorted(path.name for path in FILES.iterdir()) == [
         f"version_{version}.safetensors" for version in VERSIONS
     ]
