@@ -35,8 +35,8 @@ LAST_STEP = 2**53
 #: The largest header that safetensors reads, in bytes.
 LARGEST_HEADER = 100_000_000
 
-#: The values that a header of any length may have.
-MANY = 2**16
+#: The mappings and values that a header of any length may have.
+MANY = 10_000
 
 #: How deep a description of a rule, or metadata, may be nested.
 DEEPEST = 64
@@ -313,11 +313,15 @@ def _check_header(path: str | os.PathLike[str]) -> None:
 def _too_much(header: bytes) -> str | None:
     """Why a header is not to be parsed, if it is not.
 
-    A list or a mapping takes some 100 bytes, and 2 in a header that is made for harm.
+    A mapping takes 100 to 250 bytes in memory and as few as 3 in a header that is made for harm; a
+    name with its two or three mappings takes 45 bytes and more in one of ours.
     """
     if len(header) > LARGEST_HEADER:
         return f"the header has {len(header)} bytes; expected {LARGEST_HEADER} at most"
-    values = sum(map(header.count, (b"[", b"{", b",")))
+    mappings = header.count(b"{")
+    if mappings > MANY + len(header) // 20:
+        return f"the header has {mappings} mappings; expected {MANY} and one for every 20 bytes"
+    values = mappings + header.count(b"[") + header.count(b",")
     if values > MANY + len(header) // 5:
         return f"the header has {values} values; expected {MANY} and one for every 5 bytes"
     return None
@@ -425,7 +429,15 @@ def _slot(file: Any, key: str, words: list[str] | None, is_complex: bool) -> np.
 
 
 def _dtype_name(word: str) -> str:
-    return next((dtype.name for dtype, known in DTYPES.items() if known == word), word)
+    """The name of a dtype of a file.
+
+    Raises:
+        ValueError: It is none of a slot.
+    """
+    for dtype, known in DTYPES.items():
+        if word == known:
+            return dtype.name
+    raise ValueError(f"expected the dtype F32 or F64; got {word}")
 
 
 # State dicts
