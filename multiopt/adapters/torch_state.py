@@ -1,10 +1,16 @@
-"""State to and from the state dicts of torch optimizers, one parameter each, as Pyro keeps them."""
+"""State to and from the state dicts of torch optimizers, one parameter each, as Pyro keeps them.
 
+And what is read of their files.
+"""
+
+import os
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,22 +19,68 @@ import torch
 from multiopt import rules
 from multiopt.backend import COMPUTE_DTYPE
 from multiopt.entry import described_rule
+from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
+from multiopt.rules.nadam import product_of_shares
 
 __all__ = [
     "SCHEDULED",
     "from_plain",
-    "from_torch",
     "group_settings",
     "number",
+    "parameter_from_torch",
+    "parameter_to_torch",
+    "parameters_from_torch",
+    "read",
     "refuse_subsamples",
     "rule_settings",
-    "to_torch",
 ]
 
 #: What torch's schedulers keep in a group beside the settings of its optimizer.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+
+#: Settings of all rules.
+KNOWN = {
+    field.name for name in rules.__all__ if name != "Rule" for field in fields(getattr(rules, name))
+}
+
+#: Of those, what a group may lack: older versions of torch and Pyro do not have them, and the
+#: dimension of time is the tensor's in Pyro.
+OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"}
+
+#: What torch keeps beside slots, though the step and the settings say it.
+DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
+
+#: torch allows a NumPy number for a setting, and a checkpoint then has one.
+NUMPY_NUMBERS: list[Any] = [
+    np.float64().__reduce__()[0],
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+]
+
+
+def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
+    """What ``torch.save`` wrote to a file: plain data and tensors, read with ``weights_only=True``.
+
+    Args:
+        path: The file.
+        map_location: As in ``torch.load``; by default tensors come to the CPU.
+
+    Raises:
+        CheckpointError: The file is damaged, of another kind, or would run code.
+        OSError: The file cannot be opened.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                return torch.load(file, map_location or "cpu", weights_only=True)
+        except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected a checkpoint that torch.load reads with "
+                f"weights_only=True ({type(error).__name__}: {error})"
+            ) from error
 
 
 def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -76,7 +128,9 @@ def _default_group(constructor: Any) -> dict[str, Any]:
     return dict(group)
 
 
-def to_torch(constructor: type[torch.optim.Optimizer], stored: Mapping[str, Any]) -> dict[str, Any]:
+def parameter_to_torch(
+    constructor: type[torch.optim.Optimizer], stored: Mapping[str, Any]
+) -> dict[str, Any]:
     """The state dict of the torch optimizer that would have made this state.
 
     Args:
@@ -110,14 +164,15 @@ def to_torch(constructor: type[torch.optim.Optimizer], stored: Mapping[str, Any]
 
 
 def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
-    """What torch keeps beside slots, though the step and the settings say it.
+    """The numbers of ``DERIVED``.
 
     Args:
         rule: The description of the rule in a state dict.
         step: How many steps were taken.
     """
     if rule["name"] == "NAdam":
-        return {"mu_product": _mu_product(rule["betas"][0], rule["momentum_decay"], step)}
+        shares = product_of_shares(rule["momentum_decay"], step)
+        return {"mu_product": float(power(rule["betas"][0], step) * shares)}
     if rule["name"] == "ASGD":
         lr, lambd = rule["lr"], rule["lambd"]
         eta = lr / (1 + lambd * lr * step) ** rule["alpha"] if step else lr
@@ -125,31 +180,60 @@ def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
     return {}
 
 
-@cache
-def _mu_product(beta1: float, momentum_decay: float, step: int) -> float:
-    """The product of Dozat's momenta, as ``torch.optim.NAdam`` has them."""
-    steps = np.arange(1, step + 1)
-    return float(np.prod(beta1 * (1.0 - 0.5 * 0.96 ** (steps * momentum_decay))))
+def parameters_from_torch(
+    rule_class: type[Rule], states: Mapping[str | None, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """``parameter_from_torch`` of the states of a Pyro optimizer.
+
+    Raises:
+        CheckpointError: They have another form.
+    """
+    if not isinstance(states, Mapping):
+        raise CheckpointError(
+            f"expected the states of parameters by name; got a {type(states).__name__}"
+        )
+    if None in states:
+        # Pyro's own get_state() leaves this behind for tensors that left the store.
+        warnings.warn("left out a state without a parameter name", stacklevel=3)
+    return {
+        name: parameter_from_torch(name, rule_class, state)
+        for name, state in states.items()
+        if name is not None
+    }
 
 
-def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
+def parameter_from_torch(
+    name: str, rule_class: type[Rule], state: Mapping[str, Any]
+) -> dict[str, Any]:
     """The state dict of a torch optimizer of one parameter, as an ``Optimizer.state_dict`` has it.
 
     Args:
+        name: That of the parameter, for messages.
         rule_class: The rule that the torch optimizer follows.
         state: Its state dict, or that of a learning-rate scheduler of Pyro around it.
 
     Returns:
-        The entry, with what ``to_torch`` looks for, and under ``"scheduler"`` the state of the
-        scheduler, if it is that of one.
+        The entry, with what ``parameter_to_torch`` looks for, and under ``"scheduler"`` the state
+        of the scheduler, if it is that of one.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: It has another form, or its settings are
-            out of range.
+        CheckpointError: It has another form, is that of another optimizer, or its settings are out
+            of range.
     """
+    try:
+        return _from_torch(rule_class, state)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the state of {name!r} is no state of {rule_class.__name__} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
     inner = state.get("optimizer", state)
     (group,) = inner["param_groups"]
     refuse_subsamples(group)
+    _check_settings(rule_class, group)
     kept = {}
     for values in inner["state"].values():
         kept.update({key: value for key, value in values.items() if value is not None})
@@ -158,9 +242,11 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
     known = {f.name for f in fields(rule_class)}
     # torch's SGD counts no steps; what matters is whether the first one is past.
     step = int(kept.pop("step", 1 if kept else 0))
+    if step < 0:
+        raise ValueError(f"expected a step >= 0; got {step}")
     settings = {k: v for k, v in rule_settings(group, step).items() if k in known}
     rule = described_rule(rule_class(**settings), step)
-    for name in _derived(rule, step):
+    for name in DERIVED.get(rule["name"], ()):
         kept.pop(name, None)
     slots = {}
     is_complex = any(tensor.is_complex() for tensor in kept.values())
@@ -176,6 +262,18 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
     if "scheduler" in state:
         loaded["scheduler"] = deepcopy(state["scheduler"])
     return loaded
+
+
+def _check_settings(rule_class: type[Rule], group: Mapping[str, Any]) -> None:
+    """Refuse a group of another optimizer. Settings that no rule has, users may have added."""
+    own = {field.name for field in fields(rule_class)}
+    missing = sorted(own - OPTIONAL - group.keys())
+    foreign = sorted((KNOWN - own - OPTIONAL) & group.keys())
+    if missing or foreign:
+        raise ValueError(
+            f"expected the settings {sorted(own - OPTIONAL)}; got {foreign} besides and none for "
+            f"{missing}: it is that of another optimizer"
+        )
 
 
 def refuse_subsamples(settings: Mapping[str, Any]) -> None:
