@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from multiopt import rules
+from multiopt import checkpoint, rules
 from multiopt.backend import COMPUTE_DTYPE
-from multiopt.entry import described_rule
+from multiopt.entry import MASTER, check_slot_names, described_rule, on_host
 from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
@@ -26,6 +26,8 @@ from multiopt.rules.nadam import product_of_shares
 
 __all__ = [
     "SCHEDULED",
+    "for_torch",
+    "fresh_state",
     "from_plain",
     "group_settings",
     "number",
@@ -34,8 +36,15 @@ __all__ = [
     "parameters_from_torch",
     "read",
     "refuse_subsamples",
+    "rule_class_of",
+    "rule_of",
     "rule_settings",
+    "state_dict_of",
+    "without_clock",
 ]
+
+#: Optimizers that torch has not, but Pyro.
+OF_PYRO = ("AdagradRMSProp", "ClippedAdam", "DCTAdam")
 
 #: What torch's schedulers keep in a group beside the settings of its optimizer.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
@@ -152,15 +161,36 @@ def parameter_to_torch(
         counts = {name: torch.tensor(value) for name, value in numbers.items()}
         state[0] = {**counts, **({"step": step} if in_pyro else {}), **slots}
     elif slots:
-        # Some have a state before the first step.
-        like = torch.zeros_like(next(iter(slots.values())))
-        names = signature(constructor).parameters.keys() & group.keys()
-        fresh = constructor([like], **{name: group[name] for name in names})
-        state = fresh.state_dict()["state"]
+        fresh = fresh_state(constructor, group, next(iter(slots.values())))
+        state = {0: fresh} if fresh else {}
     return {
         "state": state,
         "param_groups": [{**group, **stored.get("group", {}), "params": [0]}],
     }
+
+
+def fresh_state(
+    constructor: type[torch.optim.Optimizer], group: Mapping[str, Any], like: torch.Tensor
+) -> dict[str, Any]:
+    """The state of a parameter before its first step, which some torch optimizers have.
+
+    Args:
+        constructor: The class of the torch optimizer.
+        group: Its settings.
+        like: A tensor of the shape and dtype of the parameter.
+    """
+    names = signature(constructor).parameters.keys() & group.keys()
+    fresh = constructor([torch.zeros_like(like)], **{name: group[name] for name in names})
+    state: dict[str, Any] = fresh.state_dict()["state"].get(0, {})
+    return state
+
+
+def without_clock(
+    constructor: type[torch.optim.Optimizer], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of a parameter in torch, without a clock where torch keeps none."""
+    clockless = constructor in (torch.optim.SGD, getattr(torch.optim, "Muon", None))
+    return {key: value for key, value in state.items() if not (clockless and key == "step")}
 
 
 def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
@@ -181,7 +211,7 @@ def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
 
 
 def parameters_from_torch(
-    rule_class: type[Rule], states: Mapping[str | None, Mapping[str, Any]]
+    rule_class: type[Rule], states: Mapping[Any, Any]
 ) -> dict[str, dict[str, Any]]:
     """``parameter_from_torch`` of the states of a Pyro optimizer.
 
@@ -301,3 +331,94 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(from_plain(part) for part in value)
     return float(value) if value in ("inf", "-inf") else value
+
+
+def rule_of(name: str, words: Mapping[str, Any]) -> Rule:
+    """The rule that a description in a state dict is of, its schedules numbers.
+
+    Args:
+        name: That of the parameter, for messages.
+        words: The description.
+
+    Raises:
+        ValueError: It is that of no rule of multiopt's.
+    """
+    kind = words.get("name")
+    if kind not in rules.__all__ or kind == "Rule":
+        raise ValueError(f"parameter {name!r} has the rule {kind!r}; expected one of multiopt's")
+    rule_class = getattr(rules, kind)
+    known = [field.name for field in fields(rule_class)]
+    try:
+        rule: Rule = rule_class(**{key: from_plain(words[key]) for key in known if key in words})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
+    return rule
+
+
+def rule_class_of(given: Any) -> type[Rule]:
+    """The rule that a torch optimizer follows.
+
+    Args:
+        given: The class of the torch optimizer, one of torch's or Pyro's own, or the function of
+            ``pyro.optim``; or the class of the rule.
+
+    Raises:
+        TypeError: There is none.
+    """
+    name = getattr(given, "__name__", "")
+    rule_class: Any = getattr(rules, name, None)
+    is_known = rule_class is not None and (name in OF_PYRO or hasattr(torch.optim, name))
+    theirs = getattr(given, "__module__", "").partition(".")[0] in ("torch", "pyro")
+    if not is_known or not (given is rule_class or theirs):
+        raise TypeError(
+            "expected the class of an optimizer of torch or Pyro that multiopt has a rule for, "
+            f"such as torch.optim.Adam, or that rule; got {given!r}"
+        )
+    found: type[Rule] = rule_class
+    return found
+
+
+def state_dict_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A state dict of what ``parameter_from_torch`` gave, by name.
+
+    Raises:
+        CheckpointError: Slots are not those of the rule.
+    """
+    for name, entry in entries.items():
+        try:
+            check_slot_names(name, entry, rule_of(name, entry["rule"]))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    return {
+        "version": checkpoint.VERSION,
+        "steps": max((entry["step"] for entry in entries.values()), default=0),
+        "entries": {
+            name: {part: entry[part] for part in ("rule", "step", "slots")}
+            for name, entry in entries.items()
+        },
+        "pending": {},
+    }
+
+
+def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of a state dict, pending ones too, with NumPy slots, and what torch can have.
+
+    Raises:
+        ValueError: It has another form, or a rule has an option that torch does not have.
+    """
+    checkpoint.check_state_dict(state_dict)
+    parts = {**state_dict["pending"], **state_dict["entries"]}
+    stored = {name: on_host(name, entry) for name, entry in parts.items()}
+    kept = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
+    kept |= {name for name, entry in stored.items() if entry["slots"].pop(MASTER, None) is not None}
+    if kept:
+        warnings.warn(
+            f"left out averages and master copies, of {sorted(kept)}: torch has none", stacklevel=3
+        )
+    for name, entry in stored.items():
+        if entry["rule"].get("amsgrad") == "corrected":
+            raise ValueError(
+                f"parameter {name!r} has amsgrad='corrected', which torch does not have: assign "
+                "opt.rule first"
+            )
+    return stored

@@ -264,7 +264,7 @@ def test_a_state_of_another_kind_is_found_at_once(tmp_path: Path) -> None:
     adam = optim.Adam({"lr": 0.1})
     with pytest.raises(mo.CheckpointError, match=r"'loc' has the slots \['momentum_buffer'\]"):
         adam.load(tmp_path / "sgd")
-    with pytest.raises(mo.CheckpointError, match="'loc' is no state of Adam .* of another optimi"):
+    with pytest.raises(mo.CheckpointError, match=r"'loc' is no state of Adam .* of another"):
         adam.load(tmp_path / "sgd.pt")
     with pytest.raises(
         mo.CheckpointError, match="expected the states of parameters by name; got a l"
@@ -333,7 +333,7 @@ def test_adam_and_adamw_load_each_other_as_in_torch(first: str, second: str) -> 
 def test_a_damaged_file_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "opt").write_bytes(content)
     opt = optim.Adam({"lr": 0.1})
-    with pytest.raises(mo.CheckpointError, match="expected a checkpoint that torch.load reads"):
+    with pytest.raises(mo.CheckpointError, match=r"opt: expected a checkpoint that torch"):
         opt.load(tmp_path / "opt")
     assert opt.get_state() == {}
 
@@ -353,7 +353,7 @@ def test_a_state_of_another_form_is_a_checkpoint_error() -> None:
     opt({give(loc)})
     state = opt.get_state()
     opt = optim.Adam({"lr": 0.1})
-    with pytest.raises(mo.CheckpointError, match="the state of 'b' is no state of Adam .*KeyError"):
+    with pytest.raises(mo.CheckpointError, match=r"the state of 'b' is no state of Adam .*Key"):
         opt.set_state({**state, "b": {"momentum": 1}})
     assert opt.get_state() == {}
 
