@@ -404,21 +404,22 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries of a state dict, pending ones too, with NumPy slots, and what torch can have.
 
     Raises:
-        ValueError: It has another form, or a rule has an option that torch does not have.
+        ValueError: It has another form, or a rule that is not multiopt's, or one with an option
+            that torch does not have.
     """
     checkpoint.check_state_dict(state_dict)
     parts = {**state_dict["pending"], **state_dict["entries"]}
     stored = {name: on_host(name, entry) for name, entry in parts.items()}
+    for name, entry in stored.items():
+        if getattr(rule_of(name, entry["rule"]), "amsgrad", None) == "corrected":
+            raise ValueError(
+                f"parameter {name!r} has amsgrad='corrected', which torch does not have: assign "
+                "opt.rule first"
+            )
     kept = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
     kept |= {name for name, entry in stored.items() if entry["slots"].pop(MASTER, None) is not None}
     if kept:
         warnings.warn(
             f"left out averages and master copies, of {sorted(kept)}: torch has none", stacklevel=3
         )
-    for name, entry in stored.items():
-        if entry["rule"].get("amsgrad") == "corrected":
-            raise ValueError(
-                f"parameter {name!r} has amsgrad='corrected', which torch does not have: assign "
-                "opt.rule first"
-            )
     return stored

@@ -87,20 +87,21 @@ def to_pyro(
     """
     states = {}
     for name, stored in for_torch(state_dict).items():
-        kind = stored["rule"].get("name")
+        kind = stored["rule"]["name"]
         if kind not in CONSTRUCTORS:
-            raise ValueError(f"parameter {name!r} has the rule {kind!r}, which Pyro does not have")
+            raise ValueError(f"parameter {name!r} has the rule {kind}, which Pyro does not have")
+        constructor = CONSTRUCTORS[kind]
         before = None
         if schedulers is not None:
             if "scheduler" not in schedulers.get(name, ()):
                 raise ValueError(f"parameter {name!r} has no schedule in schedulers")
-            before = parameter_from_torch(name, rule_class_of(CONSTRUCTORS[kind]), schedulers[name])
+            before = parameter_from_torch(name, rule_class_of(constructor), schedulers[name])
             stored["group"] = before["group"]
-        made = parameter_to_torch(CONSTRUCTORS[kind], stored)
+        made = parameter_to_torch(constructor, stored)
         made["state"] = {
             number: state
             for number, values in made["state"].items()
-            if (state := without_clock(CONSTRUCTORS[kind], values))
+            if (state := without_clock(constructor, values))
         }
         if before is not None:
             made = {"scheduler": deepcopy(before["scheduler"]), "optimizer": made}
