@@ -1,7 +1,6 @@
 """State from and to whole optimizers of torch."""
 
 import random
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -230,10 +229,14 @@ class Homemade(torch.optim.SGD):
     pass
 
 
+NAMESAKE = type("SGD", (torch.optim.SGD,), {})
+
+
 @pytest.mark.parametrize(
     "given",
     [
         *(torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Optimizer, Homemade),
+        NAMESAKE,
         *(mo.Lion, mo.Rule, "SGD", None),
     ],
 )
@@ -246,7 +249,11 @@ def test_an_optimizer_without_a_rule_is_refused(given: Any) -> None:
 def test_there_is_no_way_to_an_optimizer_without_a_rule() -> None:
     theirs, params = sgd()
     state = from_torch(theirs.state_dict(), torch.optim.SGD)
-    for odd in (torch.optim.LBFGS(params.items()), Homemade(params.items())):
+    for odd in (
+        torch.optim.LBFGS(params.items()),
+        Homemade(params.items()),
+        NAMESAKE(params.items()),
+    ):
         with pytest.raises(TypeError, match="expected the class of an optimizer of torch or Pyro"):
             to_torch(state, odd)
 
@@ -284,6 +291,13 @@ def test_adam_with_decoupled_decay_is_adamw() -> None:
         to_torch(plain, torch.optim.AdamW([w]), ["w"])
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def broken(change: Any) -> Any:
     state = sgd()[0].state_dict()
     changed = change(state)
@@ -312,6 +326,11 @@ def broken(change: Any) -> Any:
             lambda s: s["state"][1].update(momentum_buffer=torch.ones(2, dtype=torch.int8)),
             "'b' is no state of SGD",
         ),
+        (
+            lambda s: s["state"][1].update(more=torch.ones(2, dtype=torch.complex64)),
+            "'b' is no state of SGD",
+        ),
+        (lambda s: s["param_groups"][0].update(lr=nested(100_000)), "'a' is no state of SGD"),
         (lambda s: s["state"][1].update(more=torch.ones(2)), r"'b' has the slots \['mom.*'more'\]"),
         (lambda s: s["param_groups"][0].update(lr=-1.0), "'a' .* SGD: lr must be a finite number"),
         (
@@ -501,8 +520,11 @@ def test_the_results_are_copies() -> None:
 
 
 class Trap:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
     def __reduce__(self) -> Any:
-        return warnings.warn, ("the trap ran",)
+        return self.mark.mkdir, ()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -511,10 +533,11 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "run.pt"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     assert read(path)["param_groups"] == state["param_groups"]
-    state["param_groups"][0]["lr"] = Trap()
+    state["param_groups"][0]["lr"] = Trap(tmp_path / "the trap ran")
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(mo.CheckpointError, match=r"run.pt: expected a checkpoint that torch.load"):
         read(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -522,7 +545,7 @@ def test_a_damaged_file_is_a_checkpoint_error_or_a_state(tmp_path: Path, zipped:
     path, drawn = tmp_path / "run.pt", random.Random(0)
     torch.save(sgd()[0].state_dict(), path, _use_new_zipfile_serialization=zipped)
     whole, refused = path.read_bytes(), 0
-    for _ in range(300):
+    for _ in range(150):
         damaged = bytearray(whole[: drawn.randrange(len(whole))] if drawn.random() < 0.2 else whole)
         for place in drawn.sample(range(len(damaged)), min(2, len(damaged))):
             damaged[place] = drawn.randrange(256)
@@ -531,7 +554,7 @@ def test_a_damaged_file_is_a_checkpoint_error_or_a_state(tmp_path: Path, zipped:
             from_torch(read(path), torch.optim.SGD, ["a", "b"])
         except mo.CheckpointError:
             refused += 1
-    assert refused > 100
+    assert refused > 50
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:

@@ -252,7 +252,14 @@ def parameter_from_torch(
     """
     try:
         return _from_torch(rule_class, state)
-    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CheckpointError(
             f"the state of {name!r} is no state of {rule_class.__name__} "
             f"({type(error).__name__}: {error})"

@@ -1,6 +1,5 @@
 """Files, and state in Pyro's format, both ways."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -341,11 +340,12 @@ def test_a_damaged_file_is_a_checkpoint_error(tmp_path: Path, content: bytes) ->
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> Any:
-            return warnings.warn, ("the trap ran",)
+            return (tmp_path / "the trap ran").mkdir, ()
 
     torch.save({"loc": Trap()}, tmp_path / "opt")
     with pytest.raises(mo.CheckpointError, match="expected a checkpoint"):
         optim.Adam({"lr": 0.1}).load(tmp_path / "opt")
+    assert [path.name for path in tmp_path.iterdir()] == ["opt"]
 
 
 def test_a_state_of_another_form_is_a_checkpoint_error() -> None:
