@@ -476,7 +476,7 @@ class JointOptim(PyroOptim):
         saved under; a warning says how many there are.
         """
         entries = {
-            label: {part: stored[part] for part in ("rule", "step", "slots")}
+            label: {part: stored.get(part) for part in ("rule", "step", "slots", "complex")}
             for label, stored in self._stored_or_warn().items()
         }
         state = {"version": checkpoint.VERSION, "steps": self._core.steps}
@@ -498,9 +498,14 @@ class JointOptim(PyroOptim):
             # safetensors: the length of the header in 8 bytes, then the header, in JSON.
             is_safetensors = file.read(9)[8:] == b"{"
         if is_safetensors:
-            document = checkpoint.read(filename)
+            contents = checkpoint.read(filename)
+            try:
+                contents.check_whole()
+            except CheckpointError as error:
+                raise CheckpointError(f"{filename}: {error}") from error
+            document = contents.state_dict
             loaded = {**document["pending"], **document["entries"]}
-            self._wait(loaded, document.get("steps"))
+            self._wait({k: _in_parts(v) for k, v in loaded.items()}, document.get("steps"))
         else:
             self.set_state(read(filename, map_location))
 
@@ -634,6 +639,17 @@ def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
         if name in stored and name not in OF_TENSORS and not is_schedule(value):
             values[name] = from_plain(stored[name])
     return rule_class(**values)
+
+
+def _in_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Loaded state with the parts of complex slots, and the word that they are."""
+    parts = named("numpy").parts
+    slots = {k: parts(x) if np.iscomplexobj(x) else x for k, x in stored["slots"].items()}
+    return {
+        **stored,
+        "slots": slots,
+        "complex": any(map(np.iscomplexobj, stored["slots"].values())),
+    }
 
 
 def _make_clip(settings: Mapping[str, Any]) -> Clip | None:
