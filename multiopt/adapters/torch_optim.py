@@ -11,7 +11,7 @@ torch numbers parameters, so it takes their names to know them here.
 >>> adam.step()
 >>> state = from_torch(adam.state_dict(), torch.optim.Adam)
 >>> opt = mo.Optimizer(rules_of(state).__getitem__)
->>> opt.load_state_dict(state)
+>>> _ = opt.load_state_dict(state)
 >>> params = opt.step(dict(model.named_parameters()))
 >>> opt.state("bias").step, opt.hyperparameters("bias")["lr"]
 (2, 0.5)
@@ -88,8 +88,7 @@ def from_torch(
             those that torch keeps of an optimizer made from ``named_parameters()``.
 
     Returns:
-        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter, and the
-        parts of complex ones.
+        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter.
 
     Raises:
         CheckpointError: It has another form, is that of another optimizer, or a setting is out of

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from multiopt import checkpoint, rules
-from multiopt.backend import COMPUTE_DTYPE
+from multiopt.backend import COMPUTE_DTYPE, named
 from multiopt.entry import MASTER, check_slot_names, described_rule, on_host
 from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
@@ -400,11 +400,16 @@ def state_dict_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "version": checkpoint.VERSION,
         "steps": max((entry["step"] for entry in entries.values()), default=0),
         "entries": {
-            name: {part: entry[part] for part in ("rule", "step", "slots")}
+            name: {"rule": entry["rule"], "step": entry["step"], "slots": _shown_slots(entry)}
             for name, entry in entries.items()
         },
         "pending": {},
     }
+
+
+def _shown_slots(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    whole = named("numpy").whole
+    return {k: whole(x) if entry["complex"] else x for k, x in entry["slots"].items()}
 
 
 def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -204,7 +204,7 @@ def test_state_without_a_name_is_left_out_with_a_warning() -> None:
     assert state["entries"] == {}
 
 
-def test_complex_state_goes_over_and_back() -> None:
+def test_complex_state_goes_over_and_back(tmp_path: Path) -> None:
     start = torch.ones(3, dtype=torch.complex64)
     loc, whole = pyro.param("loc", start.clone()).unconstrained(), start.requires_grad_()
     theirs, never, back = (pyro.optim.Adam({"lr": 0.1}) for _ in range(3))
@@ -220,6 +220,10 @@ def test_complex_state_goes_over_and_back() -> None:
     state = from_pyro(theirs.get_state(), mo.Adam)
     opt = mo.Optimizer(rules_of(state).__getitem__)
     opt.load_state_dict(state)
+    opt.save(tmp_path / "run")
+    opt.load(tmp_path / "run")
+    (buffer,) = theirs.get_state()["loc"]["state"].values()
+    assert torch.equal(to_pyro(opt.state_dict())["loc"]["state"][0]["exp_avg"], buffer["exp_avg"])
     for i in range(2, 4):
         give_both(i)
         opt.step({"loc": loc})

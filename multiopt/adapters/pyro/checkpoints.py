@@ -11,7 +11,7 @@
 >>> theirs([loc])
 >>> state = from_pyro(theirs.get_state(), pyro.optim.SGD)
 >>> opt = mo.Optimizer(rules_of(state).__getitem__)
->>> opt.load_state_dict(state)
+>>> _ = opt.load_state_dict(state)
 >>> params = opt.step({"loc": loc})
 >>> loc.tolist()
 [-1.25, -1.25]
@@ -49,8 +49,7 @@ def from_pyro(states: Mapping[str, Any], optimizer_class: Any) -> dict[str, Any]
             rule of that name.
 
     Returns:
-        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter, and the
-        parts of complex ones.
+        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter.
 
     Raises:
         CheckpointError: They have another form, are of another optimizer, or a setting is out of
