@@ -255,7 +255,9 @@ def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool, scalars: np.
 
 
 def _from_numpy(array: Any) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(array))
+    array = np.asarray(array)
+    # A rule may hand on what it was given to read, and torch warns of it.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _fetched(scalars: Sequence[Any]) -> list[Any]:
