@@ -11,6 +11,8 @@ from secrets import token_hex
 from stat import S_IMODE
 from typing import BinaryIO
 
+from xxhash import xxh3_64
+
 if sys.platform != "win32":
     import fcntl
 
@@ -59,8 +61,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _opened_beside(target: Path) -> BinaryIO:
     """A new temporary file, locked for as long as it is open."""
     while True:
-        beside = target.with_name(f".{target.name}.{token_hex(8)}.tmp")
-        file = beside.open("xb", buffering=BUFFER)
+        file = target.with_name(f"{_beginning(target)}{token_hex(8)}.tmp").open(
+            "xb", buffering=BUFFER
+        )
         if sys.platform == "win32":
             return file
         try:
@@ -77,13 +80,19 @@ def _remove_left_behind(target: Path) -> None:
     """Remove temporary files of the target whose writers are gone: nobody holds their locks."""
     if sys.platform == "win32":
         return
-    name = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}[.]tmp")
+    name = re.compile(re.escape(_beginning(target)) + "[0-9a-f]{16}[.]tmp")
     for path in target.parent.iterdir():
         if name.fullmatch(path.name):
             # Another process may write it, or remove it too.
-            with suppress(OSError), path.open("rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 path.unlink()
+
+
+def _beginning(target: Path) -> str:
+    """What the names of its temporary files begin with; systems allow 255 bytes."""
+    name = os.fsencode(target.name)
+    return f".{target.name if len(name) <= 200 else xxh3_64(name).hexdigest()}."
 
 
 def _sync_directory(directory: Path) -> None:
