@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -143,9 +143,7 @@ def write(
     with replacing(path) as file:
         file.write(header)
         for i in order:
-            array = _on_host(slots[i])
-            words[1 + i] = _checksum(array)
-            file.write(_bytes(array))
+            words[1 + i] = _written(file, slots[i])
         file.seek(place)
         file.write(" ".join(words).encode())
 
@@ -197,6 +195,13 @@ def _on_host(slot: Array) -> np.ndarray:
     if np.iscomplexobj(array):
         array = named("numpy").parts(array)
     return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+
+
+def _written(file: BinaryIO, slot: Array) -> str:
+    """Write a slot; return its checksum."""
+    array = _on_host(slot)
+    file.write(_bytes(array))
+    return _checksum(array)
 
 
 def _bytes(array: np.ndarray) -> memoryview:
