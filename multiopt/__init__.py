@@ -16,7 +16,7 @@ from multiopt.averaging import Average
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.loading import LoadReport
-from multiopt.optimizer import Optimizer, Report, State
+from multiopt.optimizer import Optimizer, Report, Skips, State
 from multiopt.rules import (
     ASGD,
     LAMB,
@@ -67,6 +67,7 @@ __all__ = [
     "Report",
     "Rprop",
     "Rule",
+    "Skips",
     "State",
     "schedules",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import array_api_compat
 import numpy as np
@@ -210,7 +210,7 @@ class Batch(ABC):
         """Arrays that are the slots of the members from now on; none where they stay."""
         return ()
 
-    def advance(
+    def ready(
         self,
         params: np.ndarray,
         grads: np.ndarray,
@@ -218,26 +218,45 @@ class Batch(ABC):
         steps: np.ndarray,
         now: Sequence[Now],
         limits: "Limits | None",
-        leave_clipped: bool,
-        threads: int | None,
-    ) -> np.ndarray | None:
-        """Look, and if nothing is out of the ordinary, clip and update everything at once.
+    ) -> bool:
+        """Look, and if nothing is out of the ordinary, make all that ``advance`` needs.
 
         Args:
             params: The parameters, as for ``look``.
             grads: The gradients, likewise.
             leaves: As for ``look``.
-            steps: As for ``run``.
+            steps: As for ``prepare``.
             now: As for ``prepare``.
             limits: How to clip; None for no clipping.
-            leave_clipped: As for ``run``.
-            threads: As for ``run``.
 
         Returns:
-            By position, whether the gradient was clipped; None if nothing has changed yet, and
-            the step is to be taken in its single parts.
+            Whether ``advance`` may follow; else the step is to be taken in its single parts.
         """
-        return None
+        return False
+
+    def advance(
+        self,
+        steps: np.ndarray,
+        limits: "Limits | None",
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray:
+        """Clip and update everything, and count the step, at once: no signal comes between.
+
+        Args:
+            steps: As for ``ready``; each is 1 more afterwards.
+            limits: As for ``ready``.
+            leave_clipped: As for ``prepare``.
+            threads: As for ``prepare``.
+
+        Returns:
+            As ``clipped``.
+        """
+        raise NotImplementedError
+
+    def clipped(self) -> np.ndarray:
+        """By position, whether the last ``advance`` clipped the gradient; it is overwritten."""
+        raise NotImplementedError
 
     @abstractmethod
     def lend(
@@ -279,32 +298,31 @@ class Batch(ABC):
         """
 
     @abstractmethod
-    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Sequence[Now]) -> None:
-        """Make all that may fail of a step of these positions.
-
-        Args:
-            index: Positions.
-            steps: By position, the steps taken.
-            now: The rules at this step of those positions whose rule has schedules.
-        """
-
-    @abstractmethod
-    def run(
+    def prepare(
         self,
         index: np.ndarray,
         steps: np.ndarray,
+        now: Sequence[Now],
         scaling: "Scaling | None",
         leave_clipped: bool,
         threads: int | None,
-    ) -> np.ndarray:
-        """Clip and update these positions. Nothing fails any more.
+    ) -> None:
+        """Make all that may fail of a step of these positions, the memory that it needs included.
 
         Args:
             index: Positions.
             steps: By position, the steps taken before this one.
+            now: The rules at this step of those positions whose rule has schedules.
             scaling: By position, how gradients are clipped; None if none is.
             leave_clipped: Whether to write clipped gradients over the gradients.
             threads: The largest number of threads, or None.
+        """
+
+    @abstractmethod
+    def run(self) -> np.ndarray:
+        """Clip and update what was prepared. Nothing fails any more, and no array is made.
+
+        A signal may come between; who calls it keeps them off.
 
         Returns:
             By position, whether the gradient was clipped.
@@ -356,6 +374,10 @@ class Backend:
     Args:
         library: The name by which ``named`` finds it: the module name of the namespace.
     """
+
+    #: Whether ``write`` changes the parameter. If not, a new array takes its place, and a batch is
+    #: lent copies of everything.
+    in_place: ClassVar[bool] = False
 
     def __init__(self, library: str) -> None:
         """Serve the namespace of this name."""
@@ -526,7 +548,10 @@ class Backend:
         return Result(self.ready(task, new_param), tuple(closed), grad, master, limited)
 
     def ready(self, task: Task, computed: Array) -> Array:
-        """The computed parameter as ``write`` takes it: all of its writing that may fail."""
+        """The computed parameter as ``write`` takes it: all of its writing that may fail.
+
+        Where parameters are written in place it has the memory of ``computed``, and follows it.
+        """
         xp = self.namespace(task.layout)
         return xp.astype(computed, getattr(xp, task.layout.dtype), copy=False)
 
@@ -534,9 +559,9 @@ class Backend:
         """``ready`` for many."""
         return [self.ready(task, array) for task, array in zip(tasks, computed, strict=True)]
 
-    def write(self, task: Task, ready: Array) -> Array:
-        """Turn the caller's parameter into the computed one and return it; here a new array."""
-        return ready
+    def write(self, task: Task, ready: Array) -> None:
+        """Turn the caller's parameter into the computed one, where that is done in place."""
+        raise NotImplementedError
 
     # Slots outside a step
 

@@ -469,6 +469,20 @@ def check_state_dict(state_dict: Any) -> None:
             )
         for name, entry in entries.items():
             _check_entry(part, name, entry)
+    skips = state_dict.get("skips", {})
+    if not isinstance(skips, Mapping):
+        raise CheckpointError(f"expected a mapping under 'skips'; got {type(skips).__name__}")
+    for name, counts in skips.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"expected names under 'skips' to be strings; got {name!r}")
+        known = (
+            isinstance(counts, list | tuple) and len(counts) == 2 and all(map(_is_clock, counts))
+        )
+        if not known or counts[0] < counts[1]:
+            raise CheckpointError(
+                f"the skips of {name!r} are {counts!r}; expected how many in all, and of them in a "
+                "row"
+            )
 
 
 def _check_entry(part: str, name: Any, entry: Any) -> None:

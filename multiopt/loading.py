@@ -48,7 +48,8 @@ class Options(NamedTuple):
 
 def names_of(state_dict: Mapping[str, Any]) -> list[str]:
     """The names of which a state dict has anything."""
-    return list(dict.fromkeys(name for part in PARTS for name in state_dict.get(part, {})))
+    parts = (*PARTS, "skips")
+    return list(dict.fromkeys(name for part in parts for name in state_dict.get(part, {})))
 
 
 def renamed(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import compress
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -38,18 +38,23 @@ from multiopt.entry import (
 )
 from multiopt.errors import CheckpointError
 from multiopt.inputs import as_dict, check_known, check_names, own_gradient
+from multiopt.interruption import uninterrupted
 from multiopt.loading import LoadReport, Options, names_of, renamed
 from multiopt.plan import Outcome, Plan
 from multiopt.rules import Rule
+from multiopt.skipping import Skips, check_limit, counted
 from multiopt.step import Step
 
-__all__ = ["Optimizer", "Report", "State"]
+__all__ = ["Optimizer", "Report", "Skips", "State"]
 
 #: Where a state dict has the entries of averages, and those that wait.
 AVERAGES = {"entries": "averages", "pending": "pending_averages"}
 
 #: How many plans are remembered: lists of names that take turns.
 PLANS = 8
+
+#: How many names a note lists.
+LISTED = 5
 
 
 class State(NamedTuple):
@@ -101,7 +106,9 @@ class Optimizer:
         on_nonfinite: What a step does about a gradient with an infinity or a NaN, looked for
             before clipping. ``"propagate"``: nothing, the gradient is used. ``"raise"``:
             ``ValueError``, and nothing has changed. ``"skip"``: those names are left alone, out of
-            every norm, their clocks stand still; the others step.
+            every norm, their clocks stand still; the others step; ``skips`` counts them.
+        max_consecutive_skips: With ``"skip"``, in how many steps in a row a name may be skipped.
+            The next one raises ``ValueError``, and nothing has changed. None for no limit.
         threads: The largest number of threads for large parameters on the CPU. By default, and at
             most, as many as torch uses where it is loaded, else as many as the process may run on;
             the environment variable ``MULTIOPT_NUM_THREADS`` bounds them too.
@@ -114,7 +121,9 @@ class Optimizer:
 
     Raises:
         TypeError: ``rule`` or ``clip`` is of another kind.
-        ValueError: ``on_nonfinite`` is none of the three, or ``threads`` no integer >= 1.
+        ValueError: ``on_nonfinite`` is none of the three, or ``threads`` or
+            ``max_consecutive_skips`` is no integer >= 1, or nothing is skipped to which a limit
+            would apply.
 
     >>> import numpy as np, multiopt as mo
     >>> opt = mo.Optimizer(mo.Adam(lr=0.1), clip=mo.Clip(norm=10.0))
@@ -135,6 +144,7 @@ class Optimizer:
         "_averages",
         "_clip",
         "_masters",
+        "_max_skips",
         "_on_nonfinite",
         "_outcome",
         "_pending",
@@ -142,6 +152,7 @@ class Optimizer:
         "_plans",
         "_rule",
         "_seen",
+        "_skips",
         "_steps",
         "_threads",
     )
@@ -158,6 +169,7 @@ class Optimizer:
         threads: int | None = None,
         master_weights: bool = False,
         average: Average | Callable[[str], Average | None] | None = None,
+        max_consecutive_skips: int | None = None,
     ) -> None:
         """Make an optimizer that has seen no parameter yet."""
         check_rule(rule)
@@ -171,7 +183,9 @@ class Optimizer:
         self._clip = clip
         if threads is not None and not (type(threads) is int and threads >= 1):
             raise ValueError(f"threads must be an integer >= 1 or None; got {threads!r}")
+        check_limit(max_consecutive_skips, on_nonfinite)
         self._on_nonfinite = on_nonfinite
+        self._max_skips = max_consecutive_skips
         self._threads = threads
         self._masters = master_weights
         # Averages are slots of a rule that looks at each new parameter.
@@ -184,8 +198,11 @@ class Optimizer:
         self._plans: dict[tuple[str, ...], Plan] = {}
         # Loaded state of names not seen yet, as a state dict has it, the slots NumPy arrays.
         self._pending: dict[str, Mapping[str, Any]] = {}
-        # Of the last step: its names, which of them were new, and what became of them.
-        self._outcome: tuple[list[str], tuple[str, ...], Outcome] | None = None
+        # How often names were skipped, for those that ever were.
+        self._skips: dict[str, Skips] = {}
+        # Of the last step: its names, which of them were new, and what became of them. Every whole
+        # step has an object of its own here.
+        self._outcome: _Outcome | None = None
 
     # Looking
 
@@ -213,6 +230,18 @@ class Optimizer:
         Schedules count the steps of their parameter instead, but for ``schedules.Shared``.
         """
         return self._steps
+
+    @property
+    def skips(self) -> dict[str, Skips]:
+        """How often each name was skipped, for those that ever were: seen, pending or neither.
+
+        >>> import numpy as np, multiopt as mo
+        >>> opt = mo.Optimizer(mo.SGD(), on_nonfinite="skip", max_consecutive_skips=5)
+        >>> _ = opt.step({"w": np.ones(2)}, {"w": np.array([1.0, np.nan])})
+        >>> opt.skips
+        {'w': Skips(total=1, consecutive=1)}
+        """
+        return dict(self._skips)
 
     def state(self, name: str) -> State:
         """A snapshot of a parameter's clock and slots.
@@ -386,32 +415,33 @@ class Optimizer:
         self._clip = clip
 
     def forget(self, name: str) -> None:
-        """Drop a name with its state, seen or pending; seen again, it starts anew.
+        """Drop a name with its state, seen or pending, and its skips; seen again, it starts anew.
 
         Raises:
-            KeyError: The name is neither seen nor pending.
+            KeyError: The name is neither seen nor pending, and was never skipped.
         """
-        if name not in self._entries and name not in self._pending:
+        if name not in self._known():
             raise KeyError(f"cannot forget parameter {name!r}: it is neither seen nor pending")
         self._entries = {n: entry for n, entry in self._entries.items() if n != name}
         self._pending.pop(name, None)
-        if self._averages is not None and (
-            name in self._averages or name in self._averages.pending
-        ):
-            self._averages.forget(name)
+        self._skips = {n: count for n, count in self._skips.items() if n != name}
+        if self._averages is not None:
+            if name in self._averages or name in self._averages.pending:
+                self._averages.forget(name)
+            self._choices.pop(name, None)
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give names, seen or pending, new names; state, rule and clip go along.
+        """Give names, seen or pending, new names; state, rule, clip and skips go along.
 
         Args:
             names: Old names to new ones. Names may be swapped.
 
         Raises:
-            KeyError: An old name is neither seen nor pending.
+            KeyError: An old name is neither seen nor pending, and was never skipped.
             ValueError: Two names would become one.
             TypeError: A new name is no string.
         """
-        known = dict.fromkeys([*self._entries, *self._pending])
+        known = self._known()
         for old, new in names.items():
             if old not in known:
                 raise KeyError(f"cannot rename parameter {old!r}: it is neither seen nor pending")
@@ -423,9 +453,17 @@ class Optimizer:
                 raise ValueError(f"cannot rename: two parameters would be called {new!r}")
         self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
         self._pending = {names.get(name, name): entry for name, entry in self._pending.items()}
+        self._skips = {names.get(name, name): count for name, count in self._skips.items()}
         if self._averages is not None:
             known = dict.fromkeys([*self._averages.names, *self._averages.pending])
             self._averages.rename({old: new for old, new in names.items() if old in known})
+            made = {names.get(name, name): choice for name, choice in self._choices.items()}
+            self._choices.clear()
+            self._choices.update(made)
+
+    def _known(self) -> dict[str, None]:
+        """The names of which anything is held."""
+        return dict.fromkeys([*self._entries, *self._pending, *self._skips])
 
     # The step
 
@@ -437,7 +475,11 @@ class Optimizer:
         NumPy arrays and torch tensors are updated in place and returned as the same objects; for
         arrays that cannot be written, JAX's for one, new ones are returned. The gradients are
         never written. A name without a gradient (missing or None) is left alone, and its clock
-        stands still. Everything is checked and computed before anything is changed.
+        stands still. Everything is checked and made before anything is changed.
+
+        An exception that a signal raises meanwhile, such as ``KeyboardInterrupt``, leaves each name
+        as it was before the step or after it, and a note of the exception says which; so does
+        ``last``. A name whose array cannot be written is then as before, for the new array is lost.
 
         Args:
             params: Arrays by name: float16, bfloat16, float32 or float64, of any mix of libraries,
@@ -456,49 +498,72 @@ class Optimizer:
             TypeError: Something is no usable array: a scalar, a dtype that is not real floating, a
                 gradient of another dtype or device than its parameter's, a tracer.
         """
-        params = as_dict("params", params)
-        count, gradients = len(params), None
-        if grads is not None:
-            grads = as_dict("grads", grads)
-            check_known(grads, params)
-            gradients = np.fromiter(map(grads.get, params), object, count)
-        arrays = np.fromiter(params.values(), object, count)
-        advance = _untraced() if "torch._dynamo" in sys.modules else Optimizer._advance
-        names = list(params)
-        if replaced := advance(self, names, arrays, gradients):
-            params.update(replaced)
-        if self._averages is not None:
-            averaged = self._averaged()
-            arrays = np.fromiter(map(params.get, averaged), object, len(averaged))
+        undo: list[_Before] = []
+        before = self._outcome
+        try:
+            params = as_dict("params", params)
+            count, gradients = len(params), None
             if grads is not None:
-                gradients = np.fromiter(map(grads.get, averaged), object, len(averaged))
-            advance(self._averages, averaged, arrays, gradients)
-        return params
+                grads = as_dict("grads", grads)
+                check_known(grads, params)
+                gradients = np.fromiter(map(grads.get, params), object, count)
+            arrays = np.fromiter(params.values(), object, count)
+            advance = _untraced() if "torch._dynamo" in sys.modules else Optimizer._advance
+            names = list(params)
+            if replaced := advance(self, names, arrays, gradients, undo):
+                params.update(replaced)
+            if self._averages is not None:
+                averaged = self._averaged()
+                arrays = np.fromiter(map(params.get, averaged), object, len(averaged))
+                if grads is not None:
+                    gradients = np.fromiter(map(grads.get, averaged), object, len(averaged))
+                advance(self._averages, averaged, arrays, gradients, undo)
+            return params
+        except BaseException as error:
+            with uninterrupted():
+                for each in undo:
+                    each.optimizer._take_back(each)
+                self._explain(error, before)
+            raise
 
     def _averaged(self) -> list[str]:
         """The names that the last step updated, and of which an average is kept."""
         assert self._outcome is not None
         names, _, outcome = self._outcome
-        if outcome.active is not None:
-            names = list(compress(names, outcome.active))
+        names = _updated(names, outcome)
         if isinstance(self._average, Average):
             return names
         return [name for name in names if self._average_of(name) is not None]
 
     def _average_of(self, name: str) -> Average | None:
         """What average is kept of a name; asked once."""
-        assert self._averages is not None
-        choices = self._averages._rule
-        assert isinstance(choices, Choices)
-        if name not in choices:
-            choices[name] = chosen(self._average, name, Average, "average")
-        choice: Average | None = choices[name]
+        if name not in self._choices:
+            self._choices[name] = chosen(self._average, name, Average, "average")
+        choice: Average | None = self._choices[name]
         return choice
 
+    @property
+    def _choices(self) -> "Choices":
+        """The averages that were chosen, by name."""
+        assert self._averages is not None
+        assert isinstance(self._averages._rule, Choices)
+        return self._averages._rule
+
     def _advance(
-        self, names: list[str], params: np.ndarray, grads: np.ndarray | None
+        self,
+        names: list[str],
+        params: np.ndarray,
+        grads: np.ndarray | None,
+        undo: "list[_Before]",
     ) -> dict[str, Array]:
-        """Step; return the arrays that take the place of parameters that cannot be written."""
+        """Step; return the arrays that take the place of parameters that cannot be written.
+
+        Args:
+            names: Their names.
+            params: The parameters.
+            grads: Their gradients; None for their own.
+            undo: Takes how to take those back whose new arrays do not reach the caller.
+        """
         plan = self._plan_of(names)
         own, leaves = grads is None, False
         if grads is None and plan is not None and plan.whole is not None:
@@ -512,21 +577,30 @@ class Optimizer:
             if self._on_nonfinite == "propagate" and plan.takes_all(params, grads):
                 # A schedule is the caller's code: the arrays are looked at when it has run.
                 now = self._rules_now(plan) if plan.scheduled else ()
-                outcome = plan.advance_all(
-                    params, grads, leaves, now, self._leave_clipped, self._threads
-                )
-                if outcome is not None:
-                    self._steps += 1
-                    self._outcome = plan.names, (), outcome
-                    return {}
+                count, first = self._steps + 1, plan.steps[0]
+                try:
+                    outcome = plan.advance_all(
+                        params, grads, leaves, now, self._leave_clipped, self._threads
+                    )
+                    if outcome is not None:
+                        self._steps = count
+                        self._outcome = plan.names, (), outcome
+                        return {}
+                except BaseException:
+                    # Parameters, slots and clocks change in one.
+                    if plan.steps[0] != first:
+                        with uninterrupted():
+                            self._steps = count
+                            self._outcome = plan.names, (), plan.told()
+                    raise
             # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step apart.
             with np.errstate(all="ignore"):
-                return self._take(plan, params, grads, own=own, leaves=leaves, now=now)
+                return self._take(plan, params, grads, undo, own=own, leaves=leaves, now=now)
         # A name is seen for the first time with its first gradient.
         has = np.array([grad is not None for grad in grads], bool)
         if not has.all():
             some = [name for name, here in zip(names, has, strict=True) if here]
-            return self._advance(some, params[has], grads[has])
+            return self._advance(some, params[has], grads[has], undo)
         fresh = {}
         for name, param in zip(names, params, strict=True):
             if name not in self._seen:
@@ -534,7 +608,7 @@ class Optimizer:
                 layout = backend_of(param, label).layout(param, label)
                 fresh[name] = self._settled(name, layout)
         with np.errstate(all="ignore"):
-            return self._take(self._made(names, fresh), params, grads, fresh, own=own)
+            return self._take(self._made(names, fresh), params, grads, undo, fresh, own=own)
 
     def _rules_now(self, plan: Plan) -> Sequence[Now]:
         with np.errstate(all="ignore"):
@@ -545,6 +619,7 @@ class Optimizer:
         plan: Plan,
         params: np.ndarray,
         grads: np.ndarray,
+        undo: "list[_Before]",
         fresh: Mapping[str, Entry] = MappingProxyType({}),
         *,
         own: bool,
@@ -557,6 +632,7 @@ class Optimizer:
             plan: The plan.
             params: Its parameters.
             grads: Their gradients.
+            undo: As for ``_advance``.
             fresh: The entries that are not registered yet: of new names, and of parameters that
                 moved.
             own: Whether the gradients are the parameters' own.
@@ -582,26 +658,99 @@ class Optimizer:
             self._settle_clocks()
             fresh = {**fresh, **{names[i]: self._settled(names[i], x) for i, x in moved.items()}}
             made = self._made(names, fresh)
-            return self._take(made, params, grads, fresh, own=own, now=now)
-        step.check(self._on_nonfinite)
-        # From here on nothing fails: the step is whole.
-        outcome = step.run(self._leave_clipped)
-        self._after(step)
-        active = outcome.active
-        if plan.names and (active is None or active.any()):
-            self._steps = count
+            return self._take(made, params, grads, undo, fresh, own=own, now=now)
+        step.check(self._on_nonfinite, self._leave_clipped)
+        names, active = plan.names, step.outcome.active
+        skips = self._skips
+        if step.outcome.skipped or skips:
+            skipped = [names[i] for i in step.outcome.skipped]
+            skips = counted(skips, skipped, _updated(names, step.outcome), self._max_skips)
         born = tuple(
-            plan.names[i]
-            for i in new
-            if plan.names[i] not in self._seen and (active is None or active[i])
+            names[i] for i in new if names[i] not in self._seen and (active is None or active[i])
         )
-        self._outcome = plan.names, born, outcome._replace(replaced={})
-        if plan is not self._plan:
-            self._take_up(plan, fresh, outcome)
-        return {plan.names[i]: array for i, array in outcome.replaced.items()}
+        if not (names and (active is None or active.any())):
+            count = self._steps
+        outcome = names, born, step.outcome
+        before = [self._before(plan, fresh, step.replaced)] if step.replaced else []
+        replaced = {names[i]: array for i, array in step.replaced.items()}
+        with uninterrupted():
+            # From here on nothing fails: the step is whole.
+            undo += before
+            step.run()
+            self._steps, self._outcome, self._skips = count, outcome, skips
+            if plan is not self._plan:
+                self._take_up(plan, fresh, step.outcome)
+            step.tell(self._leave_clipped)
+            self._after(step)
+        return replaced
 
     def _after(self, step: Step) -> None:
         """For hosts that expect to find the clipped gradients; here nothing."""
+
+    # A step that did not end
+
+    def _before(
+        self, plan: Plan, fresh: Mapping[str, Entry], positions: Iterable[int]
+    ) -> "_Before":
+        """What some positions have before a step."""
+        steps, held = plan.steps.tolist(), []
+        for i in positions:
+            name, entry = plan.names[i], plan.entries[i]
+            registered = self._seen.get(name) if name in fresh else entry
+            pending = self._pending.get(name)
+            held.append(
+                _Held(name, entry, entry.slots, entry.master, steps[i], registered, pending)
+            )
+        return _Before(self, self._steps, self._outcome, self._skips, held)
+
+    def _take_back(self, before: "_Before") -> None:
+        """Let names be as they were before the step: their new arrays did not reach the caller."""
+        self._settle_clocks()
+        for name, entry, slots, master, step, registered, pending in before.held:
+            entry.slots, entry.master, entry.step = slots, master, step
+            if registered is None:
+                self._seen.pop(name, None)
+            else:
+                self._seen[name] = registered
+            if pending is not None:
+                self._pending[name] = pending
+        self._plan = None
+        self._plans.clear()
+        if self._outcome is before.outcome or self._outcome is None:
+            return
+        names, born, outcome = self._outcome
+        back = {held.name for held in before.held}
+        active = [name not in back for name in names]
+        if outcome.active is not None:
+            active = [a and bool(b) for a, b in zip(active, outcome.active, strict=True)]
+        if not (any(active) or outcome.skipped):
+            self._steps, self._outcome, self._skips = before.steps, before.outcome, before.skips
+            return
+        if not any(active):
+            self._steps = before.steps
+        for name in back & self._skips.keys():
+            self._skips = {**self._skips, name: before.skips[name]}
+        stays = np.array(active)
+        self._outcome = (
+            names,
+            tuple(name for name in born if name not in back),
+            outcome._replace(
+                active=stays,
+                clipped=None if outcome.clipped is None else outcome.clipped & stays,
+                on_devices={i: x for i, x in outcome.on_devices.items() if stays[i]},
+            ),
+        )
+
+    def _explain(self, error: BaseException, before: "_Outcome | None") -> None:
+        """Add a note that says what a step has done that did not end."""
+        if self._outcome is before or self._outcome is None:
+            # The checks say it in words of their own, or it goes without saying.
+            if not isinstance(error, KeyError | TypeError | ValueError):
+                error.add_note("multiopt: nothing was changed by this step")
+            return
+        names, _, outcome = self._outcome
+        updated = _updated(names, outcome)
+        error.add_note(f"multiopt: the step was whole; it updated {_listed(updated)}")
 
     # Plans
 
@@ -625,10 +774,11 @@ class Optimizer:
     def _made(self, names: list[str], fresh: Mapping[str, Entry]) -> Plan:
         """A new plan, for a step that may still fail."""
         self._settle_clocks()
+        # The new one may move slots that the current one knows.
+        current, self._plan = self._plan, None
         plan = Plan(names, [fresh[n] if n in fresh else self._seen[n] for n in names])
-        if self._plan is not None and not self._plan.is_current():
-            # The new one moved slots that the current one knows.
-            self._plan = None
+        if current is not None and current.is_current():
+            self._plan = current
         return plan
 
     def _keep(self, plan: Plan) -> None:
@@ -716,7 +866,8 @@ class Optimizer:
             ``{"version", "steps", "entries": {name: {"rule", "step", "slots"}}, "pending"}``: the
             rule as a dict of its name, its hyperparameters at that step and its schedules, slots as
             arrays of the parameter's library; under ``"pending"`` likewise, slots as NumPy arrays.
-            With averages also ``"averages"`` and ``"pending_averages"``, of the same form.
+            With averages also ``"averages"`` and ``"pending_averages"``, of the same form. With
+            skips also ``"skips"``: by name, how many in all and how many in a row.
 
         >>> import multiopt as mo
         >>> mo.Optimizer(mo.SGD()).state_dict()
@@ -734,6 +885,11 @@ class Optimizer:
             "steps": self._steps,
             **self._stored(shown),
             **averages,
+            **(
+                {"skips": {n: list(counts) for n, counts in self._skips.items()}}
+                if self._skips
+                else {}
+            ),
         }
 
     def _stored(self, shown: bool) -> dict[str, Any]:
@@ -830,17 +986,25 @@ class Optimizer:
         averages = self._loaded_averages(
             {name: stored for name, stored in states.items() if name not in loaded.refused}, options
         )
-        # From here on nothing fails.
-        if self._averages is not None:
-            self._averages._take_over(averages, None)
-            for name in loaded.entries:
-                if name in self._averages and name not in averages.entries:
-                    self._averages.forget(name)
-        keeps_steps = len(new) < len(names_of(state_dict)) and self._steps > 0
-        self._take_over(loaded, self._steps if keeps_steps else state_dict.get("steps"))
         why = {name: f"its average: {reason}" for name, reason in averages.refused.items()}
         why |= loaded.refused
         found = loaded.entries.keys() | why
+        lost = {new[name] for name in contents.damaged} | loaded.refused.keys()
+        taken = set(new.values()) - lost
+        skips = {name: count for name, count in self._skips.items() if name not in taken}
+        for name, counts in state_dict.get("skips", {}).items():
+            if new.get(name) in taken:
+                skips[new[name]] = Skips(*counts)
+        keeps_steps = len(new) < len(names_of(state_dict)) and self._steps > 0
+        with uninterrupted():
+            # From here on nothing fails.
+            if self._averages is not None:
+                self._averages._take_over(averages, None)
+                for name in loaded.entries:
+                    if name in self._averages and name not in averages.entries:
+                        self._averages.forget(name)
+            self._take_over(loaded, self._steps if keeps_steps else state_dict.get("steps"))
+            self._skips = skips
         return LoadReport(
             restored=tuple(loaded.entries),
             pending=tuple(loaded.pending),
@@ -991,6 +1155,63 @@ class Choices(dict[str, Any]):
     """A callable ``name -> average`` that knows the answers."""
 
     __call__ = dict.__getitem__
+
+
+#: Of a step: its names, which of them were new, and what became of them.
+_Outcome: TypeAlias = tuple[list[str], tuple[str, ...], Outcome]
+
+
+class _Held(NamedTuple):
+    """What is held of a name before a step.
+
+    Attributes:
+        name: The name.
+        entry: The entry that the step changes.
+        slots: Its slots.
+        master: Its master copy.
+        step: Its clock.
+        registered: The entry that is registered, which is another one where a parameter moved.
+        pending: Its pending state.
+    """
+
+    name: str
+    entry: Entry
+    slots: tuple[Array, ...]
+    master: Array | None
+    step: int
+    registered: Entry | None
+    pending: Mapping[str, Any] | None
+
+
+class _Before(NamedTuple):
+    """What it takes to take a step back, for names whose arrays cannot be written.
+
+    Attributes:
+        optimizer: Whose step.
+        steps: How many steps it had taken.
+        outcome: What it had to tell of its last step.
+        skips: Its counts of skips.
+        held: What it held of each name.
+    """
+
+    optimizer: Optimizer
+    steps: int
+    outcome: _Outcome | None
+    skips: dict[str, Skips]
+    held: list[_Held]
+
+
+def _updated(names: list[str], outcome: Outcome) -> list[str]:
+    """The names that a step updated."""
+    return names if outcome.active is None else list(compress(names, outcome.active))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a message, not too many."""
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(map(repr, names[:LISTED])) + more
 
 
 def _shown(entry: Entry) -> Callable[[Array], Array]:

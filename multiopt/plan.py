@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from multiopt.backend import Array, Backend, Batch, Member, Now, identities, named
+from multiopt.backend import Backend, Batch, Member, Now, identities, named
 from multiopt.clipping import Clipping, Norms
 from multiopt.entry import Entry
 from multiopt.rules import Rule
@@ -44,7 +44,6 @@ class Outcome(NamedTuple):
         norms: What was measured for clipping, if anything was.
         clipped: Those whose gradient a clip changed, as far as the host knows; None for no clips.
         on_devices: By position, the same as a value on its device.
-        replaced: Arrays that take the place of parameters that cannot be written.
     """
 
     active: np.ndarray | None
@@ -52,13 +51,9 @@ class Outcome(NamedTuple):
     norms: Norms | None
     clipped: np.ndarray | None
     on_devices: dict[int, Any]
-    replaced: dict[int, Array]
 
 
-#: NumPy takes a third less for its own number than for Python's.
-ONE = np.int64(1)
-
-ALL_UPDATED = Outcome(None, (), None, None, {}, {})
+ALL_UPDATED = Outcome(None, (), None, None, {})
 
 
 class Plan:
@@ -78,6 +73,8 @@ class Plan:
         self.entries = entries
         self.steps = np.empty(0, np.int64)
         self._ahead = False
+        #: What the last step does, or did, that ``advance_all`` takes.
+        self.outcome = ALL_UPDATED
         self.resume()
         self.everything = np.arange(len(names))
         self.parts: list[Part] = []
@@ -142,10 +139,10 @@ class Plan:
         """Take the clocks of the entries over."""
         self.steps = np.array([entry.step for entry in self.entries], np.int64)
 
-    def advance(self, active: np.ndarray | None) -> None:
-        """Count a step of these positions, or of all."""
-        np.add(self.steps, ONE if active is None else active, out=self.steps)
+    def advance(self, steps: np.ndarray) -> None:
+        """Take the clocks after a step."""
         self._ahead = True
+        np.copyto(self.steps, steps)
 
     def settle(self) -> None:
         """Bring the clocks back to the entries."""
@@ -203,19 +200,36 @@ class Plan:
         leave_clipped: bool,
         threads: int | None,
     ) -> Outcome | None:
-        """Take a step in which nothing is out of the ordinary; None if this is no such step."""
+        """Take a step in which nothing is out of the ordinary; None if this is no such step.
+
+        Parameters, slots and clocks change in one, whatever a signal raises. ``told`` says what
+        was done, if that was before this could.
+        """
         assert self.whole is not None
-        clipping = self.clipping
+        clipping, batch, steps = self.clipping, self.whole.batch, self.steps
         limits = None if clipping is None else clipping.limits
-        clipped = self.whole.batch.advance(
-            params, grads, leaves, self.steps, now, limits, leave_clipped, threads
-        )
-        if clipped is None:
+        if not batch.ready(params, grads, leaves, steps, now, limits):
             return None
-        self.advance(None)
         if clipping is None or limits is None:
+            self.outcome = ALL_UPDATED
+            self._ahead = True
+            batch.advance(steps, None, False, threads)
             return ALL_UPDATED
-        return Outcome(None, (), clipping.norms(), clipped.copy(), {}, {})
+        room = np.empty(len(self.names), bool)
+        self.outcome = Outcome(None, (), clipping.norms(), room, {})
+        self._ahead = True
+        clipped = batch.advance(steps, limits, leave_clipped, threads)
+        # Counting takes 50 us less than ``any`` when other work has filled the caches.
+        if leave_clipped and (count := np.count_nonzero(clipped)):
+            self.whole.backend.touch(grads if count == len(clipped) else grads[clipped])
+        return self.told()
+
+    def told(self) -> Outcome:
+        """What the last step did that ``advance_all`` took."""
+        if self.outcome.clipped is not None:
+            assert self.whole is not None
+            np.copyto(self.outcome.clipped, self.whole.batch.clipped())
+        return self.outcome
 
     def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
         """The positions that Python must look at, of the arrays of a step as they are now."""

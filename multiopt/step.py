@@ -11,6 +11,7 @@ from multiopt.plan import Outcome, Part, Plan
 
 if TYPE_CHECKING:
     from multiopt.clipping import Norms
+    from multiopt.entry import Entry
 
 __all__ = ["Step"]
 
@@ -37,6 +38,7 @@ class Step:
     """A step of a plan on the arrays of now.
 
     The methods are called in their order; nothing is changed before ``run``, which does not fail.
+    A signal may come between what ``run`` does; who calls it keeps them off.
 
     Args:
         plan: The names.
@@ -49,8 +51,13 @@ class Step:
         threads: The largest number of threads, or None.
 
     Attributes:
-        left_over: After ``run``, the clipped gradients that it could not leave in their own place.
+        outcome: After ``check``, what the step does; which gradients are clipped ``tell`` adds.
+        replaced: After ``check``, by position, the arrays that take the place of parameters that
+            cannot be written.
+        left_over: After ``tell``, the clipped gradients that could not be left in their own place.
     """
+
+    outcome: Outcome
 
     def __init__(
         self,
@@ -78,6 +85,14 @@ class Step:
         self._scaling: Scaling | None = None
         self._norms: Norms | None = None
         self._results: list[tuple[int, Task, Result]] = []
+        # Parts that work in place, and others, that have worked on copies.
+        self._waiting: list[tuple[Part, np.ndarray]] = []
+        self._found: list[tuple[Part, np.ndarray, np.ndarray]] = []
+        # What is written at last, and where slots and masters go that are not in their place.
+        self._writes: list[tuple[Task, Array]] = []
+        self._homes: list[tuple[Entry, tuple[Array, ...] | None, Array | None]] = []
+        self._steps = plan.steps
+        self.replaced: dict[int, Array] = {}
         self.left_over: list[tuple[Task, Array]] = []
 
     def look(self, closely: Sequence[int]) -> dict[int, Layout]:
@@ -98,11 +113,12 @@ class Step:
             odd = np.union1d(odd, closely)
         return self._examine(odd) if odd.size else {}
 
-    def check(self, policy: str) -> None:
-        """Check and prepare all that may fail.
+    def check(self, policy: str, leave_clipped: bool) -> None:
+        """Check and prepare all that may fail, memory included.
 
         Args:
             policy: What to do about gradients that are not finite.
+            leave_clipped: Whether clipped gradients are left behind in the gradients' place.
 
         Raises:
             TypeError: The arrays cannot be used here and now.
@@ -127,70 +143,38 @@ class Step:
             if self._now:
                 self._look_again()
         self._measure()
-        self._prepare(self._now)
+        self._prepare(self._now, leave_clipped)
 
-    def run(self, leave_clipped: bool) -> Outcome:
-        """Update the parameters.
+    def run(self) -> None:
+        """Update the parameters."""
+        for part, index in self._waiting:
+            self._found.append((part, index, part.batch.run()))
+        for task, ready in self._writes:
+            task.backend.write(task, ready)
+        for entry, slots, master in self._homes:
+            if slots is not None:
+                entry.slots = slots
+            if master is not None:
+                entry.master = master
+        self._plan.advance(self._steps)
 
-        Args:
-            leave_clipped: Whether clipped gradients are left behind in the gradients' place.
-        """
-        plan = self._plan
-        clipped = None if self._scaling is None else np.zeros(len(plan.names), bool)
-        for part in plan.parts:
-            index = self._index(part)
-            scaling = self._scaling
-            if scaling is not None and part is not plan.whole:
-                scaling = scaling.at(part.where)
-            steps = plan.steps if part is plan.whole else plan.steps[part.where]
-            found = part.batch.run(index, steps, scaling, leave_clipped, self._threads)
-            if clipped is not None:
-                clipped[part.where[index]] = found[index]
-                if leave_clipped:
-                    part.backend.touch(self._grads[part.where[clipped[part.where]]])
-        replaced = self._written()
-        on_devices: dict[int, Any] = {}
+    def tell(self, leave_clipped: bool) -> None:
+        """Say which gradients were clipped, and find those that are to be left behind."""
+        clipped = self.outcome.clipped
+        if clipped is None:
+            return
+        for part, index, found in self._found:
+            clipped[part.where[index]] = found[index]
+            if leave_clipped:
+                part.backend.touch(self._grads[part.where[clipped[part.where]]])
+        if not leave_clipped:
+            return
         for i, lent in self._lent.items():
-            task = self._tasks[i]
-            if clipped is not None and clipped[i] and lent.grad_is_copy:
-                self.left_over.append((task, lent.grad))
-            if task.master is not None:
-                plan.entries[i].master = task.backend.closed(lent.param, task.param)
-            part = plan.parts[plan.part_of[i]]
-            if part.batch.slots_of(int(plan.local[i])) is None:
-                closed = (task.backend.closed(slot, task.param) for slot in lent.slots)
-                plan.entries[i].slots = tuple(closed)
+            if clipped[i] and lent.grad_is_copy:
+                self.left_over.append((self._tasks[i], lent.grad))
         for i, task, result in self._results:
-            replaced[i] = self._replacement(i, task, task.backend.write(task, result.param))
-            plan.entries[i].slots, plan.entries[i].master = result.slots, result.master
-            if clipped is not None:
-                clipped[i] = any(scale != 1 for scale in task.scales)
-            if task.bound is not None:
-                on_devices[i] = result.limited
-            if leave_clipped and clipped is not None and (clipped[i] or bool(result.limited)):
+            if clipped[i] or bool(result.limited):
                 self.left_over.append((task, result.grad))
-        plan.advance(self._active)
-        return Outcome(
-            self._active, tuple(self._skipped), self._norms, clipped, on_devices, replaced
-        )
-
-    def _written(self) -> dict[int, Array]:
-        """Write what was updated in a copy; by position, what stands for the parameter now."""
-        copied = {i: lent for i, lent in self._lent.items() if not lent.in_place}
-        where = {id(self._tasks[i]): i for i in copied}
-        replaced = {}
-        for backend, tasks in by_backend(self._tasks[i] for i in copied):
-            computed = [copied[where[id(task)]].param for task in tasks]
-            for task, ready in zip(tasks, backend.all_ready(tasks, computed), strict=True):
-                i = where[id(task)]
-                replaced[i] = self._replacement(i, task, backend.write(task, ready))
-        return replaced
-
-    def _replacement(self, position: int, task: Task, written: Array) -> Array:
-        """What stands for a parameter whose update was written: itself, or a new array."""
-        if written is task.param:
-            return self._params[position]
-        return task.backend.whole(written) if task.layout.is_complex else written
 
     # Looking
 
@@ -376,7 +360,7 @@ class Step:
         if self._was_apart and not self._is_apart():
             raise ValueError("a schedule changed the arrays of the step that it was asked for")
 
-    def _prepare(self, now: Sequence[Now]) -> None:
+    def _prepare(self, now: Sequence[Now], leave_clipped: bool) -> None:
         """All that may fail of running."""
         plan = self._plan
         loose = self._loose()
@@ -385,18 +369,69 @@ class Step:
         for i, task in loose:
             rule = rules.get(i, plan.entries[i].rule)
             task.scalars = rule.coefficients(int(plan.steps[i]) + 1, task.layout.compute_dtype)
+        clipped = None if self._scaling is None else np.zeros(len(plan.names), bool)
+        on_devices: dict[int, Any] = {}
         for backend, tasks in by_backend(task for _, task in loose):
             for task, result in zip(tasks, backend.run(tasks), strict=True):
-                self._results.append((where[id(task)], task, result))
+                i = where[id(task)]
+                self._results.append((i, task, result))
+                self._place(i, task, result.param)
+                self._homes.append((plan.entries[i], result.slots, result.master))
+                if clipped is not None:
+                    clipped[i] = any(scale != 1 for scale in task.scales)
+                if task.bound is not None:
+                    on_devices[i] = result.limited
         for number, part in enumerate(plan.parts):
-            index = self._index(part)
-            here = now
-            if part is not plan.whole:
-                split = [(rule, where[plan.part_of[where] == number]) for rule, where in now]
-                here = [Now(rule, plan.local[where]) for rule, where in split if where.size]
-            part.batch.prepare(index, plan.steps[part.where], here)
-            positions = part.where[index]
-            if self._lent:
-                copied = [i for i, lent in self._lent.items() if not lent.in_place]
-                positions = positions[~np.isin(positions, copied)]
-            part.backend.touch(self._params[positions])
+            self._prepare_part(number, part, now, leave_clipped)
+        self._place_lent()
+        self._steps = plan.steps + (1 if self._active is None else self._active)
+        self.outcome = Outcome(self._active, tuple(self._skipped), self._norms, clipped, on_devices)
+
+    def _prepare_part(
+        self, number: int, part: Part, now: Sequence[Now], leave_clipped: bool
+    ) -> None:
+        plan, index, scaling, steps = self._plan, self._index(part), self._scaling, self._plan.steps
+        if part is not plan.whole:
+            split = [(rule, where[plan.part_of[where] == number]) for rule, where in now]
+            now = [Now(rule, plan.local[where]) for rule, where in split if where.size]
+            scaling = None if scaling is None else scaling.at(part.where)
+            steps = steps[part.where]
+        part.batch.prepare(index, steps, now, scaling, leave_clipped, self._threads)
+        if not part.backend.in_place:
+            # It works on copies alone. New arrays of what comes out of them may fail to be made.
+            self._found.append((part, index, part.batch.run()))
+            return
+        positions = part.where[index]
+        if self._lent:
+            copied = [i for i, lent in self._lent.items() if not lent.in_place]
+            positions = positions[~np.isin(positions, copied)]
+        part.backend.touch(self._params[positions])
+        self._waiting.append((part, index))
+
+    def _place_lent(self) -> None:
+        """Let what batches were lent go where it belongs."""
+        plan = self._plan
+        for i, lent in self._lent.items():
+            task = self._tasks[i]
+            closed = task.backend.closed
+            slots = master = None
+            if task.master is not None:
+                master = closed(lent.param, task.param)
+            if plan.parts[plan.part_of[i]].batch.slots_of(int(plan.local[i])) is None:
+                slots = tuple(closed(slot, task.param) for slot in lent.slots)
+            if slots is not None or master is not None:
+                self._homes.append((plan.entries[i], slots, master))
+        copied = {i: lent for i, lent in self._lent.items() if not lent.in_place}
+        where = {id(self._tasks[i]): i for i in copied}
+        for backend, tasks in by_backend(self._tasks[i] for i in copied):
+            computed = [copied[where[id(task)]].param for task in tasks]
+            for task, ready in zip(tasks, backend.all_ready(tasks, computed), strict=True):
+                self._place(where[id(task)], task, ready)
+
+    def _place(self, position: int, task: Task, ready: Array) -> None:
+        """Let an update that is computed in a copy be written, or take the parameter's place."""
+        if task.backend.in_place:
+            self._writes.append((task, ready))
+        else:
+            whole = task.backend.whole
+            self.replaced[position] = whole(ready) if task.layout.is_complex else ready

@@ -54,7 +54,7 @@ FAULTS = [
     Fault(
         "a step that does nothing",
         "backends/multiopt_numpy/backend.py",
-        "np.copyto(np.asarray(task.param), ready)",
+        'np.copyto(np.asarray(task.param), ready, casting="unsafe")',
         "pass",
         "test_backends.py::test_every_rule_over_fifty_steps[numpy-compiled-SGD()-float32]",
     ),
@@ -96,8 +96,8 @@ FAULTS = [
     Fault(
         "blocks in another order of operations",
         "backends/multiopt_numpy/tape.py",
-        "np.bitwise_xor(difference, b, out.view(integer))",
-        "np.bitwise_or(difference, b, out.view(integer))",
+        "np.bitwise_xor(out, a, out=out)",
+        "np.bitwise_or(out, a, out=out)",
         "test_tape.py::test_every_rule_is_traced_and_equal",
     ),
     Fault(

@@ -24,6 +24,8 @@ def _dtype_name(dtype: np.dtype) -> str:
 class NumpyBackend(Backend):
     """NumPy arrays."""
 
+    in_place = True
+
     def layout(self, array: Array, label: str) -> Layout:
         """Inspect an array; see ``Backend``."""
         if isinstance(array, np.ma.MaskedArray):
@@ -59,13 +61,12 @@ class NumpyBackend(Backend):
         return read_only(np.asarray(array).astype(layout.compute_dtype, copy=False))
 
     def ready(self, task: Task, computed: Array) -> Array:
-        """The values, rounded to the parameter's dtype."""
-        return np.asarray(computed).astype(task.param.dtype, copy=False)
+        """The values; ``write`` rounds them to the parameter's dtype."""
+        return np.asarray(computed)
 
-    def write(self, task: Task, ready: Array) -> Array:
+    def write(self, task: Task, ready: Array) -> None:
         """Copy the values into the parameter."""
-        np.copyto(np.asarray(task.param), ready)
-        return task.param
+        np.copyto(np.asarray(task.param), ready, casting="unsafe")
 
     def closed(self, computed: Array, param: Array) -> Array:
         """An array: what NumPy computes of arrays without dimensions is a scalar."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from multiopt.backend import Batch, Limits, Member, Now, Scaling, identities
+from multiopt.interruption import uninterrupted
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
 from multiopt_numpy.forms import are_uniform, distinct, other_fields, replaced
@@ -24,6 +25,9 @@ LARGE = 4096
 
 #: Elements in a block of a clipped gradient: whole blocks of the summation tree.
 CHUNK = 8 * BLOCK
+
+#: NumPy takes a third less for its own number than for Python's.
+ONE = np.int64(1)
 
 SHAPE, WRITEABLE, BASE = attrgetter("shape"), attrgetter("flags.writeable"), attrgetter("base")
 
@@ -53,7 +57,7 @@ class _Pack:
         self._places = list(map(slice, (ends - self.sizes).tolist(), ends.tolist()))
         self.param, self.grad = (np.empty(self.sizes.sum(), dtype) for _ in range(2))
         self.kept = [np.concatenate(arrays, axis=None) for arrays in zip(*mine, strict=True)]
-        self._params = self.parts(self.param)
+        self.params = self.parts(self.param)
         #: By parameter, its slots as parts of the pack.
         self.slots = (
             list(zip(*map(self.parts, self.kept), strict=True)) if self.kept else [()] * len(mine)
@@ -74,13 +78,108 @@ class _Pack:
             np.concatenate(params, axis=None, out=self.param, casting="no")
             np.concatenate(grads, axis=None, out=self.grad, casting="no")
 
+    def __len__(self) -> int:
+        """The number of elements."""
+        return len(self.param)
+
     def give(self, params: list[np.ndarray]) -> None:
         """Copy the parameters back."""
-        _copy(self._params, params)
+        _copy(self.params, params)
 
     def spread(self, scalars: Sequence[Any]) -> list[Any]:
         """Scalars with a number for each parameter as numbers for each element."""
         return [np.repeat(x, self.sizes) if np.ndim(x) else x for x in scalars]
+
+
+class _Packed:
+    """A run of a tape over a pack."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        pack: _Pack,
+        grad: np.ndarray,
+        scalars: list[Any],
+        room: list[np.ndarray],
+    ) -> None:
+        """Nothing is computed yet."""
+        self.pack = pack
+        self._tape, self._grad, self._scalars, self._room = tape, grad, scalars, room
+        # Where the results go, beside the parameters.
+        self._pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
+
+    def compute(self) -> None:
+        """Run the tape."""
+        pack = self.pack
+        self._tape.run(pack.param, self._grad, pack.kept, self._scalars, self._room)
+
+    def goes(self, sources: list[np.ndarray], targets: list[np.ndarray]) -> None:
+        """Let ``run`` copy some arrays."""
+        self._pairs.append((sources, targets))
+
+    def run(self) -> None:
+        """Copy what was computed."""
+        for sources, targets in self._pairs:
+            _copy(sources, targets)
+
+
+class _Alone:
+    """A run of a tape over one large parameter, in place, clipping its gradient on the way.
+
+    Args:
+        tape: The tape.
+        arrays: The parameter, its gradient and its slots, of one axis.
+        scalars: The coefficients.
+        room: What the tape made for the largest block.
+        numbers: The coefficients and the bound of the clip; None for no clipping.
+        leave: Whether to write the clipped gradient over the gradient.
+        told: One element, that says whether the gradient was clipped.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        arrays: list[np.ndarray],
+        scalars: list[Any],
+        room: list[np.ndarray],
+        numbers: list[Any] | None,
+        leave: bool,
+        told: np.ndarray,
+    ) -> None:
+        """Make room for a block of the gradient."""
+        self._tape, self._scalars, self._room, self._leave = tape, scalars, room, leave
+        self._param, self._grad, *self._slots = arrays
+        self._numbers, self._told = numbers, told
+        if numbers is not None:
+            size = min(CHUNK, len(self._param))
+            self._block = np.empty(size, self._grad.dtype)
+            self._above, self._below = np.empty(size, bool), np.empty(size, bool)
+
+    def run(self) -> None:
+        """Update."""
+        if self._numbers is None:
+            self._tape.run(self._param, self._grad, self._slots, self._scalars, self._room)
+            return
+        own, shared, bound = self._numbers
+        for low in range(0, len(self._param), CHUNK):
+            block = slice(low, low + CHUNK)
+            grad = self._grad[block]
+            clipped, above, below = (
+                x[: len(grad)] for x in (self._block, self._above, self._below)
+            )
+            # ``_clipped`` in memory that is there already.
+            np.multiply(grad, own, out=clipped)
+            np.multiply(clipped, shared, out=clipped)
+            np.greater(clipped, bound, out=above)
+            np.less(clipped, -bound, out=below)
+            np.copyto(clipped, bound, where=above)
+            np.copyto(clipped, -bound, where=below)
+            if above.any() or below.any():
+                self._told[0] = True
+            slots = [slot[block] for slot in self._slots]
+            self._tape.run(self._param[block], clipped, slots, self._scalars, self._room)
+            if self._leave:
+                grad[...] = clipped
 
 
 class BlockedBatch(Batch):
@@ -111,7 +210,10 @@ class BlockedBatch(Batch):
         self._owned = False
         # The identities of arrays that were each another.
         self._different = b""
-        self._jobs: list[tuple[np.ndarray, Tape, list[Any]]] = []
+        self._unclipped = np.zeros(len(members), bool)
+        # What is to run, and whether it clipped.
+        self._runs: list[Any] = []
+        self._clipped = self._unclipped
         self._vectorized = are_uniform(members[0].rule)
         self._rules, self._which = distinct([member.rule for member in members])
         self._columns = _columns(self._rules)
@@ -153,7 +255,7 @@ class BlockedBatch(Batch):
             and all(map(attrgetter(f"flags.{flag}"), arrays))
         )
 
-    def advance(
+    def ready(
         self,
         params: np.ndarray,
         grads: np.ndarray,
@@ -161,13 +263,11 @@ class BlockedBatch(Batch):
         steps: np.ndarray,
         now: Sequence[Now],
         limits: Limits | None,
-        leave_clipped: bool,
-        threads: int | None,
-    ) -> np.ndarray | None:
+    ) -> bool:
         """See ``Batch``."""
         pack = self._pack
         if limits is not None or pack is None or len(self._small) < len(self._members):
-            return None
+            return False
         given, their_grads = params.tolist(), grads.tolist()
         # Gradients may be of any strides and may overlap with anything, for they are copied.
         if not (
@@ -177,19 +277,39 @@ class BlockedBatch(Batch):
             and _own_their_memory(given)
             and self._are_different(params)
         ):
-            return None
+            return False
         try:
             pack.take(given, their_grads)
         except TypeError:
-            return None  # another dtype
+            return False  # another dtype
         with np.errstate(all="ignore"):
-            self.prepare(self._everything, steps, now)
-            if len(self._jobs) > 1:
-                return None
-            (_, tape, scalars), *_ = self._jobs
-            tape.run(pack.param, pack.grad, pack.kept, pack.spread(scalars))
-        pack.give(given)
-        return np.zeros(len(given), bool)
+            (_, tape, scalars), *others = self._scalars_now(self._everything, steps, now)
+        if others:
+            return False
+        self._runs = [_Packed(tape, pack, pack.grad, pack.spread(scalars), tape.room(len(pack)))]
+        self._params = given
+        return True
+
+    def advance(
+        self,
+        steps: np.ndarray,
+        limits: Limits | None,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray:
+        """See ``Batch``."""
+        (run,) = self._runs
+        with uninterrupted():
+            with np.errstate(all="ignore"):
+                run.compute()
+            run.pack.give(self._params)
+            np.add(steps, ONE, out=steps)
+        self._runs, self._params = [], []
+        return self._unclipped
+
+    def clipped(self) -> np.ndarray:
+        """See ``Batch``."""
+        return self._unclipped
 
     def _are_different(self, arrays: np.ndarray) -> bool:
         """Whether each is another array; asked again only about others than the last time."""
@@ -246,18 +366,41 @@ class BlockedBatch(Batch):
             totals.append(float(tree_sum(np, np.concatenate(sums))) if sums else 0.0)
         return np.array(totals)
 
-    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Sequence[Now]) -> None:
-        """See ``Batch``."""
+    def prepare(
+        self,
+        index: np.ndarray,
+        steps: np.ndarray,
+        now: Sequence[Now],
+        scaling: Scaling | None,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> None:
+        """See ``Batch``. What is small is computed here, in copies, and ``run`` moves it."""
+        self._clipped = np.zeros(len(self._members), bool)
+        self._runs = []
+        for where, tape, scalars in self._scalars_now(index, steps, now):
+            small = self._sizes[where] < LARGE
+            if small.any():
+                values = [_at(x, small) for x in scalars]
+                self._runs.append(self._packed(where[small], tape, values, scaling, leave_clipped))
+            room = tape.room(int(self._sizes[where].max()))
+            for k in np.flatnonzero(~small).tolist():
+                values = [x if np.ndim(x) == 0 else float(x[k]) for x in scalars]
+                alone = self._alone(int(where[k]), tape, values, room, scaling, leave_clipped)
+                self._runs.append(alone)
+
+    def _scalars_now(
+        self, index: np.ndarray, steps: np.ndarray, now: Sequence[Now]
+    ) -> list[tuple[np.ndarray, Tape, list[Any]]]:
+        """Positions with the tape and the coefficients that they have at this step."""
         if not index.size:
-            self._jobs = []
-            return
+            return []
         rules, which = replaced(self._rules, self._which, now)
         which, counts = which[index], steps[index] + 1
         rule = rules[which[0]]
         if (which == which[0]).all() and (counts == counts[0]).all():
             scalars = rule.coefficients(int(counts[0]), self._dtype.name)
-            self._jobs = [(index, self._tape(rule, scalars), list(scalars))]
-            return
+            return [(index, self._tape(rule, scalars), list(scalars))]
         # The same functions on arrays: one call for all names.
         by_name = _columns(rules) if now else self._columns
         h = SimpleNamespace(
@@ -271,12 +414,13 @@ class BlockedBatch(Batch):
         kinds = np.zeros(len(index), np.intp)
         if patterns:
             kinds = np.unique(np.array(patterns), axis=1, return_inverse=True)[1].reshape(-1)
-        self._jobs = []
+        jobs = []
         for pattern in range(kinds.max() + 1):
             mine = np.flatnonzero(kinds == pattern) if patterns else slice(None)
             values = [_same(x[mine] if x.ndim else x, self._dtype) for x in columns]
             tape = self._tape(rule, scalars._make(values))
-            self._jobs.append((index[mine], tape, values))
+            jobs.append((index[mine], tape, values))
+        return jobs
 
     def _scalars_of(self, rules: list[Rule], counts: np.ndarray, h: Any) -> Any:
         """The coefficients of each of some rules at its step, as a named tuple of arrays."""
@@ -295,92 +439,64 @@ class BlockedBatch(Batch):
             self._tapes[switches] = Tape(rule.update, scalars, len(rule.slots), self._dtype.name)
         return self._tapes[switches]
 
-    def run(
-        self,
-        index: np.ndarray,
-        steps: np.ndarray,
-        scaling: Scaling | None,
-        leave_clipped: bool,
-        threads: int | None,
-    ) -> np.ndarray:
+    def run(self) -> np.ndarray:
         """See ``Batch``."""
-        clipped = self._run(scaling, leave_clipped)
+        for run in self._runs:
+            run.run()
         # Nobody's arrays are held from one step to the next.
         self._params, self._grads, self._slots = [], [], list(self._homes)
-        return clipped
+        self._runs = []
+        return self._clipped
 
-    def _run(self, scaling: Scaling | None, leave_clipped: bool) -> np.ndarray:
-        clipped = np.zeros(len(self._members), bool)
-        for where, tape, scalars in self._jobs:
-            small = self._sizes[where] < LARGE
-            if small.any():
-                values = [_at(x, small) for x in scalars]
-                clipped[where[small]] = self._run_packed(
-                    where[small], tape, values, scaling, leave_clipped
-                )
-            for k in np.flatnonzero(~small).tolist():
-                values = [x if np.ndim(x) == 0 else float(x[k]) for x in scalars]
-                clipped[where[k]] = self._run_alone(
-                    int(where[k]), tape, values, scaling, leave_clipped
-                )
-        return clipped
-
-    def _run_packed(
+    def _packed(
         self,
         where: np.ndarray,
         tape: Tape,
         scalars: list[Any],
         scaling: Scaling | None,
         leave_clipped: bool,
-    ) -> np.ndarray:
-        """Update small parameters side by side; say which gradients were clipped."""
+    ) -> _Packed:
+        """Compute small parameters side by side, in copies."""
         positions = where.tolist()
         params, grads = ([arrays[i] for i in positions] for arrays in (self._params, self._grads))
         pack = _Pack(where, self._shapes, self._slots, self._dtype)
         pack.take(params, grads)
-        grad, clipped = pack.grad, np.zeros(len(where), bool)
+        grad = pack.grad
         if scaling is not None:
             mine = scaling.at(where)
             grad, beyond = _clipped(grad, *pack.spread([x.astype(self._dtype) for x in mine]))
             limited = [part.any() for part in pack.parts(beyond)]
-            clipped = mine.scales() | np.array(limited, bool)
-            if leave_clipped:
-                _copy(pack.parts(grad), grads)
-        tape.run(pack.param, grad, pack.kept, pack.spread(scalars))
-        pack.give(params)
-        for parts, slots in zip(pack.slots, (self._slots[i] for i in positions), strict=True):
-            _copy(parts, slots)
-        return clipped
+            self._clipped[where] = mine.scales() | np.array(limited, bool)
+        run = _Packed(tape, pack, grad, pack.spread(scalars), tape.room(len(pack)))
+        run.compute()
+        run.goes(pack.params, params)
+        for parts, i in zip(pack.slots, positions, strict=True):
+            run.goes(list(parts), list(self._slots[i]))
+        if scaling is not None and leave_clipped:
+            run.goes(pack.parts(grad), grads)
+        return run
 
-    def _run_alone(
+    def _alone(
         self,
         position: int,
         tape: Tape,
         scalars: list[Any],
+        room: list[np.ndarray],
         scaling: Scaling | None,
         leave_clipped: bool,
-    ) -> bool:
-        """Update one parameter; say whether its gradient was clipped."""
-        param, grad, *slots = (
+    ) -> _Alone:
+        arrays = [
             x.reshape(-1)
             for x in (self._params[position], self._grads[position], *self._slots[position])
-        )
-        if scaling is None:
-            tape.run(param, grad, slots, scalars)
-            return False
-        numbers = [self._dtype.type(x[position]) for x in scaling]
-        is_clipped = bool(numbers[0] != 1 or numbers[1] != 1)
-        if not is_clipped and numbers[2] == inf:
-            tape.run(param, grad, slots, scalars)
-            return False
-        for low in range(0, len(param), CHUNK):
-            block = slice(low, low + CHUNK)
-            clipped, beyond = _clipped(grad[block], *numbers)
-            is_clipped = is_clipped or bool(beyond.any())
-            tape.run(param[block], clipped, [slot[block] for slot in slots], scalars)
-            if leave_clipped:
-                grad[block] = clipped
-        return is_clipped
+        ]
+        numbers = None
+        if scaling is not None:
+            numbers = [self._dtype.type(x[position]) for x in scaling]
+            self._clipped[position] = numbers[0] != 1 or numbers[1] != 1
+            if not self._clipped[position] and numbers[2] == inf:
+                numbers = None
+        told = self._clipped[position : position + 1]
+        return _Alone(tape, arrays, scalars, room, numbers, leave_clipped, told)
 
 
 def _is_regular(array: Any, flag: str, shape: tuple[int, ...], dtype: np.dtype) -> bool:

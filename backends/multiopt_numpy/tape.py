@@ -176,6 +176,9 @@ class Tape:
         dtypes = dict.fromkeys(homes, self._dtype)
         free: list[int] = []
 
+        # Where ``_select`` makes a mask as wide as the results, by their width.
+        masks: dict[int, int] = {}
+
         def scratch(kind: np.dtype) -> int:
             self._scratch.append(kind)
             new = len(fixed) + len(self._scratch) - 1
@@ -194,7 +197,14 @@ class Tape:
             target = own[0] if own else fit[-1] if fit else scratch(kind)
             register[value] = target
             free = [k for k in free if k != target]
-            self._program.append((function, itemgetter(*sources, target)))
+            places = [*sources, target]
+            if function is _select:
+                width = kind.itemsize
+                if width not in masks:
+                    self._scratch.append(np.dtype(f"i{width}"))
+                    masks[width] = len(fixed) + len(self._scratch) - 1
+                places.append(masks[width])
+            self._program.append((function, itemgetter(*places)))
 
         ends = zip(homes, (register[v] for v in trace.results), strict=True)
         moves = {end: source for end, source in ends if end != source}
@@ -211,6 +221,7 @@ class Tape:
         grad: np.ndarray,
         slots: Sequence[np.ndarray],
         scalars: Sequence[float | np.ndarray],
+        room: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Update a parameter and its slots in place.
 
@@ -222,40 +233,53 @@ class Tape:
             slots: The slots.
             scalars: The coefficients in their order, rounded to the dtype: each a Python float for
                 all elements or an array with one for each. The switches are not looked at.
+            room: What ``room`` made for as many elements, or for more; by default that.
         """
         size = param.size
-        length = min(size, BLOCK_BYTES // self._dtype.itemsize)
+        length = self._length(size)
         inputs = (param, grad, *slots, *scalars)
-        scratch = [np.empty(length, kind) for kind in self._scratch]
+        scratch = self.room(size) if room is None else room
         for start in range(0, size, max(length, 1)):
             block = slice(start, start + length)
             registers: list[Any] = [x[block] if isinstance(x, np.ndarray) else x for x in inputs]
             registers += self._literals
-            registers += [x[: size - start] for x in scratch]  # the last block may be shorter
+            # The last block may be shorter, and the room longer.
+            registers += [x[: min(length, size - start)] for x in scratch]
             for source, target in self._negations:
                 registers[target] = -registers[source]
             for function, operands in self._program:
                 function(*operands(registers))
+
+    def room(self, size: int) -> list[np.ndarray]:
+        """All the memory that a run on so many elements needs: a run with it makes no array."""
+        return [np.empty(self._length(size), kind) for kind in self._scratch]
+
+    def _length(self, size: int) -> int:
+        return min(size, BLOCK_BYTES // self._dtype.itemsize)
 
 
 def _copy(source: np.ndarray, out: np.ndarray) -> None:
     np.copyto(out, source)
 
 
-def _select(mask: np.ndarray, a: Any, b: Any, out: np.ndarray) -> None:
+def _select(mask: np.ndarray, a: Any, b: Any, out: np.ndarray, room: np.ndarray) -> None:
     """``numpy.where`` with a place for the result, which may be that of ``b``.
 
     Where few elements are chosen (a clip, a NaN), a masked copy is the fastest. Where they are
-    many, it mispredicts a branch for each; the bits of ``b`` then take up their difference from
-    those of ``a``, multiplied by 0 or 1.
+    many, it mispredicts a branch for each; the bits of ``a`` then take up their difference from
+    those of ``b``, multiplied by 0 or 1. ``room`` has integers as wide as the numbers.
     """
     if 32 * np.count_nonzero(mask) < mask.size:
         if out is not b:
             np.copyto(out, b)
         np.copyto(out, a, where=mask)
         return
-    integer = f"i{out.itemsize}"
-    a, b = (np.asarray(x, out.dtype).view(integer) for x in (a, b))
-    difference = np.bitwise_xor(a, b, np.empty(out.shape, integer))
-    difference *= mask
-    np.bitwise_xor(difference, b, out.view(integer))
+    a, b = (np.asarray(x, out.dtype).view(room.dtype) for x in (a, b))
+    out = out.view(room.dtype)
+    # No ufunc casts here, for which NumPy would take memory of its own.
+    np.logical_not(mask, out=mask)
+    np.copyto(room, mask)
+    np.logical_not(mask, out=mask)
+    np.bitwise_xor(a, b, out=out)
+    np.multiply(out, room, out=out)
+    np.bitwise_xor(out, a, out=out)

@@ -43,6 +43,8 @@ def _on_cpu(layout: Layout) -> bool:
 class TorchBackend(Backend):
     """PyTorch tensors on the CPU and on CUDA devices."""
 
+    in_place = True
+
     # What an array is
 
     def layout(self, array: Array, label: str) -> Layout:
@@ -169,12 +171,11 @@ class TorchBackend(Backend):
         return self.closed(computed, task.param)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def write(self, task: Task, ready: Array) -> Array:
+    def write(self, task: Task, ready: Array) -> None:
         """Copy the values into the tensor; its version counter moves."""
         # No subclass of a tensor gets to refuse what was computed for it.
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             task.param.copy_(ready)
-        return task.param
 
     # Slots outside a step
 
@@ -256,7 +257,7 @@ def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool, scalars: np.
 
 def _from_numpy(array: Any) -> torch.Tensor:
     array = np.asarray(array)
-    # A rule may hand on what it was given to read, and torch warns of it.
+    # A rule that leaves the parameter alone hands on what it may only read.
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

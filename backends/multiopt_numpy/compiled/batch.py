@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multiopt.backend import Batch, Limits, Member, Now, Scaling
+from multiopt.interruption import uninterrupted
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import norm_kernels
 from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE
-from multiopt_numpy.compiled.team import Kernel, thread_count
+from multiopt_numpy.compiled.team import Kernel, Shares, thread_count
 from multiopt_numpy.forms import distinct, number_fields, replaced, sample_scalars
 
 __all__ = ["CompiledBatch", "Look"]
@@ -25,6 +26,9 @@ SHARES = 16
 
 #: What a parameter costs beside its elements, in elements.
 OVERHEAD = 64
+
+#: NumPy takes a third less for its own number than for Python's.
+ONE = np.int64(1)
 
 
 class Look(NamedTuple):
@@ -89,6 +93,8 @@ class CompiledBatch(Batch):
         self._usual: tuple[Any, ...] = ()
         self._usual_for: tuple[int, int, bool] = (0, 0, False)
         self._usual_at = 0
+        # What is to run: a kernel with its arguments, and what they refer to.
+        self._work: _Work | None = None
         self._limits: Limits | None = None
         self._measuring, self._measuring_at = self._nothing, 0
         if look is not None:
@@ -155,7 +161,7 @@ class CompiledBatch(Batch):
         self._disjoint = bool(odd == 0)
         return self._nothing
 
-    def advance(
+    def ready(
         self,
         params: np.ndarray,
         grads: np.ndarray,
@@ -163,32 +169,59 @@ class CompiledBatch(Batch):
         steps: np.ndarray,
         now: Sequence[Now],
         limits: Limits | None,
-        leave_clipped: bool,
-        threads: int | None,
-    ) -> np.ndarray | None:
+    ) -> bool:
         """See ``Batch``."""
         if limits is not None and self._is_large:
-            return None
+            return False
         if self.look(params, grads, leaves).size or not self._disjoint:
-            return None
+            return False
         if self._given or now:
             with np.errstate(all="ignore"):
-                self.prepare(self._everything, steps, now)
-        touch = self._look.touch if self._look is not None else None
-        if touch is not None:
-            touch(params)
-        if limits is None:
-            return self._run(self._everything, steps, None, False, threads)
-        if limits is not self._limits:
-            self._limits, self._measuring = limits, self._measuring_for(limits)
-            self._measuring_at = _address(self._measuring)
-        norm_kernels(self._dtype)["measure"].alone(self._measuring_at)
-        clipped = self._run(self._everything, steps, limits.scaling, leave_clipped, threads)
-        # Counting takes 50 us less than ``any`` when other work has filled the caches.
-        count = np.count_nonzero(clipped)
-        if leave_clipped and touch is not None and count:
-            touch(grads if count == len(clipped) else grads[clipped])
-        return clipped
+                self._take_numbers(self._everything, steps, now)
+        if limits is not None:
+            if limits is not self._limits:
+                self._limits = None
+                self._measuring = self._measuring_for(limits)
+                self._measuring_at = _address(self._measuring)
+                self._limits = limits
+            norm_kernels(self._dtype)["measure"].alone(self._measuring_at)
+        if self._look is not None and self._look.touch is not None:
+            self._look.touch(params)
+        return True
+
+    def advance(
+        self,
+        steps: np.ndarray,
+        limits: Limits | None,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> np.ndarray:
+        """See ``Batch``."""
+        scaling = self._unclipped if limits is None else limits.scaling
+        self._clipped.fill(False)
+        if self._usual_for == (id(steps), id(scaling), leave_clipped):
+            self._update.alone(self._usual_at)
+            return self._clipped
+        # The kernel itself counts the step, and no signal comes between what one call does.
+        work = self._update_work(self._everything, steps, scaling, leave_clipped, threads, True)
+        if work is None:
+            return self._clipped
+        if work.shares is not None:
+            with uninterrupted():
+                work.shares.run()
+                np.add(steps, ONE, out=steps)
+            return self._clipped
+        # For the next step: all that changes for it is in the table. What it is for comes last.
+        self._usual_for = 0, 0, False
+        self._usual = work.blocks, steps, scaling
+        self._usual_at = _address(work.blocks)
+        self._usual_for = id(steps), id(scaling), leave_clipped
+        self._update.alone(self._usual_at)
+        return self._clipped
+
+    def clipped(self) -> np.ndarray:
+        """See ``Batch``."""
+        return self._clipped
 
     def _measuring_for(self, limits: Limits) -> np.ndarray:
         """The arguments with which norms are measured, kept for the next step."""
@@ -225,7 +258,7 @@ class CompiledBatch(Batch):
     def finite(self, index: np.ndarray, threads: int | None) -> np.ndarray:
         """See ``Batch``."""
         bad = np.zeros(len(self._table), np.uint8)
-        self._call(norm_kernels(self._dtype)["finite"], index, threads, [_address(bad)])
+        _run(self._work_of(norm_kernels(self._dtype)["finite"], index, threads, [_address(bad)]))
         finite: np.ndarray = bad[index] == 0
         return finite
 
@@ -238,14 +271,30 @@ class CompiledBatch(Batch):
         first = np.concatenate([[0], np.cumsum(blocks)])
         sums, factors = np.empty(first[-1]), np.array([factor])
         tail = [_address(a) for a in (own, factors, first, sums)]
-        self._call(kernels["squares"], index, threads, tail, scratch=True)
+        _run(self._work_of(kernels["squares"], index, threads, tail, scratch=True))
         totals = np.empty(len(index))
         arguments = np.array([len(index), *(_address(a) for a in (first, sums, totals))])
         kernels["totals"].alone(_address(arguments))
         return totals
 
-    def prepare(self, index: np.ndarray, steps: np.ndarray, now: Sequence[Now]) -> None:
+    def prepare(
+        self,
+        index: np.ndarray,
+        steps: np.ndarray,
+        now: Sequence[Now],
+        scaling: Scaling | None,
+        leave_clipped: bool,
+        threads: int | None,
+    ) -> None:
         """See ``Batch``."""
+        self._take_numbers(index, steps, now)
+        self._clipped.fill(False)
+        if scaling is None:
+            scaling = self._unclipped
+        self._work = self._update_work(index, steps, scaling, leave_clipped, threads, False)
+
+    def _take_numbers(self, index: np.ndarray, steps: np.ndarray, now: Sequence[Now]) -> None:
+        """Put what the rules have for this step into the table."""
         if not self._given:
             for rule, where in now:
                 # Writing them all takes a tenth of the time of writing many.
@@ -266,57 +315,50 @@ class CompiledBatch(Batch):
                 known[pair] = rules[pair[0]].coefficients(pair[1], self._dtype)
             self._numbers[i] = known[pair]
 
-    def run(
-        self,
-        index: np.ndarray,
-        steps: np.ndarray,
-        scaling: Scaling | None,
-        leave_clipped: bool,
-        threads: int | None,
-    ) -> np.ndarray:
+    def run(self) -> np.ndarray:
         """See ``Batch``."""
-        clipped = self._run(index, steps, scaling, leave_clipped, threads)
+        _run(self._work)
         # Nobody's arrays are held from one step to the next.
         self._lent.clear()
-        return clipped
+        self._work = None
+        return self._clipped
 
-    def _run(
+    def _update_work(
         self,
         index: np.ndarray,
         steps: np.ndarray,
-        scaling: Scaling | None,
+        scaling: Scaling,
         leave_clipped: bool,
         threads: int | None,
-    ) -> np.ndarray:
-        self._clipped.fill(False)
-        if scaling is None:
-            scaling = self._unclipped
-        usual = index is self._everything
-        if usual and self._usual_for == (id(steps), id(scaling), leave_clipped):
-            self._update.alone(self._usual_at)
-            return self._clipped
+        counts: bool,
+    ) -> "_Work | None":
+        """What is to run for an update; with ``counts`` it counts the step, but not in shares."""
         own, shared, bound = scaling
         tail = [_address(a) for a in (steps, own, shared, bound, self._clipped)]
-        blocks = self._call(self._update, index, threads, [*tail, int(leave_clipped)])
-        if usual and blocks is not None:
-            # For the next step: all that changes for it is in the table.
-            self._usual = blocks, steps, scaling
-            self._usual_for = id(steps), id(scaling), leave_clipped
-            self._usual_at = _address(blocks)
-        return self._clipped
+        tail += [int(leave_clipped), 0]
+        work = self._work_of(self._update, index, threads, tail, steps, scaling)
+        if counts and work is not None and work.shares is None:
+            work.blocks[:, -1] = 1
+        return work
 
-    def _call(
+    def _work_of(
         self,
         kernel: Kernel,
         index: np.ndarray,
         threads: int | None,
         tail: Sequence[int],
+        *kept: Any,
         scratch: bool = False,
-    ) -> np.ndarray | None:
-        """Run a kernel over some rows, on several threads if that is worth it.
+    ) -> "_Work | None":
+        """A run of a kernel over some rows, on several threads if that is worth it.
 
-        Returns:
-            Its block of arguments, if it ran on one thread, at once.
+        Args:
+            kernel: The kernel.
+            index: The rows.
+            threads: The largest number of threads, or None.
+            tail: Its arguments after the first.
+            kept: What the arguments refer to, if nobody else keeps it until they run.
+            scratch: Whether the last argument is room for a block.
         """
         if not index.size:
             return None
@@ -329,14 +371,36 @@ class CompiledBatch(Batch):
         blocks[:, 1:5] = borders
         blocks[:, 5:7] = self._place
         blocks[:, 7 : 7 + len(tail)] = tail
-        if scratch:
-            room = np.empty((len(borders), BLOCK))
+        room = np.empty((len(borders), BLOCK)) if scratch else None
+        if room is not None:
             blocks[:, -1] = _address(room) + room.strides[0] * np.arange(len(borders))
-        if large:
-            kernel.shared(blocks, used)
-            return None
-        kernel.alone(_address(blocks))
-        return blocks
+        shares = kernel.shares(blocks, used) if large else None
+        return _Work(kernel, blocks, shares, (index, room, *kept))
+
+
+class _Work(NamedTuple):
+    """A run of a kernel for which all memory is there.
+
+    Attributes:
+        kernel: The kernel.
+        blocks: Its arguments.
+        shares: The same for several threads; None if it is to run here and at once.
+        kept: What the arguments refer to.
+    """
+
+    kernel: Kernel
+    blocks: np.ndarray
+    shares: Shares | None
+    kept: tuple[Any, ...]
+
+
+def _run(work: _Work | None) -> None:
+    if work is None:
+        return
+    if work.shares is None:
+        work.kernel.alone(_address(work.blocks))
+    else:
+        work.shares.run()
 
 
 def _borders(sizes: np.ndarray, shares: int) -> np.ndarray:

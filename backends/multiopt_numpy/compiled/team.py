@@ -104,26 +104,49 @@ class Kernel:
         Returns:
             The result of each row.
         """
+        return self.shares(blocks, threads).run()
+
+    def shares(self, blocks: np.ndarray, threads: int) -> "Shares":
+        """What ``shared`` is to do: all of it that may fail is done."""
+        return Shares(self._address, blocks, threads)
+
+
+class Shares:
+    """Rows for a kernel that wait to be run, once, by some threads.
+
+    Args:
+        kernel: The address of the kernel.
+        blocks: As for ``Kernel.shared``, which live as long as this.
+        threads: At most so many.
+    """
+
+    def __init__(self, kernel: int, blocks: np.ndarray, threads: int) -> None:
+        """Make all that running takes."""
         if blocks.dtype != np.int64 or blocks.ndim != 2 or not blocks.flags.c_contiguous:
             raise ValueError(
                 f"blocks are {blocks.dtype} of shape {blocks.shape} and strides {blocks.strides}; "
                 "expected contiguous rows of int64"
             )
         count, stride = len(blocks), blocks.strides[0]
-        results = np.empty(count, np.int64)
-        first, result = blocks.ctypes.data, results.ctypes.data
-        # In the order of WORK. blocks and results live until the threads are done with them.
-        work = np.array([0, 0, count, self._address, first, stride, result], np.int64)
-        threads = min(threads, count)
-        if threads <= 1:
-            _share()(work.ctypes.data)
-        elif parallel := _openmp():
-            parallel(_share(), work.ctypes.data, threads, 0)
+        self._blocks, self._results = blocks, np.empty(count, np.int64)
+        first, result = blocks.ctypes.data, self._results.ctypes.data
+        # In the order of WORK.
+        self._work = np.array([0, 0, count, kernel, first, stride, result], np.int64)
+        self._threads = min(threads, count)
+        self._share = _share()
+        self._parallel = _openmp() if self._threads > 1 else None
+
+    def run(self) -> np.ndarray:
+        """Run every row; return the result of each."""
+        if self._threads <= 1:
+            self._share(self._work.ctypes.data)
+        elif self._parallel is not None:
+            self._parallel(self._share, self._work.ctypes.data, self._threads, 0)
         else:
-            _with_helpers(work, threads - 1)
-        if status := work[WORK.index("status")]:
+            _with_helpers(self._work, self._threads - 1)
+        if status := self._work[WORK.index("status")]:
             raise _failure(status)
-        return results
+        return self._results
 
 
 def _failure(status: int) -> RuntimeError:
@@ -176,10 +199,11 @@ def _with_helpers(work: np.ndarray, helpers: int) -> None:
         # Ctrl-C may end the step, but not before all threads let go of the memory they write.
         _pool.cache_clear()
         pool.shutdown()
-        if not isinstance(error, RuntimeError):
+        # What was begun is ended. The process ends, or may not have more threads or memory: then
+        # this one does the rest.
+        _share()(work.ctypes.data)
+        if not isinstance(error, Exception):
             raise
-        # The process ends, or may not have more threads: this one does the rest.
-        _help(work)
 
 
 def _help(work: np.ndarray) -> None:

@@ -191,7 +191,7 @@ def _update_kernel(dtype: str, made: dict[str, Any], first_number: int, count: i
         a = words(arguments_at)
         index, k0, b0, k1, b1, table_at, width = words(a[0]), a[1], a[2], a[3], a[4], a[5], a[6]
         steps, own, shared, bounds = words(a[7]), doubles(a[8]), doubles(a[9]), doubles(a[10])
-        clipped, write = flags(a[11]), a[12]
+        clipped, write, counts = flags(a[11]), a[12], a[13]
         if k1 == k0 and b1 == 0:
             return 0
         known = doubles(table_at + (index[k0] * width + first_number) * 8)
@@ -223,6 +223,8 @@ def _update_kernel(dtype: str, made: dict[str, Any], first_number: int, count: i
                 plain(row, low, high, c)
             elif clipping(row, low, high, c, x, y, z, write != 0) != 0 or scaled:
                 clipped[r] = 1
+            if counts != 0:
+                steps[r] = step
         return 0
 
     return tools.njit(update)

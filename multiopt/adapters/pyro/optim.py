@@ -162,7 +162,12 @@ class _Core(Optimizer):
 
     def step_tensors(self, names: list[str], tensors: np.ndarray) -> None:
         """``step`` of tensors that have names already, by their own gradients."""
-        self._advance(names, tensors, None)
+        before = self._outcome
+        try:
+            self._advance(names, tensors, None, [])
+        except BaseException as error:
+            self._explain(error, before)
+            raise
 
     def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step."""
