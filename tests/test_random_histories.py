@@ -37,6 +37,9 @@ AVERAGES = {"none": None, "mean": mo.Average(), "late": mo.Average(decay=0.9, st
 FILES = 3
 
 seeds = st.integers(0, 2**32 - 1)
+kinds = st.tuples(
+    *(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.sampled_from(list(LIBRARIES)), seeds)
+)
 
 
 class Histories(RuleBasedStateMachine):
@@ -58,10 +61,24 @@ class Histories(RuleBasedStateMachine):
         rules=st.sampled_from(list(RULES)),
         average=st.sampled_from(list(AVERAGES)),
         masters=st.booleans(),
+        names=st.permutations(NAMES),
+        data=st.data(),
     )
-    def begin(self, engine: str, rules: str, average: str, masters: bool) -> None:
+    def begin(
+        self,
+        engine: str,
+        rules: str,
+        average: str,
+        masters: bool,
+        names: list[str],
+        data: st.DataObject,
+    ) -> None:
         self.engine, self.masters = engine, masters
         self.opt, self.model = self.new(rules, average)
+        for name in names[:3]:
+            self.appear(name, *data.draw(kinds))
+        self.take(names[:2], 0, 1.0)
+        self.save()
 
     def new(self, rules: str, average: str) -> tuple[mo.Optimizer, Model]:
         rule, mean = RULES[rules], AVERAGES[average]
@@ -70,26 +87,22 @@ class Histories(RuleBasedStateMachine):
 
     # Parameters
 
-    @rule(
-        name=st.sampled_from(NAMES),
-        shape=st.sampled_from(SHAPES),
-        dtype=st.sampled_from(DTYPES),
-        library=st.sampled_from(list(LIBRARIES)),
-        seed=seeds,
-    )
-    def register(
-        self, name: str, shape: tuple[int, ...], dtype: str, library: str, seed: int
-    ) -> None:
+    @rule(name=st.sampled_from(NAMES), kind=kinds)
+    def register(self, name: str, kind: tuple[tuple[int, ...], str, str, int]) -> None:
         """A parameter appears, or takes the place of one that is forgotten."""
         if name in self.model.main.seen:
             self.forget_one(name)
+        self.appear(name, *kind)
+
+    def appear(
+        self, name: str, shape: tuple[int, ...], dtype: str, library: str, seed: int
+    ) -> None:
         if dtype not in LIBRARIES[library].dtypes:
             dtype = "float64"
         self.values[name] = np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
         self.libraries[name] = library
         self.params[name] = LIBRARIES[library].param(self.values[name])
 
-    @precondition(lambda self: self.params)
     @rule(data=st.data(), library=st.sampled_from(list(LIBRARIES)))
     def move(self, data: st.DataObject, library: str) -> None:
         """Parameters go on in another library."""
@@ -98,10 +111,18 @@ class Histories(RuleBasedStateMachine):
                 self.libraries[name] = library
                 self.params[name] = LIBRARIES[library].param(self.values[name])
 
-    @precondition(lambda self: self.params)
-    @rule(data=st.data(), seed=seeds, scale=st.sampled_from([1.0, 1.0, 0.0, np.nan, 1e30]))
-    def step(self, data: st.DataObject, seed: int, scale: float) -> None:
+    @rule(
+        data=st.data(),
+        seed=seeds,
+        scale=st.sampled_from([1.0, 1.0, 0.0, np.nan, 1e30]),
+        times=st.integers(1, 3),
+    )
+    def step(self, data: st.DataObject, seed: int, scale: float, times: int) -> None:
         names = data.draw(st.lists(st.sampled_from(sorted(self.params)), unique=True))
+        for time in range(times):
+            self.take(names, seed + time, scale)
+
+    def take(self, names: list[str], seed: int, scale: float) -> None:
         rng, grads = np.random.default_rng(seed), {}
         for name in names:
             value = self.values[name]
@@ -141,13 +162,11 @@ class Histories(RuleBasedStateMachine):
             assert (name.encode() in content) == (name in self.model.names), name
         self.files = [(path, self.opt.state_dict(), saved), *self.files[: FILES - 1]]
 
-    @precondition(lambda self: self.files)
     @rule(data=st.data())
     def load(self, data: st.DataObject) -> None:
         """Some file, into this optimizer."""
         self.load_one(data)
 
-    @precondition(lambda self: self.files)
     @rule(
         data=st.data(),
         rules=st.sampled_from(list(RULES)),
@@ -273,4 +292,6 @@ def assert_slots(actual: dict[str, Any], expected: dict[str, np.ndarray], librar
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(stateful_step_count=30)
+TestHistories.settings = settings(
+    max_examples=3 * settings.default.max_examples, stateful_step_count=40
+)
