@@ -1,8 +1,8 @@
 """What an optimizer should do, in plain Python and NumPy: ``spec/registry.md`` once more."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class Stored:
     words: dict[str, Any]
     step: int
     slots: dict[str, np.ndarray]
+    cast: bool = False
 
 
 @dataclass
@@ -118,23 +119,11 @@ class Registry:
             if stored.slots.keys() | {MASTER} & slots.keys() != slots.keys():
                 raise Misfit(f"slots of {name}")
             for slot, array in stored.slots.items():
-                if array.shape != shape or array.dtype != computed(dtype):
+                if array.shape != shape or not (stored.cast or array.dtype == computed(dtype)):
                     raise Misfit(f"{slot} of {name}")
-            slots |= deepcopy(stored.slots)
+                with np.errstate(over="ignore"):
+                    slots[slot] = array.astype(computed(dtype))
         return Known(rule, stored.step, slots, shape, dtype, library)
-
-    def step(
-        self,
-        params: dict[str, np.ndarray],
-        grads: Mapping[str, np.ndarray],
-        libraries: Mapping[str, str],
-    ) -> None:
-        """Step; replaces the parameters that have a gradient."""
-        self.take(
-            {name: self.settled(name, params[name], libraries[name]) for name in grads},
-            params,
-            grads,
-        )
 
     def take(
         self,
@@ -142,7 +131,7 @@ class Registry:
         params: dict[str, np.ndarray],
         grads: Mapping[str, np.ndarray],
     ) -> None:
-        """The second half of a step, which nothing can stop."""
+        """Step from these entries; replaces the parameters that have a gradient."""
         for name, known in begun.items():
             dtype = computed(known.dtype)
             old = params[name].astype(dtype)
@@ -168,25 +157,33 @@ class Registry:
     def stored(self) -> dict[str, Stored]:
         return {**self.pending, **{name: known.stored() for name, known in self.seen.items()}}
 
-    def fitting(self, name: str, stored: Stored) -> Known | Stored:
-        """What becomes of loaded state: an entry, or it waits."""
-        if name in self.seen:
-            known = self.seen[name]
-            return self.restored(name, stored, known.rule, known.shape, known.dtype, known.library)
-        if (
-            isinstance(self.rules, mo.Rule)
-            and not is_unstepped(stored)
-            and set(stored.slots) - {MASTER} != set(self.rules.slots)
-        ):
-            raise Misfit(f"slots of {name}")
-        return deepcopy(stored)
+    def load(self, states: Mapping[str, Stored], strict: bool) -> "Loaded":
+        """What to take over."""
+        loaded = Loaded({}, {}, set())
+        for name, stored in states.items():
+            try:
+                if name in self.seen:
+                    known = self.seen[name]
+                    loaded.seen[name] = self.restored(
+                        name, stored, known.rule, known.shape, known.dtype, known.library
+                    )
+                    continue
+                if (
+                    isinstance(self.rules, mo.Rule)
+                    and not is_unstepped(stored)
+                    and set(stored.slots) - {MASTER} != set(self.rules.slots)
+                ):
+                    raise Misfit(f"slots of {name}")
+                loaded.pending[name] = deepcopy(stored)
+            except Misfit:
+                if strict:
+                    raise
+                loaded.refused.add(name)
+        return loaded
 
-    def take_over(self, fitting: Mapping[str, Known | Stored]) -> None:
-        for name, one in fitting.items():
-            if isinstance(one, Known):
-                self.seen[name] = one
-            else:
-                self.pending[name] = one
+    def take_over(self, loaded: "Loaded") -> None:
+        self.seen |= loaded.seen
+        self.pending |= loaded.pending
 
     def forget(self, name: str) -> None:
         self.seen.pop(name, None)
@@ -211,6 +208,15 @@ class Registry:
                 if rule.slots and not kept:
                     known.step = 0
             known.rule = rule
+
+
+@dataclass
+class Loaded:
+    """Loaded state, and the names whose state does not fit."""
+
+    seen: dict[str, Known]
+    pending: dict[str, Stored]
+    refused: set[str]
 
 
 class Model:
@@ -245,17 +251,39 @@ class Model:
     def saved(self) -> Saved:
         return deepcopy(Saved(self.main.steps, self.main.stored(), self.means.stored()))
 
-    def load(self, saved: Saved) -> None:
-        main = {n: self.main.fitting(n, stored) for n, stored in saved.entries.items()}
-        if saved.averages and not self.keeps:
+    def load(
+        self, saved: Saved, new: Mapping[str, str], strict: bool, cast: bool
+    ) -> dict[str, set[str]]:
+        """Take over what is wanted under its new names by the old ones; what becomes of it."""
+        before = set(self.main.seen)
+        parts = (
+            {new[n]: replace(one, cast=cast) for n, one in part.items() if n in new}
+            for part in (saved.entries, saved.averages)
+        )
+        entries, averages = parts
+        main = self.main.load(entries, strict)
+        averages = {n: one for n, one in averages.items() if n not in main.refused}
+        if self.keeps:
+            means = self.means.load(averages, strict)
+        elif averages and strict:
             raise Misfit("averages")
-        means = {n: self.means.fitting(n, stored) for n, stored in saved.averages.items()}
-        # An average belongs to the state it was saved with.
-        for name in saved.entries:
-            self.means.forget(name)
+        else:
+            means = Loaded({}, {}, set(averages))
         self.main.take_over(main)
         self.means.take_over(means)
-        self.main.steps = saved.steps
+        # An average belongs to the state it was saved with.
+        for name in main.seen.keys() | main.pending.keys():
+            if name not in means.seen.keys() | means.pending.keys():
+                self.means.forget(name)
+        if len(new) == len(saved.entries) or self.main.steps == 0:
+            self.main.steps = saved.steps
+        refused = main.refused | means.refused
+        return {
+            "restored": set(main.seen),
+            "pending": set(main.pending),
+            "unused": {n for n in saved.entries if new.get(n) in {None, *refused}},
+            "missing": before - main.seen.keys() - refused,
+        }
 
     def forget(self, name: str) -> None:
         self.main.forget(name)
@@ -264,13 +292,3 @@ class Model:
     def rename(self, names: Mapping[str, str]) -> None:
         self.main.rename(names)
         self.means.rename(names)
-
-
-def only(saved: Saved, names: Iterable[str] | None, renamed: Callable[[str], str]) -> Saved:
-    """Some names of a file, renamed."""
-    chosen = set(saved.entries if names is None else names)
-    parts = (
-        {renamed(n): one for n, one in part.items() if n in chosen}
-        for part in (saved.entries, saved.averages)
-    )
-    return Saved(saved.steps, *parts)

@@ -40,6 +40,8 @@ seeds = st.integers(0, 2**32 - 1)
 kinds = st.tuples(
     *(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.sampled_from(list(LIBRARIES)), seeds)
 )
+#: New names for some: mostly none, or two swapped.
+renames = st.none() | st.none() | st.dictionaries(st.sampled_from(NAMES), st.sampled_from(NAMES))
 
 
 class Histories(RuleBasedStateMachine):
@@ -48,7 +50,7 @@ class Histories(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder, self.numbers = Path(tempfile.mkdtemp()), count()
-        self.files: list[tuple[Path, dict[str, Any], Saved]] = []
+        self.files: list[tuple[Path, dict[str, Any], Saved, dict[str, Any]]] = []
         self.params: dict[str, Any] = {}
         self.values: dict[str, np.ndarray] = {}
         self.libraries: dict[str, str] = {}
@@ -78,7 +80,7 @@ class Histories(RuleBasedStateMachine):
         for name in names[:3]:
             self.appear(name, *data.draw(kinds))
         self.take(names[:2], 0, 1.0)
-        self.save()
+        self.save({})
 
     def new(self, rules: str, average: str) -> tuple[mo.Optimizer, Model]:
         rule, mean = RULES[rules], AVERAGES[average]
@@ -146,10 +148,10 @@ class Histories(RuleBasedStateMachine):
 
     # Files
 
-    @rule()
-    def save(self) -> None:
+    @rule(metadata=st.sampled_from([{}, {"epoch": 3, "loss": [0.5, None]}]))
+    def save(self, metadata: dict[str, Any]) -> None:
         path = self.folder / f"{next(self.numbers)}"
-        self.opt.save(path)
+        self.opt.save(path, metadata)
         saved = self.model.saved()
         fresh = mo.Optimizer(lambda name: ADAM, average=lambda name: mo.Average())
         fresh.load(path)
@@ -160,7 +162,7 @@ class Histories(RuleBasedStateMachine):
         content = path.read_bytes()
         for name in NAMES:
             assert (name.encode() in content) == (name in self.model.names), name
-        self.files = [(path, self.opt.state_dict(), saved), *self.files[: FILES - 1]]
+        self.files = [(path, self.opt.state_dict(), saved, metadata), *self.files[: FILES - 1]]
 
     @rule(data=st.data())
     def load(self, data: st.DataObject) -> None:
@@ -178,15 +180,38 @@ class Histories(RuleBasedStateMachine):
         self.load_one(data)
 
     def load_one(self, data: st.DataObject) -> None:
-        path, state, saved = data.draw(st.sampled_from(self.files))
+        path, state, saved, metadata = self.files[data.draw(st.integers(0, len(self.files) - 1))]
         by_file = data.draw(st.booleans(), "by file")
-        try:
-            self.model.load(saved)
-        except Misfit:
-            with pytest.raises(mo.CheckpointError if by_file else ValueError, match="loaded s"):
-                self.opt.load(path) if by_file else self.opt.load_state_dict(state)
+        source = path if by_file else state
+        load = self.opt.load if by_file else self.opt.load_state_dict
+        strict, cast = data.draw(st.booleans(), "strict"), data.draw(st.booleans(), "cast")
+        names = data.draw(st.none() | st.lists(st.sampled_from(NAMES)), "names")
+        rename = data.draw(renames, "rename")
+        options = {"strict": strict, "cast": cast, "names": names, "rename": rename}
+
+        have = list(saved.entries)
+        wanted = have if names is None else list(dict.fromkeys(names))
+        unknown = {*wanted, *(rename or ())} - set(have)
+        new = {name: (rename or {}).get(name, name) for name in wanted}
+        if data.draw(st.booleans(), "rename by a callable") and rename is not None:
+            options["rename"] = lambda name: rename.get(name, name)
+            unknown = set(wanted) - set(have)
+        if unknown:
+            with pytest.raises(KeyError, match="the loaded state has none of it"):
+                load(source, **options)
+        elif len(set(new.values())) < len(new):
+            with pytest.raises(ValueError, match="both would be called"):
+                load(source, **options)
         else:
-            self.opt.load(path) if by_file else self.opt.load_state_dict(state)
+            try:
+                expected = self.model.load(saved, new, strict, cast)
+            except Misfit:
+                with pytest.raises(mo.CheckpointError if by_file else ValueError, match="loaded s"):
+                    load(source, **options)
+            else:
+                report = load(source, **options)
+                assert {part: set(getattr(report, part)) for part in expected} == expected
+                assert report.metadata == (metadata if by_file else {})
 
     # Changes
 
