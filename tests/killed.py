@@ -9,12 +9,14 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -270,10 +272,7 @@ def without_permission(folder: Path, _: int) -> dict[str, int]:
 
     def save() -> None:
         if os.geteuid() == 0:
-            # Permissions do not bind the superuser.
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
+            become_nobody()
         run = loaded(path)
         assert refusal(run, path) == errno.EACCES
         go_on(run)
@@ -289,6 +288,40 @@ def without_permission(folder: Path, _: int) -> dict[str, int]:
         path.unlink()
         place.rmdir()
     return {}
+
+
+def of_a_file_that_is_read_only(folder: Path, _: int) -> dict[str, int]:
+    """A save that dies leaves a file that its user cannot write, since the old one was so."""
+    place = Path(tempfile.mkdtemp())
+    path, opt = place / "run.safetensors", new_run()
+    go_on(opt)
+
+    def save(dies: bool) -> None:
+        if os.geteuid() == 0:
+            become_nobody()
+        if dies:
+            os.fsync = lambda descriptor: kill()  # type: ignore[assignment]
+        opt.save(path)
+
+    try:
+        place.chmod(0o777)
+        assert ended(fork(partial(save, False))) == 0
+        path.chmod(0o444)
+        assert ended(fork(partial(save, True))) == -signal.SIGKILL
+        assert len(others(path)) == 1
+        assert ended(fork(partial(save, False))) == 0
+        assert others(path) == []
+        assert path.stat().st_mode & 0o777 == 0o444
+    finally:
+        shutil.rmtree(place)
+    return {}
+
+
+def become_nobody() -> None:
+    """Permissions do not bind the superuser."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
 
 
 def on_a_full_disk(folder: Path, _: int) -> dict[str, int]:
@@ -327,7 +360,7 @@ def on_a_read_only_disk(folder: Path, _: int) -> dict[str, int]:
 
 SCENARIOS = (
     *(at_random_moments, at_every_call, beside_a_save_that_stands_still, all_at_once),
-    *(without_permission, on_a_full_disk, on_a_read_only_disk),
+    *(without_permission, of_a_file_that_is_read_only, on_a_full_disk, on_a_read_only_disk),
 )
 
 

@@ -80,6 +80,10 @@ def test_a_save_leaves_the_temporary_file_of_one_that_is_under_way(tmp_path: Pat
     happened("beside_a_save_that_stands_still", tmp_path)
 
 
+def test_what_a_dead_save_of_a_read_only_file_left_is_removed(tmp_path: Path) -> None:
+    happened("of_a_file_that_is_read_only", tmp_path)
+
+
 def test_several_processes_may_save_to_one_file(tmp_path: Path) -> None:
     assert happened("all_at_once", tmp_path, often(20, 300))["loads"] > 0
 

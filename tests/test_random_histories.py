@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -40,8 +40,6 @@ seeds = st.integers(0, 2**32 - 1)
 kinds = st.tuples(
     *(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.sampled_from(list(LIBRARIES)), seeds)
 )
-#: New names for some: mostly none, or two swapped.
-renames = st.none() | st.none() | st.dictionaries(st.sampled_from(NAMES), st.sampled_from(NAMES))
 
 
 class Histories(RuleBasedStateMachine):
@@ -140,6 +138,7 @@ class Histories(RuleBasedStateMachine):
         try:
             self.model.step(self.values, grads, self.libraries)
         except Misfit:
+            event("a step that does not fit")
             with engine(self.engine), pytest.raises(ValueError, match="loaded s"):
                 self.opt.step(params, given)
         else:
@@ -185,11 +184,15 @@ class Histories(RuleBasedStateMachine):
         source = path if by_file else state
         load = self.opt.load if by_file else self.opt.load_state_dict
         strict, cast = data.draw(st.booleans(), "strict"), data.draw(st.booleans(), "cast")
-        names = data.draw(st.none() | st.lists(st.sampled_from(NAMES)), "names")
-        rename = data.draw(renames, "rename")
+        have = list(saved.entries)
+        # Rarely one that is not there.
+        some = st.sampled_from([*have * 5, *NAMES])
+        names = data.draw(st.none() | st.none() | st.lists(some, min_size=1), "names")
+        rename = data.draw(
+            st.none() | st.none() | st.dictionaries(some, st.sampled_from(NAMES)), "rename"
+        )
         options = {"strict": strict, "cast": cast, "names": names, "rename": rename}
 
-        have = list(saved.entries)
         wanted = have if names is None else list(dict.fromkeys(names))
         unknown = {*wanted, *(rename or ())} - set(have)
         new = {name: (rename or {}).get(name, name) for name in wanted}
@@ -197,18 +200,22 @@ class Histories(RuleBasedStateMachine):
             options["rename"] = lambda name: rename.get(name, name)
             unknown = set(wanted) - set(have)
         if unknown:
+            event("a load of what is not there")
             with pytest.raises(KeyError, match="the loaded state has none of it"):
                 load(source, **options)
         elif len(set(new.values())) < len(new):
+            event("a load that makes two names one")
             with pytest.raises(ValueError, match="both would be called"):
                 load(source, **options)
         else:
             try:
                 expected = self.model.load(saved, new, strict, cast)
             except Misfit:
+                event("a load that does not fit")
                 with pytest.raises(mo.CheckpointError if by_file else ValueError, match="loaded s"):
                     load(source, **options)
             else:
+                event(f"a load with {', '.join(k for k, v in expected.items() if v) or 'nothing'}")
                 report = load(source, **options)
                 assert {part: set(getattr(report, part)) for part in expected} == expected
                 assert report.metadata == (metadata if by_file else {})
@@ -233,6 +240,7 @@ class Histories(RuleBasedStateMachine):
         names = dict(zip(old, new, strict=True))
         stay = set(self.model.names) - set(old)
         if stay & set(new):
+            event("a new name that is taken")
             with pytest.raises(ValueError, match="two parameters would be called"):
                 self.opt.rename(names)
             return
@@ -318,5 +326,5 @@ def assert_slots(actual: dict[str, Any], expected: dict[str, np.ndarray], librar
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=3 * settings.default.max_examples, stateful_step_count=40
+    max_examples=2 * settings.default.max_examples, stateful_step_count=40
 )

@@ -161,7 +161,7 @@ def _checkpoint_peaks(library: str, quick: bool) -> list[Result]:
     work = works(quick)["large"]
     ((elements,),) = work.shapes
     saving, loading = fresh.checkpoint_peaks(library, elements)
-    slot = 4 * elements / 2**20
+    slot = round(4 * elements / 2**20, 1)
     rows = (
         ("save", "beside the state", saving, slot),
         # The buffers of the file, and of the allocator.
