@@ -26,6 +26,9 @@ import multiopt as mo
 
 SHAPES = {"encoder.weight": (200, 100), "scale": (), "loc": (3000,)}
 
+#: Children that have not ended.
+ALIVE: set[int] = set()
+
 
 def new_run() -> mo.Optimizer:
     return mo.Optimizer(mo.Adam())
@@ -76,7 +79,9 @@ def fork(work: Callable[[], None]) -> int:
     """Let a child do something and end; its status is 1 if that failed."""
     child = os.fork()
     if child:
+        ALIVE.add(child)
         return child
+    ALIVE.clear()
     try:
         work()
         os._exit(0)
@@ -94,7 +99,9 @@ def kill(child: int = 0) -> int:
 
 def ended(child: int) -> int:
     """How a child ended: its status, or the number of a signal, negative."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = os.waitpid(child, 0)[1]
+    ALIVE.remove(child)
+    return os.waitstatus_to_exitcode(status)
 
 
 def at_random_moments(folder: Path, kills: int) -> dict[str, int]:
@@ -229,9 +236,9 @@ def beside_a_save_that_stands_still(folder: Path, _: int) -> dict[str, int]:
         assert others(path) == beside
     assert_holds(path, opt)
     os.kill(child, signal.SIGCONT)
-    while os.WIFSTOPPED(status := os.waitpid(child, os.WUNTRACED)[1]):
-        os.kill(child, signal.SIGCONT)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    os.kill(child, signal.SIGCONT)
+    assert ended(child) == 0
     assert others(path) == []
     assert loaded(path).steps == 1
     return {}
@@ -257,6 +264,7 @@ def all_at_once(folder: Path, saves: int) -> dict[str, int]:
         if child:
             assert status == 0
             children.remove(child)
+            ALIVE.remove(child)
     assert others(path) == []
     assert loaded(path).steps == saves + 1
     return {"loads": loads}
@@ -367,7 +375,12 @@ SCENARIOS = (
 def main() -> NoReturn:
     scenario, folder, number = sys.argv[1:]
     by_name = {one.__name__: one for one in SCENARIOS}
-    print(json.dumps(by_name[scenario](Path(folder), int(number))))
+    try:
+        print(json.dumps(by_name[scenario](Path(folder), int(number))))
+    finally:
+        # Those of a scenario that failed.
+        for child in ALIVE:
+            os.kill(child, signal.SIGKILL)
     sys.exit()
 
 

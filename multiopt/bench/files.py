@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from unittest.mock import patch
+from weakref import finalize
 
 from safetensors.numpy import load_file, save_file
 
@@ -37,11 +39,12 @@ class File:
 
     def __init__(self) -> None:
         """Make the folder, not the file."""
-        self._folder = TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None)
+        self._folder = mkdtemp(dir=IN_MEMORY if IN_MEMORY.is_dir() else None)
+        finalize(self, rmtree, self._folder)
 
     def __fspath__(self) -> str:
         """The path."""
-        return os.path.join(self._folder.name, "run.safetensors")  # noqa: PTH118 - timed
+        return f"{self._folder}/run.safetensors"
 
 
 def stepped(library: str, work: Work) -> mo.Optimizer:
