@@ -15,6 +15,7 @@ from multiopt import schedules
 from multiopt.averaging import Average
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
+from multiopt.loading import LoadReport
 from multiopt.optimizer import Optimizer, Report, Skips, State
 from multiopt.rules import (
     ASGD,
@@ -57,6 +58,7 @@ __all__ = [
     "ClippedAdam",
     "DCTAdam",
     "Lion",
+    "LoadReport",
     "Muon",
     "NAdam",
     "Optimizer",

@@ -574,11 +574,11 @@ class Backend:
         return np.array(np.from_dlpack(array), copy=True)
 
     def from_host(self, array: np.ndarray, layout: Layout) -> Array:
-        """A NumPy array as a slot of its own for a parameter of this layout."""
+        """A NumPy array, which nobody else writes any more, as a slot for a layout."""
         xp = import_module(self.library)
         devices = xp.__array_namespace_info__().devices()
         device = next((d for d in devices if str(d) == layout.device), None)
-        return xp.asarray(array.copy(), device=device)
+        return xp.asarray(array, device=device)
 
     def shown(self, array: Array, layout: Layout) -> Array:
         """A slot as a user gets it: a copy in the parameter's library."""

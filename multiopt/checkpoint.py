@@ -1,88 +1,297 @@
-"""The state of an optimizer in one file: safetensors, no pickle, readable by any backend.
-
-The header's metadata has one key, ``multiopt``: JSON with the format's version, the steps of the
-optimizer and, by parameter name, the rule, the step and the key of each slot's tensor.
-``spec/registry.md`` says what a state is.
-"""
+"""The state of an optimizer in one file, which any backend can read: ``spec/checkpoint.md``."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from xxhash import xxh3_64
 
+from multiopt.backend import PARTS_OF, Array, Layout, backend_of, named
+from multiopt.durable import replacing
 from multiopt.errors import CheckpointError
 from multiopt.schedules import check_description
 
-__all__ = ["VERSION", "check_state_dict", "read", "write"]
+__all__ = ["PARTS", "VERSION", "Contents", "Listed", "check_state_dict", "listed", "read", "write"]
 
 #: The version of the file format and of ``state_dict``.
-VERSION = 1
+VERSION = 2
 
 #: The parts of a state dict that are entries by name, and whether it must have them.
 PARTS = {"entries": True, "pending": True, "averages": False, "pending_averages": False}
 
+#: The dtypes of slots, and their names in a file.
+DTYPES: dict[np.dtype, str] = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
+
+#: The largest clock, up to which every number is a float64.
+LAST_STEP = 2**53
+
+#: The largest header that safetensors reads, in bytes.
+LARGEST_HEADER = 100_000_000
+
+#: The mappings and values that a header of any length may have.
+MANY = 10_000
+
+#: How deep a description of a rule, or metadata, may be nested.
+DEEPEST = 64
+
 #: What reading a file of another kind, or a damaged one, can raise.
-MALFORMED = (SafetensorError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+MALFORMED = (
+    *(SafetensorError, AttributeError, LookupError, OverflowError, RecursionError),
+    *(TypeError, ValueError),
+)
 
 
-def write(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
-    """Write a state dict with NumPy slots to a file, whole or not at all.
+class Contents(NamedTuple):
+    """What a file has.
+
+    Attributes:
+        state_dict: A state dict with NumPy slots. Entries that were not wanted have none.
+        metadata: What the user saved with it.
+        damaged: Names whose slots are damaged, which it leaves out, and what is wrong.
+    """
+
+    state_dict: Mapping[str, Any]
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    damaged: Mapping[str, str] = MappingProxyType({})
+
+    def check_whole(self) -> None:
+        """Refuse what is not whole.
+
+        Raises:
+            CheckpointError: Something is damaged.
+        """
+        if self.damaged:
+            what = "; ".join(f"{name!r}, {why}" for name, why in self.damaged.items())
+            raise CheckpointError(
+                f"the state of {what}. Nothing was loaded; strict=False loads the rest"
+            )
+
+
+class Listed(NamedTuple):
+    """What a file has, but for the numbers in the slots.
+
+    Attributes:
+        state_dict: A state dict that has the shape and the dtype of each slot in its place.
+        metadata: What the user saved with it.
+        size: The bytes of the file.
+    """
+
+    state_dict: dict[str, Any]
+    metadata: dict[str, Any]
+    size: int
+
+
+# Writing
+
+
+def write(
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a state dict to a file, whole or not at all.
+
+    No more than one slot is copied at a time, and none that is in the memory of the CPU.
 
     Args:
         path: The file, replaced if it exists.
-        state_dict: As ``Optimizer.state_dict`` gives it, its slots NumPy arrays.
-    """
-    tensors: dict[str, np.ndarray] = {}
+        state_dict: As ``Optimizer.state_dict`` gives it, with arrays of any library. An entry whose
+            slots are the parts of complex ones has a true ``"complex"``.
+        metadata: What else to keep.
 
-    def stored(entry: Mapping[str, Any]) -> dict[str, Any]:
-        slots = {}
-        for slot, array in entry["slots"].items():
-            slots[slot] = str(len(tensors))
-            tensors[slots[slot]] = np.asarray(array, order="C")
-        return {**entry, "slots": slots}
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: The metadata is not what JSON can hold, or there is too much for a header.
+    """
+    metadata = _checked_metadata(metadata or {})
+    slots: list[Array] = []
+    rules: dict[str, int] = {}
+    # Writing a description takes 10 us, and many names have one and the same.
+    known: dict[int, int] = {}
+
+    def described(entry: Mapping[str, Any]) -> dict[str, Any]:
+        keys = {slot: str(len(slots) + i) for i, slot in enumerate(entry["slots"])}
+        slots.extend(entry["slots"].values())
+        rule = entry["rule"]
+        if id(rule) not in known:
+            known[id(rule)] = rules.setdefault(json.dumps(rule, allow_nan=False), len(rules))
+        made = {"rule": known[id(rule)], "step": entry["step"], "slots": keys}
+        is_complex = entry.get("complex")
+        if is_complex is None:
+            is_complex = any(map(_is_complex, entry["slots"].values()))
+        return {**made, "complex": True} if is_complex else made
 
     document = {
-        key: {name: stored(entry) for name, entry in value.items()} if key in PARTS else value
+        key: {name: described(entry) for name, entry in value.items()} if key in PARTS else value
         for key, value in state_dict.items()
     }
-    metadata = {"multiopt": json.dumps(document, allow_nan=False)}
-    target = Path(path).resolve()
-    beside = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+    document |= {"version": VERSION, "rules": list(map(json.loads, rules)), "metadata": metadata}
+    text = json.dumps(document, allow_nan=False)
+    layouts = [backend_of(slot, "a slot").layout(slot, "a slot") for slot in slots]
+    # float64 first: readers that map the file find numbers at multiples of their size.
+    order = sorted(range(len(slots)), key=lambda i: layouts[i].dtype, reverse=True)
+    words = ["0" * 16] * (1 + len(slots))
+    header, place = _header(text, words, {str(i): layouts[i] for i in order})
+    words[0] = xxh3_64(text.encode()).hexdigest()
+    with replacing(path) as file:
+        file.write(header)
+        for i in order:
+            words[1 + i] = _written(file, slots[i])
+        file.seek(place)
+        file.write(" ".join(words).encode())
+
+
+def _header(text: str, words: Sequence[str], layouts: Mapping[str, Layout]) -> tuple[bytes, int]:
+    """The header of a file, with its length, and where in the file the words stand."""
+    tensors, end = {}, 0
+    for key, (_, shape, dtype, *_) in layouts.items():
+        kind = np.dtype(dtype)
+        begin, end = end, end + prod(shape) * kind.itemsize
+        tensors[key] = {"dtype": DTYPES[kind], "shape": shape, "data_offsets": [begin, end]}
+    metadata = {"checksums": " ".join(words), "multiopt": text}
+    header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    if why := _too_much(header):
+        raise ValueError(f"{why}: save fewer names in one file, or less metadata")
+    return len(header).to_bytes(8, "little") + header, 8 + header.index(words[0].encode())
+
+
+def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata, if it comes back from JSON as it is.
+
+    Raises:
+        ValueError: It does not.
+    """
+    metadata = dict(metadata)
     try:
-        beside.touch(exist_ok=False)
-        mode = beside.stat().st_mode
-        save_file(tensors, beside, metadata=metadata)
-        # safetensors makes files for their owner only.
-        beside.chmod(target.stat().st_mode if target.exists() else mode)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+        again = json.loads(json.dumps(metadata, allow_nan=False))
+        _check_nesting(metadata)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"metadata must be what JSON can hold; {error}") from error
+    if again != metadata:
+        raise ValueError(
+            f"metadata must be what JSON can hold; it would come back as {again!r}, not as "
+            f"{metadata!r}"
+        )
+    return metadata
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _is_complex(slot: Array) -> bool:
+    return str(slot.dtype).rpartition(".")[2] in PARTS_OF
+
+
+def _on_host(slot: Array) -> np.ndarray:
+    """A slot as a file has it, over its own memory if that is possible."""
+    backend = backend_of(slot, "a slot")
+    memory = backend.memory_of(slot)
+    array = backend.to_host(slot) if memory is None else memory
+    if np.iscomplexobj(array):
+        array = named("numpy").parts(array)
+    return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+
+
+def _written(file: BinaryIO, slot: Array) -> str:
+    """Write a slot; return its checksum."""
+    array = _on_host(slot)
+    file.write(_bytes(array))
+    return _checksum(array)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _checksum(array: np.ndarray) -> str:
+    """The checksum of a slot: of its dtype, its shape and its bytes."""
+    shape = ",".join(map(str, array.shape))
+    digest = xxh3_64(f"{DTYPES[array.dtype]}[{shape}]".encode())
+    digest.update(_bytes(array))
+    return digest.hexdigest()
+
+
+# Reading
+
+
+def read(path: str | os.PathLike[str], names: Collection[str] | None = None) -> Contents:
     """Read a state dict with NumPy slots from a file.
+
+    Args:
+        path: The file.
+        names: Those whose slots are wanted; by default all.
+
+    Raises:
+        CheckpointError: The file is damaged as a whole, or not ours.
+        OSError: The file cannot be read.
+    """
+    damaged: dict[str, str] = {}
+    with _opened(path) as (file, document, words):
+        for part in PARTS:
+            entries = document.get(part, {})
+            for name, entry in entries.items():
+                keys, is_complex = entry["slots"], entry.pop("complex", False)
+                if names is not None and name not in names:
+                    keys = {}
+                entry["slots"] = {}
+                for slot, key in keys.items():
+                    try:
+                        array = _slot(file, key, words, is_complex)
+                    except MALFORMED as error:
+                        damaged[name] = f"its slot {slot!r} is damaged: {error}"
+                    else:
+                        entry["slots"][slot] = array
+        for part in PARTS.keys() & document.keys():
+            document[part] = {n: entry for n, entry in document[part].items() if n not in damaged}
+    return Contents(document, document.pop("metadata"), damaged)
+
+
+def listed(path: str | os.PathLike[str]) -> Listed:
+    """What is in a file, without reading the slots.
+
+    Args:
+        path: The file.
 
     Raises:
         CheckpointError: The file is damaged or not ours.
         OSError: The file cannot be read.
     """
+    with _opened(path) as (file, document, _):
+        for part in PARTS:
+            for entry in document.get(part, {}).values():
+                is_complex = entry.pop("complex", False)
+                for slot, key in entry["slots"].items():
+                    view = file.get_slice(key)
+                    shape, dtype = tuple(view.get_shape()), _dtype_name(view.get_dtype())
+                    if is_complex:
+                        whole = Layout("numpy", shape, dtype, "cpu", is_complex=True)
+                        shape, dtype = whole.own_shape, whole.own_dtype
+                    entry["slots"][slot] = shape, dtype
+    return Listed(document, document.pop("metadata"), Path(path).stat().st_size)
+
+
+@contextmanager
+def _opened(
+    path: str | os.PathLike[str],
+) -> Iterator[tuple[Any, dict[str, Any], list[str] | None]]:
+    """A file, its state dict with the keys of tensors as slots, and their checksums, if any.
+
+    Raises:
+        CheckpointError: The file is damaged or not ours, as far as can be seen without the slots.
+    """
     try:
-        with safe_open(path, framework="numpy") as file:
-            document = json.loads((file.metadata() or {})["multiopt"])
-            _check_version(document)
-            for part, required in PARTS.items():
-                for entry in (document[part] if required else document.get(part, {})).values():
-                    entry["slots"] = {
-                        slot: file.get_tensor(key) for slot, key in entry["slots"].items()
-                    }
+        _check_header(path)
+        # Not mapped: a file that somebody cuts short would be the end of the process.
+        with safe_open(path, framework="numpy", backend="pread") as file:
+            document, words = _document(file.metadata() or {})
+            check_state_dict(document)
+            _check_keys(document, file.keys(), words)
+            yield file, document, words
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from error
     except MALFORMED as error:
@@ -90,59 +299,222 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{os.fspath(path)}: expected a multiopt checkpoint; it is damaged or another kind of "
             f"file ({type(error).__name__}: {error})"
         ) from error
-    try:
-        check_state_dict(document)
-    except ValueError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
-    state_dict: dict[str, Any] = document
-    return state_dict
+
+
+def _check_header(path: str | os.PathLike[str]) -> None:
+    """Refuse a header that would take much more memory than it has bytes.
+
+    Raises:
+        ValueError: It would.
+    """
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
+            raise ValueError(f"a header of {length} bytes is not in it")
+        if why := _too_much(file.read(min(length, LARGEST_HEADER + 1))):
+            raise ValueError(why)
+
+
+def _too_much(header: bytes) -> str | None:
+    """Why a header is not to be parsed, if it is not.
+
+    A mapping takes 100 to 250 bytes in memory and as few as 3 in a header that is made for harm; a
+    name with its two or three mappings takes 45 bytes and more in one of ours.
+    """
+    if len(header) > LARGEST_HEADER:
+        return f"the header has {len(header)} bytes; expected {LARGEST_HEADER} at most"
+    mappings = header.count(b"{")
+    if mappings > MANY + len(header) // 20:
+        return f"the header has {mappings} mappings; expected {MANY} and one for every 20 bytes"
+    values = mappings + header.count(b"[") + header.count(b",")
+    if values > MANY + len(header) // 5:
+        return f"the header has {values} values; expected {MANY} and one for every 5 bytes"
+    return None
+
+
+def _document(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str] | None]:
+    """The state dict in the metadata of a file, with the keys of tensors, and the checksums."""
+    text = header["multiopt"]
+    words = header["checksums"].split() if "checksums" in header else None
+    if words is not None and words[0] != xxh3_64(text.encode()).hexdigest():
+        raise CheckpointError("its description is damaged: the checksum differs")
+    document: dict[str, Any] = json.loads(
+        text, object_pairs_hook=_unique, parse_constant=_refuse_constant
+    )
+    _check_version(document)
+    metadata = document.setdefault("metadata", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"expected a mapping under 'metadata'; got {metadata!r}")
+    _check_nesting(metadata)
+    if document["version"] == 1:
+        return document, None
+    if words is None:
+        raise CheckpointError("it has no checksums; expected them, of version 2 and later")
+    rules = document.pop("rules")
+    for rule in rules:
+        _check_nesting(rule)
+    for part in PARTS:
+        for name, entry in document.get(part, {}).items():
+            number = entry["rule"]
+            if not (_is_clock(number) and number < len(rules)):
+                raise CheckpointError(f"the state of {name!r} has no rule: {number!r}")
+            entry["rule"] = rules[number]
+    return document, words
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key is there twice")
+    return made
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _check_nesting(value: Any) -> None:
+    """Refuse plain data that is nested too deep for the functions that go through it.
+
+    Raises:
+        ValueError: It is.
+    """
+    level = [value]
+    for _ in range(DEEPEST):
+        inside: list[Iterable[Any]] = [
+            part.values() if isinstance(part, dict) else part
+            for part in level
+            if isinstance(part, dict | list)
+        ]
+        if not inside:
+            return
+        level = [part for parts in inside for part in parts]
+    raise ValueError(f"a description is nested more than {DEEPEST} deep")
+
+
+def _check_keys(
+    document: Mapping[str, Any], keys: Collection[str], words: list[str] | None
+) -> None:
+    """Hold the keys of the slots to those of the tensors, one each.
+
+    Raises:
+        CheckpointError: They are others.
+    """
+    have = [
+        key
+        for part in PARTS
+        for entry in document.get(part, {}).values()
+        for key in entry["slots"].values()
+    ]
+    if len(have) != len(keys) or set(have) != set(keys):
+        raise CheckpointError(
+            f"its slots need {len(have)} tensors, one each; expected those in the file, {len(keys)}"
+        )
+    if words is not None and (
+        len(words) != 1 + len(have) or set(have) != set(map(str, range(len(have))))
+    ):
+        raise CheckpointError(f"it has {len(words)} checksums; expected {1 + len(have)}")
+
+
+def _slot(file: Any, key: str, words: list[str] | None, is_complex: bool) -> np.ndarray:
+    """A slot.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    array: np.ndarray = file.get_tensor(key)
+    if array.dtype not in DTYPES:
+        raise ValueError(f"expected dtype float32 or float64; got {array.dtype.name}")
+    if words is not None and words[1 + int(key)] != _checksum(array):
+        raise ValueError("the checksum differs")
+    if is_complex:
+        whole: np.ndarray = named("numpy").whole(array)
+        return whole
+    return array
+
+
+def _dtype_name(word: str) -> str:
+    """The name of a dtype of a file.
+
+    Raises:
+        ValueError: It is none of a slot.
+    """
+    for dtype, known in DTYPES.items():
+        if word == known:
+            return dtype.name
+    raise ValueError(f"expected the dtype F32 or F64; got {word}")
+
+
+# State dicts
 
 
 def check_state_dict(state_dict: Any) -> None:
     """Refuse what has not the form of a state dict.
 
     Raises:
-        ValueError: It has not.
+        CheckpointError: It has not.
     """
     if not isinstance(state_dict, Mapping) or "version" not in state_dict:
-        raise ValueError("expected a state dict with 'version', 'entries' and 'pending'")
+        raise CheckpointError("expected a state dict with 'version', 'entries' and 'pending'")
     _check_version(state_dict)
     if not _is_clock(state_dict.get("steps", 0)):
-        raise ValueError(f"expected an integer >= 0 under 'steps'; got {state_dict['steps']!r}")
+        raise CheckpointError(
+            f"expected an integer >= 0 under 'steps'; got {state_dict['steps']!r}"
+        )
     for part, required in PARTS.items():
         entries = state_dict.get(part, None if required else {})
         if not isinstance(entries, Mapping):
-            raise ValueError(f"expected a mapping under {part!r}; got {type(entries).__name__}")
+            raise CheckpointError(
+                f"expected a mapping under {part!r}; got {type(entries).__name__}"
+            )
         for name, entry in entries.items():
-            if not isinstance(name, str):
-                raise ValueError(f"expected names under {part!r} to be strings; got {name!r}")
-            step = entry.get("step") if isinstance(entry, Mapping) else None
-            if not _is_clock(step):
-                raise ValueError(
-                    f"the state of {name!r} has step {step!r}; expected an integer >= 0"
-                )
-            slots, rule = entry.get("slots"), entry.get("rule")
-            if not isinstance(slots, Mapping) or not isinstance(rule, Mapping):
-                raise ValueError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")
-            if not all(isinstance(key, str) for key in (*slots, *rule)):
-                raise ValueError(f"the state of {name!r} has a slot or setting without a name")
-            schedules = rule.get("schedules", {})
-            if not isinstance(schedules, Mapping):
-                raise ValueError(f"the state of {name!r} needs a mapping under 'schedules'")
-            try:
-                check_description(schedules)
-            except ValueError as error:
-                raise ValueError(f"the state of {name!r}: {error}") from error
+            _check_entry(part, name, entry)
+    skips = state_dict.get("skips", {})
+    if not isinstance(skips, Mapping):
+        raise CheckpointError(f"expected a mapping under 'skips'; got {type(skips).__name__}")
+    for name, counts in skips.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"expected names under 'skips' to be strings; got {name!r}")
+        known = (
+            isinstance(counts, list | tuple) and len(counts) == 2 and all(map(_is_clock, counts))
+        )
+        if not known or counts[0] < counts[1]:
+            raise CheckpointError(
+                f"the skips of {name!r} are {counts!r}; expected how many in all, and of them in a "
+                "row"
+            )
+
+
+def _check_entry(part: str, name: Any, entry: Any) -> None:
+    if not isinstance(name, str):
+        raise CheckpointError(f"expected names under {part!r} to be strings; got {name!r}")
+    step = entry.get("step") if isinstance(entry, Mapping) else None
+    if not _is_clock(step):
+        raise CheckpointError(f"the state of {name!r} has step {step!r}; expected an integer >= 0")
+    slots, rule = entry.get("slots"), entry.get("rule")
+    if not isinstance(slots, Mapping) or not isinstance(rule, Mapping):
+        raise CheckpointError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")
+    if not all(isinstance(key, str) for key in (*slots, *rule)):
+        raise CheckpointError(f"the state of {name!r} has a slot or setting without a name")
+    schedules = rule.get("schedules", {})
+    if not isinstance(schedules, Mapping):
+        raise CheckpointError(f"the state of {name!r} needs a mapping under 'schedules'")
+    try:
+        check_description(schedules)
+    except ValueError as error:
+        raise CheckpointError(f"the state of {name!r}: {error}") from error
 
 
 def _is_clock(step: Any) -> bool:
-    return isinstance(step, int) and not isinstance(step, bool) and step >= 0
+    return type(step) is int and 0 <= step <= LAST_STEP
 
 
 def _check_version(state_dict: Mapping[str, Any]) -> None:
     version = state_dict["version"]
-    if type(version) is not int or version != VERSION:
+    if type(version) is int and version > VERSION:
         raise CheckpointError(
-            f"expected a state dict of version {VERSION}; got version {version!r}: it needs "
-            "another release of multiopt"
+            f"expected version {VERSION} or an earlier one; got version {version}: it needs a "
+            "newer release of multiopt"
         )
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"expected a version between 1 and {VERSION}; got {version!r}")

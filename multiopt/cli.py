@@ -1,4 +1,4 @@
-"""The command line: ``multiopt demo`` and ``multiopt bench``."""
+"""The command line: ``multiopt demo``, ``multiopt bench`` and ``multiopt show``."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from multiopt.bench.comparisons import ROWS
 from multiopt.bench.machine import cores
 from multiopt.bench.show import bench
 from multiopt.demo.show import demo
+from multiopt.errors import CheckpointError
+from multiopt.show import show
 
 __all__ = ["main"]
 
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 1 if the demo's fits on NumPy and torch differ. No figure of the
-        bench changes it.
+        bench changes it. A file that cannot be shown ends the program with status 2.
     """
     parser = argparse.ArgumentParser(
         prog="multiopt",
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_bench(commands)
+    _add_show(commands)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
@@ -78,6 +81,25 @@ def _add_bench(commands: "Commands") -> None:
         if min(threads) < 1:
             command.error("--threads must be at least 1")
         bench(arguments.only or ROWS, threads, arguments.quick, arguments.json)
+        return 0
+
+    command.set_defaults(run=run)
+
+
+def _add_show(commands: "Commands") -> None:
+    command = commands.add_parser(
+        "show",
+        help="print what is in a checkpoint",
+        description="Prints the names, rules, steps, shapes, dtypes and bytes in a file that "
+        "Optimizer.save wrote, without reading its arrays. Pending names wait for a parameter.",
+    )
+    command.add_argument("file", metavar="FILE")
+
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            show(arguments.file)
+        except (CheckpointError, OSError) as error:
+            command.error(str(error))
         return 0
 
     command.set_defaults(run=run)

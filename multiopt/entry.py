@@ -1,7 +1,7 @@
 """What the registry holds for one name, and its forms outside: plain data and loaded state."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 from typing import Any
@@ -132,8 +132,8 @@ def new_entry(
     zeros = named(layout.library).zeros
     shapes = _slot_shapes(name, rule, layout)
     slots = tuple(zeros(layout._replace(shape=shape)) for shape in shapes.values())
-    is_rounded = layout.dtype != layout.compute_dtype
-    return Entry(rule, clip, 0, slots, layout, zeros(layout) if masters and is_rounded else None)
+    master = zeros(layout) if masters and layout.dtype != layout.compute_dtype else None
+    return Entry(rule, clip, 0, slots, layout, master)
 
 
 def _slot_shapes(name: str, rule: Rule, layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -228,18 +228,31 @@ class Changed:
 def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
     """One entry of a state dict with NumPy slots of its own.
 
+    Args:
+        name: That of the parameter.
+        stored: The entry.
+
     Raises:
-        ValueError: A slot is no array that a rule could have.
+        ValueError: A slot is no array that a rule could have, or the rule's description no plain
+            data.
     """
     slots = {}
     for slot, array in stored["slots"].items():
         try:
             backend = backend_of(array, f"slot {slot!r}")
-            backend.layout(array, f"slot {slot!r}")
+            layout = backend.layout(array, f"slot {slot!r}")
+            if layout.dtype != layout.compute_dtype:
+                raise ValueError(
+                    f"slot {slot!r} has dtype {layout.dtype}; expected float32 or float64"
+                )
             slots[slot] = backend.to_host(array)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
-    return {"rule": deepcopy(dict(stored["rule"])), "step": stored["step"], "slots": slots}
+    try:
+        rule = json.loads(json.dumps(dict(stored["rule"]), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the rule in the state of {name!r} is no plain data: {error}") from error
+    return {"rule": rule, "step": stored["step"], "slots": slots}
 
 
 def restored(
@@ -250,24 +263,31 @@ def restored(
     layout: Layout,
     masters: bool = False,
 ) -> Entry:
-    """An entry from loaded state, its slots NumPy arrays; of step 0 it may have none.
+    """An entry from loaded state, of whose slots, NumPy arrays, it takes possession.
 
-    The arguments are those of ``new_entry``. State without a master copy may begin to have one.
+    The arguments are those of ``new_entry``. State without a master copy may begin to have one, and
+    that of step 0 may have no slots.
 
     Raises:
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
-    fresh = new_entry(name, rule, clip, layout, masters)
-    shapes = rule.slot_shapes(layout.shape)
-    if fresh.master is not None and MASTER in stored["slots"]:
+    shapes = _slot_shapes(name, rule, layout)
+    keeps_master = masters and layout.dtype != layout.compute_dtype
+    if keeps_master and MASTER in stored["slots"]:
         shapes[MASTER] = layout.shape
     check_slot_names(name, stored, rule, shapes)
     if is_unstepped(stored):
-        return fresh
+        return new_entry(name, rule, clip, layout, masters)
     arrays = stored["slots"]
     if layout.is_complex:
         parts = named("numpy").parts
         arrays = {k: parts(x) if np.iscomplexobj(x) else x for k, x in arrays.items()}
+    if stored.get("cast"):
+        # The dtype of a complex slot of a real parameter is an error below.
+        dtype = layout.compute_dtype
+        arrays = {
+            k: x if np.iscomplexobj(x) else x.astype(dtype, copy=False) for k, x in arrays.items()
+        }
     for slot, array in arrays.items():
         if array.shape != shapes[slot]:
             raise ValueError(
@@ -279,11 +299,13 @@ def restored(
             raise ValueError(
                 f"the loaded slot {slot!r} of parameter {name!r} has dtype {array.dtype.name}; "
                 f"expected {layout.compute_dtype}, for a parameter of dtype {layout.dtype}: "
-                "convert it, or forget the name to start anew"
+                "load it with cast=True, or forget the name to start anew"
             )
     from_host = named(layout.library).from_host
     slots = {slot: from_host(arrays[slot], layout) for slot in shapes}
-    master = slots.pop(MASTER, fresh.master)
+    master = slots.pop(MASTER, None)
+    if keeps_master and master is None:
+        master = named(layout.library).zeros(layout)
     return Entry(rule, clip, stored["step"], tuple(slots.values()), layout, master)
 
 

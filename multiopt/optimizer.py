@@ -16,6 +16,7 @@ import numpy as np
 from multiopt import checkpoint
 from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, Now, backend_of, named, objects
+from multiopt.checkpoint import Contents
 from multiopt.clipping import Clip
 from multiopt.entry import (
     Changed,
@@ -28,6 +29,7 @@ from multiopt.entry import (
     chosen,
     chosen_clip,
     described,
+    described_rule,
     new_entry,
     on_host,
     restored,
@@ -37,6 +39,7 @@ from multiopt.entry import (
 from multiopt.errors import CheckpointError
 from multiopt.inputs import as_dict, check_known, check_names, own_gradient
 from multiopt.interruption import uninterrupted
+from multiopt.loading import LoadReport, Options, names_of, renamed
 from multiopt.plan import Outcome, Plan
 from multiopt.rules import Rule
 from multiopt.skipping import Skips, check_limit, counted
@@ -194,7 +197,7 @@ class Optimizer:
         self._plan: Plan | None = None
         self._plans: dict[tuple[str, ...], Plan] = {}
         # Loaded state of names not seen yet, as a state dict has it, the slots NumPy arrays.
-        self._pending: dict[str, dict[str, Any]] = {}
+        self._pending: dict[str, Mapping[str, Any]] = {}
         # How often names were skipped, for those that ever were.
         self._skips: dict[str, Skips] = {}
         # Of the last step: its names, which of them were new, and what became of them. Every whole
@@ -422,10 +425,10 @@ class Optimizer:
         self._entries = {n: entry for n, entry in self._entries.items() if n != name}
         self._pending.pop(name, None)
         self._skips = {n: count for n, count in self._skips.items() if n != name}
-        if self._averages is not None and (
-            name in self._averages or name in self._averages.pending
-        ):
-            self._averages.forget(name)
+        if self._averages is not None:
+            if name in self._averages or name in self._averages.pending:
+                self._averages.forget(name)
+            self._choices.pop(name, None)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give names, seen or pending, new names; state, rule, clip and skips go along.
@@ -454,6 +457,9 @@ class Optimizer:
         if self._averages is not None:
             known = dict.fromkeys([*self._averages.names, *self._averages.pending])
             self._averages.rename({old: new for old, new in names.items() if old in known})
+            made = {names.get(name, name): choice for name, choice in self._choices.items()}
+            self._choices.clear()
+            self._choices.update(made)
 
     def _known(self) -> dict[str, None]:
         """The names of which anything is held."""
@@ -531,13 +537,17 @@ class Optimizer:
 
     def _average_of(self, name: str) -> Average | None:
         """What average is kept of a name; asked once."""
-        assert self._averages is not None
-        choices = self._averages._rule
-        assert isinstance(choices, Choices)
-        if name not in choices:
-            choices[name] = chosen(self._average, name, Average, "average")
-        choice: Average | None = choices[name]
+        if name not in self._choices:
+            self._choices[name] = chosen(self._average, name, Average, "average")
+        choice: Average | None = self._choices[name]
         return choice
+
+    @property
+    def _choices(self) -> "Choices":
+        """The averages that were chosen, by name."""
+        assert self._averages is not None
+        assert isinstance(self._averages._rule, Choices)
+        return self._averages._rule
 
     def _advance(
         self,
@@ -856,43 +866,75 @@ class Optimizer:
             ``{"version", "steps", "entries": {name: {"rule", "step", "slots"}}, "pending"}``: the
             rule as a dict of its name, its hyperparameters at that step and its schedules, slots as
             arrays of the parameter's library; under ``"pending"`` likewise, slots as NumPy arrays.
-            With averages also ``"averages"`` and ``"pending_averages"``, of the same form.
+            With averages also ``"averages"`` and ``"pending_averages"``, of the same form. With
+            skips also ``"skips"``: by name, how many in all and how many in a row.
 
         >>> import multiopt as mo
         >>> mo.Optimizer(mo.SGD()).state_dict()
-        {'version': 1, 'steps': 0, 'entries': {}, 'pending': {}}
+        {'version': 2, 'steps': 0, 'entries': {}, 'pending': {}}
         """
-        return self._state_dict(_shown)
+        return self._state_dict(shown=True)
 
-    def _state_dict(self, convert: Callable[[Entry], Callable[[Array], Array]]) -> dict[str, Any]:
+    def _state_dict(self, shown: bool) -> dict[str, Any]:
+        """The state: to be shown, with copies, or to be written, with the slots themselves."""
+        averages = {}
+        if self._averages is not None:
+            averages = {AVERAGES[part]: x for part, x in self._averages._stored(shown).items()}
         return {
             "version": checkpoint.VERSION,
             "steps": self._steps,
-            **self._stored(convert),
+            **self._stored(shown),
+            **averages,
             **(
-                {}
-                if self._averages is None
-                else {AVERAGES[part]: x for part, x in self._averages._stored(convert).items()}
+                {"skips": {n: list(counts) for n, counts in self._skips.items()}}
+                if self._skips
+                else {}
             ),
         }
 
-    def _stored(self, convert: Callable[[Entry], Callable[[Array], Array]]) -> dict[str, Any]:
+    def _stored(self, shown: bool) -> dict[str, Any]:
+        entries = self._entries.items()
+        if shown:
+            return {
+                "entries": {
+                    n: described(entry, _shown(entry), self._steps) for n, entry in entries
+                },
+                "pending": {
+                    name: {
+                        "rule": deepcopy(stored["rule"]),
+                        "step": stored["step"],
+                        "slots": {slot: array.copy() for slot, array in stored["slots"].items()},
+                    }
+                    for name, stored in self._pending.items()
+                },
+            }
+        rules: dict[tuple[int, int], dict[str, Any]] = {}
+        for entry in self._seen.values():
+            key = id(entry.rule), entry.step
+            if key not in rules:
+                rules[key] = described_rule(entry.rule, entry.step, self._steps)
         return {
             "entries": {
-                name: described(entry, convert(entry), self._steps)
-                for name, entry in self._entries.items()
-            },
-            "pending": {
                 name: {
-                    "rule": deepcopy(entry["rule"]),
-                    "step": entry["step"],
-                    "slots": {slot: array.copy() for slot, array in entry["slots"].items()},
+                    "rule": rules[id(entry.rule), entry.step],
+                    "step": entry.step,
+                    "slots": entry.named_slots(lambda slot: slot),
+                    "complex": entry.layout.is_complex,
                 }
-                for name, entry in self._pending.items()
+                for name, entry in entries
             },
+            "pending": self._pending,
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        strict: bool = True,
+        names: Iterable[str] | str | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        cast: bool = False,
+    ) -> LoadReport:
         """Take over the state of names from a state dict, whole or not at all.
 
         The state of a name already seen is replaced at once. That of another name waits in
@@ -902,49 +944,129 @@ class Optimizer:
 
         Args:
             state_dict: As ``state_dict`` gives it, with arrays of any library, which are copied.
+            strict: Whether state that does not fit is an error. If not, it is left out, name by
+                name, and the report says why.
+            names: The names, or the one name, whose state is wanted, as the state dict has them;
+                by default all.
+            rename: What to call names here: new ones by old ones, or a callable.
+            cast: Whether slots are converted to the dtype that their parameter needs; otherwise
+                another dtype does not fit.
+
+        Returns:
+            What became of the state of each name.
 
         Raises:
-            ValueError: It has another form, or a slot that does not fit the rule, the shape or the
-                dtype of its parameter.
+            KeyError: The state dict has none of a name in ``names`` or ``rename``.
+            TypeError: A new name is no string.
+            ValueError: The state dict has another form; state does not fit the rule, or the shape
+                or the dtype of its parameter, and ``strict`` is true; two names would become one.
+
+        >>> import numpy as np, multiopt as mo
+        >>> opt = mo.Optimizer(mo.Adam())
+        >>> _ = opt.step({"w": np.ones(2), "b": np.ones(1)}, {"w": np.ones(2), "b": np.ones(1)})
+        >>> other = mo.Optimizer(mo.Adam())
+        >>> report = other.load_state_dict(opt.state_dict(), names=["w"], rename=str.upper)
+        >>> report.pending, report.unused
+        (('W',), {'b': 'it was not asked for'})
         """
         checkpoint.check_state_dict(state_dict)
-        loaded = self._loaded({**state_dict["pending"], **state_dict["entries"]})
-        averages: dict[str, Any] = {}
-        for part in AVERAGES.values():
-            averages |= state_dict.get(part, {})
-        keeps = self._averages
-        odd = [name for name in averages if keeps is None or self._average_of(name) is None]
-        if odd:
+        new = renamed(names_of(state_dict), names, rename)
+        return self._load(Contents(state_dict), new, Options(strict, cast))
+
+    def _load(self, contents: Contents, new: Mapping[str, str], options: Options) -> LoadReport:
+        """Take over what is wanted, under its new names by the old ones."""
+        state_dict = contents.state_dict
+
+        def wanted(*parts: str) -> dict[str, Mapping[str, Any]]:
+            states = [state for part in parts for state in state_dict.get(part, {}).items()]
+            return {new[name]: stored for name, stored in states if name in new}
+
+        loaded = self._loaded(wanted("pending", "entries"), options)
+        states = wanted(*AVERAGES.values())
+        averages = self._loaded_averages(
+            {name: stored for name, stored in states.items() if name not in loaded.refused}, options
+        )
+        why = {name: f"its average: {reason}" for name, reason in averages.refused.items()}
+        why |= loaded.refused
+        found = loaded.entries.keys() | why
+        lost = {new[name] for name in contents.damaged} | loaded.refused.keys()
+        taken = set(new.values()) - lost
+        skips = {name: count for name, count in self._skips.items() if name not in taken}
+        for name, counts in state_dict.get("skips", {}).items():
+            if new.get(name) in taken:
+                skips[new[name]] = Skips(*counts)
+        keeps_steps = len(new) < len(names_of(state_dict)) and self._steps > 0
+        with uninterrupted():
+            # From here on nothing fails.
+            if self._averages is not None:
+                self._averages._take_over(averages, None)
+                for name in loaded.entries:
+                    if name in self._averages and name not in averages.entries:
+                        self._averages.forget(name)
+            self._take_over(loaded, self._steps if keeps_steps else state_dict.get("steps"))
+            self._skips = skips
+        return LoadReport(
+            restored=tuple(loaded.entries),
+            pending=tuple(loaded.pending),
+            unused={**contents.damaged}
+            | {name: "it was not asked for" for name in names_of(state_dict) if name not in new}
+            | {old: why[name] for old, name in new.items() if name in why},
+            missing=tuple(name for name in self._seen if name not in found),
+            metadata=contents.metadata,
+        )
+
+    def _loaded(self, states: Mapping[str, Mapping[str, Any]], options: Options) -> "_Loaded":
+        """What to take over of loaded state, if it fits."""
+        loaded = _Loaded({}, {}, [], {})
+        for name, stored in states.items():
+            try:
+                host = stored if options.own else on_host(name, stored)
+                self._admit(name, {**host, "cast": True} if options.cast else host, loaded)
+            except ValueError as error:
+                if options.strict:
+                    raise
+                loaded.refused[name] = str(error)
+        return loaded
+
+    def _admit(self, name: str, stored: Mapping[str, Any], loaded: "_Loaded") -> None:
+        """Add the state of a name to what is taken over.
+
+        Raises:
+            ValueError: It does not fit.
+        """
+        entry = self._entries.get(name)
+        if entry is not None:
+            loaded.entries[name] = restored(
+                *(name, stored, entry.rule, entry.clip, entry.layout), self._masters
+            )
+            loaded.reached.append((entry.rule, stored["rule"]))
+            return
+        if isinstance(self._rule, Rule):
+            check_slot_names(name, stored, self._rule)
+            loaded.reached.append((self._rule, stored["rule"]))
+        loaded.pending[name] = stored
+
+    def _loaded_averages(
+        self, states: Mapping[str, Mapping[str, Any]], options: Options
+    ) -> "_Loaded":
+        """Likewise of loaded averages."""
+        odd = {
+            name: "this optimizer keeps none of it"
+            for name in states
+            if self._averages is None or self._average_of(name) is None
+        }
+        if odd and options.strict:
             raise ValueError(
                 f"the loaded state has averages of {', '.join(map(repr, odd))}; expected none, for "
                 "names of which this optimizer keeps none: give it an average"
             )
-        if keeps is not None:
-            keeps._take_over(keeps._loaded(averages))
-            for name in loaded.entries:
-                if name in keeps and name not in averages:
-                    keeps.forget(name)
-        self._take_over(loaded, state_dict.get("steps"))
+        if self._averages is None:
+            return _Loaded({}, {}, [], odd)
+        rest = {name: stored for name, stored in states.items() if name not in odd}
+        loaded = self._averages._loaded(rest, options)
+        return loaded._replace(refused=odd | loaded.refused)
 
-    def _loaded(self, states: Mapping[str, Mapping[str, Any]]) -> "_Loaded":
-        """What to take over of loaded state, if all of it fits."""
-        loaded = _Loaded({}, {}, [])
-        for name, stored in states.items():
-            host = on_host(name, stored)
-            entry = self._entries.get(name)
-            if entry is not None:
-                loaded.entries[name] = restored(
-                    *(name, host, entry.rule, entry.clip, entry.layout), self._masters
-                )
-                loaded.reached.append((entry.rule, host["rule"]))
-            else:
-                if isinstance(self._rule, Rule):
-                    check_slot_names(name, host, self._rule)
-                    loaded.reached.append((self._rule, host["rule"]))
-                loaded.pending[name] = host
-        return loaded
-
-    def _take_over(self, loaded: "_Loaded", steps: int | None = None) -> None:
+    def _take_over(self, loaded: "_Loaded", steps: int | None) -> None:
         self._entries = {**self._entries, **loaded.entries}
         self._pending.update(loaded.pending)
         for rule, words in loaded.reached:
@@ -953,28 +1075,62 @@ class Optimizer:
         clocks += [entry["step"] for entry in self._pending.values()]
         self._steps = max(clocks, default=0) if steps is None else steps
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
         """Write the state, pending state included, to a file that any backend can load.
+
+        When it returns, the file is whole and on the disk. A crash at any moment leaves the old
+        file or the new one. Nobody may step the optimizer in the meantime.
 
         Args:
             path: The file; if it exists it is replaced, whole or not at all. By custom it ends in
                 ``.safetensors``.
+            metadata: What else to keep in the file: a mapping of what JSON can hold. ``load``
+                returns it, and ``multiopt show`` prints it.
 
         Raises:
-            OSError: The file cannot be written.
+            OSError: The file cannot be written; the old one is untouched.
+            ValueError: The metadata is not what JSON can hold, or there are too many names for one
+                file (some 300 000).
         """
-        checkpoint.write(path, self._state_dict(lambda entry: named(entry.layout.library).to_host))
+        checkpoint.write(path, self._state_dict(shown=False), metadata)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        strict: bool = True,
+        names: Iterable[str] | str | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        cast: bool = False,
+    ) -> LoadReport:
         """Take over the state in a file, as ``load_state_dict`` does.
+
+        Args:
+            path: The file. What is not wanted is not read.
+            strict: As for ``load_state_dict``. State with a checksum that is wrong does not fit
+                either.
+            names: As for ``load_state_dict``.
+            rename: As for ``load_state_dict``.
+            cast: As for ``load_state_dict``.
+
+        Returns:
+            What became of the state of each name, and the metadata of the file.
 
         Raises:
             CheckpointError: The file is damaged, is not ours or does not fit; nothing has changed.
+            KeyError: The file has none of a name in ``names`` or ``rename``.
             OSError: The file cannot be read.
+            TypeError: A new name is no string.
+            ValueError: Two names would become one.
         """
-        state_dict = checkpoint.read(path)
+        if names is not None:
+            names = [names] if isinstance(names, str) else list(names)
+        contents = checkpoint.read(path, names)
+        new = renamed([*names_of(contents.state_dict), *contents.damaged], names, rename)
         try:
-            self.load_state_dict(state_dict)
+            if strict:
+                contents.check_whole()
+            return self._load(contents, new, Options(strict, cast, own=True))
         except ValueError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
 
@@ -986,11 +1142,13 @@ class _Loaded(NamedTuple):
         entries: The new entries of names that were seen.
         pending: The state of others, which is to wait.
         reached: Rules with the descriptions of the rules that were saved in their place.
+        refused: Names whose state does not fit, and why not.
     """
 
     entries: dict[str, Entry]
-    pending: dict[str, dict[str, Any]]
+    pending: dict[str, Mapping[str, Any]]
     reached: list[tuple[Rule, Mapping[str, Any]]]
+    refused: dict[str, str]
 
 
 class Choices(dict[str, Any]):
@@ -1022,7 +1180,7 @@ class _Held(NamedTuple):
     master: Array | None
     step: int
     registered: Entry | None
-    pending: dict[str, Any] | None
+    pending: Mapping[str, Any] | None
 
 
 class _Before(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import optax
 import pytest
+import torch
 
 import multiopt as mo
 from tests.libraries import NUMPY, Library, assert_equal, engine
@@ -202,3 +203,19 @@ def test_what_is_no_average_is_refused() -> None:
         opt.step(w, {"w": np.ones(1)})
     assert w["w"].item() == 1.0
     assert len(opt) == 0
+
+
+@pytest.mark.parametrize("name", ["compiled", "blocks", "plain"])
+def test_averages_of_tensors_need_no_copy_that_torch_warns_of(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MULTIOPT_ENGINE", name)
+    opt, w = mo.Optimizer(mo.SGD(lr=1.0), average=mo.Average()), torch.zeros(3)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        for _ in range(3):
+            opt.step({"w": w}, {"w": torch.ones(3)})
+    finally:
+        torch.set_warn_always(before)
+    assert opt.average("w").tolist() == [-2.0, -2.0, -2.0]

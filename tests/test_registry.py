@@ -255,7 +255,7 @@ def test_pending_state_that_does_not_fit_is_an_error_of_the_step() -> None:
     w = ones(5)
     with pytest.raises(ValueError, match=r"of parameter 'a' has shape \(3,\); expected \(5,\)"):
         opt.step({"a": w}, {"a": ones(5)})
-    with pytest.raises(ValueError, match=r"'a' has dtype float32; expected float64.*convert it"):
+    with pytest.raises(ValueError, match=r"'a' has dtype float32; expected float64.*cast=True"):
         opt.step({"a": np.ones(3)}, {"a": np.ones(3)})
     assert_equal(w, ones(5))
     assert opt.pending == ("a",)
@@ -283,8 +283,9 @@ def test_slots_of_another_rule_are_an_error_as_soon_as_the_rule_is_known() -> No
     ("damage", "message"),
     [
         (lambda s: [], "expected a state dict with 'version', 'entries' and 'pending'"),
-        (lambda s: {**s, "version": 2}, "expected a state dict of version 1; got version 2"),
-        (lambda s: {**s, "version": True}, "expected a state dict of version 1; got version True"),
+        (lambda s: {**s, "version": 3}, "expected version 2 or an earlier one; got version 3"),
+        (lambda s: {**s, "version": True}, "expected a version between 1 and 2; got True"),
+        (lambda s: {**s, "steps": 2**53 + 1}, "expected an integer >= 0 under 'steps'"),
         (
             lambda s: {**s, "pending": {"x": {"step": True, "slots": {}, "rule": {}}}},
             "the state of 'x' has step True; expected an integer >= 0",

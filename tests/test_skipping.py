@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,3 +135,37 @@ def test_other_policies_skip_nothing_and_take_no_limit(policy: Any) -> None:
 def test_what_is_no_limit_is_refused(limit: Any) -> None:
     with pytest.raises(ValueError, match="max_consecutive_skips must be an integer >= 1"):
         mo.Optimizer(mo.SGD(), on_nonfinite="skip", max_consecutive_skips=limit)
+
+
+def test_counts_are_saved_and_loaded_with_their_names(tmp_path: Path) -> None:
+    opt = mo.Optimizer(mo.SGD(), on_nonfinite="skip")
+    bad, good = np.array([np.nan]), np.ones(1)
+    params = {"a": np.ones(1), "b": np.ones(1), "never": np.ones(1)}
+    opt.step(params, {"a": good, "b": bad, "never": bad})
+    opt.step(params, {"a": bad, "b": good, "never": bad})
+    expected = {"a": (1, 1), "b": (1, 0), "never": (2, 2)}
+    assert opt.skips == expected
+    opt.save(tmp_path / "run")
+    resumed = mo.Optimizer(mo.SGD(), on_nonfinite="skip", max_consecutive_skips=2)
+    resumed.load(tmp_path / "run")
+    assert resumed.skips == expected
+    assert all(isinstance(counts, mo.Skips) for counts in resumed.skips.values())
+    with pytest.raises(ValueError, match="'never'"):
+        resumed.step(params, {"never": bad})
+    # A name that is loaded has the counts that were saved with it, or none.
+    other = mo.Optimizer(mo.SGD(), on_nonfinite="skip")
+    other.step(params, {"b": bad})
+    report = other.load(tmp_path / "run", names=["a", "never"], rename={"a": "b"})
+    assert report.unused == {"b": "it was not asked for"}
+    assert other.skips == {"b": (1, 1), "never": (2, 2)}
+    fresh = mo.Optimizer(mo.SGD())
+    fresh.step({"b": np.ones(1)}, {"b": good})
+    other.load_state_dict(fresh.state_dict())
+    assert other.skips == {"never": (2, 2)}
+
+
+@pytest.mark.parametrize("skips", [[], {"a": 1}, {"a": [1]}, {"a": [1, 2]}, {"a": [-1, -1]}])
+def test_counts_that_are_none_are_refused(skips: Any) -> None:
+    state = mo.Optimizer(mo.SGD()).state_dict()
+    with pytest.raises(mo.CheckpointError, match="skips"):
+        mo.Optimizer(mo.SGD()).load_state_dict({**state, "skips": skips})

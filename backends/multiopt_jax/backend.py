@@ -74,6 +74,10 @@ class JaxBackend(Backend):
         (array,) = self.all_ready([task], [computed])
         return array
 
+    def closed(self, computed: Array, param: Array) -> Array:
+        """An array: what NumPy computes of arrays without dimensions is a scalar."""
+        return np.asarray(computed) if isinstance(computed, np.generic) else computed
+
     def check_surroundings(self, label: str) -> None:
         """Refuse a step while JAX traces, when new arrays are tracers without values."""
         if isinstance(jax.device_put(np.zeros(())), jax.core.Tracer):
@@ -106,8 +110,8 @@ class JaxBackend(Backend):
         return np.array(array)
 
     def from_host(self, array: np.ndarray, layout: Layout) -> Array:
-        """A copy where the slots of a parameter of this layout are."""
-        return np.array(array) if _on_cpu(layout) else _put(array, layout)
+        """The array, or a copy on the device of the layout."""
+        return array if _on_cpu(layout) else _put(array, layout)
 
     def shown(self, array: Array, layout: Layout) -> Array:
         """A JAX array, on the first of the parameter's devices."""

@@ -188,8 +188,8 @@ class TorchBackend(Backend):
         return np.array(array.detach().cpu().numpy())
 
     def from_host(self, array: np.ndarray, layout: Layout) -> Array:
-        """A copy on the device of the layout."""
-        return _from_numpy(np.array(array)).to(layout.device)
+        """A tensor over the array, or a copy on the device of the layout."""
+        return _from_numpy(array).to(layout.device)
 
     def shown(self, array: Array, layout: Layout) -> Array:
         """A clone."""

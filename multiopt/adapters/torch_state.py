@@ -1,34 +1,95 @@
-"""State to and from the state dicts of torch optimizers, one parameter each, as Pyro keeps them."""
+"""State to and from the state dicts of torch optimizers, one parameter each, as Pyro keeps them.
 
+And what is read of their files.
+"""
+
+import os
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from multiopt import rules
-from multiopt.backend import COMPUTE_DTYPE
-from multiopt.entry import described_rule
+from multiopt import checkpoint, rules
+from multiopt.backend import COMPUTE_DTYPE, named
+from multiopt.entry import MASTER, check_slot_names, described_rule, on_host
+from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
+from multiopt.rules.nadam import product_of_shares
 
 __all__ = [
     "SCHEDULED",
+    "for_torch",
+    "fresh_state",
     "from_plain",
-    "from_torch",
     "group_settings",
     "number",
+    "parameter_from_torch",
+    "parameter_to_torch",
+    "parameters_from_torch",
+    "read",
     "refuse_subsamples",
+    "rule_class_of",
+    "rule_of",
     "rule_settings",
-    "to_torch",
+    "state_dict_of",
+    "without_clock",
 ]
+
+#: Optimizers that torch has not, but Pyro.
+OF_PYRO = ("AdagradRMSProp", "ClippedAdam", "DCTAdam")
 
 #: What torch's schedulers keep in a group beside the settings of its optimizer.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+
+#: Settings of all rules.
+KNOWN = {
+    field.name for name in rules.__all__ if name != "Rule" for field in fields(getattr(rules, name))
+}
+
+#: Of those, what a group may lack: older versions of torch and Pyro do not have them, and the
+#: dimension of time is the tensor's in Pyro.
+OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"}
+
+#: What torch keeps beside slots, though the step and the settings say it.
+DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
+
+#: torch allows a NumPy number for a setting, and a checkpoint then has one.
+NUMPY_NUMBERS: list[Any] = [
+    np.float64().__reduce__()[0],
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+]
+
+
+def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
+    """What ``torch.save`` wrote to a file: plain data and tensors, read with ``weights_only=True``.
+
+    Args:
+        path: The file.
+        map_location: As in ``torch.load``; by default tensors come to the CPU.
+
+    Raises:
+        CheckpointError: The file is damaged, of another kind, or would run code.
+        OSError: The file cannot be opened.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                return torch.load(file, map_location or "cpu", weights_only=True)
+        except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected a checkpoint that torch.load reads with "
+                f"weights_only=True ({type(error).__name__}: {error})"
+            ) from error
 
 
 def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -76,7 +137,9 @@ def _default_group(constructor: Any) -> dict[str, Any]:
     return dict(group)
 
 
-def to_torch(constructor: type[torch.optim.Optimizer], stored: Mapping[str, Any]) -> dict[str, Any]:
+def parameter_to_torch(
+    constructor: type[torch.optim.Optimizer], stored: Mapping[str, Any]
+) -> dict[str, Any]:
     """The state dict of the torch optimizer that would have made this state.
 
     Args:
@@ -98,26 +161,48 @@ def to_torch(constructor: type[torch.optim.Optimizer], stored: Mapping[str, Any]
         counts = {name: torch.tensor(value) for name, value in numbers.items()}
         state[0] = {**counts, **({"step": step} if in_pyro else {}), **slots}
     elif slots:
-        # Some have a state before the first step.
-        like = torch.zeros_like(next(iter(slots.values())))
-        names = signature(constructor).parameters.keys() & group.keys()
-        fresh = constructor([like], **{name: group[name] for name in names})
-        state = fresh.state_dict()["state"]
+        fresh = fresh_state(constructor, group, next(iter(slots.values())))
+        state = {0: fresh} if fresh else {}
     return {
         "state": state,
         "param_groups": [{**group, **stored.get("group", {}), "params": [0]}],
     }
 
 
+def fresh_state(
+    constructor: type[torch.optim.Optimizer], group: Mapping[str, Any], like: torch.Tensor
+) -> dict[str, Any]:
+    """The state of a parameter before its first step, which some torch optimizers have.
+
+    Args:
+        constructor: The class of the torch optimizer.
+        group: Its settings.
+        like: A tensor of the shape and dtype of the parameter.
+    """
+    names = signature(constructor).parameters.keys() & group.keys()
+    fresh = constructor([torch.zeros_like(like)], **{name: group[name] for name in names})
+    state: dict[str, Any] = fresh.state_dict()["state"].get(0, {})
+    return state
+
+
+def without_clock(
+    constructor: type[torch.optim.Optimizer], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of a parameter in torch, without a clock where torch keeps none."""
+    clockless = constructor in (torch.optim.SGD, getattr(torch.optim, "Muon", None))
+    return {key: value for key, value in state.items() if not (clockless and key == "step")}
+
+
 def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
-    """What torch keeps beside slots, though the step and the settings say it.
+    """The numbers of ``DERIVED``.
 
     Args:
         rule: The description of the rule in a state dict.
         step: How many steps were taken.
     """
     if rule["name"] == "NAdam":
-        return {"mu_product": _mu_product(rule["betas"][0], rule["momentum_decay"], step)}
+        shares = product_of_shares(rule["momentum_decay"], step)
+        return {"mu_product": float(power(rule["betas"][0], step) * shares)}
     if rule["name"] == "ASGD":
         lr, lambd = rule["lr"], rule["lambd"]
         eta = lr / (1 + lambd * lr * step) ** rule["alpha"] if step else lr
@@ -125,31 +210,67 @@ def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
     return {}
 
 
-@cache
-def _mu_product(beta1: float, momentum_decay: float, step: int) -> float:
-    """The product of Dozat's momenta, as ``torch.optim.NAdam`` has them."""
-    steps = np.arange(1, step + 1)
-    return float(np.prod(beta1 * (1.0 - 0.5 * 0.96 ** (steps * momentum_decay))))
+def parameters_from_torch(
+    rule_class: type[Rule], states: Mapping[Any, Any]
+) -> dict[str, dict[str, Any]]:
+    """``parameter_from_torch`` of the states of a Pyro optimizer.
+
+    Raises:
+        CheckpointError: They have another form.
+    """
+    if not isinstance(states, Mapping):
+        raise CheckpointError(
+            f"expected the states of parameters by name; got a {type(states).__name__}"
+        )
+    if None in states:
+        # Pyro's own get_state() leaves this behind for tensors that left the store.
+        warnings.warn("left out a state without a parameter name", stacklevel=3)
+    return {
+        name: parameter_from_torch(name, rule_class, state)
+        for name, state in states.items()
+        if name is not None
+    }
 
 
-def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
+def parameter_from_torch(
+    name: str, rule_class: type[Rule], state: Mapping[str, Any]
+) -> dict[str, Any]:
     """The state dict of a torch optimizer of one parameter, as an ``Optimizer.state_dict`` has it.
 
     Args:
+        name: That of the parameter, for messages.
         rule_class: The rule that the torch optimizer follows.
         state: Its state dict, or that of a learning-rate scheduler of Pyro around it.
 
     Returns:
-        The entry, with what ``to_torch`` looks for, and under ``"scheduler"`` the state of the
-        scheduler, if it is that of one.
+        The entry, with what ``parameter_to_torch`` looks for, and under ``"scheduler"`` the state
+        of the scheduler, if it is that of one.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: It has another form, or its settings are
-            out of range.
+        CheckpointError: It has another form, is that of another optimizer, or its settings are out
+            of range.
     """
+    try:
+        return _from_torch(rule_class, state)
+    except (
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(
+            f"the state of {name!r} is no state of {rule_class.__name__} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
     inner = state.get("optimizer", state)
     (group,) = inner["param_groups"]
     refuse_subsamples(group)
+    _check_settings(rule_class, group)
     kept = {}
     for values in inner["state"].values():
         kept.update({key: value for key, value in values.items() if value is not None})
@@ -158,9 +279,11 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
     known = {f.name for f in fields(rule_class)}
     # torch's SGD counts no steps; what matters is whether the first one is past.
     step = int(kept.pop("step", 1 if kept else 0))
+    if step < 0:
+        raise ValueError(f"expected a step >= 0; got {step}")
     settings = {k: v for k, v in rule_settings(group, step).items() if k in known}
     rule = described_rule(rule_class(**settings), step)
-    for name in _derived(rule, step):
+    for name in DERIVED.get(rule["name"], ()):
         kept.pop(name, None)
     slots = {}
     is_complex = any(tensor.is_complex() for tensor in kept.values())
@@ -176,6 +299,18 @@ def from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, An
     if "scheduler" in state:
         loaded["scheduler"] = deepcopy(state["scheduler"])
     return loaded
+
+
+def _check_settings(rule_class: type[Rule], group: Mapping[str, Any]) -> None:
+    """Refuse a group of another optimizer. Settings that no rule has, users may have added."""
+    own = {field.name for field in fields(rule_class)}
+    missing = sorted(own - OPTIONAL - group.keys())
+    foreign = sorted((KNOWN - own - OPTIONAL) & group.keys())
+    if missing or foreign:
+        raise ValueError(
+            f"expected the settings {sorted(own - OPTIONAL)}; got {foreign} besides and none for "
+            f"{missing}: it is that of another optimizer"
+        )
 
 
 def refuse_subsamples(settings: Mapping[str, Any]) -> None:
@@ -203,3 +338,100 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(from_plain(part) for part in value)
     return float(value) if value in ("inf", "-inf") else value
+
+
+def rule_of(name: str, words: Mapping[str, Any]) -> Rule:
+    """The rule that a description in a state dict is of, its schedules numbers.
+
+    Args:
+        name: That of the parameter, for messages.
+        words: The description.
+
+    Raises:
+        ValueError: It is that of no rule of multiopt's.
+    """
+    kind = words.get("name")
+    if kind not in rules.__all__ or kind == "Rule":
+        raise ValueError(f"parameter {name!r} has the rule {kind!r}; expected one of multiopt's")
+    rule_class = getattr(rules, kind)
+    known = [field.name for field in fields(rule_class)]
+    try:
+        rule: Rule = rule_class(**{key: from_plain(words[key]) for key in known if key in words})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
+    return rule
+
+
+def rule_class_of(given: Any) -> type[Rule]:
+    """The rule that a torch optimizer follows.
+
+    Args:
+        given: The class of the torch optimizer, one of torch's or Pyro's own, or the function of
+            ``pyro.optim``; or the class of the rule.
+
+    Raises:
+        TypeError: There is none.
+    """
+    name = getattr(given, "__name__", "")
+    rule_class: Any = getattr(rules, name, None)
+    is_known = rule_class is not None and (name in OF_PYRO or hasattr(torch.optim, name))
+    theirs = getattr(given, "__module__", "").partition(".")[0] in ("torch", "pyro")
+    if not is_known or not (given is rule_class or theirs):
+        raise TypeError(
+            "expected the class of an optimizer of torch or Pyro that multiopt has a rule for, "
+            f"such as torch.optim.Adam, or that rule; got {given!r}"
+        )
+    found: type[Rule] = rule_class
+    return found
+
+
+def state_dict_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A state dict of what ``parameter_from_torch`` gave, by name.
+
+    Raises:
+        CheckpointError: Slots are not those of the rule.
+    """
+    for name, entry in entries.items():
+        try:
+            check_slot_names(name, entry, rule_of(name, entry["rule"]))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    return {
+        "version": checkpoint.VERSION,
+        "steps": max((entry["step"] for entry in entries.values()), default=0),
+        "entries": {
+            name: {"rule": entry["rule"], "step": entry["step"], "slots": _shown_slots(entry)}
+            for name, entry in entries.items()
+        },
+        "pending": {},
+    }
+
+
+def _shown_slots(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    whole = named("numpy").whole
+    return {k: whole(x) if entry["complex"] else x for k, x in entry["slots"].items()}
+
+
+def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of a state dict, pending ones too, with NumPy slots, and what torch can have.
+
+    Raises:
+        ValueError: It has another form, or a rule that is not multiopt's, or one with an option
+            that torch does not have.
+    """
+    checkpoint.check_state_dict(state_dict)
+    parts = {**state_dict["pending"], **state_dict["entries"]}
+    stored = {name: on_host(name, entry) for name, entry in parts.items()}
+    for name, entry in stored.items():
+        if getattr(rule_of(name, entry["rule"]), "amsgrad", None) == "corrected":
+            raise ValueError(
+                f"parameter {name!r} has amsgrad='corrected', which torch does not have: assign "
+                "opt.rule first"
+            )
+    kept = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
+    kept |= {name for name, entry in stored.items() if entry["slots"].pop(MASTER, None) is not None}
+    if kept:
+        warnings.warn(
+            f"left out averages and master copies, of {sorted(kept)}: torch has none", stacklevel=3
+        )
+    return stored

@@ -1,9 +1,10 @@
 """What is measured, against what, and what it should reach: one table."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import multiopt as mo
-from multiopt.bench import svi
+from multiopt.bench import files, svi
 from multiopt.bench.memory import stream
 from multiopt.bench.ours import distinct, drop_in, on_jax, on_numpy, on_torch
 from multiopt.bench.paired import Side
@@ -77,6 +78,8 @@ NUMPY, TORCH, FUSED = on_numpy(), on_torch(), in_torch("fused")
 BLOCKS = on_numpy("NumPy without fast")
 CLIP = {"clip_norm": 1.0}
 
+CHECKPOINT: Any = {"unit": TIME, "turns": ("cold",), "alike": False}
+
 COMPARISONS = (
     Comparison("pyro", "many small", drop_in(), in_pyro(), 120, 40),
     Comparison("pyro", "many small", drop_in(CLIP), in_pyro(CLIP), 250, 80),
@@ -135,6 +138,14 @@ COMPARISONS = (
             alike=False,
         )
         for side in (NUMPY, TORCH)
+    ),
+    *(
+        Comparison("checkpoint", "large", side(library), against, cold=1.6, **CHECKPOINT)
+        for library in ("NumPy", "torch")
+        for side, against in (
+            (files.save, files.safetensors_save()),
+            (files.load, files.safetensors_load()),
+        )
     ),
     Comparison(
         *("stream", "beyond", NUMPY, stream()),

@@ -11,7 +11,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-__all__ = ["alone", "first_step", "import_times", "output", "peak"]
+__all__ = ["alone", "checkpoint_peaks", "first_step", "import_times", "output", "peak"]
 
 T = TypeVar("T")
 
@@ -29,6 +29,8 @@ print(now() - t)
 """
 
 PEAK = "from multiopt.bench.memory import peak; print(peak({!r}, {}, {}))"
+
+CHECKPOINT_PEAKS = "from multiopt.bench.files import peaks; print(*peaks({!r}, {}))"
 
 
 def output(arguments: list[str], env: Mapping[str, str] | None = None) -> str:
@@ -84,3 +86,9 @@ def first_step(turns: int) -> tuple[float, float]:
 def peak(library: str, elements: int, threads: int) -> float:
     """``memory.peak`` in a process of its own."""
     return float(output(["-c", PEAK.format(library, elements, threads)]))
+
+
+def checkpoint_peaks(library: str, elements: int) -> tuple[float, float]:
+    """``files.peaks`` in a process of its own."""
+    saving, loading = output(["-c", CHECKPOINT_PEAKS.format(library, elements)]).split()
+    return float(saving), float(loading)

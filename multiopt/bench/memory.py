@@ -1,5 +1,6 @@
 """The limit that the memory sets to a step, and the memory that a step needs for itself."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from multiopt.bench.ours import on_numpy, on_torch
 from multiopt.bench.paired import Run, Side
 from multiopt.bench.work import Work
 
-__all__ = ["can_measure_peak", "peak", "stream"]
+__all__ = ["can_measure_peak", "high_water", "peak", "stream"]
 
 #: Linux forgets a process's peak when "5" is written to one of these and shows it in the other.
 FORGET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -65,9 +66,14 @@ def peak(library: str, elements: int, threads: int) -> float:
     # These load the kernels and make the slots.
     run.step()
     run.step()
+    return high_water(run.step)
+
+
+def high_water(act: Callable[[], object]) -> float:
+    """MiB by which a call exceeds the memory that the process had before, at most."""
     FORGET.write_text("5")
     before = _kib("VmRSS")
-    run.step()
+    act()
     return (_kib("VmHWM") - before) / 1024
 
 

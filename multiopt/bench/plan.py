@@ -98,6 +98,10 @@ def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]
     if "memory" in rows and can_measure_peak():
         for library in ("NumPy", *(["torch"] if find_spec("torch") else [])):
             yield Job(f"memory: {library}", partial(_peak, library, threads[-1], quick))
+    if "checkpoint" in rows and can_measure_peak():
+        for library in ("NumPy", *(["torch"] if find_spec("torch") else [])):
+            title = f"checkpoint: memory, {library}"
+            yield Job(title, partial(_checkpoint_peaks, library, quick))
     if "import" in rows:
         yield Job("import", partial(_import, 2 if quick else 15))
     if "first-step" in rows and engine() == "compiled":
@@ -151,6 +155,25 @@ def _peak(library: str, threads: int, quick: bool) -> list[Result]:
     peak = fresh.peak(library, elements, threads)
     against = "beside parameter, gradient and slots"
     return [Result("memory", work.title, library, against, threads, "", None, None, peak, MIB, 8)]
+
+
+def _checkpoint_peaks(library: str, quick: bool) -> list[Result]:
+    work = works(quick)["large"]
+    ((elements,),) = work.shapes
+    saving, loading = fresh.checkpoint_peaks(library, elements)
+    slot = round(4 * elements / 2**20, 1)
+    rows = (
+        ("save", "beside the state", saving, slot),
+        # The buffers of the file, and of the allocator.
+        ("load", "beside the loaded arrays", loading, 1.0),
+    )
+    return [
+        Result(
+            *("checkpoint", work.title, f"{what}, {library}", against, None, "", None, None),
+            *(peak, MIB, None if quick else bound),
+        )
+        for what, against, peak, bound in rows
+    ]
 
 
 def _import(turns: int) -> list[Result]:

@@ -55,6 +55,25 @@ def test_every_comparison_that_is_not_alike_runs() -> None:
                 assert all(np.isfinite(x).all() for x in run.values().values())
 
 
+@pytest.mark.parametrize(
+    "comparison",
+    [comparison for comparison in COMPARISONS if comparison.row == "checkpoint"],
+    ids=lambda one: one.ours.name,
+)
+def test_files_of_both_sides_have_the_same_numbers(comparison: Comparison) -> None:
+    work = Work("two", ((10,), (2, 3)))
+    sides = [side.begin(work, 1) for side in (comparison.ours, comparison.against)]
+    for side in sides:
+        side.step()
+        side.step()
+    mine, its = (side.values() for side in sides)
+    assert len(mine) == 4
+    assert mine.keys() == its.keys()
+    for name, x in mine.items():
+        assert (x == its[name]).all()
+        assert (x != 0).all()
+
+
 def test_names_distinct_have_clocks_and_rates_of_their_own() -> None:
     side = next(one.ours for one in COMPARISONS if one.row == "distinct")
     run = side.begin(works(quick=True)["many small"], 1)
@@ -80,7 +99,7 @@ def test_hot_turns_have_a_call_that_is_not_timed() -> None:
 
 
 def test_every_row_is_measured_as_json(tmp_path, capsys) -> None:
-    rows = ["memory", "import", "first-step", "without-fast", "many"]
+    rows = ["memory", "import", "first-step", "without-fast", "many", "checkpoint"]
     path = tmp_path / "bench.json"
     arguments = ["--quick", "--threads", "1", "--only", *rows, "--json", str(path)]
     assert main(["bench", *arguments]) == 0

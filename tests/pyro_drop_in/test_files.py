@@ -1,6 +1,5 @@
 """Files, and state in Pyro's format, both ways."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ import pyro
 import pyro.optim
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import multiopt as mo
 import multiopt.adapters.pyro as optim
-from multiopt import checkpoint
 from tests.pyro_drop_in.tensors import RULED, SETTINGS, give, param, steps_of
 
 #: torch's Muon orthogonalizes in bfloat16.
@@ -264,7 +263,7 @@ def test_a_state_of_another_kind_is_found_at_once(tmp_path: Path) -> None:
     adam = optim.Adam({"lr": 0.1})
     with pytest.raises(mo.CheckpointError, match=r"'loc' has the slots \['momentum_buffer'\]"):
         adam.load(tmp_path / "sgd")
-    with pytest.raises(mo.CheckpointError, match="'loc' has the slots"):
+    with pytest.raises(mo.CheckpointError, match=r"'loc' is no state of Adam .* of another"):
         adam.load(tmp_path / "sgd.pt")
     with pytest.raises(
         mo.CheckpointError, match="expected the states of parameters by name; got a l"
@@ -278,11 +277,9 @@ def test_a_state_of_another_kind_is_found_at_once(tmp_path: Path) -> None:
     assert steps_of(sgd, "loc") == 1
 
 
-def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
-    checkpoint.write(tmp_path / "opt", {"version": 99, "entries": {}, "pending": {}})
-    with pytest.raises(
-        mo.CheckpointError, match="expected a state dict of version 1; got version 99"
-    ):
+def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "opt", metadata={"multiopt": '{"version": 99}'})
+    with pytest.raises(mo.CheckpointError, match="got version 99: it needs a newer release"):
         optim.Adam({"lr": 0.1}).load(tmp_path / "opt")
 
 
@@ -333,7 +330,7 @@ def test_adam_and_adamw_load_each_other_as_in_torch(first: str, second: str) -> 
 def test_a_damaged_file_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "opt").write_bytes(content)
     opt = optim.Adam({"lr": 0.1})
-    with pytest.raises(mo.CheckpointError, match="expected a checkpoint of multiopt or of Pyro"):
+    with pytest.raises(mo.CheckpointError, match=r"opt: expected a checkpoint that torch"):
         opt.load(tmp_path / "opt")
     assert opt.get_state() == {}
 
@@ -341,19 +338,21 @@ def test_a_damaged_file_is_a_checkpoint_error(tmp_path: Path, content: bytes) ->
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> Any:
-            return warnings.warn, ("the trap ran",)
+            return (tmp_path / "the trap ran").mkdir, ()
 
     torch.save({"loc": Trap()}, tmp_path / "opt")
     with pytest.raises(mo.CheckpointError, match="expected a checkpoint"):
         optim.Adam({"lr": 0.1}).load(tmp_path / "opt")
+    assert [path.name for path in tmp_path.iterdir()] == ["opt"]
 
 
 def test_a_state_of_another_form_is_a_checkpoint_error() -> None:
+    opt, loc = optim.Adam({"lr": 0.1}), param("a")
+    opt({give(loc)})
+    state = opt.get_state()
     opt = optim.Adam({"lr": 0.1})
-    with pytest.raises(
-        mo.CheckpointError, match="the state of 'b' is no state of Adam in Pyro's fo"
-    ):
-        opt.set_state({"a": {"state": {}, "param_groups": [{"lr": 1}]}, "b": {"momentum": 1}})
+    with pytest.raises(mo.CheckpointError, match=r"the state of 'b' is no state of Adam .*Key"):
+        opt.set_state({**state, "b": {"momentum": 1}})
     assert opt.get_state() == {}
 
 

@@ -7,7 +7,7 @@ from weakref import proxy
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from multiopt.adapters.torch_state import SCHEDULED, to_torch
+from multiopt.adapters.torch_state import SCHEDULED, parameter_to_torch
 
 if TYPE_CHECKING:
     from multiopt.adapters.pyro.optim import JointOptim
@@ -85,7 +85,9 @@ class TensorOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``: copies."""
-        return to_torch(self._owner._constructor, self._owner._describe(_alive(self._ref)))
+        return parameter_to_torch(
+            self._owner._constructor, self._owner._describe(_alive(self._ref))
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``."""

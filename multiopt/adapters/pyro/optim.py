@@ -4,7 +4,6 @@ It is keyed by tensor, as Pyro is: one entry for each live tensor, weakly held, 
 tensor's name in the param store.
 """
 
-import pickle
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import fields, replace
@@ -31,12 +30,14 @@ from multiopt.adapters.pyro.dct import OF_TENSORS, marked
 from multiopt.adapters.pyro.objects import OptimObjs, TensorOptimizer
 from multiopt.adapters.torch_state import (
     from_plain,
-    from_torch,
     group_settings,
     number,
+    parameter_from_torch,
+    parameter_to_torch,
+    parameters_from_torch,
+    read,
     refuse_subsamples,
     rule_settings,
-    to_torch,
 )
 from multiopt.backend import Layout, identities, named
 from multiopt.clipping import Clip
@@ -424,7 +425,8 @@ class JointOptim(PyroOptim):
             CheckpointError: It has another form.
             ValueError: It does not fit; nothing has changed.
         """
-        self._take([(tensor, self._from_torch(self._tracked[tensor].key, state))])
+        key = self._tracked[tensor].key
+        self._take([(tensor, parameter_from_torch(key, self._rule_class, state))])
 
     def _restore_beside(self, tensor: torch.Tensor, stored: Mapping[str, Any]) -> None:
         """Give a tensor what was loaded beside its entry."""
@@ -438,17 +440,8 @@ class JointOptim(PyroOptim):
         """
         return {label: self._to_torch(stored) for label, stored in self._stored().items()}
 
-    def _from_torch(self, label: str, state: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            return from_torch(self._rule_class, state)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"the state of {label!r} is no state of {self._constructor.__name__} "
-                f"in Pyro's format ({type(error).__name__}: {error})"
-            ) from error
-
     def _to_torch(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        return to_torch(self._constructor, stored)
+        return parameter_to_torch(self._constructor, stored)
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
         """Load state in Pyro's format; each name's goes to the next tensor presented under it.
@@ -459,18 +452,7 @@ class JointOptim(PyroOptim):
         Raises:
             CheckpointError: It has another form; nothing has changed.
         """
-        if not isinstance(state_dict, Mapping):
-            raise CheckpointError(
-                f"expected the states of parameters by name; got a {type(state_dict).__name__}"
-            )
-        loaded = {}
-        for label, state in state_dict.items():
-            if label is None:
-                # Pyro's own get_state() leaves this behind for tensors that left the store.
-                warnings.warn("left out a state without a parameter name", stacklevel=2)
-                continue
-            loaded[label] = self._from_torch(label, state)
-        self._wait(loaded)
+        self._wait(parameters_from_torch(self._rule_class, state_dict))
 
     def _wait(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
         """Let loaded state wait, if it fits the rule as far as that is known.
@@ -499,7 +481,7 @@ class JointOptim(PyroOptim):
         saved under; a warning says how many there are.
         """
         entries = {
-            label: {part: stored[part] for part in ("rule", "step", "slots")}
+            label: {part: stored.get(part) for part in ("rule", "step", "slots", "complex")}
             for label, stored in self._stored_or_warn().items()
         }
         state = {"version": checkpoint.VERSION, "steps": self._core.steps}
@@ -520,21 +502,17 @@ class JointOptim(PyroOptim):
         with Path(filename).open("rb") as file:
             # safetensors: the length of the header in 8 bytes, then the header, in JSON.
             is_safetensors = file.read(9)[8:] == b"{"
-            file.seek(0)
-            if not is_safetensors:
-                try:
-                    with torch.serialization.safe_globals(NUMPY_NUMBERS):
-                        state = torch.load(file, map_location or "cpu", weights_only=True)
-                except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-                    raise CheckpointError(
-                        f"{filename}: expected a checkpoint of multiopt or of Pyro ({error})"
-                    ) from error
         if is_safetensors:
-            document = checkpoint.read(filename)
+            contents = checkpoint.read(filename)
+            try:
+                contents.check_whole()
+            except CheckpointError as error:
+                raise CheckpointError(f"{filename}: {error}") from error
+            document = contents.state_dict
             loaded = {**document["pending"], **document["entries"]}
-            self._wait(loaded, document.get("steps"))
+            self._wait({k: _in_parts(v) for k, v in loaded.items()}, document.get("steps"))
         else:
-            self.set_state(state)
+            self.set_state(read(filename, map_location))
 
     def _stored(self) -> dict[str, dict[str, Any]]:
         """The state by label as a state dict has it: of the tensors in the store, and waiting."""
@@ -646,15 +624,6 @@ def _with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any
     return replace(rule, **changed)
 
 
-#: torch allows a NumPy number for a setting, and a checkpoint then has one.
-NUMPY_NUMBERS: list[Any] = [
-    np.float64().__reduce__()[0],
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-]
-
-
 def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
     """A rule with the hyperparameters of loaded state, as Pyro restores them.
 
@@ -675,6 +644,17 @@ def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
         if name in stored and name not in OF_TENSORS and not is_schedule(value):
             values[name] = from_plain(stored[name])
     return rule_class(**values)
+
+
+def _in_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Loaded state with the parts of complex slots, and the word that they are."""
+    parts = named("numpy").parts
+    slots = {k: parts(x) if np.iscomplexobj(x) else x for k, x in stored["slots"].items()}
+    return {
+        **stored,
+        "slots": slots,
+        "complex": any(map(np.iscomplexobj, stored["slots"].values())),
+    }
 
 
 def _make_clip(settings: Mapping[str, Any]) -> Clip | None:

@@ -1,0 +1,108 @@
+"""State from and to a checkpoint of a Pyro optimizer, for an ``Optimizer``: ``docs/pyro.md``.
+
+>>> import multiopt as mo
+>>> import pyro, torch
+>>> from multiopt.adapters.pyro.checkpoints import from_pyro, to_pyro
+>>> from multiopt.adapters.torch_optim import rules_of
+>>> pyro.clear_param_store()
+>>> theirs = pyro.optim.SGD({"lr": 0.5, "momentum": 0.5})
+>>> loc = pyro.param("loc", torch.zeros(2)).unconstrained()
+>>> loc.grad = torch.ones(2)
+>>> theirs([loc])
+>>> state = from_pyro(theirs.get_state(), pyro.optim.SGD)
+>>> opt = mo.Optimizer(rules_of(state).__getitem__)
+>>> _ = opt.load_state_dict(state)
+>>> params = opt.step({"loc": loc})
+>>> loc.tolist()
+[-1.25, -1.25]
+>>> theirs.set_state(to_pyro(opt.state_dict()))
+"""
+
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from multiopt.adapters.pyro.optim import CONSTRUCTORS
+from multiopt.adapters.torch_state import (
+    for_torch,
+    parameter_from_torch,
+    parameter_to_torch,
+    parameters_from_torch,
+    rule_class_of,
+    state_dict_of,
+    without_clock,
+)
+
+__all__ = ["from_pyro", "to_pyro"]
+
+
+def from_pyro(states: Mapping[str, Any], optimizer_class: Any) -> dict[str, Any]:
+    """A state dict for ``Optimizer.load_state_dict`` from a checkpoint of a Pyro optimizer.
+
+    Each name comes with its settings, which ``torch_optim.rules_of`` makes rules of. A schedule of
+    Pyro's stays behind, with a warning: the settings are those that it has come to.
+
+    Args:
+        states: What ``get_state()`` gives, or ``torch_optim.read`` of a file that ``save`` wrote.
+        optimizer_class: The class of the torch optimizer, the function of ``pyro.optim``, or the
+            rule of that name.
+
+    Returns:
+        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter.
+
+    Raises:
+        CheckpointError: They have another form, are of another optimizer, or a setting is out of
+            range.
+        TypeError: multiopt has no rule for the class.
+    """
+    entries = parameters_from_torch(rule_class_of(optimizer_class), states)
+    if scheduled := [name for name, entry in entries.items() if "scheduler" in entry]:
+        warnings.warn(
+            f"left out the schedules of {scheduled}: give the rule one of multiopt.schedules",
+            stacklevel=2,
+        )
+    return state_dict_of(entries)
+
+
+def to_pyro(
+    state_dict: Mapping[str, Any], schedulers: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A checkpoint for ``set_state`` of a Pyro optimizer from a state dict of an ``Optimizer``.
+
+    ``torch.save`` makes a file of it that Pyro's ``load`` reads.
+
+    Args:
+        state_dict: That of the ``Optimizer``; what is pending counts too.
+        schedulers: A checkpoint of a ``PyroLRScheduler``, for one: it goes on with the schedules
+            that are there, of which it must have one for each name.
+
+    Returns:
+        By name, the state dict of a torch optimizer of one parameter.
+
+    Raises:
+        ValueError: A rule, or an option of it, is not Pyro's, or a name has no schedule.
+        CheckpointError: ``schedulers`` has another form.
+    """
+    states = {}
+    for name, stored in for_torch(state_dict).items():
+        kind = stored["rule"]["name"]
+        if kind not in CONSTRUCTORS:
+            raise ValueError(f"parameter {name!r} has the rule {kind}, which Pyro does not have")
+        constructor = CONSTRUCTORS[kind]
+        before = None
+        if schedulers is not None:
+            if "scheduler" not in schedulers.get(name, ()):
+                raise ValueError(f"parameter {name!r} has no schedule in schedulers")
+            before = parameter_from_torch(name, rule_class_of(constructor), schedulers[name])
+            stored["group"] = before["group"]
+        made = parameter_to_torch(constructor, stored)
+        made["state"] = {
+            number: state
+            for number, values in made["state"].items()
+            if (state := without_clock(constructor, values))
+        }
+        if before is not None:
+            made = {"scheduler": deepcopy(before["scheduler"]), "optimizer": made}
+        states[name] = made
+    return states

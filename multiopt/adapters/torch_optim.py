@@ -1,0 +1,318 @@
+"""State from and to the state dict of a whole ``torch.optim`` optimizer: ``docs/from_torch.md``.
+
+torch numbers parameters, so it takes their names to know them here.
+
+>>> import multiopt as mo
+>>> import torch
+>>> from multiopt.adapters.torch_optim import from_torch, rules_of, to_torch
+>>> model = torch.nn.Linear(2, 1)
+>>> adam = torch.optim.Adam(model.named_parameters(), lr=0.5)
+>>> model(torch.ones(2)).backward()
+>>> adam.step()
+>>> state = from_torch(adam.state_dict(), torch.optim.Adam)
+>>> opt = mo.Optimizer(rules_of(state).__getitem__)
+>>> _ = opt.load_state_dict(state)
+>>> params = opt.step(dict(model.named_parameters()))
+>>> opt.state("bias").step, opt.hyperparameters("bias")["lr"]
+(2, 0.5)
+>>> adam.load_state_dict(to_torch(opt.state_dict(), adam))
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+
+from multiopt import checkpoint
+from multiopt.adapters import torch_state
+from multiopt.adapters.torch_state import (
+    for_torch,
+    fresh_state,
+    group_settings,
+    parameter_from_torch,
+    parameter_to_torch,
+    rule_class_of,
+    rule_of,
+    state_dict_of,
+    without_clock,
+)
+from multiopt.backend import named
+from multiopt.entry import check_slot_names
+from multiopt.errors import CheckpointError
+from multiopt.rules import Rule
+
+__all__ = ["from_torch", "read", "rules_of", "to_torch"]
+
+
+def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
+    """Read a file of ``torch.save``: plain data and tensors, never code (``weights_only=True``).
+
+    Args:
+        path: The file.
+        map_location: As in ``torch.load``; by default tensors come to the CPU.
+
+    Returns:
+        What was saved, whatever it is. ``from_torch`` wants the optimizer's part of it.
+
+    Raises:
+        CheckpointError: The file is damaged, of another kind, or would run code.
+        OSError: The file cannot be opened.
+
+    >>> import torch
+    >>> from multiopt.adapters.torch_optim import read
+    >>> torch.save({"epoch": 3, "optimizer": {"state": {}, "param_groups": []}}, "run.pt")
+    >>> read("run.pt")["optimizer"]
+    {'state': {}, 'param_groups': []}
+    """
+    return torch_state.read(path, map_location)
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    optimizer_class: type[torch.optim.Optimizer] | type[Rule],
+    names: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """A state dict for ``Optimizer.load_state_dict`` from that of a torch optimizer.
+
+    Each name comes with the settings of its group, which ``rules_of`` makes rules of. torch's SGD
+    and Muon count no steps: their clocks become 1, or 0 before the first step.
+
+    Args:
+        state_dict: That of the torch optimizer.
+        optimizer_class: Its class, or the rule of that name.
+        names: The names of its parameters, in the order of the groups and within them; by default
+            those that torch keeps of an optimizer made from ``named_parameters()``.
+
+    Returns:
+        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter.
+
+    Raises:
+        CheckpointError: It has another form, is that of another optimizer, or a setting is out of
+            range.
+        ValueError: There are too many names, too few, or one is there twice.
+        TypeError: multiopt has no rule for the class, or a name is no string.
+    """
+    rule_class = rule_class_of(optimizer_class)
+    groups, states = _checked(state_dict)
+    names_of = _names_of(groups, names)
+    entries = {}
+    for group in groups:
+        for number in group["params"]:
+            # A parameter that never had a gradient has no state.
+            one = {"state": {0: states.get(number, {})}, "param_groups": [group]}
+            entries[names_of[number]] = parameter_from_torch(names_of[number], rule_class, one)
+    return state_dict_of(entries)
+
+
+def to_torch(
+    state_dict: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    names: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """A state dict for ``load_state_dict`` of a torch optimizer from that of an ``Optimizer``.
+
+    Groups get the hyperparameters of their names, schedules as the numbers they gave last. What the
+    state dict does not know stays as it is in the torch optimizer: parameters that are not in it,
+    ``fused`` and its like, and what users and schedulers keep in groups.
+
+    Args:
+        state_dict: That of the ``Optimizer``; what is pending counts too.
+        optimizer: The torch optimizer, which is not changed.
+        names: As for ``from_torch``.
+
+    Returns:
+        The state dict, its tensors copies on the CPU, with the dtypes of their parameters.
+
+    Raises:
+        ValueError: State is of a name that the torch optimizer does not have, of another rule or
+            of another shape; names of one group differ in a hyperparameter; the names are too many,
+            too few, or one is there twice.
+        TypeError: multiopt has no rule for the torch optimizer, or a name is no string.
+    """
+    rule_class_of(type(optimizer))
+    theirs = optimizer.state_dict()
+    stored = for_torch(state_dict)
+    names_of = _names_of(theirs["param_groups"], names)
+    if unknown := sorted(stored.keys() - set(names_of.values())):
+        raise ValueError(
+            f"there is state of {unknown}; expected that of parameters of the torch optimizer, "
+            f"which has {list(names_of.values())}: rename or forget the others"
+        )
+    states, groups = {}, []
+    for group, own in zip(theirs["param_groups"], optimizer.param_groups, strict=True):
+        params = {
+            names_of[i]: param for i, param in zip(group["params"], own["params"], strict=True)
+        }
+        settings = _settings(type(optimizer), {n: stored[n] for n in params if n in stored})
+        groups.append(deepcopy(group) | settings)
+        for number, (name, param) in zip(group["params"], params.items(), strict=True):
+            if name in stored:
+                state = _state(name, stored[name], type(optimizer), settings, param.detach())
+            else:
+                state = deepcopy(theirs["state"].get(number, {}))
+            if state:
+                states[number] = state
+    return {"state": states, "param_groups": groups}
+
+
+def rules_of(state_dict: Mapping[str, Any]) -> dict[str, Rule]:
+    """The rules that a state dict describes, by name, which an ``Optimizer`` may have again.
+
+    Args:
+        state_dict: Of ``from_torch``, ``from_pyro`` or ``Optimizer.state_dict``.
+
+    Returns:
+        The rules, schedules as the numbers they gave last. Equal rules are one object.
+
+    Raises:
+        ValueError: A description is that of no rule of multiopt's.
+
+    >>> import numpy as np, multiopt as mo
+    >>> from multiopt.adapters.torch_optim import rules_of
+    >>> opt = mo.Optimizer(lambda name: mo.SGD(lr=0.5 if name == "scale" else 0.25))
+    >>> _ = opt.step({"scale": np.ones(2)}, {"scale": np.ones(2)})
+    >>> rules_of(opt.state_dict())["scale"].lr
+    0.5
+    """
+    checkpoint.check_state_dict(state_dict)
+    same: dict[Rule, Rule] = {}
+    found = {}
+    for name, stored in {**state_dict["pending"], **state_dict["entries"]}.items():
+        rule = rule_of(name, stored["rule"])
+        found[name] = same.setdefault(rule, rule)
+    return found
+
+
+def _checked(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[int, Mapping[str, Any]]]:
+    """The groups and the states in a state dict of torch.
+
+    Raises:
+        CheckpointError: It has another form.
+    """
+    parts = state_dict if isinstance(state_dict, Mapping) else {}
+    groups, states = parts.get("param_groups"), parts.get("state")
+    if not isinstance(groups, list) or not isinstance(states, Mapping):
+        what = f"the keys {list(parts)}" if parts else f"a {type(state_dict).__name__}"
+        raise CheckpointError(
+            "expected the state dict of a torch optimizer, which has 'state' and 'param_groups'; "
+            f"got {what}"
+        )
+    listed: list[int] = []
+    for group in groups:
+        numbers = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(numbers, list) or not all(isinstance(x, int) for x in numbers):
+            raise CheckpointError(
+                f"expected param_groups to have a list of numbers under 'params'; got {group!r}"
+            )
+        listed += numbers
+    if len(set(listed)) < len(listed):
+        raise CheckpointError(f"expected each parameter once in the param_groups; got {listed}")
+    if unlisted := [number for number in states if number not in set(listed)]:
+        raise CheckpointError(f"there is state of {unlisted}; expected numbers of {listed}")
+    return groups, states
+
+
+def _names_of(groups: Iterable[Mapping[str, Any]], names: Iterable[str] | None) -> dict[int, str]:
+    """The names of parameters by their numbers.
+
+    Raises:
+        ValueError: There are too many, too few, or one is there twice.
+        TypeError: One is no string.
+    """
+    numbers = [number for group in groups for number in group["params"]]
+    if names is None:
+        if not all("param_names" in group for group in groups):
+            raise ValueError(
+                "torch has no names of these parameters; expected names=[...], or an optimizer "
+                "that was made from named_parameters()"
+            )
+        names = [name for group in groups for name in group["param_names"]]
+    given = [*names]
+    if isinstance(names, str) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"expected a list of names, which are strings; got {names!r}")
+    if len(given) != len(numbers):
+        raise ValueError(
+            f"expected {len(numbers)} names, one for each parameter of the torch optimizer; got "
+            f"{len(given)}: {given}"
+        )
+    if twice := [name for name, count in Counter(given).items() if count > 1]:
+        raise ValueError(f"expected each parameter to have a name of its own; got {twice} twice")
+    return dict(zip(numbers, given, strict=True))
+
+
+def _settings(
+    constructor: type[torch.optim.Optimizer], stored: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The settings of a group of torch: the hyperparameters of all its names.
+
+    Raises:
+        ValueError: They differ, or are those of another rule.
+    """
+    first, shared = "", dict[str, Any]()
+    for name, one in stored.items():
+        rule = one["rule"]
+        settings = group_settings(constructor, rule, one["step"])
+        settings = {k: v for k, v in settings.items() if k in rule or k == DECOUPLED}
+        # In torch AdamW is Adam with a switch on.
+        is_adamw = rule.get("name") == "AdamW" and settings.get(DECOUPLED)
+        if rule.get("name") != constructor.__name__ and not (
+            constructor is torch.optim.Adam and is_adamw
+        ):
+            raise ValueError(
+                f"the state of parameter {name!r} is that of the rule {rule.get('name')!r}; "
+                f"expected {constructor.__name__}, that of the torch optimizer"
+            )
+        first, shared = first or name, shared or settings
+        for key, value in settings.items():
+            if value != shared[key]:
+                raise ValueError(
+                    f"parameters {first!r} and {name!r} are in one group of the torch optimizer, "
+                    f"but have {key}={shared[key]!r} and {value!r}: make it with a group for each"
+                )
+    return shared
+
+
+#: What makes torch's Adam an AdamW.
+DECOUPLED = "decoupled_weight_decay"
+
+
+def _state(
+    name: str,
+    stored: Mapping[str, Any],
+    constructor: type[torch.optim.Optimizer],
+    settings: Mapping[str, Any],
+    param: torch.Tensor,
+) -> dict[str, Any]:
+    """The state of a parameter in torch.
+
+    Raises:
+        ValueError: A slot does not fit.
+    """
+    rule = rule_of(name, stored["rule"])
+    try:
+        shapes = rule.slot_shapes(tuple(param.shape))
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
+    check_slot_names(name, stored, rule, shapes)
+    if not stored["step"]:
+        return fresh_state(constructor, settings, param)
+    slots = stored["slots"]
+    if param.is_complex():
+        parts = named("numpy").parts
+        slots = {k: parts(x) if np.iscomplexobj(x) else x for k, x in slots.items()}
+        shapes = {slot: (*shape, 2) for slot, shape in shapes.items()}
+    for slot, array in slots.items():
+        if array.shape != shapes[slot] or np.iscomplexobj(array):
+            raise ValueError(
+                f"the slot {slot!r} of parameter {name!r} has shape {array.shape} and dtype "
+                f"{array.dtype}; expected {shapes[slot]}, for a parameter of shape "
+                f"{tuple(param.shape)} and dtype {param.dtype} in torch"
+            )
+    whole = {**stored, "slots": slots, "complex": param.is_complex()}
+    (state,) = parameter_to_torch(constructor, whole)["state"].values()
+    cast = {k: v.to(param.dtype) if k in slots else v for k, v in state.items()}
+    return without_clock(constructor, cast)

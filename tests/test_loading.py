@@ -1,0 +1,295 @@
+"""What is loaded, under which names, and what the report says of the rest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import multiopt as mo
+from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal
+
+LOCAL = [NUMPY, TORCH, JAX, STRICT]
+
+
+def ones(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.ones(shape, dtype)
+
+
+def stepped(rule: Any = None, **params: np.ndarray) -> mo.Optimizer:
+    opt = mo.Optimizer(mo.Adam(lr=0.1) if rule is None else rule)
+    for step in range(3):
+        opt.step(params, {name: (1.5 + step) * np.ones_like(w) for name, w in params.items()})
+    return opt
+
+
+@pytest.fixture(params=["file", "state dict"])
+def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Loads the state of one optimizer into another."""
+
+    def load(source: mo.Optimizer, target: mo.Optimizer, **options: Any) -> mo.LoadReport:
+        if request.param == "state dict":
+            return target.load_state_dict(source.state_dict(), **options)
+        source.save(tmp_path / "run.safetensors")
+        return target.load(tmp_path / "run.safetensors", **options)
+
+    return load
+
+
+def test_the_report_says_what_became_of_each_name(loaded: Any) -> None:
+    source = stepped(a=ones(2), b=ones(3))
+    target = stepped(b=ones(3), c=ones(4))
+    report = loaded(source, target)
+    assert report == mo.LoadReport(restored=("b",), pending=("a",), missing=("c",))
+    assert_equal(target.state("b").slots["exp_avg"], source.state("b").slots["exp_avg"])
+
+
+def test_only_some_names_can_be_loaded(loaded: Any) -> None:
+    source, target = stepped(a=ones(2), b=ones(3), c=ones(4)), mo.Optimizer(mo.Adam())
+    report = loaded(source, target, names=(name for name in ("c", "a")))
+    assert set(report.pending) == {"a", "c"}
+    assert report.unused == {"b": "it was not asked for"}
+    assert set(target.pending) == {"a", "c"}
+    assert target.steps == 3
+    assert loaded(source, target, names="b").pending == ("b",)
+    with pytest.raises(KeyError, match="'d'"):
+        loaded(source, target, names=["a", "d"])
+
+
+def test_some_names_do_not_set_the_clock_of_the_others(loaded: Any) -> None:
+    source, target = stepped(a=ones(2), b=ones(3)), mo.Optimizer(mo.Adam())
+    target.step({"x": ones(1)}, {"x": ones(1)})
+    loaded(source, target, names=["a"])
+    assert target.steps == 1
+    loaded(source, target)
+    assert target.steps == 3
+
+
+@pytest.mark.parametrize("rename", [{"a": "x", "b": "a"}, lambda name: {"a": "x"}.get(name, "a")])
+def test_names_can_be_changed(loaded: Any, rename: Any) -> None:
+    source, target = stepped(a=ones(2), b=ones(3)), stepped(a=ones(3))
+    report = loaded(source, target, rename=rename)
+    assert (report.restored, report.pending) == (("a",), ("x",))
+    assert_equal(target.state("a").slots["exp_avg"], source.state("b").slots["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("rename", "error", "message"),
+    [
+        ({"a": "b"}, ValueError, "'a' and 'b': both would be called 'b'"),
+        ({"z": "b"}, KeyError, "'z'"),
+        (lambda name: None, TypeError, "expected a string"),
+    ],
+)
+def test_names_that_cannot_be_changed_change_nothing(
+    loaded: Any, rename: Any, error: type[Exception], message: str
+) -> None:
+    target = mo.Optimizer(mo.Adam())
+    with pytest.raises(error, match=message):
+        loaded(stepped(a=ones(2), b=ones(3)), target, rename=rename)
+    assert target.pending == ()
+
+
+def test_what_does_not_fit_is_left_out_by_name_if_that_is_asked_for(loaded: Any) -> None:
+    source = stepped(a=ones(2), b=ones(3), c=ones(4, dtype="float64"), d=ones(1))
+    target = stepped(a=ones(2), b=ones(4), c=ones(4))
+    before = target.state("b").slots["exp_avg"]
+    with pytest.raises(ValueError, match="parameter 'b' has shape"):
+        loaded(source, target)
+    report = loaded(source, target, strict=False)
+    assert (report.restored, report.pending, report.missing) == (("a",), ("d",), ())
+    assert list(report.unused) == ["b", "c"]
+    assert "has shape (3,); expected (4,)" in report.unused["b"]
+    assert "has dtype float64; expected float32" in report.unused["c"]
+    assert_equal(target.state("b").slots["exp_avg"], before)
+
+
+def test_state_of_another_rule_is_left_out_if_that_is_asked_for(loaded: Any) -> None:
+    target = mo.Optimizer(mo.SGD(momentum=0.9))
+    report = loaded(stepped(a=ones(2)), target, strict=False)
+    assert "has the slots ['exp_avg', 'exp_avg_sq'] (of Adam)" in report.unused["a"]
+    assert (target.names, target.pending) == ((), ())
+
+
+def averaging(average: Any, **params: np.ndarray) -> mo.Optimizer:
+    opt = mo.Optimizer(mo.Adam(), average=average)
+    for _ in range(2):
+        opt.step(params, {name: np.ones_like(w) for name, w in params.items()})
+    return opt
+
+
+def test_an_average_that_nobody_keeps_is_reported(loaded: Any) -> None:
+    source = averaging(mo.Average(), a=ones(2), b=ones(3))
+    target = averaging(lambda name: mo.Average() if name == "a" else None)
+    with pytest.raises(ValueError, match="averages of 'b'"):
+        loaded(source, target)
+    report = loaded(source, target, strict=False)
+    assert set(report.pending) == {"a", "b"}
+    assert report.unused == {"b": "its average: this optimizer keeps none of it"}
+    report = loaded(source, mo.Optimizer(mo.Adam()), strict=False)
+    assert list(report.unused) == ["a", "b"]
+
+
+def test_averages_go_along_with_their_names(loaded: Any) -> None:
+    source, target = averaging(mo.Average(), a=ones(2), b=ones(3)), averaging(mo.Average())
+    loaded(source, target, names=["a"], rename={"a": "x"})
+    w, v = ones(2), source.state_dict()
+    target.step({"x": w}, {"x": ones(2)})
+    here = ones(2)
+    source.step({"a": here}, {"a": ones(2)})
+    assert_equal(target.average("x"), source.average("a"))
+    assert v["averages"]["a"]["step"] == 2
+
+
+@pytest.mark.parametrize("library", LOCAL, ids=lambda library: library.id)
+@pytest.mark.parametrize("seen", [False, True])
+def test_the_dtype_changes_only_when_that_is_asked_for(
+    loaded: Any, library: Library, seen: bool
+) -> None:
+    source = stepped(a=ones(3, dtype="float64") / 3)
+    target, param = mo.Optimizer(mo.Adam(lr=0.1)), library.param(ones(3))
+    if seen:
+        target.step({"a": param}, {"a": library.grad(ones(3))})
+        with pytest.raises(ValueError, match="cast=True"):
+            loaded(source, target)
+    loaded(source, target, cast=True)
+    if not seen:
+        # The last step of the source, as a float32 parameter takes it.
+        reference = mo.Optimizer(mo.Adam(lr=0.1))
+        state = source.state_dict()
+        slots = state["entries"]["a"]["slots"]
+        state["entries"]["a"]["slots"] = {k: x.astype("float32") for k, x in slots.items()}
+        reference.load_state_dict(state)
+        reference.step({"a": ones(3)}, {"a": ones(3)})
+        target.step({"a": param}, {"a": library.grad(ones(3))})
+        expected = reference.state("a").slots["exp_avg"]
+    else:
+        expected = source.state("a").slots["exp_avg"].astype("float32")
+    assert_equal(library.numpy(target.state("a").slots["exp_avg"]), expected)
+
+
+def test_complex_state_does_not_become_real(loaded: Any) -> None:
+    source = stepped(a=ones(3, dtype="complex64"))
+    with pytest.raises(ValueError, match="dtype complex64"):
+        loaded(source, stepped(a=ones(3)), cast=True)
+    target = stepped(a=ones(3, dtype="complex128"))
+    loaded(source, target, cast=True)
+    assert_equal(
+        target.state("a").slots["exp_avg"],
+        source.state("a").slots["exp_avg"].astype("complex128"),
+    )
+
+
+def test_complex_state_in_a_file_is_complex_when_it_waits(tmp_path: Path) -> None:
+    source, target = stepped(a=ones(3, dtype="complex64")), mo.Optimizer(mo.Adam())
+    source.save(tmp_path / "one")
+    target.load(tmp_path / "one")
+    waiting = target.state_dict()["pending"]["a"]["slots"]
+    for slot, array in source.state("a").slots.items():
+        assert_equal(waiting[slot], array)
+    target.save(tmp_path / "two")
+    assert load_file(tmp_path / "one").keys() == load_file(tmp_path / "two").keys()
+    again = mo.Optimizer(mo.Adam())
+    again.load(tmp_path / "two")
+    assert_equal(again.state_dict()["pending"]["a"]["slots"]["exp_avg"], waiting["exp_avg"])
+
+
+# Metadata
+
+
+def test_metadata_comes_back(tmp_path: Path) -> None:
+    metadata = {"epoch": 3, "loss": [0.5, 0.25], "nested": {"é\n": None, "yes": True}}
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata == metadata
+    # It belongs to one file.
+    opt = mo.Optimizer(mo.Adam())
+    opt.load(tmp_path / "run")
+    opt.save(tmp_path / "run")
+    assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata == {}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {1: "a key that is no string"},
+        {"pair": (1, 2)},
+        {"number": float("nan")},
+        {"array": np.ones(2)},
+        {"a set": {1}},
+        {"deep": eval("[" * 80 + "]" * 80)},
+    ],
+)
+def test_metadata_that_would_not_come_back_is_refused(tmp_path: Path, metadata: Any) -> None:
+    with pytest.raises(ValueError, match="metadata must be what JSON can hold"):
+        stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Damage
+
+
+def flipped(path: Path, slot_of: str, slot: str) -> None:
+    """Flip a bit in the middle of a slot."""
+    with safe_open(path, "numpy") as file:
+        document = json.loads(file.metadata()["multiopt"])
+        key = {**document["entries"], **document["pending"]}[slot_of]["slots"][slot]
+        array = file.get_tensor(key)
+    raw = bytearray(path.read_bytes())
+    place = raw.rindex(array.tobytes())
+    raw[place + array.nbytes // 2] ^= 16
+    path.write_bytes(raw)
+
+
+def test_a_rotten_bit_is_found_and_its_name_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    source = mo.Optimizer(mo.Adam())
+    for step in range(2):
+        source.step(
+            {"a": ones(50), "b": ones(50)}, {"a": (step - 0.3) * ones(50), "b": 3.5 * ones(50)}
+        )
+    source.save(path)
+    flipped(path, "b", "exp_avg_sq")
+    target = stepped(b=ones(50))
+    before = target.state("b")
+    with pytest.raises(
+        mo.CheckpointError,
+        match=r"run.safetensors: the state of 'b', its slot 'exp_avg_sq' is damaged: the checksum",
+    ):
+        target.load(path)
+    assert (target.names, target.pending) == (("b",), ())
+    report = target.load(path, strict=False)
+    assert report.pending == ("a",)
+    assert report.missing == ("b",)
+    assert report.unused == {"b": "its slot 'exp_avg_sq' is damaged: the checksum differs"}
+    assert_equal(target.state("b").slots["exp_avg_sq"], before.slots["exp_avg_sq"])
+    # What is not asked for is not read.
+    assert mo.Optimizer(mo.Adam()).load(path, names=["a"]).pending == ("a",)
+    with pytest.raises(mo.CheckpointError, match="'b'"):
+        mo.Optimizer(mo.Adam()).load(path, names=["b"])
+
+
+def test_a_file_copied_by_another_program_loads(tmp_path: Path) -> None:
+    source = stepped(a=ones(50), b=ones(3, dtype="float64"))
+    source.save(tmp_path / "run", metadata={"epoch": 1})
+    with safe_open(tmp_path / "run", "numpy") as file:
+        metadata = file.metadata()
+    save_file(load_file(tmp_path / "run"), tmp_path / "copy", metadata=metadata)
+    target = mo.Optimizer(mo.Adam())
+    assert target.load(tmp_path / "copy").metadata == {"epoch": 1}
+    for name in ("a", "b"):
+        waiting = target.state_dict()["pending"][name]["slots"]
+        for slot, array in source.state(name).slots.items():
+            assert_equal(waiting[slot], array)
+
+
+def test_too_many_names_for_a_header_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multiopt.checkpoint.LARGEST_HEADER", 2000)
+    opt = stepped(**{f"w{i}": ones(1) for i in range(20)})
+    with pytest.raises(ValueError, match="save fewer names in one file"):
+        opt.save(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

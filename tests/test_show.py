@@ -1,0 +1,103 @@
+"""``multiopt show``: what is in a file, as a table."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import multiopt as mo
+from multiopt.cli import main
+
+
+def test_a_file_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = mo.Optimizer(mo.Adam(lr=0.5), average=mo.Average())
+    params = {"waits": np.ones(2), "z": np.ones((), np.complex64)}
+    before.step(params, params)
+    opt = mo.Optimizer(
+        lambda name: mo.AdamW(lr=0.5) if name == "scale" else mo.Adafactor(), average=mo.Average()
+    )
+    opt.load_state_dict(before.state_dict())
+    params = {"scale": np.ones(3, np.float32), "m": np.ones((3, 4))}
+    for _ in range(12):
+        opt.step(params, params)
+    path = tmp_path / "run.safetensors"
+    opt.save(path, metadata={"epoch": 3})
+    assert main(["show", str(path)]) == 0
+    head, *rest = capsys.readouterr().out.replace(str(path), "FILE").splitlines()
+    size = path.stat().st_size
+    assert head == (
+        f"FILE: multiopt checkpoint, version 2, {size} bytes, 13 steps, 2 names seen, 2 pending"
+    )
+    rules = [
+        "AdamW 1: lr=0.5, betas=[0.9, 0.999], eps=1e-08, weight_decay=0.01, amsgrad=false",
+        "Adafactor 2: lr=0.01, beta2_decay=-0.8, eps=[null, 0.001], d=1.0, weight_decay=0.0",
+        "Adam 3: lr=0.5, betas=[0.9, 0.999], eps=1e-08, weight_decay=0.0, amsgrad=false",
+    ]
+    assert rest == [
+        'metadata: {"epoch": 3}',
+        "",
+        "name   state    rule         step  slots                shape   dtype      bytes",
+        "scale  seen     AdamW 1        12  exp_avg, exp_avg_sq  (3,)    float32       24",
+        "m      seen     Adafactor 2    12  row_var              (3, 1)  float64       24",
+        "                                   col_var              (1, 4)  float64       32",
+        "waits  pending  Adam 3          1  exp_avg, exp_avg_sq  (2,)    float64       32",
+        "z      pending  Adam 3          1  exp_avg, exp_avg_sq  ()      complex64     16",
+        "scale  seen     Average 4      12  average              (3,)    float32       12",
+        "m      seen     Average 4      12  average              (3, 4)  float64       96",
+        "waits  pending  Average 4       1  average              (2,)    float64       16",
+        "z      pending  Average 4       1  average              ()      complex64      8",
+        "",
+        *(f"{rule}, maximize=false" for rule in rules),
+        "Average 4: decay=1.0, start=1.0",
+    ]
+
+
+def test_the_slots_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opt = mo.Optimizer(mo.Adam())
+    opt.step({"w": np.ones(1000)}, {"w": np.ones(1000)})
+    path = tmp_path / "run.safetensors"
+    opt.save(path)
+    # A file whose slots are holes: there is nothing to read.
+    with path.open("rb+") as file:
+        header = int.from_bytes(file.read(8), "little")
+        file.truncate(8 + header)
+        file.truncate(8 + header + 16000)
+    with pytest.raises(mo.CheckpointError, match="'w'"):
+        mo.Optimizer(mo.Adam()).load(path)
+    assert main(["show", str(path)]) == 0
+    assert "16000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "", " ", "\x9b1m", "\u202ea", "\ud800"])
+def test_names_do_nothing_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    opt = mo.Optimizer(mo.SGD())
+    opt.step({name: np.ones(2)}, {name: np.ones(2)})
+    opt.save(tmp_path / "run", metadata={name: name})
+    main(["show", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert repr(name) in out
+
+
+@pytest.mark.parametrize("kind", ["none", "a folder", "foreign", "damaged", "other dtypes"])
+def test_what_cannot_be_shown_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = tmp_path / "run"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "foreign":
+        save_file({"w": np.ones(2)}, path)
+    elif kind == "damaged":
+        path.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    elif kind == "other dtypes":
+        entry = '{"rule": {"name": "Adam"}, "step": 1, "slots": {"exp_avg": "0"}}'
+        text = f'{{"version": 1, "entries": {{"w": {entry}}}, "pending": {{}}}}'
+        save_file({"0": np.ones(2, np.int8)}, path, metadata={"multiopt": text})
+    with pytest.raises(SystemExit) as status:
+        main(["show", str(path)])
+    assert status.value.code == 2
+    assert str(path) in capsys.readouterr().err
