@@ -21,7 +21,7 @@ from tests.registry_model import Misfit, Model, Saved, Stored, described
 LIBRARIES = {library.id: library for library in (NUMPY, TORCH, JAX, STRICT)}
 #: None is a part of another, nor of anything else in a file.
 NAMES = ("first.w", "second w", "third/w", "$fourth", "__fifth__")
-SHAPES = [(), (0,), (3,), (2, 2)]
+SHAPES = dict(zip(NAMES, [(), (0,), (3,), (2, 2), (3,)], strict=True))
 DTYPES = ["float16", "float32", "float64"]
 ADAM, HEAVY_BALL = mo.Adam(lr=0.1), mo.SGD(lr=0.1, momentum=0.5)
 RULES = {
@@ -37,8 +37,10 @@ AVERAGES = {"none": None, "mean": mo.Average(), "late": mo.Average(decay=0.9, st
 FILES = 3
 
 seeds = st.integers(0, 2**32 - 1)
+#: A shape, None for that of the name, a dtype, a library and a seed.
 kinds = st.tuples(
-    *(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.sampled_from(list(LIBRARIES)), seeds)
+    st.sampled_from([None, None, None, *SHAPES.values()]),
+    *(st.sampled_from(DTYPES), st.sampled_from(list(LIBRARIES)), seeds),
 )
 
 
@@ -74,11 +76,12 @@ class Histories(RuleBasedStateMachine):
         data: st.DataObject,
     ) -> None:
         self.engine, self.masters = engine, masters
+        self.rules, self.average = rules, average
         self.opt, self.model = self.new(rules, average)
         for name in names[:3]:
             self.appear(name, *data.draw(kinds))
         self.take(names[:2], 0, 1.0)
-        self.save({})
+        self.save({}, "not")
 
     def new(self, rules: str, average: str) -> tuple[mo.Optimizer, Model]:
         rule, mean = RULES[rules], AVERAGES[average]
@@ -88,15 +91,17 @@ class Histories(RuleBasedStateMachine):
     # Parameters
 
     @rule(name=st.sampled_from(NAMES), kind=kinds)
-    def register(self, name: str, kind: tuple[tuple[int, ...], str, str, int]) -> None:
+    def register(self, name: str, kind: tuple[tuple[int, ...] | None, str, str, int]) -> None:
         """A parameter appears, or takes the place of one that is forgotten."""
         if name in self.model.main.seen:
             self.forget_one(name)
         self.appear(name, *kind)
 
     def appear(
-        self, name: str, shape: tuple[int, ...], dtype: str, library: str, seed: int
+        self, name: str, shape: tuple[int, ...] | None, dtype: str, library: str, seed: int
     ) -> None:
+        if shape is None:
+            shape = SHAPES[name]
         if dtype not in LIBRARIES[library].dtypes:
             dtype = "float64"
         self.values[name] = np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
@@ -147,8 +152,16 @@ class Histories(RuleBasedStateMachine):
 
     # Files
 
-    @rule(metadata=st.sampled_from([{}, {"epoch": 3, "loss": [0.5, None]}]))
-    def save(self, metadata: dict[str, Any]) -> None:
+    @rule(
+        metadata=st.sampled_from([{}, {"epoch": 3, "loss": [0.5, None]}]),
+        copied=st.sampled_from(["not", "by copy", "by pickle"]),
+    )
+    def save(self, metadata: dict[str, Any], copied: str) -> None:
+        """Save; go on with the optimizer or with a copy of it."""
+        if copied == "by copy":
+            self.opt = copy.deepcopy(self.opt)
+        elif copied == "by pickle":
+            self.opt = pickle.loads(pickle.dumps(self.opt))
         path = self.folder / f"{next(self.numbers)}"
         self.opt.save(path, metadata)
         saved = self.model.saved()
@@ -170,12 +183,13 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        rules=st.sampled_from(list(RULES)),
-        average=st.sampled_from(list(AVERAGES)),
+        rules=st.none() | st.sampled_from(list(RULES)),
+        average=st.none() | st.sampled_from(list(AVERAGES)),
     )
-    def restart(self, data: st.DataObject, rules: str, average: str) -> None:
-        """Some file, into a new optimizer."""
-        self.opt, self.model = self.new(rules, average)
+    def restart(self, data: st.DataObject, rules: str | None, average: str | None) -> None:
+        """Some file, into a new optimizer, of the same settings if there are no others."""
+        self.rules, self.average = rules or self.rules, average or self.average
+        self.opt, self.model = self.new(self.rules, self.average)
         self.load_one(data)
 
     def load_one(self, data: st.DataObject) -> None:
@@ -222,10 +236,17 @@ class Histories(RuleBasedStateMachine):
 
     # Changes
 
-    @precondition(lambda self: self.model.names)
-    @rule(data=st.data())
-    def forget(self, data: st.DataObject) -> None:
-        self.forget_one(data.draw(st.sampled_from(self.model.names)))
+    @rule(name=st.sampled_from(NAMES))
+    def forget(self, name: str) -> None:
+        if name in self.model.names:
+            self.forget_one(name)
+            return
+        with pytest.raises(KeyError, match="neither seen nor pending"):
+            self.opt.forget(name)
+        with pytest.raises(KeyError, match="neither seen nor pending"):
+            self.opt.rename({name: "else"})
+        with pytest.raises(KeyError, match="no state"):
+            self.opt.state(name)
 
     def forget_one(self, name: str) -> None:
         self.opt.forget(name)
@@ -254,22 +275,8 @@ class Histories(RuleBasedStateMachine):
 
     @rule(rules=st.sampled_from(list(RULES)))
     def change_rule(self, rules: str) -> None:
-        self.opt.rule = RULES[rules]
+        self.rules, self.opt.rule = rules, RULES[rules]
         self.model.main.change_rules(RULES[rules])
-
-    @rule(by_pickle=st.booleans())
-    def copy(self, by_pickle: bool) -> None:
-        self.opt = pickle.loads(pickle.dumps(self.opt)) if by_pickle else copy.deepcopy(self.opt)
-
-    @rule(name=st.sampled_from(NAMES))
-    def ask_for_what_is_unknown(self, name: str) -> None:
-        if name not in self.model.names:
-            with pytest.raises(KeyError, match="neither seen nor pending"):
-                self.opt.forget(name)
-            with pytest.raises(KeyError, match="neither seen nor pending"):
-                self.opt.rename({name: "else"})
-            with pytest.raises(KeyError, match="no state"):
-                self.opt.state(name)
 
     # What holds
 
