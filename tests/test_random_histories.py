@@ -128,6 +128,7 @@ class Histories(RuleBasedStateMachine):
             self.take(names, seed + time, scale)
 
     def take(self, names: list[str], seed: int, scale: float) -> None:
+        """Step those that can take a gradient."""
         rng, grads = np.random.default_rng(seed), {}
         for name in names:
             value = self.values[name]
@@ -185,54 +186,98 @@ class Histories(RuleBasedStateMachine):
         data=st.data(),
         rules=st.none() | st.sampled_from(list(RULES)),
         average=st.none() | st.sampled_from(list(AVERAGES)),
+        masters=st.none() | st.booleans(),
     )
-    def restart(self, data: st.DataObject, rules: str | None, average: str | None) -> None:
+    def restart(
+        self,
+        data: st.DataObject,
+        rules: str | None,
+        average: str | None,
+        masters: bool | None,
+    ) -> None:
         """Some file, into a new optimizer, of the same settings if there are no others."""
         self.rules, self.average = rules or self.rules, average or self.average
+        self.masters = self.masters if masters is None else masters
         self.opt, self.model = self.new(self.rules, self.average)
         self.load_one(data)
 
     def load_one(self, data: st.DataObject) -> None:
-        path, state, saved, metadata = self.files[data.draw(st.integers(0, len(self.files) - 1))]
-        by_file = data.draw(st.booleans(), "by file")
-        source = path if by_file else state
-        load = self.opt.load if by_file else self.opt.load_state_dict
-        strict, cast = data.draw(st.booleans(), "strict"), data.draw(st.booleans(), "cast")
-        have = list(saved.entries)
+        number = data.draw(st.integers(0, len(self.files) - 1), "file")
+        have = list(self.files[number][2].entries)
         # Rarely one that is not there.
         some = st.sampled_from([*have * 5, *NAMES])
-        names = data.draw(st.none() | st.none() | st.lists(some, min_size=1), "names")
-        rename = data.draw(
-            st.none() | st.none() | st.dictionaries(some, st.sampled_from(NAMES)), "rename"
+        rename = st.dictionaries(some, st.sampled_from(NAMES))
+        self.load_file(
+            number,
+            by_file=data.draw(st.booleans(), "by file"),
+            strict=data.draw(st.booleans(), "strict"),
+            cast=data.draw(st.booleans(), "cast"),
+            names=data.draw(st.none() | st.none() | st.lists(some, min_size=1), "names"),
+            rename=data.draw(st.none() | st.none() | rename, "rename"),
+            by_callable=data.draw(st.booleans(), "by callable"),
         )
-        options = {"strict": strict, "cast": cast, "names": names, "rename": rename}
 
+    def load_file(
+        self,
+        number: int,
+        *,
+        by_file: bool,
+        strict: bool,
+        cast: bool,
+        names: list[str] | None = None,
+        rename: dict[str, str] | None = None,
+        by_callable: bool = False,
+    ) -> None:
+        path, state, saved, metadata = self.files[number]
+        have = list(saved.entries)
         wanted = have if names is None else list(dict.fromkeys(names))
-        unknown = {*wanted, *(rename or ())} - set(have)
-        new = {name: (rename or {}).get(name, name) for name in wanted}
-        if data.draw(st.booleans(), "rename by a callable") and rename is not None:
-            options["rename"] = lambda name: rename.get(name, name)
-            unknown = set(wanted) - set(have)
+        called = rename or {}
+        new = {name: called.get(name, name) for name in wanted}
+        unknown = {*wanted, *(() if by_callable else called)} - set(have)
+
+        def load() -> mo.LoadReport:
+            how: Any = (lambda name: called.get(name, name)) if by_callable else rename
+            options: Any = {"strict": strict, "cast": cast, "names": names, "rename": how}
+            if by_file:
+                return self.opt.load(path, **options)
+            return self.opt.load_state_dict(state, **options)
+
         if unknown:
             event("a load of what is not there")
             with pytest.raises(KeyError, match="the loaded state has none of it"):
-                load(source, **options)
-        elif len(set(new.values())) < len(new):
+                load()
+            return
+        if len(set(new.values())) < len(new):
             event("a load that makes two names one")
             with pytest.raises(ValueError, match="both would be called"):
-                load(source, **options)
-        else:
-            try:
-                expected = self.model.load(saved, new, strict, cast)
-            except Misfit:
-                event("a load that does not fit")
-                with pytest.raises(mo.CheckpointError if by_file else ValueError, match="loaded s"):
-                    load(source, **options)
-            else:
-                event(f"a load with {', '.join(k for k, v in expected.items() if v) or 'nothing'}")
-                report = load(source, **options)
-                assert {part: set(getattr(report, part)) for part in expected} == expected
-                assert report.metadata == (metadata if by_file else {})
+                load()
+            return
+        try:
+            expected = self.model.load(saved, new, strict, cast)
+        except Misfit:
+            event("a load that does not fit")
+            with pytest.raises(mo.CheckpointError if by_file else ValueError, match="loaded s"):
+                load()
+            return
+        event(f"a load with {', '.join(k for k, v in expected.items() if v) or 'nothing'}")
+        report = load()
+        assert {part: set(getattr(report, part)) for part in expected} == expected
+        assert report.metadata == (metadata if by_file else {})
+
+    @rule(name=st.sampled_from(NAMES), dtype=st.sampled_from(DTYPES), by_file=st.booleans())
+    def change_dtype(self, name: str, dtype: str, by_file: bool) -> None:
+        """A parameter is forgotten, and its state is loaded again for one of another dtype."""
+        if name not in self.params or dtype not in LIBRARIES[self.libraries[name]].dtypes:
+            return
+        self.save({}, "not")
+        if name in self.model.names:
+            self.forget_one(name)
+        with np.errstate(over="ignore"):
+            self.values[name] = self.values[name].astype(dtype)
+        self.params[name] = LIBRARIES[self.libraries[name]].param(self.values[name])
+        self.take([name], 0, 1.0)
+        if name in self.files[0][2].entries:
+            self.load_file(0, by_file=by_file, strict=True, cast=True, names=[name])
 
     # Changes
 
