@@ -219,3 +219,24 @@ def test_averages_of_tensors_need_no_copy_that_torch_warns_of(
     finally:
         torch.set_warn_always(before)
     assert opt.average("w").tolist() == [-2.0, -2.0, -2.0]
+
+
+def test_a_step_whose_average_does_not_fit_changes_nothing() -> None:
+    """SGD has no slot whose shape would be wrong first."""
+    opt, its = (mo.Optimizer(mo.SGD(lr=1.0), average=mo.Average()) for _ in range(2))
+    opt.step({"w": np.zeros(3)}, {"w": np.ones(3)})
+    its.load_state_dict(opt.state_dict())
+    w = {"w": np.zeros(2)}
+    with pytest.raises(ValueError, match=r"'average' of parameter 'w' has shape \(3,\)"):
+        its.step(w, {"w": np.ones(2)})
+    assert (w["w"].tolist(), its.names, its.pending, its.steps) == ([0.0, 0.0], (), ("w",), 1)
+
+
+def test_an_average_that_waits_goes_with_the_state_it_came_with() -> None:
+    opt, its = (mo.Optimizer(mo.SGD(lr=1.0), average=mo.Average()) for _ in range(2))
+    plain = mo.Optimizer(mo.SGD(lr=1.0))
+    for each in (opt, plain):
+        each.step({"w": np.zeros(3)}, {"w": np.ones(3)})
+    its.load_state_dict(opt.state_dict())
+    its.load_state_dict(plain.state_dict())
+    assert its.state_dict()["pending_averages"] == {}

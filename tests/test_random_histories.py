@@ -21,7 +21,7 @@ from tests.registry_model import Misfit, Model, Saved, Stored, described
 LIBRARIES = {library.id: library for library in (NUMPY, TORCH, JAX, STRICT)}
 #: None is a part of another, nor of anything else in a file.
 NAMES = ("first.w", "second w", "third/w", "$fourth", "__fifth__")
-SHAPES = [(), (0,), (3,), (2, 2)]
+SHAPES = dict(zip(NAMES, [(), (0,), (3,), (2, 2), (3,)], strict=True))
 DTYPES = ["float16", "float32", "float64"]
 ADAM, HEAVY_BALL = mo.Adam(lr=0.1), mo.SGD(lr=0.1, momentum=0.5)
 RULES = {
@@ -37,8 +37,10 @@ AVERAGES = {"none": None, "mean": mo.Average(), "late": mo.Average(decay=0.9, st
 FILES = 3
 
 seeds = st.integers(0, 2**32 - 1)
+#: A shape, None for that of the name, a dtype, a library and a seed.
 kinds = st.tuples(
-    *(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.sampled_from(list(LIBRARIES)), seeds)
+    st.sampled_from([None, None, None, *SHAPES.values()]),
+    *(st.sampled_from(DTYPES), st.sampled_from(list(LIBRARIES)), seeds),
 )
 
 
@@ -74,11 +76,12 @@ class Histories(RuleBasedStateMachine):
         data: st.DataObject,
     ) -> None:
         self.engine, self.masters = engine, masters
+        self.rules, self.average = rules, average
         self.opt, self.model = self.new(rules, average)
         for name in names[:3]:
             self.appear(name, *data.draw(kinds))
         self.take(names[:2], 0, 1.0)
-        self.save({})
+        self.save({}, "not")
 
     def new(self, rules: str, average: str) -> tuple[mo.Optimizer, Model]:
         rule, mean = RULES[rules], AVERAGES[average]
@@ -88,15 +91,17 @@ class Histories(RuleBasedStateMachine):
     # Parameters
 
     @rule(name=st.sampled_from(NAMES), kind=kinds)
-    def register(self, name: str, kind: tuple[tuple[int, ...], str, str, int]) -> None:
+    def register(self, name: str, kind: tuple[tuple[int, ...] | None, str, str, int]) -> None:
         """A parameter appears, or takes the place of one that is forgotten."""
         if name in self.model.main.seen:
             self.forget_one(name)
         self.appear(name, *kind)
 
     def appear(
-        self, name: str, shape: tuple[int, ...], dtype: str, library: str, seed: int
+        self, name: str, shape: tuple[int, ...] | None, dtype: str, library: str, seed: int
     ) -> None:
+        if shape is None:
+            shape = SHAPES[name]
         if dtype not in LIBRARIES[library].dtypes:
             dtype = "float64"
         self.values[name] = np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
@@ -123,6 +128,7 @@ class Histories(RuleBasedStateMachine):
             self.take(names, seed + time, scale)
 
     def take(self, names: list[str], seed: int, scale: float) -> None:
+        """Step those that can take a gradient."""
         rng, grads = np.random.default_rng(seed), {}
         for name in names:
             value = self.values[name]
@@ -147,8 +153,16 @@ class Histories(RuleBasedStateMachine):
 
     # Files
 
-    @rule(metadata=st.sampled_from([{}, {"epoch": 3, "loss": [0.5, None]}]))
-    def save(self, metadata: dict[str, Any]) -> None:
+    @rule(
+        metadata=st.sampled_from([{}, {"epoch": 3, "loss": [0.5, None]}]),
+        copied=st.sampled_from(["not", "by copy", "by pickle"]),
+    )
+    def save(self, metadata: dict[str, Any], copied: str) -> None:
+        """Save; go on with the optimizer or with a copy of it."""
+        if copied == "by copy":
+            self.opt = copy.deepcopy(self.opt)
+        elif copied == "by pickle":
+            self.opt = pickle.loads(pickle.dumps(self.opt))
         path = self.folder / f"{next(self.numbers)}"
         self.opt.save(path, metadata)
         saved = self.model.saved()
@@ -170,62 +184,114 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        rules=st.sampled_from(list(RULES)),
-        average=st.sampled_from(list(AVERAGES)),
+        rules=st.none() | st.sampled_from(list(RULES)),
+        average=st.none() | st.sampled_from(list(AVERAGES)),
+        masters=st.none() | st.booleans(),
     )
-    def restart(self, data: st.DataObject, rules: str, average: str) -> None:
-        """Some file, into a new optimizer."""
-        self.opt, self.model = self.new(rules, average)
+    def restart(
+        self,
+        data: st.DataObject,
+        rules: str | None,
+        average: str | None,
+        masters: bool | None,
+    ) -> None:
+        """Some file, into a new optimizer, of the same settings if there are no others."""
+        self.rules, self.average = rules or self.rules, average or self.average
+        self.masters = self.masters if masters is None else masters
+        self.opt, self.model = self.new(self.rules, self.average)
         self.load_one(data)
 
     def load_one(self, data: st.DataObject) -> None:
-        path, state, saved, metadata = self.files[data.draw(st.integers(0, len(self.files) - 1))]
-        by_file = data.draw(st.booleans(), "by file")
-        source = path if by_file else state
-        load = self.opt.load if by_file else self.opt.load_state_dict
-        strict, cast = data.draw(st.booleans(), "strict"), data.draw(st.booleans(), "cast")
-        have = list(saved.entries)
+        number = data.draw(st.integers(0, len(self.files) - 1), "file")
+        have = list(self.files[number][2].entries)
         # Rarely one that is not there.
         some = st.sampled_from([*have * 5, *NAMES])
-        names = data.draw(st.none() | st.none() | st.lists(some, min_size=1), "names")
-        rename = data.draw(
-            st.none() | st.none() | st.dictionaries(some, st.sampled_from(NAMES)), "rename"
+        rename = st.dictionaries(some, st.sampled_from(NAMES))
+        self.load_file(
+            number,
+            by_file=data.draw(st.booleans(), "by file"),
+            strict=data.draw(st.booleans(), "strict"),
+            cast=data.draw(st.booleans(), "cast"),
+            names=data.draw(st.none() | st.none() | st.lists(some, min_size=1), "names"),
+            rename=data.draw(st.none() | st.none() | rename, "rename"),
+            by_callable=data.draw(st.booleans(), "by callable"),
         )
-        options = {"strict": strict, "cast": cast, "names": names, "rename": rename}
 
+    def load_file(
+        self,
+        number: int,
+        *,
+        by_file: bool,
+        strict: bool,
+        cast: bool,
+        names: list[str] | None = None,
+        rename: dict[str, str] | None = None,
+        by_callable: bool = False,
+    ) -> None:
+        path, state, saved, metadata = self.files[number]
+        have = list(saved.entries)
         wanted = have if names is None else list(dict.fromkeys(names))
-        unknown = {*wanted, *(rename or ())} - set(have)
-        new = {name: (rename or {}).get(name, name) for name in wanted}
-        if data.draw(st.booleans(), "rename by a callable") and rename is not None:
-            options["rename"] = lambda name: rename.get(name, name)
-            unknown = set(wanted) - set(have)
+        called = rename or {}
+        new = {name: called.get(name, name) for name in wanted}
+        unknown = {*wanted, *(() if by_callable else called)} - set(have)
+
+        def load() -> mo.LoadReport:
+            how: Any = (lambda name: called.get(name, name)) if by_callable else rename
+            options: Any = {"strict": strict, "cast": cast, "names": names, "rename": how}
+            if by_file:
+                return self.opt.load(path, **options)
+            return self.opt.load_state_dict(state, **options)
+
         if unknown:
             event("a load of what is not there")
             with pytest.raises(KeyError, match="the loaded state has none of it"):
-                load(source, **options)
-        elif len(set(new.values())) < len(new):
+                load()
+            return
+        if len(set(new.values())) < len(new):
             event("a load that makes two names one")
             with pytest.raises(ValueError, match="both would be called"):
-                load(source, **options)
-        else:
-            try:
-                expected = self.model.load(saved, new, strict, cast)
-            except Misfit:
-                event("a load that does not fit")
-                with pytest.raises(mo.CheckpointError if by_file else ValueError, match="loaded s"):
-                    load(source, **options)
-            else:
-                event(f"a load with {', '.join(k for k, v in expected.items() if v) or 'nothing'}")
-                report = load(source, **options)
-                assert {part: set(getattr(report, part)) for part in expected} == expected
-                assert report.metadata == (metadata if by_file else {})
+                load()
+            return
+        try:
+            expected = self.model.load(saved, new, strict, cast)
+        except Misfit:
+            event("a load that does not fit")
+            with pytest.raises(mo.CheckpointError if by_file else ValueError, match="loaded s"):
+                load()
+            return
+        event(f"a load with {', '.join(k for k, v in expected.items() if v) or 'nothing'}")
+        report = load()
+        assert {part: set(getattr(report, part)) for part in expected} == expected
+        assert report.metadata == (metadata if by_file else {})
+
+    @rule(name=st.sampled_from(NAMES), dtype=st.sampled_from(DTYPES), by_file=st.booleans())
+    def change_dtype(self, name: str, dtype: str, by_file: bool) -> None:
+        """A parameter is forgotten, and its state is loaded again for one of another dtype."""
+        if name not in self.params or dtype not in LIBRARIES[self.libraries[name]].dtypes:
+            return
+        self.save({}, "not")
+        if name in self.model.names:
+            self.forget_one(name)
+        with np.errstate(over="ignore"):
+            self.values[name] = self.values[name].astype(dtype)
+        self.params[name] = LIBRARIES[self.libraries[name]].param(self.values[name])
+        self.take([name], 0, 1.0)
+        if name in self.files[0][2].entries:
+            self.load_file(0, by_file=by_file, strict=True, cast=True, names=[name])
 
     # Changes
 
-    @precondition(lambda self: self.model.names)
-    @rule(data=st.data())
-    def forget(self, data: st.DataObject) -> None:
-        self.forget_one(data.draw(st.sampled_from(self.model.names)))
+    @rule(name=st.sampled_from(NAMES))
+    def forget(self, name: str) -> None:
+        if name in self.model.names:
+            self.forget_one(name)
+            return
+        with pytest.raises(KeyError, match="neither seen nor pending"):
+            self.opt.forget(name)
+        with pytest.raises(KeyError, match="neither seen nor pending"):
+            self.opt.rename({name: "else"})
+        with pytest.raises(KeyError, match="no state"):
+            self.opt.state(name)
 
     def forget_one(self, name: str) -> None:
         self.opt.forget(name)
@@ -254,22 +320,8 @@ class Histories(RuleBasedStateMachine):
 
     @rule(rules=st.sampled_from(list(RULES)))
     def change_rule(self, rules: str) -> None:
-        self.opt.rule = RULES[rules]
+        self.rules, self.opt.rule = rules, RULES[rules]
         self.model.main.change_rules(RULES[rules])
-
-    @rule(by_pickle=st.booleans())
-    def copy(self, by_pickle: bool) -> None:
-        self.opt = pickle.loads(pickle.dumps(self.opt)) if by_pickle else copy.deepcopy(self.opt)
-
-    @rule(name=st.sampled_from(NAMES))
-    def ask_for_what_is_unknown(self, name: str) -> None:
-        if name not in self.model.names:
-            with pytest.raises(KeyError, match="neither seen nor pending"):
-                self.opt.forget(name)
-            with pytest.raises(KeyError, match="neither seen nor pending"):
-                self.opt.rename({name: "else"})
-            with pytest.raises(KeyError, match="no state"):
-                self.opt.state(name)
 
     # What holds
 
