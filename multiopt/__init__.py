@@ -16,7 +16,8 @@ from multiopt.averaging import Average
 from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.loading import LoadReport
-from multiopt.optimizer import Optimizer, Report, Skips, State
+from multiopt.optimizer import Optimizer, State
+from multiopt.report import Report
 from multiopt.rules import (
     ASGD,
     LAMB,
@@ -39,6 +40,7 @@ from multiopt.rules import (
     Rprop,
     Rule,
 )
+from multiopt.skipping import Skips
 
 __all__ = [
     "ASGD",

@@ -8,7 +8,7 @@ import numpy as np
 from multiopt.rules.arithmetic import one_minus_power
 from multiopt.rules.rule import Hyperparameter, Range, Rule, Update
 
-__all__ = ["Average"]
+__all__ = ["Average", "Choices"]
 
 
 class Scalars(NamedTuple):
@@ -89,3 +89,9 @@ class Average(Rule):
             share=np.where(plain, 1.0, 1.0 - h.decay) / total,
             follows=count == 1.0,
         )
+
+
+class Choices(dict[str, Any]):
+    """A callable ``name -> average`` that knows the answers."""
+
+    __call__ = dict.__getitem__

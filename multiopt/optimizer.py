@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import compress
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from multiopt import checkpoint
-from multiopt.averaging import Average
+from multiopt.averaging import Average, Choices
 from multiopt.backend import Array, Layout, Now, backend_of, named, objects
 from multiopt.checkpoint import Contents
 from multiopt.clipping import Clip
@@ -41,20 +41,18 @@ from multiopt.inputs import as_dict, check_known, check_names, own_gradient
 from multiopt.interruption import uninterrupted
 from multiopt.loading import LoadReport, Options, names_of, renamed
 from multiopt.plan import Outcome, Plan
+from multiopt.report import Report, abridged, report_of, updated_names
 from multiopt.rules import Rule
 from multiopt.skipping import Skips, check_limit, counted
 from multiopt.step import Step
 
-__all__ = ["Optimizer", "Report", "Skips", "State"]
+__all__ = ["Optimizer", "State"]
 
 #: Where a state dict has the entries of averages, and those that wait.
 AVERAGES = {"entries": "averages", "pending": "pending_averages"}
 
 #: How many plans are remembered: lists of names that take turns.
 PLANS = 8
-
-#: How many names a note lists.
-LISTED = 5
 
 
 class State(NamedTuple):
@@ -68,31 +66,6 @@ class State(NamedTuple):
 
     step: int
     slots: dict[str, Array]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the last step did.
-
-    Attributes:
-        new: Names seen for the first time.
-        updated: Names that were updated, the new ones among them.
-        skipped: Names left alone because their gradient was not finite.
-        norms: Norm of the gradient, before clipping, of each name with ``Clip(norm=...)``.
-        global_norms: Global norm, before clipping by it, of each ``Clip(global_norm=...)``.
-    """
-
-    new: tuple[str, ...] = ()
-    updated: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-    norms: Mapping[str, float] = field(default_factory=dict)
-    global_norms: Mapping[Clip, float] = field(default_factory=dict)
-    _limited: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def clipped(self) -> tuple[str, ...]:
-        """Names whose gradient a clip changed; a value clip on a device is fetched when read."""
-        return tuple(name for name, limited in self._limited.items() if bool(limited))
 
 
 class Optimizer:
@@ -211,7 +184,7 @@ class Optimizer:
         """What the last step did."""
         if self._outcome is None:
             return Report()
-        return _report(*self._outcome)
+        return report_of(*self._outcome)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -530,7 +503,7 @@ class Optimizer:
         """The names that the last step updated, and of which an average is kept."""
         assert self._outcome is not None
         names, _, outcome = self._outcome
-        names = _updated(names, outcome)
+        names = updated_names(names, outcome)
         if isinstance(self._average, Average):
             return names
         return [name for name in names if self._average_of(name) is not None]
@@ -664,7 +637,7 @@ class Optimizer:
         skips = self._skips
         if step.outcome.skipped or skips:
             skipped = [names[i] for i in step.outcome.skipped]
-            skips = counted(skips, skipped, _updated(names, step.outcome), self._max_skips)
+            skips = counted(skips, skipped, updated_names(names, step.outcome), self._max_skips)
         born = tuple(
             names[i] for i in new if names[i] not in self._seen and (active is None or active[i])
         )
@@ -749,8 +722,8 @@ class Optimizer:
                 error.add_note("multiopt: nothing was changed by this step")
             return
         names, _, outcome = self._outcome
-        updated = _updated(names, outcome)
-        error.add_note(f"multiopt: the step was whole; it updated {_listed(updated)}")
+        updated = updated_names(names, outcome)
+        error.add_note(f"multiopt: the step was whole; it updated {abridged(updated)}")
 
     # Plans
 
@@ -1151,12 +1124,6 @@ class _Loaded(NamedTuple):
     refused: dict[str, str]
 
 
-class Choices(dict[str, Any]):
-    """A callable ``name -> average`` that knows the answers."""
-
-    __call__ = dict.__getitem__
-
-
 #: Of a step: its names, which of them were new, and what became of them.
 _Outcome: TypeAlias = tuple[list[str], tuple[str, ...], Outcome]
 
@@ -1201,19 +1168,6 @@ class _Before(NamedTuple):
     held: list[_Held]
 
 
-def _updated(names: list[str], outcome: Outcome) -> list[str]:
-    """The names that a step updated."""
-    return names if outcome.active is None else list(compress(names, outcome.active))
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names in a message, not too many."""
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(map(repr, names[:LISTED])) + more
-
-
 def _shown(entry: Entry) -> Callable[[Array], Array]:
     """How a slot of an entry is shown."""
     backend = named(entry.layout.library)
@@ -1221,26 +1175,6 @@ def _shown(entry: Entry) -> Callable[[Array], Array]:
     if entry.layout.is_complex:
         return lambda slot: backend.whole(shown(slot))
     return shown
-
-
-def _report(names: list[str], new: tuple[str, ...], outcome: Outcome) -> Report:
-    active, norms, clipped = outcome.active, outcome.norms, outcome.clipped
-    limited: dict[str, Any] = {}
-    if clipped is not None:
-        limited = {names[i]: True for i in np.flatnonzero(clipped).tolist()}
-        for i, value in outcome.on_devices.items():
-            limited.setdefault(names[i], value)
-        limited = {name: limited[name] for name in names if name in limited}
-    return Report(
-        new,
-        tuple(names if active is None else compress(names, active)),
-        tuple(names[i] for i in outcome.skipped),
-        {names[i]: norm for i, norm in zip(norms.where, norms.own.tolist(), strict=True)}
-        if norms is not None
-        else {},
-        {} if norms is None else norms.shared,
-        limited,
-    )
 
 
 def _untraced() -> Callable[..., dict[str, Array]]:
