@@ -801,6 +801,9 @@ class Optimizer:
         if entry is None:
             if self._averages is not None:
                 self._average_of(name)
+                if name in self._averages._pending:
+                    # If its average does not fit, nothing is to be changed yet.
+                    self._averages._settled(name, layout)
             rule = chosen(self._rule, name, Rule, "rule")
             clip = chosen_clip(self._clip, name)
             if name in self._pending:
@@ -973,8 +976,9 @@ class Optimizer:
             # From here on nothing fails.
             if self._averages is not None:
                 self._averages._take_over(averages, None)
-                for name in loaded.entries:
-                    if name in self._averages and name not in averages.entries:
+                kept = averages.entries.keys() | averages.pending.keys()
+                for name in (loaded.entries.keys() | loaded.pending.keys()) - kept:
+                    if name in self._averages or name in self._averages.pending:
                         self._averages.forget(name)
             self._take_over(loaded, self._steps if keeps_steps else state_dict.get("steps"))
             self._skips = skips
@@ -988,26 +992,49 @@ class Optimizer:
             metadata=contents.metadata,
         )
 
-    def _loaded(self, states: Mapping[str, Mapping[str, Any]], options: Options) -> "_Loaded":
-        """What to take over of loaded state, if it fits."""
+    def _loaded(
+        self,
+        states: Mapping[str, Mapping[str, Any]],
+        options: Options,
+        known: Mapping[str, Entry] = MappingProxyType({}),
+    ) -> "_Loaded":
+        """What to take over of loaded state, if it fits.
+
+        Args:
+            states: The state by name.
+            options: How it is taken over.
+            known: Entries that others have of the same parameters.
+        """
         loaded = _Loaded({}, {}, [], {})
         for name, stored in states.items():
             try:
                 host = stored if options.own else on_host(name, stored)
-                self._admit(name, {**host, "cast": True} if options.cast else host, loaded)
+                stored = {**host, "cast": True} if options.cast else host
+                self._admit(name, stored, loaded, known.get(name))
             except ValueError as error:
                 if options.strict:
                     raise
                 loaded.refused[name] = str(error)
         return loaded
 
-    def _admit(self, name: str, stored: Mapping[str, Any], loaded: "_Loaded") -> None:
+    def _admit(
+        self, name: str, stored: Mapping[str, Any], loaded: "_Loaded", known: Entry | None
+    ) -> None:
         """Add the state of a name to what is taken over.
+
+        Args:
+            name: The name.
+            stored: The state.
+            loaded: What is taken over.
+            known: The entry that another has of the parameter.
 
         Raises:
             ValueError: It does not fit.
         """
         entry = self._entries.get(name)
+        if entry is None and known is not None:
+            rule = chosen(self._rule, name, Rule, "rule")
+            entry = replace(known, rule=rule, clip=None, slots=(), master=None)
         if entry is not None:
             loaded.entries[name] = restored(
                 *(name, stored, entry.rule, entry.clip, entry.layout), self._masters
@@ -1036,7 +1063,7 @@ class Optimizer:
         if self._averages is None:
             return _Loaded({}, {}, [], odd)
         rest = {name: stored for name, stored in states.items() if name not in odd}
-        loaded = self._averages._loaded(rest, options)
+        loaded = self._averages._loaded(rest, options, self._entries)
         return loaded._replace(refused=odd | loaded.refused)
 
     def _take_over(self, loaded: "_Loaded", steps: int | None) -> None:

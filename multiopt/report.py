@@ -56,7 +56,7 @@ def abridged(names: Sequence[str]) -> str:
 
 def report_of(names: list[str], new: tuple[str, ...], outcome: Outcome) -> Report:
     """The report of a step of some names, some of them new."""
-    active, norms, clipped = outcome.active, outcome.norms, outcome.clipped
+    norms, clipped = outcome.norms, outcome.clipped
     limited: dict[str, Any] = {}
     if clipped is not None:
         limited = {names[i]: True for i in np.flatnonzero(clipped).tolist()}

@@ -240,3 +240,24 @@ def test_an_average_that_waits_goes_with_the_state_it_came_with() -> None:
     its.load_state_dict(opt.state_dict())
     its.load_state_dict(plain.state_dict())
     assert its.state_dict()["pending_averages"] == {}
+
+
+def test_a_loaded_average_of_a_name_seen_without_one_is_there_at_once_or_does_not_fit() -> None:
+    source = mo.Optimizer(mo.SGD(), average=mo.Average())
+    source.step({"w": np.ones(3)}, {"w": np.ones(3)})
+    state = source.state_dict()
+    for size in (3, 2):
+        opt = mo.Optimizer(mo.SGD(), average=mo.Average())
+        plain = mo.Optimizer(mo.SGD())
+        plain.step({"w": np.ones(size)}, {"w": np.ones(size)})
+        opt.step({"w": np.ones(size)}, {"w": np.ones(size)})
+        # Its average is gone, for it came from where none was kept.
+        opt.load_state_dict(plain.state_dict())
+        with pytest.raises(KeyError, match="none is kept"):
+            opt.average("w")
+        if size == 3:
+            opt.load_state_dict(state)
+            assert opt.average("w").tolist() == source.average("w").tolist()
+        else:
+            with pytest.raises(ValueError, match="'average' of parameter 'w' has shape"):
+                opt.load_state_dict(state)
