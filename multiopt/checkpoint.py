@@ -108,6 +108,7 @@ def write(
 
     Raises:
         OSError: The file cannot be written.
+        TypeError: The metadata is no mapping.
         ValueError: The metadata is not what JSON can hold, or there is too much for a header.
     """
     metadata = _checked_metadata(metadata or {})
@@ -167,8 +168,11 @@ def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata, if it comes back from JSON as it is.
 
     Raises:
+        TypeError: It is no mapping.
         ValueError: It does not.
     """
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a mapping; got {metadata!r}")
     metadata = dict(metadata)
     try:
         again = json.loads(json.dumps(metadata, allow_nan=False))
@@ -272,7 +276,7 @@ def listed(path: str | os.PathLike[str]) -> Listed:
                         whole = Layout("numpy", shape, dtype, "cpu", is_complex=True)
                         shape, dtype = whole.own_shape, whole.own_dtype
                     entry["slots"][slot] = shape, dtype
-    return Listed(document, document.pop("metadata"), Path(path).stat().st_size)
+    return Listed(document, document.pop("metadata"), Path(os.fsdecode(path)).stat().st_size)
 
 
 @contextmanager
@@ -284,6 +288,7 @@ def _opened(
     Raises:
         CheckpointError: The file is damaged or not ours, as far as can be seen without the slots.
     """
+    path = os.fsdecode(path)
     try:
         _check_header(path)
         # Not mapped: a file that somebody cuts short would be the end of the process.
@@ -293,15 +298,15 @@ def _opened(
             _check_keys(document, file.keys(), words)
             yield file, document, words
     except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
     except MALFORMED as error:
         raise CheckpointError(
-            f"{os.fspath(path)}: expected a multiopt checkpoint; it is damaged or another kind of "
+            f"{path}: expected a multiopt checkpoint; it is damaged or another kind of "
             f"file ({type(error).__name__}: {error})"
         ) from error
 
 
-def _check_header(path: str | os.PathLike[str]) -> None:
+def _check_header(path: str) -> None:
     """Refuse a header that would take much more memory than it has bytes.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from multiopt.checkpoint import PARTS
 
-__all__ = ["LoadReport", "Options", "names_of", "renamed"]
+__all__ = ["LoadReport", "Options", "names_of", "renamed", "wanted_names"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,22 @@ def names_of(state_dict: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for part in parts for name in state_dict.get(part, {})))
 
 
+def wanted_names(names: Iterable[str] | str | None) -> list[str] | None:
+    """The names that are asked for; None for all.
+
+    Raises:
+        TypeError: They are no names.
+    """
+    if names is None:
+        return None
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names must be names, one name or None; got {names!r}")
+    return [names] if isinstance(names, str) else list(names)
+
+
 def renamed(
     have: Sequence[str],
-    names: Iterable[str] | str | None,
+    names: Sequence[str] | None,
     rename: Mapping[str, str] | Callable[[str], str] | None,
 ) -> dict[str, str]:
     """The names that are wanted, and what they are to be called.
@@ -66,10 +79,12 @@ def renamed(
 
     Raises:
         KeyError: There is no state of a name.
-        TypeError: A new name is no string.
+        TypeError: A new name is no string, or ``rename`` is of another kind.
         ValueError: Two names would become one.
     """
-    wanted = have if names is None else [names] if isinstance(names, str) else list(names)
+    if not (rename is None or isinstance(rename, Mapping) or callable(rename)):
+        raise TypeError(f"rename must be a mapping, a callable or None; got {rename!r}")
+    wanted = have if names is None else names
     known = set(have)
     for name in [*wanted, *(rename if isinstance(rename, Mapping) else ())]:
         if name not in known:

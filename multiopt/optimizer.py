@@ -39,7 +39,7 @@ from multiopt.entry import (
 from multiopt.errors import CheckpointError
 from multiopt.inputs import as_dict, check_known, check_names, own_gradient
 from multiopt.interruption import uninterrupted
-from multiopt.loading import LoadReport, Options, names_of, renamed
+from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
 from multiopt.plan import Outcome, Plan
 from multiopt.report import Report, abridged, report_of, updated_names
 from multiopt.rules import Rule
@@ -946,7 +946,7 @@ class Optimizer:
         (('W',), {'b': 'it was not asked for'})
         """
         checkpoint.check_state_dict(state_dict)
-        new = renamed(names_of(state_dict), names, rename)
+        new = renamed(names_of(state_dict), wanted_names(names), rename)
         return self._load(Contents(state_dict), new, Options(strict, cast))
 
     def _load(self, contents: Contents, new: Mapping[str, str], options: Options) -> LoadReport:
@@ -989,7 +989,7 @@ class Optimizer:
             | {name: "it was not asked for" for name in names_of(state_dict) if name not in new}
             | {old: why[name] for old, name in new.items() if name in why},
             missing=tuple(name for name in self._seen if name not in found),
-            metadata=contents.metadata,
+            metadata=dict(contents.metadata),
         )
 
     def _loaded(
@@ -1123,16 +1123,15 @@ class Optimizer:
             TypeError: A new name is no string.
             ValueError: Two names would become one.
         """
-        if names is not None:
-            names = [names] if isinstance(names, str) else list(names)
-        contents = checkpoint.read(path, names)
-        new = renamed([*names_of(contents.state_dict), *contents.damaged], names, rename)
+        wanted = wanted_names(names)
+        contents = checkpoint.read(path, wanted)
+        new = renamed([*names_of(contents.state_dict), *contents.damaged], wanted, rename)
         try:
             if strict:
                 contents.check_whole()
             return self._load(contents, new, Options(strict, cast, own=True))
         except ValueError as error:
-            raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+            raise CheckpointError(f"{os.fsdecode(path)}: {error}") from error
 
 
 class _Loaded(NamedTuple):

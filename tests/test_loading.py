@@ -1,6 +1,7 @@
 """What is loaded, under which names, and what the report says of the rest."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,18 @@ def test_complex_state_in_a_file_is_complex_when_it_waits(tmp_path: Path) -> Non
     assert_equal(again.state_dict()["pending"]["a"]["slots"]["exp_avg"], waiting["exp_avg"])
 
 
+def test_arguments_of_another_kind_are_said(loaded: Any) -> None:
+    for option in ("names", "rename"):
+        with pytest.raises(TypeError, match=f"{option} must be .*; got 3"):
+            loaded(stepped(a=ones(2)), mo.Optimizer(mo.Adam()), **{option: 3})
+
+
+def test_paths_may_be_bytes(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path / "é")
+    stepped(a=ones(2)).save(path)
+    assert mo.Optimizer(mo.Adam()).load(path).pending == ("a",)
+
+
 # Metadata
 
 
@@ -209,6 +222,12 @@ def test_metadata_comes_back(tmp_path: Path) -> None:
     opt.load(tmp_path / "run")
     opt.save(tmp_path / "run")
     assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata == {}
+
+
+@pytest.mark.parametrize("metadata", [[1], "abc", 3])
+def test_metadata_is_a_mapping(tmp_path: Path, metadata: Any) -> None:
+    with pytest.raises(TypeError, match="metadata must be a mapping; got"):
+        stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
 
 
 @pytest.mark.parametrize(
