@@ -312,3 +312,12 @@ def test_too_many_names_for_a_header_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="save fewer names in one file"):
         opt.save(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cast_beyond_the_range_gives_infinity_in_silence() -> None:
+    opt, its = mo.Optimizer(mo.Adam()), mo.Optimizer(mo.Adam())
+    opt.step({"w": np.zeros(1)}, {"w": np.full(1, 1e30)})
+    its.step({"w": np.zeros(1, np.float32)}, {"w": np.ones(1, np.float32)})
+    with np.errstate(all="raise"):
+        its.load_state_dict(opt.state_dict(), cast=True)
+    assert its.state("w").slots["exp_avg_sq"].tolist() == [np.inf]

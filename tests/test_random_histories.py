@@ -108,6 +108,7 @@ class Histories(RuleBasedStateMachine):
         self.libraries[name] = library
         self.params[name] = LIBRARIES[library].param(self.values[name])
 
+    @precondition(lambda self: self.params)
     @rule(data=st.data(), library=st.sampled_from(list(LIBRARIES)))
     def move(self, data: st.DataObject, library: str) -> None:
         """Parameters go on in another library."""
@@ -116,6 +117,7 @@ class Histories(RuleBasedStateMachine):
                 self.libraries[name] = library
                 self.params[name] = LIBRARIES[library].param(self.values[name])
 
+    @precondition(lambda self: self.params)
     @rule(
         data=st.data(),
         seed=seeds,
