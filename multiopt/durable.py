@@ -83,7 +83,11 @@ def _remove_left_behind(target: Path) -> None:
     if sys.platform == "win32":
         return
     name = re.compile(re.escape(_beginning(target)) + "[0-9a-f]{16}[.]tmp")
-    for path in target.parent.iterdir():
+    try:
+        beside = list(target.parent.iterdir())
+    except PermissionError:
+        return  # a folder may be one to write to and not to read
+    for path in beside:
         if name.fullmatch(path.name):
             # Another process may write it, or remove it too.
             with suppress(OSError), path.open("rb") as file:

@@ -285,9 +285,11 @@ def restored(
     if stored.get("cast"):
         # The dtype of a complex slot of a real parameter is an error below.
         dtype = layout.compute_dtype
-        arrays = {
-            k: x if np.iscomplexobj(x) else x.astype(dtype, copy=False) for k, x in arrays.items()
-        }
+        with np.errstate(over="ignore"):
+            arrays = {
+                k: x if np.iscomplexobj(x) else x.astype(dtype, copy=False)
+                for k, x in arrays.items()
+            }
     for slot, array in arrays.items():
         if array.shape != shapes[slot]:
             raise ValueError(

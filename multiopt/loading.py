@@ -18,7 +18,8 @@ class LoadReport:
         pending: Names not seen yet, whose state waits for the parameter.
         unused: What was not used: its name where it was saved, and why. Where only the average of
             a name is of no use, the reason says so.
-        missing: Names seen before of which there was no state, and which stay as they are.
+        missing: Names seen before of which there is nothing in the state, and which stay as they
+            are.
         metadata: What was saved with the state, for the user.
 
     >>> LoadReport(unused={"scale": "it was not asked for"}).unused["scale"]

@@ -964,14 +964,14 @@ class Optimizer:
         )
         why = {name: f"its average: {reason}" for name, reason in averages.refused.items()}
         why |= loaded.refused
-        found = loaded.entries.keys() | why
+        have = [*names_of(state_dict), *contents.damaged]
         lost = {new[name] for name in contents.damaged} | loaded.refused.keys()
         taken = set(new.values()) - lost
         skips = {name: count for name, count in self._skips.items() if name not in taken}
         for name, counts in state_dict.get("skips", {}).items():
             if new.get(name) in taken:
                 skips[new[name]] = Skips(*counts)
-        keeps_steps = len(new) < len(names_of(state_dict)) and self._steps > 0
+        keeps_steps = len(new) < len(have) and self._steps > 0
         with uninterrupted():
             # From here on nothing fails.
             if self._averages is not None:
@@ -982,11 +982,12 @@ class Optimizer:
                         self._averages.forget(name)
             self._take_over(loaded, self._steps if keeps_steps else state_dict.get("steps"))
             self._skips = skips
+        found = {new.get(name, name) for name in have}
         return LoadReport(
             restored=tuple(loaded.entries),
             pending=tuple(loaded.pending),
             unused={**contents.damaged}
-            | {name: "it was not asked for" for name in names_of(state_dict) if name not in new}
+            | {name: "it was not asked for" for name in have if name not in new}
             | {old: why[name] for old, name in new.items() if name in why},
             missing=tuple(name for name in self._seen if name not in found),
             metadata=dict(contents.metadata),
@@ -1068,7 +1069,11 @@ class Optimizer:
 
     def _take_over(self, loaded: "_Loaded", steps: int | None) -> None:
         self._entries = {**self._entries, **loaded.entries}
-        self._pending.update(loaded.pending)
+        self._pending = {
+            name: stored
+            for name, stored in {**self._pending, **loaded.pending}.items()
+            if name not in loaded.entries
+        }
         for rule, words in loaded.reached:
             restored_plateaus(rule, words)
         clocks = [entry.step for entry in self._seen.values()]

@@ -157,15 +157,18 @@ class Registry:
     def stored(self) -> dict[str, Stored]:
         return {**self.pending, **{name: known.stored() for name, known in self.seen.items()}}
 
-    def load(self, states: Mapping[str, Stored], strict: bool) -> "Loaded":
-        """What to take over."""
+    def load(
+        self, states: Mapping[str, Stored], strict: bool, others: Mapping[str, Known]
+    ) -> "Loaded":
+        """What to take over; others know parameters that this one may not have seen."""
         loaded = Loaded({}, {}, set())
         for name, stored in states.items():
             try:
-                if name in self.seen:
-                    known = self.seen[name]
+                if name in self.seen or name in others:
+                    known = self.seen.get(name) or others[name]
+                    rule = known.rule if name in self.seen else self.rule_of(name)
                     loaded.seen[name] = self.restored(
-                        name, stored, known.rule, known.shape, known.dtype, known.library
+                        name, stored, rule, known.shape, known.dtype, known.library
                     )
                     continue
                 if (
@@ -184,6 +187,8 @@ class Registry:
     def take_over(self, loaded: "Loaded") -> None:
         self.seen |= loaded.seen
         self.pending |= loaded.pending
+        for name in loaded.seen:
+            self.pending.pop(name, None)
 
     def forget(self, name: str) -> None:
         self.seen.pop(name, None)
@@ -261,10 +266,10 @@ class Model:
             for part in (saved.entries, saved.averages)
         )
         entries, averages = parts
-        main = self.main.load(entries, strict)
+        main = self.main.load(entries, strict, {})
         averages = {n: one for n, one in averages.items() if n not in main.refused}
         if self.keeps:
-            means = self.means.load(averages, strict)
+            means = self.means.load(averages, strict, self.main.seen)
         elif averages and strict:
             raise Misfit("averages")
         else:
@@ -282,7 +287,7 @@ class Model:
             "restored": set(main.seen),
             "pending": set(main.pending),
             "unused": {n for n in saved.entries if new.get(n) in {None, *refused}},
-            "missing": before - main.seen.keys() - refused,
+            "missing": before - {new.get(n, n) for n in saved.entries},
         }
 
     def forget(self, name: str) -> None:

@@ -48,7 +48,7 @@ def test_a_step_loads_the_backend_of_its_arrays_only(library: str, other: str) -
     assert not loaded & {other, f"multiopt_{other}", "pyro", "numba"}
 
 
-def test_a_plain_install_brings_four_packages() -> None:
+def test_a_plain_install_brings_five_packages() -> None:
     plain = [line for line in requires("multiopt") or [] if "extra ==" not in line]
     names = {re.match(r"[\w-]+", line).group() for line in plain}  # type: ignore[union-attr]
-    assert names == {"numpy", "array-api-compat", "safetensors", "tqdm"}
+    assert names == {"numpy", "array-api-compat", "safetensors", "tqdm", "xxhash"}

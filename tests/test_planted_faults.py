@@ -152,8 +152,8 @@ FAULTS = [
     Fault(
         "pending state lost by saving",
         "multiopt/optimizer.py",
-        '"slots": {slot: array.copy() for slot, array in entry["slots"].items()},',
-        '"slots": {},',
+        '"pending": self._pending,',
+        '"pending": {},',
         "test_checkpoint.py::test_pending_state_survives_save_load_save",
     ),
     Fault(

@@ -729,7 +729,7 @@ def test_schedules_and_their_place_are_saved(tmp_path: Path) -> None:
     with safe_open(tmp_path / "run", "numpy") as file:
         document = json.loads(file.metadata()["multiopt"])
     assert document["steps"] == 2
-    words = document["entries"]["w"]["rule"]
+    words = document["rules"][document["entries"]["w"]["rule"]]
     numbers = {k: words[k] for k in ("lr", "betas", "eps", "weight_decay")}
     assert numbers == {"lr": 0.25, "betas": [0.9, 0.99], "eps": 0.5, "weight_decay": 0.25}
     assert words["schedules"]["lr"] == {

@@ -90,8 +90,9 @@ class Pair:
         self.check()
 
     def both(self, change: Callable[[mo.Optimizer], Any]) -> None:
-        """Change the two optimizers; what is returned takes their place."""
-        self.ours, self.plain = (change(opt) or opt for opt in (self.ours, self.plain))
+        """Change the two optimizers; one that is returned takes its place."""
+        made = [(change(opt), opt) for opt in (self.ours, self.plain)]
+        self.ours, self.plain = (x if isinstance(x, mo.Optimizer) else opt for x, opt in made)
 
 
 def arrays(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> dict[str, Any]:
