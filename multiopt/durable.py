@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from secrets import token_hex
 from stat import S_IMODE
 from typing import BinaryIO
 
@@ -63,7 +62,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _opened_beside(target: Path) -> BinaryIO:
     """A new temporary file, locked for as long as it is open."""
     while True:
-        file = target.with_name(f"{_beginning(target)}{token_hex(8)}.tmp").open(
+        file = target.with_name(f"{_beginning(target)}{os.urandom(8).hex()}.tmp").open(
             "xb", buffering=BUFFER
         )
         if sys.platform == "win32":

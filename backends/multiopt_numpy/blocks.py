@@ -58,6 +58,8 @@ class _Pack:
         self.param, self.grad = (np.empty(self.sizes.sum(), dtype) for _ in range(2))
         self.kept = [np.concatenate(arrays, axis=None) for arrays in zip(*mine, strict=True)]
         self.params = self.parts(self.param)
+        self._tape: Tape | None = None
+        self._room: list[np.ndarray] = []
         #: By parameter, its slots as parts of the pack.
         self.slots = (
             list(zip(*map(self.parts, self.kept), strict=True)) if self.kept else [()] * len(mine)
@@ -81,6 +83,12 @@ class _Pack:
     def __len__(self) -> int:
         """The number of elements."""
         return len(self.param)
+
+    def room(self, tape: Tape) -> list[np.ndarray]:
+        """The memory for a run of a tape, which stays: its pages are there already."""
+        if tape is not self._tape:
+            self._tape, self._room = tape, tape.room(len(self))
+        return self._room
 
     def give(self, params: list[np.ndarray]) -> None:
         """Copy the parameters back."""
@@ -286,7 +294,7 @@ class BlockedBatch(Batch):
             (_, tape, scalars), *others = self._scalars_now(self._everything, steps, now)
         if others:
             return False
-        self._runs = [_Packed(tape, pack, pack.grad, pack.spread(scalars), tape.room(len(pack)))]
+        self._runs = [_Packed(tape, pack, pack.grad, pack.spread(scalars), pack.room(tape))]
         self._params = given
         return True
 
@@ -396,7 +404,9 @@ class BlockedBatch(Batch):
         if not index.size:
             return []
         rules, which = replaced(self._rules, self._which, now)
-        which, counts = which[index], steps[index] + 1
+        if index is not self._everything:
+            which, steps = which[index], steps[index]
+        counts = steps + 1
         rule = rules[which[0]]
         if (which == which[0]).all() and (counts == counts[0]).all():
             scalars = rule.coefficients(int(counts[0]), self._dtype.name)
