@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_64
 
-from multiopt.backend import PARTS_OF, Array, Layout, backend_of, named
+from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.durable import replacing
 from multiopt.errors import CheckpointError
 from multiopt.schedules import check_description
@@ -61,8 +61,11 @@ class Contents(NamedTuple):
     metadata: Mapping[str, Any] = MappingProxyType({})
     damaged: Mapping[str, str] = MappingProxyType({})
 
-    def check_whole(self) -> None:
+    def check_whole(self, path: str | os.PathLike[str]) -> None:
         """Refuse what is not whole.
+
+        Args:
+            path: The file, for the message.
 
         Raises:
             CheckpointError: Something is damaged.
@@ -70,7 +73,8 @@ class Contents(NamedTuple):
         if self.damaged:
             what = "; ".join(f"{name!r}, {why}" for name, why in self.damaged.items())
             raise CheckpointError(
-                f"the state of {what}. Nothing was loaded; strict=False loads the rest"
+                f"{os.fsdecode(path)}: the state of {what}. Nothing was loaded; strict=False loads "
+                "the rest"
             )
 
 
@@ -113,6 +117,7 @@ def write(
     """
     metadata = _checked_metadata(metadata or {})
     slots: list[Array] = []
+    layouts: list[Layout] = []
     rules: dict[str, int] = {}
     # Writing a description takes 10 us, and many names have one and the same.
     known: dict[int, int] = {}
@@ -120,13 +125,13 @@ def write(
     def described(entry: Mapping[str, Any]) -> dict[str, Any]:
         keys = {slot: str(len(slots) + i) for i, slot in enumerate(entry["slots"])}
         slots.extend(entry["slots"].values())
+        forms = [backend_of(x, "a slot").layout(x, "a slot") for x in entry["slots"].values()]
+        layouts.extend(forms)
         rule = entry["rule"]
         if id(rule) not in known:
             known[id(rule)] = rules.setdefault(json.dumps(rule, allow_nan=False), len(rules))
         made = {"rule": known[id(rule)], "step": entry["step"], "slots": keys}
-        is_complex = entry.get("complex")
-        if is_complex is None:
-            is_complex = any(map(_is_complex, entry["slots"].values()))
+        is_complex = entry.get("complex") or any(form.is_complex for form in forms)
         return {**made, "complex": True} if is_complex else made
 
     document = {
@@ -135,7 +140,6 @@ def write(
     }
     document |= {"version": VERSION, "rules": list(map(json.loads, rules)), "metadata": metadata}
     text = json.dumps(document, allow_nan=False)
-    layouts = [backend_of(slot, "a slot").layout(slot, "a slot") for slot in slots]
     # float64 first: readers that map the file find numbers at multiples of their size.
     order = sorted(range(len(slots)), key=lambda i: layouts[i].dtype, reverse=True)
     words = ["0" * 16] * (1 + len(slots))
@@ -187,10 +191,6 @@ def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _is_complex(slot: Array) -> bool:
-    return str(slot.dtype).rpartition(".")[2] in PARTS_OF
-
-
 def _on_host(slot: Array) -> np.ndarray:
     """A slot as a file has it, over its own memory if that is possible."""
     backend = backend_of(slot, "a slot")
@@ -235,12 +235,13 @@ def read(path: str | os.PathLike[str], names: Collection[str] | None = None) -> 
         OSError: The file cannot be read.
     """
     damaged: dict[str, str] = {}
+    wanted = None if names is None else set(names)
     with _opened(path) as (file, document, words):
         for part in PARTS:
             entries = document.get(part, {})
             for name, entry in entries.items():
                 keys, is_complex = entry["slots"], entry.pop("complex", False)
-                if names is not None and name not in names:
+                if wanted is not None and name not in wanted:
                     keys = {}
                 entry["slots"] = {}
                 for slot, key in keys.items():

@@ -27,6 +27,7 @@ __all__ = [
     "chosen_clip",
     "described",
     "described_rule",
+    "in_parts",
     "new_entry",
     "on_host",
     "restored",
@@ -132,7 +133,7 @@ def new_entry(
     zeros = named(layout.library).zeros
     shapes = _slot_shapes(name, rule, layout)
     slots = tuple(zeros(layout._replace(shape=shape)) for shape in shapes.values())
-    master = zeros(layout) if masters and layout.dtype != layout.compute_dtype else None
+    master = zeros(layout) if _keeps_master(masters, layout) else None
     return Entry(rule, clip, 0, slots, layout, master)
 
 
@@ -255,6 +256,16 @@ def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
     return {"rule": rule, "step": stored["step"], "slots": slots}
 
 
+def in_parts(slots: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Slots, the real and imaginary parts of those that are complex along one more axis."""
+    parts = named("numpy").parts
+    return {name: parts(x) if np.iscomplexobj(x) else x for name, x in slots.items()}
+
+
+def _keeps_master(masters: bool, layout: Layout) -> bool:
+    return masters and layout.dtype != layout.compute_dtype
+
+
 def restored(
     name: str,
     stored: Mapping[str, Any],
@@ -272,7 +283,7 @@ def restored(
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
     shapes = _slot_shapes(name, rule, layout)
-    keeps_master = masters and layout.dtype != layout.compute_dtype
+    keeps_master = _keeps_master(masters, layout)
     if keeps_master and MASTER in stored["slots"]:
         shapes[MASTER] = layout.shape
     check_slot_names(name, stored, rule, shapes)
@@ -280,8 +291,7 @@ def restored(
         return new_entry(name, rule, clip, layout, masters)
     arrays = stored["slots"]
     if layout.is_complex:
-        parts = named("numpy").parts
-        arrays = {k: parts(x) if np.iscomplexobj(x) else x for k, x in arrays.items()}
+        arrays = in_parts(arrays)
     if stored.get("cast"):
         # The dtype of a complex slot of a real parameter is an error below.
         dtype = layout.compute_dtype

@@ -1131,9 +1131,9 @@ class Optimizer:
         wanted = wanted_names(names)
         contents = checkpoint.read(path, wanted)
         new = renamed([*names_of(contents.state_dict), *contents.damaged], wanted, rename)
+        if strict:
+            contents.check_whole(path)
         try:
-            if strict:
-                contents.check_whole()
             return self._load(contents, new, Options(strict, cast, own=True))
         except ValueError as error:
             raise CheckpointError(f"{os.fsdecode(path)}: {error}") from error

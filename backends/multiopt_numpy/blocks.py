@@ -108,11 +108,10 @@ class _Packed:
         pack: _Pack,
         grad: np.ndarray,
         scalars: list[Any],
-        room: list[np.ndarray],
     ) -> None:
         """Nothing is computed yet."""
         self.pack = pack
-        self._tape, self._grad, self._scalars, self._room = tape, grad, scalars, room
+        self._tape, self._grad, self._scalars, self._room = tape, grad, scalars, pack.room(tape)
         # Where the results go, beside the parameters.
         self._pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
 
@@ -294,7 +293,7 @@ class BlockedBatch(Batch):
             (_, tape, scalars), *others = self._scalars_now(self._everything, steps, now)
         if others:
             return False
-        self._runs = [_Packed(tape, pack, pack.grad, pack.spread(scalars), pack.room(tape))]
+        self._runs = [_Packed(tape, pack, pack.grad, pack.spread(scalars))]
         self._params = given
         return True
 
@@ -477,7 +476,7 @@ class BlockedBatch(Batch):
             grad, beyond = _clipped(grad, *pack.spread([x.astype(self._dtype) for x in mine]))
             limited = [part.any() for part in pack.parts(beyond)]
             self._clipped[where] = mine.scales() | np.array(limited, bool)
-        run = _Packed(tape, pack, grad, pack.spread(scalars), tape.room(len(pack)))
+        run = _Packed(tape, pack, grad, pack.spread(scalars))
         run.compute()
         run.goes(pack.params, params)
         for parts, i in zip(pack.slots, positions, strict=True):

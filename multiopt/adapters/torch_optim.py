@@ -40,8 +40,7 @@ from multiopt.adapters.torch_state import (
     state_dict_of,
     without_clock,
 )
-from multiopt.backend import named
-from multiopt.entry import check_slot_names
+from multiopt.entry import check_slot_names, in_parts
 from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
 
@@ -302,8 +301,7 @@ def _state(
         return fresh_state(constructor, settings, param)
     slots = stored["slots"]
     if param.is_complex():
-        parts = named("numpy").parts
-        slots = {k: parts(x) if np.iscomplexobj(x) else x for k, x in slots.items()}
+        slots = in_parts(slots)
         shapes = {slot: (*shape, 2) for slot, shape in shapes.items()}
     for slot, array in slots.items():
         if array.shape != shapes[slot] or np.iscomplexobj(array):

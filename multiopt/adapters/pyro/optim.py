@@ -46,6 +46,7 @@ from multiopt.entry import (
     check_slot_names,
     described,
     described_rule,
+    in_parts,
     new_entry,
     restored,
     restored_plateaus,
@@ -504,10 +505,7 @@ class JointOptim(PyroOptim):
             is_safetensors = file.read(9)[8:] == b"{"
         if is_safetensors:
             contents = checkpoint.read(filename)
-            try:
-                contents.check_whole()
-            except CheckpointError as error:
-                raise CheckpointError(f"{filename}: {error}") from error
+            contents.check_whole(filename)
             document = contents.state_dict
             loaded = {**document["pending"], **document["entries"]}
             self._wait({k: _in_parts(v) for k, v in loaded.items()}, document.get("steps"))
@@ -648,13 +646,9 @@ def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
 
 def _in_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Loaded state with the parts of complex slots, and the word that they are."""
-    parts = named("numpy").parts
-    slots = {k: parts(x) if np.iscomplexobj(x) else x for k, x in stored["slots"].items()}
-    return {
-        **stored,
-        "slots": slots,
-        "complex": any(map(np.iscomplexobj, stored["slots"].values())),
-    }
+    slots = stored["slots"]
+    is_complex = any(map(np.iscomplexobj, slots.values()))
+    return {**stored, "slots": in_parts(slots), "complex": is_complex}
 
 
 def _make_clip(settings: Mapping[str, Any]) -> Clip | None:
