@@ -12,7 +12,7 @@ from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.clipping import Clip
 from multiopt.rules import Rule
-from multiopt.schedules import Schedule, plateaus
+from multiopt.schedules import Plateau, Schedule, plateaus
 from multiopt.schedules import described as described_schedule
 
 __all__ = [
@@ -359,19 +359,27 @@ def is_unstepped(stored: Mapping[str, Any]) -> bool:
     return stored["step"] == 0 and not stored["slots"]
 
 
-def restored_plateaus(rule: Rule, stored: Mapping[str, Any], ahead: bool = False) -> None:
+def restored_plateaus(
+    rule: Rule, stored: Mapping[str, Any], ahead: bool = False
+) -> list[tuple[Plateau, dict[str, Any]]]:
     """Give each ``Plateau`` of a rule what a loaded description of a rule says it has seen.
 
     Args:
         rule: The rule.
         stored: The description.
         ahead: Whether only those that have seen less than that take it.
+
+    Returns:
+        Those that took it, with what they had seen before.
     """
     words = stored.get("schedules", {})
+    before = []
     for name in rule.ranges:
         for plateau, state in plateaus(getattr(rule, name), words.get(name)):
             if not ahead or plateau.observed < state["observed"]:
+                before.append((plateau, plateau.state()))
                 plateau.load_state(state)
+    return before
 
 
 def described(

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
@@ -37,6 +38,7 @@ from multiopt.entry import (
     with_rule,
 )
 from multiopt.errors import CheckpointError
+from multiopt.exclusive import exclusive, in_the_middle
 from multiopt.inputs import as_dict, check_known, check_names, own_gradient
 from multiopt.interruption import uninterrupted
 from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
@@ -115,6 +117,7 @@ class Optimizer:
         "__weakref__",
         "_average",
         "_averages",
+        "_changing",
         "_clip",
         "_masters",
         "_max_skips",
@@ -128,7 +131,11 @@ class Optimizer:
         "_skips",
         "_steps",
         "_threads",
+        "_under_way",
     )
+
+    #: Those that a copy begins anew.
+    _own: ClassVar = ("__weakref__", "_changing", "_plan", "_plans", "_under_way")
 
     #: Whether a step writes clipped gradients over the gradients.
     _leave_clipped: ClassVar[bool] = False
@@ -176,6 +183,11 @@ class Optimizer:
         # Of the last step: its names, which of them were new, and what became of them. Every whole
         # step has an object of its own here.
         self._outcome: _Outcome | None = None
+        # Whether a step or another change has begun that has not ended.
+        self._changing = False
+        # A step in which one call changes all: its plan, the first clock before it, and the number
+        # of steps after it.
+        self._under_way: tuple[Plan, int, int] | None = None
 
     # Looking
 
@@ -202,6 +214,11 @@ class Optimizer:
 
         Schedules count the steps of their parameter instead, but for ``schedules.Shared``.
         """
+        if self._changing and self._under_way is not None:
+            # A signal handler asks, and the call may have been made.
+            plan, first, count = self._under_way
+            if plan.steps[0] != first:
+                return count
         return self._steps
 
     @property
@@ -240,7 +257,7 @@ class Optimizer:
         """
         entry = self._entry(name)
         try:
-            now = entry.rule.at(entry.step + 1, self._steps + 1)
+            now = entry.rule.at(entry.step + 1, self.steps + 1)
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from error
         return {f.name: getattr(now, f.name) for f in fields(now)}
@@ -275,11 +292,12 @@ class Optimizer:
         """All but the plans."""
         self._settle_clocks()
         names = (*Optimizer.__slots__, *getattr(self, "__dict__", ()))
-        return {n: getattr(self, n) for n in names if n not in ("__weakref__", "_plan", "_plans")}
+        return {name: getattr(self, name) for name in names if name not in self._own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin without plans."""
         self._plan, self._plans = None, {}
+        self._changing, self._under_way = False, None
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -318,14 +336,17 @@ class Optimizer:
         return self._rule
 
     @rule.setter
+    @exclusive
     def rule(self, rule: Rule | Callable[[str], Rule]) -> None:
         check_rule(rule)
-        self._entries = {
+        entries = {
             name: with_rule(name, entry, chosen(rule, name, Rule, "rule"))
             for name, entry in self._entries.items()
         }
-        self._rule = rule
+        with uninterrupted():
+            self._entries, self._rule = entries, rule
 
+    @exclusive
     def set_hyperparameters(self, names: Iterable[str] | str | None = None, **values: Any) -> None:
         """Change some hyperparameters, of all names or of none.
 
@@ -367,8 +388,8 @@ class Optimizer:
                 rule = Changed(rule.given, {**rule.values, **values})
             else:
                 rule = Changed(rule, values)
-        self._entries = {**entries, **touched}
-        self._rule = rule
+        with uninterrupted():
+            self._entries, self._rule = {**entries, **touched}, rule
 
     @property
     def clip(self) -> Clip | Callable[[str], Clip | None] | None:
@@ -379,14 +400,17 @@ class Optimizer:
         return self._clip
 
     @clip.setter
+    @exclusive
     def clip(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
         check_clip(clip)
-        self._entries = {
+        entries = {
             name: replace(entry, clip=chosen_clip(clip, name))
             for name, entry in self._entries.items()
         }
-        self._clip = clip
+        with uninterrupted():
+            self._entries, self._clip = entries, clip
 
+    @exclusive
     def forget(self, name: str) -> None:
         """Drop a name with its state, seen or pending, and its skips; seen again, it starts anew.
 
@@ -395,14 +419,19 @@ class Optimizer:
         """
         if name not in self._known():
             raise KeyError(f"cannot forget parameter {name!r}: it is neither seen nor pending")
-        self._entries = {n: entry for n, entry in self._entries.items() if n != name}
-        self._pending.pop(name, None)
-        self._skips = {n: count for n, count in self._skips.items() if n != name}
-        if self._averages is not None:
-            if name in self._averages or name in self._averages.pending:
-                self._averages.forget(name)
-            self._choices.pop(name, None)
+        with uninterrupted():
+            if self._averages is not None:
+                self._averages._drop({name})
+                self._choices.pop(name, None)
+            self._drop({name})
 
+    def _drop(self, names: Collection[str]) -> None:
+        """Forget names; nothing comes between."""
+        self._entries = {n: entry for n, entry in self._entries.items() if n not in names}
+        self._pending = {n: entry for n, entry in self._pending.items() if n not in names}
+        self._skips = {n: count for n, count in self._skips.items() if n not in names}
+
+    @exclusive
     def rename(self, names: Mapping[str, str]) -> None:
         """Give names, seen or pending, new names; state, rule, clip and skips go along.
 
@@ -412,8 +441,10 @@ class Optimizer:
         Raises:
             KeyError: An old name is neither seen nor pending, and was never skipped.
             ValueError: Two names would become one.
-            TypeError: A new name is no string.
+            TypeError: A new name is no string, or ``names`` no mapping.
         """
+        if not isinstance(names, Mapping):
+            raise TypeError(f"expected a mapping of old names to new ones; got {names!r}")
         known = self._known()
         for old, new in names.items():
             if old not in known:
@@ -424,19 +455,28 @@ class Optimizer:
         for new in names.values():
             if renamed[new] > 1:
                 raise ValueError(f"cannot rename: two parameters would be called {new!r}")
+        names = dict(names)
+        with uninterrupted():
+            if self._averages is not None:
+                self._averages._move(names)
+                # A step that failed may have left a choice for a name of which nothing is held.
+                made = {
+                    names.get(n, n): choice for n, choice in self._choices.items() if n in known
+                }
+                self._choices.clear()
+                self._choices.update(made)
+            self._move(names)
+
+    def _move(self, names: Mapping[str, str]) -> None:
+        """Give names new names; nothing comes between."""
         self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
         self._pending = {names.get(name, name): entry for name, entry in self._pending.items()}
         self._skips = {names.get(name, name): count for name, count in self._skips.items()}
-        if self._averages is not None:
-            known = dict.fromkeys([*self._averages.names, *self._averages.pending])
-            self._averages.rename({old: new for old, new in names.items() if old in known})
-            made = {names.get(name, name): choice for name, choice in self._choices.items()}
-            self._choices.clear()
-            self._choices.update(made)
 
     def _known(self) -> dict[str, None]:
         """The names of which anything is held."""
-        return dict.fromkeys([*self._entries, *self._pending, *self._skips])
+        averages = () if self._averages is None else self._averages._known()
+        return dict.fromkeys([*self._entries, *self._pending, *self._skips, *averages])
 
     # The step
 
@@ -471,9 +511,13 @@ class Optimizer:
             TypeError: Something is no usable array: a scalar, a dtype that is not real floating, a
                 gradient of another dtype or device than its parameter's, a tracer.
         """
-        undo: list[_Before] = []
+        if self._changing:
+            raise in_the_middle("step")
+        undo: _Undo = []
         before = self._outcome
         try:
+            # As ``exclusive`` does, in less time.
+            self._changing = True
             params = as_dict("params", params)
             count, gradients = len(params), None
             if grads is not None:
@@ -481,23 +525,52 @@ class Optimizer:
                 check_known(grads, params)
                 gradients = np.fromiter(map(grads.get, params), object, count)
             arrays = np.fromiter(params.values(), object, count)
-            advance = _untraced() if "torch._dynamo" in sys.modules else Optimizer._advance
-            names = list(params)
-            if replaced := advance(self, names, arrays, gradients, undo):
+            advance = (
+                Optimizer._advance if self._averages is None else Optimizer._advance_and_average
+            )
+            if "torch._dynamo" in sys.modules:
+                advance = _untraced(advance)
+            if replaced := advance(self, list(params), arrays, gradients, undo):
                 params.update(replaced)
-            if self._averages is not None:
-                averaged = self._averaged()
-                arrays = np.fromiter(map(params.get, averaged), object, len(averaged))
-                if grads is not None:
-                    gradients = np.fromiter(map(grads.get, averaged), object, len(averaged))
-                advance(self._averages, averaged, arrays, gradients, undo)
+            self._changing = False
             return params
         except BaseException as error:
+            self._changing = False
             with uninterrupted():
-                for each in undo:
-                    each.optimizer._take_back(each)
+                for take_back in undo:
+                    take_back()
                 self._explain(error, before)
             raise
+
+    def _advance_and_average(
+        self,
+        names: list[str],
+        params: np.ndarray,
+        grads: np.ndarray | None,
+        undo: "_Undo",
+    ) -> dict[str, Array]:
+        """``_advance``, and then the averages."""
+        assert self._averages is not None
+        more: _Undo = []
+        try:
+            # Handlers find the averages where the parameters are.
+            with ExitStack() as held:
+                replaced = self._advance(names, params, grads, undo, held)
+                if averaged := self._averaged():
+                    place = dict(zip(names, range(len(names)), strict=True))
+                    where = [place[name] for name in averaged]
+                    now = (replaced.get(names[i], params[i]) for i in where)
+                    # A schedule that is shared counts the steps of the whole.
+                    self._averages._steps = self._steps - 1
+                    self._averages._advance(
+                        averaged,
+                        np.fromiter(now, object, len(where)),
+                        None if grads is None else grads[where],
+                        more,
+                    )
+        finally:
+            undo += more
+        return replaced
 
     def _averaged(self) -> list[str]:
         """The names that the last step updated, and of which an average is kept."""
@@ -527,7 +600,8 @@ class Optimizer:
         names: list[str],
         params: np.ndarray,
         grads: np.ndarray | None,
-        undo: "list[_Before]",
+        undo: "_Undo",
+        held: ExitStack | None = None,
     ) -> dict[str, Array]:
         """Step; return the arrays that take the place of parameters that cannot be written.
 
@@ -535,7 +609,9 @@ class Optimizer:
             names: Their names.
             params: The parameters.
             grads: Their gradients; None for their own.
-            undo: Takes how to take those back whose new arrays do not reach the caller.
+            undo: Takes what takes back what is not to stay if the step does not end.
+            held: Holds signals back from the first change on, until its owner closes it; None to
+                hold them back no longer than the changes take.
         """
         plan = self._plan_of(names)
         own, leaves = grads is None, False
@@ -547,10 +623,16 @@ class Optimizer:
         if plan is not None:
             # The way of nearly every step.
             now = None
-            if self._on_nonfinite == "propagate" and plan.takes_all(params, grads):
+            is_plain = self._on_nonfinite == "propagate" and not (
+                self._skips and self._skips_in_a_row()
+            )
+            if is_plain and plan.takes_all(params, grads):
                 # A schedule is the caller's code: the arrays are looked at when it has run.
                 now = self._rules_now(plan) if plan.scheduled else ()
                 count, first = self._steps + 1, plan.steps[0]
+                if held is not None:
+                    held.enter_context(uninterrupted())
+                self._under_way = plan, first, count
                 try:
                     outcome = plan.advance_all(
                         params, grads, leaves, now, self._leave_clipped, self._threads
@@ -566,22 +648,28 @@ class Optimizer:
                             self._steps = count
                             self._outcome = plan.names, (), plan.told()
                     raise
+                finally:
+                    self._under_way = None
             # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step apart.
             with np.errstate(all="ignore"):
-                return self._take(plan, params, grads, undo, own=own, leaves=leaves, now=now)
+                return self._take(plan, params, grads, undo, held, own=own, leaves=leaves, now=now)
         # A name is seen for the first time with its first gradient.
         has = np.array([grad is not None for grad in grads], bool)
         if not has.all():
             some = [name for name, here in zip(names, has, strict=True) if here]
-            return self._advance(some, params[has], grads[has], undo)
+            return self._advance(some, params[has], grads[has], undo, held)
         fresh = {}
         for name, param in zip(names, params, strict=True):
             if name not in self._seen:
                 label = f"parameter {name!r}"
                 layout = backend_of(param, label).layout(param, label)
-                fresh[name] = self._settled(name, layout)
+                fresh[name] = self._settled(name, layout, undo)
         with np.errstate(all="ignore"):
-            return self._take(self._made(names, fresh), params, grads, undo, fresh, own=own)
+            return self._take(self._made(names, fresh), params, grads, undo, held, fresh, own=own)
+
+    def _skips_in_a_row(self) -> bool:
+        """Whether an update would end a run of skips, a loaded one if nothing is skipped here."""
+        return any(count.consecutive for count in self._skips.values())
 
     def _rules_now(self, plan: Plan) -> Sequence[Now]:
         with np.errstate(all="ignore"):
@@ -592,7 +680,8 @@ class Optimizer:
         plan: Plan,
         params: np.ndarray,
         grads: np.ndarray,
-        undo: "list[_Before]",
+        undo: "_Undo",
+        held: ExitStack | None,
         fresh: Mapping[str, Entry] = MappingProxyType({}),
         *,
         own: bool,
@@ -606,6 +695,7 @@ class Optimizer:
             params: Its parameters.
             grads: Their gradients.
             undo: As for ``_advance``.
+            held: Likewise.
             fresh: The entries that are not registered yet: of new names, and of parameters that
                 moved.
             own: Whether the gradients are the parameters' own.
@@ -629,9 +719,10 @@ class Optimizer:
         if moved:
             names = plan.names
             self._settle_clocks()
-            fresh = {**fresh, **{names[i]: self._settled(names[i], x) for i, x in moved.items()}}
+            moved_to = {names[i]: self._settled(names[i], x, undo) for i, x in moved.items()}
+            fresh = {**fresh, **moved_to}
             made = self._made(names, fresh)
-            return self._take(made, params, grads, undo, fresh, own=own, now=now)
+            return self._take(made, params, grads, undo, held, fresh, own=own, now=now)
         step.check(self._on_nonfinite, self._leave_clipped)
         names, active = plan.names, step.outcome.active
         skips = self._skips
@@ -644,11 +735,15 @@ class Optimizer:
         if not (names and (active is None or active.any())):
             count = self._steps
         outcome = names, born, step.outcome
-        before = [self._before(plan, fresh, step.replaced)] if step.replaced else []
+        before: _Undo = []
+        if step.replaced:
+            before = [partial(self._take_back, self._before(plan, fresh, step.replaced))]
         replaced = {names[i]: array for i, array in step.replaced.items()}
+        if held is not None:
+            held.enter_context(uninterrupted())
         with uninterrupted():
             # From here on nothing fails: the step is whole.
-            undo += before
+            undo[:] = before
             step.run()
             self._steps, self._outcome, self._skips = count, outcome, skips
             if plan is not self._plan:
@@ -674,7 +769,7 @@ class Optimizer:
             held.append(
                 _Held(name, entry, entry.slots, entry.master, steps[i], registered, pending)
             )
-        return _Before(self, self._steps, self._outcome, self._skips, held)
+        return _Before(self._steps, self._outcome, self._skips, held)
 
     def _take_back(self, before: "_Before") -> None:
         """Let names be as they were before the step: their new arrays did not reach the caller."""
@@ -795,21 +890,31 @@ class Optimizer:
         self._plan = None
         self._plans = {}
 
-    def _settled(self, name: str, layout: Layout) -> Entry:
-        """The entry a step of this parameter starts from; nothing is registered yet."""
+    def _settled(self, name: str, layout: Layout, undo: "_Undo") -> Entry:
+        """The entry a step of this parameter starts from; nothing is registered yet.
+
+        Args:
+            name: That of the parameter.
+            layout: Its layout.
+            undo: As for ``_advance``.
+        """
         entry = self._seen.get(name)
         if entry is None:
             if self._averages is not None:
-                self._average_of(name)
+                if name not in self._choices:
+                    self._average_of(name)
+                    undo.append(partial(self._choices.pop, name, None))
                 if name in self._averages._pending:
                     # If its average does not fit, nothing is to be changed yet.
-                    self._averages._settled(name, layout)
+                    self._averages._settled(name, layout, undo)
             rule = chosen(self._rule, name, Rule, "rule")
             clip = chosen_clip(self._clip, name)
             if name in self._pending:
                 stored = self._pending[name]
                 made = restored(name, stored, rule, clip, layout, self._masters)
-                restored_plateaus(rule, stored["rule"], ahead=True)
+                # The first step asks them.
+                seen = restored_plateaus(rule, stored["rule"], ahead=True)
+                undo += [partial(plateau.load_state, before) for plateau, before in seen]
                 return made
             return new_entry(name, rule, clip, layout, self._masters)
         old = entry.layout
@@ -858,7 +963,7 @@ class Optimizer:
             averages = {AVERAGES[part]: x for part, x in self._averages._stored(shown).items()}
         return {
             "version": checkpoint.VERSION,
-            "steps": self._steps,
+            "steps": self.steps,
             **self._stored(shown),
             **averages,
             **(
@@ -872,9 +977,7 @@ class Optimizer:
         entries = self._entries.items()
         if shown:
             return {
-                "entries": {
-                    n: described(entry, _shown(entry), self._steps) for n, entry in entries
-                },
+                "entries": {n: described(entry, _shown(entry), self.steps) for n, entry in entries},
                 "pending": {
                     name: {
                         "rule": deepcopy(stored["rule"]),
@@ -888,7 +991,7 @@ class Optimizer:
         for entry in self._seen.values():
             key = id(entry.rule), entry.step
             if key not in rules:
-                rules[key] = described_rule(entry.rule, entry.step, self._steps)
+                rules[key] = described_rule(entry.rule, entry.step, self.steps)
         return {
             "entries": {
                 name: {
@@ -902,6 +1005,7 @@ class Optimizer:
             "pending": self._pending,
         }
 
+    @exclusive
     def load_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -971,16 +1075,18 @@ class Optimizer:
         for name, counts in state_dict.get("skips", {}).items():
             if new.get(name) in taken:
                 skips[new[name]] = Skips(*counts)
-        keeps_steps = len(new) < len(have) and self._steps > 0
+        is_part = len(new) < len(have)
+        steps = state_dict.get("steps")
+        if (is_part and self._steps > 0) or (have and not taken):
+            steps = self._steps
+        with_averages = averages.entries.keys() | averages.pending.keys()
+        without = (loaded.entries.keys() | loaded.pending.keys()) - with_averages
         with uninterrupted():
             # From here on nothing fails.
+            self._take_over(loaded, steps, ahead=is_part)
             if self._averages is not None:
-                self._averages._take_over(averages, None)
-                kept = averages.entries.keys() | averages.pending.keys()
-                for name in (loaded.entries.keys() | loaded.pending.keys()) - kept:
-                    if name in self._averages or name in self._averages.pending:
-                        self._averages.forget(name)
-            self._take_over(loaded, self._steps if keeps_steps else state_dict.get("steps"))
+                self._averages._drop(without)
+                self._averages._take_over(averages, self._steps, ahead=is_part)
             self._skips = skips
         found = {new.get(name, name) for name in have}
         return LoadReport(
@@ -1067,7 +1173,14 @@ class Optimizer:
         loaded = self._averages._loaded(rest, options, self._entries)
         return loaded._replace(refused=odd | loaded.refused)
 
-    def _take_over(self, loaded: "_Loaded", steps: int | None) -> None:
+    def _take_over(self, loaded: "_Loaded", steps: int | None, ahead: bool) -> None:
+        """Take over loaded state.
+
+        Args:
+            loaded: The state.
+            steps: How many steps were taken; if unknown, the largest clock.
+            ahead: Whether a ``Plateau`` only takes over what is more than it has seen.
+        """
         self._entries = {**self._entries, **loaded.entries}
         self._pending = {
             name: stored
@@ -1075,7 +1188,7 @@ class Optimizer:
             if name not in loaded.entries
         }
         for rule, words in loaded.reached:
-            restored_plateaus(rule, words)
+            restored_plateaus(rule, words, ahead)
         clocks = [entry.step for entry in self._seen.values()]
         clocks += [entry["step"] for entry in self._pending.values()]
         self._steps = max(clocks, default=0) if steps is None else steps
@@ -1099,6 +1212,7 @@ class Optimizer:
         """
         checkpoint.write(path, self._state_dict(shown=False), metadata)
 
+    @exclusive
     def load(
         self,
         path: str | os.PathLike[str],
@@ -1155,6 +1269,9 @@ class _Loaded(NamedTuple):
     refused: dict[str, str]
 
 
+#: What takes back what a step has changed.
+_Undo: TypeAlias = list[Callable[[], object]]
+
 #: Of a step: its names, which of them were new, and what became of them.
 _Outcome: TypeAlias = tuple[list[str], tuple[str, ...], Outcome]
 
@@ -1185,14 +1302,12 @@ class _Before(NamedTuple):
     """What it takes to take a step back, for names whose arrays cannot be written.
 
     Attributes:
-        optimizer: Whose step.
         steps: How many steps it had taken.
         outcome: What it had to tell of its last step.
         skips: Its counts of skips.
         held: What it held of each name.
     """
 
-    optimizer: Optimizer
     steps: int
     outcome: _Outcome | None
     skips: dict[str, Skips]
@@ -1208,12 +1323,14 @@ def _shown(entry: Entry) -> Callable[[Array], Array]:
     return shown
 
 
-def _untraced() -> Callable[..., dict[str, Array]]:
-    """``Optimizer._advance`` out of reach of PyTorch's compiler, which would round otherwise."""
-    if not _UNTRACED:
-        _UNTRACED.append(sys.modules["torch"].compiler.disable(Optimizer._advance))
-    return _UNTRACED[0]
+def _untraced(advance: "_Advance") -> "_Advance":
+    """A way to step out of reach of PyTorch's compiler, which would round otherwise."""
+    if advance not in _UNTRACED:
+        _UNTRACED[advance] = sys.modules["torch"].compiler.disable(advance)
+    return _UNTRACED[advance]
 
 
-# A list: torch's compiler warns of functools.cache.
-_UNTRACED: list[Callable[..., dict[str, Array]]] = []
+_Advance: TypeAlias = Callable[..., dict[str, Array]]
+
+# A dict: torch's compiler warns of functools.cache.
+_UNTRACED: dict[_Advance, _Advance] = {}

@@ -72,7 +72,8 @@ class Plan:
         self.names = names
         self.entries = entries
         self.steps = np.empty(0, np.int64)
-        self._ahead = False
+        # Whether the entries have clocks of earlier steps, and whether a step may be on its way.
+        self._ahead = self._advancing = False
         #: What the last step does, or did, that ``advance_all`` takes.
         self.outcome = ALL_UPDATED
         self.resume()
@@ -137,6 +138,7 @@ class Plan:
 
     def resume(self) -> None:
         """Take the clocks of the entries over."""
+        self._ahead = self._advancing = False
         self.steps = np.array([entry.step for entry in self.entries], np.int64)
 
     def advance(self, steps: np.ndarray) -> None:
@@ -149,7 +151,8 @@ class Plan:
         if self._ahead:
             for entry, step in zip(self.entries, self.steps.tolist(), strict=True):
                 entry.step = step
-            self._ahead = False
+            # A signal handler that looks may come before the clocks move.
+            self._ahead = self._advancing
 
     # Schedules
 
@@ -210,15 +213,17 @@ class Plan:
         limits = None if clipping is None else clipping.limits
         if not batch.ready(params, grads, leaves, steps, now, limits):
             return None
-        if clipping is None or limits is None:
-            self.outcome = ALL_UPDATED
-            self._ahead = True
-            batch.advance(steps, None, False, threads)
+        self.outcome = ALL_UPDATED
+        if clipping is not None and limits is not None:
+            room = np.empty(len(self.names), bool)
+            self.outcome = Outcome(None, (), clipping.norms(), room, {})
+        self._advancing = self._ahead = True
+        try:
+            clipped = batch.advance(steps, limits, leave_clipped, threads)
+        finally:
+            self._advancing = False
+        if limits is None:
             return ALL_UPDATED
-        room = np.empty(len(self.names), bool)
-        self.outcome = Outcome(None, (), clipping.norms(), room, {})
-        self._ahead = True
-        clipped = batch.advance(steps, limits, leave_clipped, threads)
         # Counting takes 50 us less than ``any`` when other work has filled the caches.
         if leave_clipped and (count := np.count_nonzero(clipped)):
             self.whole.backend.touch(grads if count == len(clipped) else grads[clipped])

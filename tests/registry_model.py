@@ -280,7 +280,9 @@ class Model:
         for name in main.seen.keys() | main.pending.keys():
             if name not in means.seen.keys() | means.pending.keys():
                 self.means.forget(name)
-        if len(new) == len(saved.entries) or self.main.steps == 0:
+        is_part = len(new) < len(saved.entries)
+        is_nothing = bool(saved.entries) and not (main.seen or main.pending)
+        if not is_nothing and not (is_part and self.main.steps > 0):
             self.main.steps = saved.steps
         refused = main.refused | means.refused
         return {

@@ -261,3 +261,84 @@ def test_a_loaded_average_of_a_name_seen_without_one_is_there_at_once_or_does_no
         else:
             with pytest.raises(ValueError, match="'average' of parameter 'w' has shape"):
                 opt.load_state_dict(state)
+
+
+def test_a_choice_that_a_failed_step_made_is_no_name_s() -> None:
+    asked = []
+
+    def average(name: str) -> mo.Average | None:
+        asked.append(name)
+        return None if name == "x" else mo.Average()
+
+    opt = mo.Optimizer(mo.SGD(lr=1.0), on_nonfinite="raise", average=average)
+    w, good = np.ones(2), np.ones(2)
+    opt.step({"w": w}, {"w": good})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="infinities or NaNs"):
+            opt.step({"x": np.ones(2)}, {"x": np.array([1, np.nan])})
+    assert asked == ["w", "x", "x"]
+    opt.rename({"w": "x"})
+    opt.step({"x": w}, {"x": good})
+    assert opt.average("x").tolist() == [-0.5, -0.5]
+
+
+def test_a_choice_that_a_failed_load_made_goes_where_its_name_is_taken() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=1.0), average=lambda name: None if name == "x" else mo.Average())
+    w, good = np.ones(2), np.ones(2)
+    opt.step({"w": w}, {"w": good})
+    other = mo.Optimizer(mo.SGD(), average=mo.Average())
+    other.step({"x": np.ones(2)}, {"x": good})
+    with pytest.raises(ValueError, match="averages of 'x'"):
+        opt.load_state_dict(other.state_dict())
+    opt.rename({"w": "x"})
+    opt.step({"x": w}, {"x": good})
+    assert opt.average("x").tolist() == [-0.5, -0.5]
+
+
+def test_a_shared_schedule_of_an_average_counts_the_steps_of_the_whole(tmp_path: Path) -> None:
+    counts: list[int] = []
+
+    def decay(step: int) -> float:
+        counts.append(step)
+        return 1 - 0.5 / step
+
+    def make() -> mo.Optimizer:
+        average = mo.Average(decay=mo.schedules.Shared(decay))
+        return mo.Optimizer(
+            mo.SGD(lr=0.1), average=lambda name: None if name == "none" else average
+        )
+
+    def steps(opt: mo.Optimizer, numbers: range) -> None:
+        for k in numbers:
+            name = ("a", "none", "b")[k % 3]
+            opt.step({name: params[name]}, {name: np.full(2, float(k))})
+
+    params = {name: np.ones(2) for name in ("a", "none", "b")}
+    opt = make()
+    steps(opt, range(7))
+    opt.save(tmp_path / "run")
+    kept = copy.deepcopy(params)
+    steps(opt, range(7, 12))
+    assert list(dict.fromkeys(counts)) == [1, 3, 4, 6, 7, 9, 10, 12]
+    params, resumed = kept, make()
+    resumed.load(tmp_path / "run")
+    resumed.load(tmp_path / "run", names=[])
+    counts.clear()
+    steps(resumed, range(7, 12))
+    assert list(dict.fromkeys(counts)) == [9, 10, 12]
+    assert all((resumed.average(name) == opt.average(name)).all() for name in "ab")
+
+
+def test_a_name_of_which_there_is_only_an_average_is_a_name() -> None:
+    opt = mo.Optimizer(mo.SGD(), average=mo.Average())
+    opt.step({"a": np.ones(2)}, {"a": np.ones(2)})
+    other = mo.Optimizer(mo.SGD(), average=mo.Average())
+    other.step({"b": np.ones(2)}, {"b": np.ones(2)})
+    # Nothing that multiopt writes has one.
+    other._averages.load_state_dict(opt._averages.state_dict())
+    with pytest.raises(ValueError, match="two parameters would be called 'a'"):
+        other.rename({"b": "a"})
+    assert other.names == ("b",)
+    other.forget("a")
+    other.rename({"b": "a"})
+    assert other.average("a") is not None

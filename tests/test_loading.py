@@ -323,3 +323,71 @@ def test_a_cast_beyond_the_range_gives_infinity_in_silence() -> None:
     with np.errstate(all="raise"):
         its.load_state_dict(opt.state_dict(), cast=True)
     assert its.state("w").slots["exp_avg_sq"].tolist() == [np.inf]
+
+
+def test_a_load_that_takes_nothing_leaves_the_count_of_steps() -> None:
+    state = stepped(w=ones(3)).state_dict()
+    fresh = mo.Optimizer(mo.Adam())
+    fresh.load_state_dict(state, names=[])
+    assert fresh.steps == 0
+    fresh = mo.Optimizer(mo.SGD(momentum=0.5))
+    assert fresh.load_state_dict(state, strict=False).unused
+    assert fresh.steps == 0
+
+
+def test_a_plateau_does_not_go_back_for_a_name_that_is_loaded_later() -> None:
+    def make() -> tuple[mo.schedules.Plateau, mo.Optimizer]:
+        plateau = mo.schedules.Plateau(0.8, 0.5, patience=0)
+        return plateau, mo.Optimizer(mo.SGD(lr=plateau))
+
+    params, grads = {"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2), "b": np.ones(2)}
+    plateau, opt = make()
+    opt.step(params, grads)
+    plateau.observe(1.0)
+    # Here the state of "b" waits with a description of that time.
+    plateau, other = make()
+    other.load_state_dict(opt.state_dict())
+    for loss in (2.0, 3.0):
+        plateau.observe(loss)
+    other.step({"a": params["a"]}, {"a": grads["a"]})
+    plateau, last = make()
+    last.load_state_dict(other.state_dict(), names="a")
+    last.load_state_dict(other.state_dict(), names="b")
+    assert (plateau.observed, plateau(1)) == (3, 0.2)
+
+
+def test_a_first_step_that_fails_gives_back_what_a_plateau_had_seen() -> None:
+    def make() -> tuple[mo.schedules.Plateau, mo.Optimizer]:
+        plateau = mo.schedules.Plateau(0.8, 0.5, patience=0)
+        rule = mo.SGD(lr=plateau)
+        return plateau, mo.Optimizer(lambda name: rule, on_nonfinite="raise")
+
+    plateau, opt = make()
+    opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+    for loss in (1.0, 2.0):
+        plateau.observe(loss)
+    state = opt.state_dict()
+    plateau, other = make()
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="nothing was changed"):
+        other.step({"w": np.ones(2)}, {"w": np.array([1.0, np.nan])})
+    assert (plateau.observed, plateau(1)) == (0, 0.8)
+    other.step({"w": np.ones(2)}, {"w": np.ones(2)})
+    assert (plateau.observed, plateau(1)) == (2, 0.4)
+
+
+def test_a_load_drops_many_averages_in_the_time_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """State without averages has none for its names any more; each took the time of all."""
+    opt, plain = mo.Optimizer(mo.SGD(), average=mo.Average()), mo.Optimizer(mo.SGD())
+    params = {str(i): np.ones(1) for i in range(50)}
+    for each in (opt, plain):
+        each.step(params, {name: np.ones(1) for name in params})
+    drops: list[set[str]] = []
+    real = mo.Optimizer._drop
+    monkeypatch.setattr(
+        mo.Optimizer, "_drop", lambda self, names: (drops.append(set(names)), real(self, names))
+    )
+    opt.load_state_dict(plain.state_dict())
+    assert drops == [set(params)]
+    with pytest.raises(KeyError):
+        opt.average("0")

@@ -169,3 +169,18 @@ def test_counts_that_are_none_are_refused(skips: Any) -> None:
     state = mo.Optimizer(mo.SGD()).state_dict()
     with pytest.raises(mo.CheckpointError, match="skips"):
         mo.Optimizer(mo.SGD()).load_state_dict({**state, "skips": skips})
+
+
+@pytest.mark.parametrize("clip", [None, mo.Clip(norm=9.0), mo.Clip(global_norm=9.0)])
+def test_an_update_ends_a_run_that_was_loaded_where_nothing_is_skipped(clip: Any) -> None:
+    opt = mo.Optimizer(mo.SGD(), on_nonfinite="skip")
+    params = {"a": np.ones(1), "b": np.ones(1)}
+    bad, good = np.array([np.nan]), np.ones(1)
+    for _ in range(3):
+        opt.step(params, {"a": bad, "b": bad})
+    other = mo.Optimizer(mo.SGD(), clip)
+    other.step({"a": params["a"]}, {"a": good})
+    other.load_state_dict(opt.state_dict())
+    for _ in range(2):
+        other.step({"a": params["a"]}, {"a": good})
+    assert other.skips == {"a": (3, 0), "b": (3, 3)}

@@ -53,6 +53,8 @@ from multiopt.entry import (
     with_rule,
 )
 from multiopt.errors import CheckpointError
+from multiopt.exclusive import exclusive
+from multiopt.interruption import uninterrupted
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
@@ -161,27 +163,35 @@ class _Core(Optimizer):
             else:
                 task.grad.detach().copy_(clipped)
 
+    @exclusive
     def step_tensors(self, names: list[str], tensors: np.ndarray) -> None:
         """``step`` of tensors that have names already, by their own gradients."""
         before = self._outcome
         try:
             self._advance(names, tensors, None, [])
         except BaseException as error:
-            self._explain(error, before)
+            with uninterrupted():
+                self._explain(error, before)
             raise
 
+    @exclusive
     def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step."""
-        self._entries = {**self._entries, name: new_entry(name, rule, clip, layout)}
+        entries = {**self._entries, name: new_entry(name, rule, clip, layout)}
+        with uninterrupted():
+            self._entries = entries
 
     def entry(self, name: str) -> Entry:
         """What is held for a name."""
         return self._entries[name]
 
+    @exclusive
     def change_rules(self, rules: Mapping[str, Rule]) -> None:
         """Change the rules of some names."""
         entries = self._entries
-        self._entries = entries | {n: with_rule(n, entries[n], rule) for n, rule in rules.items()}
+        entries = entries | {n: with_rule(n, entries[n], rule) for n, rule in rules.items()}
+        with uninterrupted():
+            self._entries = entries
 
     @property
     def rules(self) -> set[Rule]:
@@ -192,6 +202,7 @@ class _Core(Optimizer):
         """Go on counting the steps of the optimizer from a number."""
         self._steps = steps
 
+    @exclusive
     def restore(self, states: Mapping[str, tuple[Mapping[str, Any], Rule]]) -> None:
         """Give names loaded state and the rules that came with it.
 
@@ -199,10 +210,12 @@ class _Core(Optimizer):
             ValueError: A state does not fit; nothing has changed.
         """
         entries = self._entries
-        self._entries = entries | {
+        entries = entries | {
             name: restored(name, stored, rule, entries[name].clip, entries[name].layout)
             for name, (stored, rule) in states.items()
         }
+        with uninterrupted():
+            self._entries = entries
 
 
 class JointOptim(PyroOptim):
@@ -233,6 +246,8 @@ class JointOptim(PyroOptim):
         # changed. Most parameters are alike.
         self._read = lru_cache(SHARED)(partial(_settings_now, optim_constructor))
         self._write = lru_cache(SHARED, typed=True)(partial(_with_setting, optim_constructor))
+        # Whether a call has begun that has not ended.
+        self._changing = False
         # New rules by key, while they are collected.
         self._changes: dict[str, Rule] = {}
         self._collects = False
@@ -254,6 +269,7 @@ class JointOptim(PyroOptim):
         if isinstance(self.pt_clip_args, dict):
             _make_clip(self.pt_clip_args)
 
+    @exclusive
     def __call__(self, params: Iterable[torch.Tensor]) -> None:
         """Update tensors in place by their ``.grad``; those without one are left alone.
 
@@ -264,7 +280,7 @@ class JointOptim(PyroOptim):
             ValueError: A tensor is no leaf, loaded state does not fit its tensor, and others that
                 ``Optimizer.step`` raises; nothing has changed.
         """
-        self._drop_dead()
+        self._forget_dead()
         params = params if isinstance(params, Collection) else list(params)
         tensors = np.fromiter(params, object, len(params))
         if identities(tensors) != self._ids:
@@ -376,7 +392,11 @@ class JointOptim(PyroOptim):
         return self._rules.setdefault(rule, rule)
 
     def _drop_dead(self) -> None:
-        """Forget the entries of tensors that are gone."""
+        """Forget the entries of tensors that are gone, but not in the middle of a call."""
+        if not self._changing:
+            self._forget_dead()
+
+    def _forget_dead(self) -> None:
         if len(self._core) > len(self._tracked):
             self._ids = b""
             live = {tracked.key for tracked in self._tracked.values()}
