@@ -369,6 +369,23 @@ def test_settings_may_be_tensors_in_torch() -> None:
     assert (group["lr"], group["betas"]) == (0.125, (0.5, 0.25))
 
 
+@pytest.mark.parametrize("value", [0, 1, np.True_, torch.tensor(False)])
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        *[("Adam", "amsgrad"), ("AdamW", "amsgrad"), ("Adam", "maximize"), ("Muon", "nesterov")],
+        *[("NAdam", "decoupled_weight_decay"), ("RMSprop", "centered"), ("SGD", "maximize")],
+    ],
+)
+def test_switches_may_be_numbers_in_torch(name: str, switch: str, value: Any) -> None:
+    w = torch.ones((2, 2), requires_grad=True)
+    theirs = getattr(torch.optim, name)([("w", w)], lr=1e-3, **{switch: value})
+    state = from_torch(theirs.state_dict(), getattr(torch.optim, name))
+    assert rules_of(state) == {"w": getattr(mo, name)(**{"lr": 1e-3, switch: bool(value)})}
+    (group,) = to_torch(state, theirs)["param_groups"]
+    assert group[switch] is bool(value)
+
+
 def test_older_versions_of_torch_have_fewer_settings() -> None:
     state = torch.optim.Adam([torch.ones(2, requires_grad=True)]).state_dict()
     for name in ("maximize", "decoupled_weight_decay", "foreach", "fused", "differentiable"):

@@ -34,6 +34,7 @@ __all__ = [
     "parameter_from_torch",
     "parameter_to_torch",
     "parameters_from_torch",
+    "plain_settings",
     "read",
     "refuse_subsamples",
     "rule_class_of",
@@ -57,6 +58,9 @@ KNOWN = {
 #: Of those, what a group may lack: older versions of torch and Pyro do not have them, and the
 #: dimension of time is the tensor's in Pyro.
 OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"}
+
+#: Settings that are True or False; one of them may be a word as well.
+SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules.__all__))
 
 #: What torch keeps beside slots, though the step and the settings say it.
 DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
@@ -117,7 +121,7 @@ def rule_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
     Raises:
         ValueError: A decay has brought the learning rate so far down that it cannot be another.
     """
-    settings = {name: number(value) for name, value in group.items() if name != "params"}
+    settings = plain_settings({k: v for k, v in group.items() if k != "params"})
     if "lrd" in settings and settings["lr"]:
         decay = power(settings["lrd"], step)
         if not decay:
@@ -324,6 +328,15 @@ def refuse_subsamples(settings: Mapping[str, Any]) -> None:
             "subsample_aware=True is not for a callable of names, nor for state that is loaded "
             "here: use pyro.optim.DCTAdam, which this one gives for a dict with that option"
         )
+
+
+def plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of torch as rules have them: 0 and 1 are no truth values there."""
+    settings = {name: number(value) for name, value in given.items()}
+    for name in SWITCHES & settings.keys():
+        if settings[name] in (0, 1):
+            settings[name] = bool(settings[name])
+    return settings
 
 
 def number(value: Any) -> Any:

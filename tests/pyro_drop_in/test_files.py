@@ -67,6 +67,25 @@ def test_the_state_of_a_scheduler_of_pyro_is_taken_without_its_schedule() -> Non
     assert ours.get_state()["loc"]["param_groups"][0]["lr"] == 0.05
 
 
+@pytest.mark.parametrize("switch", ["amsgrad", "maximize"])
+def test_a_switch_may_be_a_number_as_in_pyro(tmp_path: Path, switch: str) -> None:
+    settings = {"lr": 0.1, switch: 1}
+    ours, theirs = optim.Adam(settings), pyro.optim.Adam(settings)
+    loc, whole = param("loc"), torch.zeros(2, requires_grad=True)
+    for _ in range(2):
+        theirs([give(loc)])
+        ours([give(whole)])
+    np.testing.assert_allclose(whole.detach(), loc.detach(), rtol=1e-5)
+    theirs.save(str(tmp_path / "theirs"))
+    resumed = optim.Adam({"lr": 9.0})
+    resumed.load(tmp_path / "theirs")
+    resumed([give(loc)])
+    ours([give(whole)])
+    np.testing.assert_allclose(whole.detach(), loc.detach(), rtol=1e-5)
+    resumed.optim_objs[loc].param_groups[0][switch] = 0
+    assert resumed.get_state()["loc"]["param_groups"][0][switch] is False
+
+
 def test_decoupled_decay_goes_through_state_both_ways() -> None:
     loc = param("loc", 1.0)
     settings = {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True}

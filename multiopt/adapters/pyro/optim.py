@@ -35,6 +35,7 @@ from multiopt.adapters.torch_state import (
     parameter_from_torch,
     parameter_to_torch,
     parameters_from_torch,
+    plain_settings,
     read,
     refuse_subsamples,
     rule_settings,
@@ -353,7 +354,7 @@ class JointOptim(PyroOptim):
         return given
 
     def _make_rule(self, settings: Mapping[str, Any]) -> Rule:
-        given = {name: number(value) for name, value in settings.items()}
+        given = plain_settings(settings)
         if given.pop("differentiable", False):
             raise ValueError(
                 "differentiable=True: the update is not part of an autograd graph here; "
@@ -364,10 +365,6 @@ class JointOptim(PyroOptim):
         if self._rule_class is rules.DCTAdam:
             refuse_subsamples(given)
             given.pop("subsample_aware", None)
-        for name in self._rule_class.switches:
-            # torch takes any truth value.
-            if given.get(name) in (0, 1):
-                given[name] = bool(given[name])
         rule_class = self._rule_class
         if rule_class is rules.Adam and given.pop("decoupled_weight_decay", False):
             rule_class = rules.AdamW
