@@ -558,6 +558,53 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [np.array([1, "a"], object), np.zeros(2, [("a", "i4"), ("b", "O")]), len, sgd],
+)
+def test_objects_beside_the_state_are_refused(tmp_path: Path, odd: Any) -> None:
+    torch.save({"odd": odd}, tmp_path / "run.pt")
+    with pytest.raises(
+        mo.CheckpointError, match=r"one that needs \S+, which is neither\. Nothing was run: save"
+    ):
+        read(tmp_path / "run.pt")
+
+
+def test_numpy_numbers_and_arrays_of_them_may_be_beside_the_state(tmp_path: Path) -> None:
+    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
+    kept = {code: np.ones((), code)[()] for code in codes}
+    arrays = {code: np.arange(6).astype(code).reshape(2, 3) for code in codes}
+    odd = [np.empty((0, 3)), np.array(2.0), np.ones((3, 2)).T, np.arange(3, dtype=">i4")]
+    torch.save([kept, arrays, odd], tmp_path / "run.pt")
+    kept_back, arrays_back, odd_back = read(tmp_path / "run.pt")
+    pairs = [(kept_back[code], kept[code]) for code in codes]
+    pairs += [(arrays_back[code], arrays[code]) for code in codes]
+    for found, given in [*pairs, *zip(odd_back, odd, strict=True)]:
+        assert isinstance(found, np.ndarray) == isinstance(given, np.ndarray)
+        assert (found.dtype, found.shape) == (given.dtype.newbyteorder("="), given.shape)
+        assert np.array_equal(found, given)
+
+
+def test_what_cannot_be_read_is_said_in_our_words(tmp_path: Path) -> None:
+    opt = mo.Optimizer(mo.SGD())
+    opt.step({"w": np.zeros(2)}, {"w": np.ones(2)})
+    opt.save(tmp_path / "ours")
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "model")
+    (tmp_path / "text").write_text("nothing of torch")
+    for name, message in {
+        "ours": "got a file of safetensors: if multiopt wrote it, use Optimizer.load",
+        "model": "got one that needs torch.nn.modules.linear.Linear, which is neither",
+        "text": "it is damaged, or of another kind",
+    }.items():
+        with pytest.raises(mo.CheckpointError, match=f"{name}: expected .*{message}") as caught:
+            read(tmp_path / name)
+        # Neither here nor in what the traceback shows does torch advise to run the code.
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__
+        for words in ("weights_only` set to", "False", "allowlist", "safe_globals"):
+            assert words not in str(caught.value)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_damaged_file_is_a_checkpoint_error_or_a_state(tmp_path: Path, zipped: bool) -> None:
     path, drawn = tmp_path / "run.pt", random.Random(0)

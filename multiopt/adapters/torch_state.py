@@ -4,6 +4,7 @@ And what is read of their files.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
@@ -30,6 +31,7 @@ __all__ = [
     "fresh_state",
     "from_plain",
     "group_settings",
+    "is_safetensors",
     "number",
     "parameter_from_torch",
     "parameter_to_torch",
@@ -65,13 +67,20 @@ SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules._
 #: What torch keeps beside slots, though the step and the settings say it.
 DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
 
-#: torch allows a NumPy number for a setting, and a checkpoint then has one.
+#: torch allows a NumPy number for a setting, and users keep counters and losses beside the state:
+#: what makes NumPy numbers and arrays of them. An array of objects needs the dtype of objects.
 NUMPY_NUMBERS: list[Any] = [
     np.float64().__reduce__()[0],
+    np.empty(0).__reduce__()[0],
+    np.ndarray,
     np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
+    *{type(np.dtype(c)) for c in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]},
+    # The contents of an empty array.
+    bytes,
 ]
+
+#: How torch says what it refuses to call or to make.
+REFUSED = re.compile(r"GLOBAL (\S+)|<class '(\S+)'>|unrecognized function (.+)")
 
 
 def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
@@ -90,10 +99,43 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
             with torch.serialization.safe_globals(NUMPY_NUMBERS):
                 return torch.load(file, map_location or "cpu", weights_only=True)
         except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
+            # torch's own words advise to read the file with weights_only=False.
+            advises = "weights_only" in str(error)
             raise CheckpointError(
                 f"{os.fspath(path)}: expected a checkpoint that torch.load reads with "
-                f"weights_only=True ({type(error).__name__}: {error})"
-            ) from error
+                f"weights_only=True, plain data and tensors; {_refusal(path, error, advises)}"
+            ) from (None if advises else error)
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a file looks like one of safetensors, as multiopt's are.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        # The length of the header in 8 bytes, then the header, in JSON.
+        return file.read(9)[8:] == b"{"
+
+
+def _refusal(path: str | os.PathLike[str], error: Exception, advises: bool) -> str:
+    """What is wrong with a file that torch did not read.
+
+    Args:
+        path: The file.
+        error: What torch raised.
+        advises: Whether that gives advice that is not ours.
+    """
+    if is_safetensors(path):
+        return "got a file of safetensors: if multiopt wrote it, use Optimizer.load"
+    if advises and (found := REFUSED.search(str(error))):
+        what = next(filter(None, found.groups()))
+        return (
+            f"got one that needs {what}, which is neither. Nothing was run: save it again with "
+            "tensors and numbers only, such as a state_dict()"
+        )
+    text = "" if advises else f": {error}"
+    return f"it is damaged, or of another kind ({type(error).__name__}{text})"
 
 
 def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from multiopt.adapters.pyro.objects import OptimObjs, TensorOptimizer
 from multiopt.adapters.torch_state import (
     from_plain,
     group_settings,
+    is_safetensors,
     number,
     parameter_from_torch,
     parameter_to_torch,
@@ -497,10 +497,7 @@ class JointOptim(PyroOptim):
             CheckpointError: The file is damaged or neither; nothing has changed.
             OSError: The file cannot be read.
         """
-        with Path(filename).open("rb") as file:
-            # safetensors: the length of the header in 8 bytes, then the header, in JSON.
-            is_safetensors = file.read(9)[8:] == b"{"
-        if is_safetensors:
+        if is_safetensors(filename):
             contents = checkpoint.read(filename)
             contents.check_whole(filename)
             document = contents.state_dict
