@@ -510,6 +510,15 @@ def test_averages_and_masters_are_left_out_with_a_warning(monkeypatch: pytest.Mo
     ] * 2
 
 
+def test_counts_of_skips_are_left_out_with_a_warning() -> None:
+    w = torch.zeros(2, requires_grad=True)
+    opt = mo.Optimizer(mo.SGD(), on_nonfinite="skip")
+    opt.step({"w": w}, {"w": torch.full((2,), torch.nan)})
+    with pytest.warns(UserWarning, match=r"left out counts of skips, of \['w'\]: torch") as caught:
+        to_torch(opt.state_dict(), torch.optim.SGD([w]), ["w"])
+    assert caught[0].filename == __file__
+
+
 def test_arrays_of_any_library_go_to_torch() -> None:
     opt = mo.Optimizer(mo.Adam(lr=0.5))
     opt.step({"w": np.zeros(2)}, {"w": np.array([1.0, -2.0])})

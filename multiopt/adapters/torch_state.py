@@ -32,6 +32,7 @@ __all__ = [
     "from_plain",
     "group_settings",
     "is_safetensors",
+    "leave_out",
     "number",
     "parameter_from_torch",
     "parameter_to_torch",
@@ -483,10 +484,25 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 f"parameter {name!r} has amsgrad='corrected', which torch does not have: assign "
                 "opt.rule first"
             )
-    kept = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
-    kept |= {name for name, entry in stored.items() if entry["slots"].pop(MASTER, None) is not None}
-    if kept:
-        warnings.warn(
-            f"left out averages and master copies, of {sorted(kept)}: torch has none", stacklevel=3
-        )
+    leave_out(state_dict, stored, stacklevel=4)
     return stored
+
+
+def leave_out(
+    state_dict: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], stacklevel: int
+) -> None:
+    """Take master copies out of entries, and warn of all that torch and Pyro have no place for.
+
+    Args:
+        state_dict: That of an ``Optimizer``.
+        entries: Its entries, pending ones too, with slots that may be changed.
+        stacklevel: As for ``warnings.warn``, from here.
+    """
+    kept = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
+    kept |= {n for n, entry in entries.items() if entry["slots"].pop(MASTER, None) is not None}
+    parts = {"averages and master copies": kept, "counts of skips": state_dict.get("skips", {})}
+    left = [f"{what}, of {sorted(names)}" for what, names in parts.items() if names]
+    if left:
+        warnings.warn(
+            f"left out {' and '.join(left)}: torch and Pyro have none", stacklevel=stacklevel
+        )

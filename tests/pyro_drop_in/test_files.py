@@ -122,6 +122,34 @@ def test_a_file_of_the_core_with_pending_state(tmp_path: Path) -> None:
     assert sorted(opt.get_state()) == ["a", "b"]
 
 
+def test_what_only_the_core_has_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    half, single = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
+    core = mo.Optimizer(
+        mo.Adam(lr=0.1),
+        master_weights=True,
+        on_nonfinite="skip",
+        average=lambda name: mo.Average() if name == "single" else None,
+    )
+    core.step({"half": half}, {"half": torch.ones_like(half)})
+    core.step({"single": single}, {"single": torch.ones_like(single)})
+    core.step({"single": single}, {"single": torch.full_like(single, torch.nan)})
+    core.save(tmp_path / "core")
+    opt = optim.Adam({"lr": 0.1})
+    with pytest.warns(
+        UserWarning,
+        match=r"averages and master copies, of \['half', 'single'\] and .*skips, of \['single'\]",
+    ) as caught:
+        opt.load(tmp_path / "core")
+    assert caught[0].filename == __file__
+    assert sorted(opt.get_state()["half"]["state"][0]) == ["exp_avg", "exp_avg_sq", "step"]
+    store = pyro.get_param_store()
+    store["half"], store["single"] = half, single
+    opt({give(store[name].unconstrained()) for name in ("half", "single")})
+    assert [steps_of(opt, name) for name in ("half", "single")] == [2, 2]
+    opt.save(tmp_path / "ours")
+    optim.Adam({"lr": 0.1}).load(tmp_path / "ours")
+
+
 def test_settings_of_what_was_not_stepped_are_saved_too(tmp_path: Path) -> None:
     opt, a, b = optim.Adam({"lr": 0.1}), param("a"), param("b")
     opt({give(a), b})

@@ -31,6 +31,7 @@ from multiopt.adapters.torch_state import (
     from_plain,
     group_settings,
     is_safetensors,
+    leave_out,
     number,
     parameter_from_torch,
     parameter_to_torch,
@@ -488,6 +489,9 @@ class JointOptim(PyroOptim):
     def load(self, filename: str | PathLike[str], map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
 
+        A file of ``multiopt.Optimizer.save`` may have averages, master copies and counts of skips.
+        They are left out, with a warning.
+
         Args:
             filename: The file.
             map_location: For a Pyro checkpoint, as in ``torch.load``; by default its tensors come
@@ -501,8 +505,10 @@ class JointOptim(PyroOptim):
             contents = checkpoint.read(filename)
             contents.check_whole(filename)
             document = contents.state_dict
-            loaded = {**document["pending"], **document["entries"]}
-            self._wait({k: _in_parts(v) for k, v in loaded.items()}, document.get("steps"))
+            parts = {**document["pending"], **document["entries"]}
+            loaded = {label: _in_parts(stored) for label, stored in parts.items()}
+            leave_out(document, loaded, stacklevel=3)
+            self._wait(loaded, document.get("steps"))
         else:
             self.set_state(read(filename, map_location))
 
