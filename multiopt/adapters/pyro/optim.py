@@ -4,6 +4,7 @@ It is keyed by tensor, as Pyro is: one entry for each live tensor, weakly held, 
 tensor's name in the param store.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import fields, replace
@@ -411,7 +412,11 @@ class JointOptim(PyroOptim):
             slots = {k: array.astype(dtype) for k, array in stored["slots"].items()}
             rule = _restored_rule(stored["rule"], entry.rule)
             states[key] = {**stored, "slots": slots}, self._rules.setdefault(rule, rule)
-        self._core.restore(states)
+        try:
+            self._core.restore(states)
+        except ValueError as error:
+            remedy = "del optim_objs[tensor] to start anew without it"
+            raise ValueError(REMEDY.sub(remedy, str(error))) from None
         for stored, rule in states.values():
             restored_plateaus(rule, stored["rule"], ahead=True)
         for tensor, stored in loaded:
@@ -466,7 +471,8 @@ class JointOptim(PyroOptim):
                 try:
                     check_slot_names(label, stored, _restored_rule(stored["rule"], rule))
                 except (ValueError, TypeError) as error:
-                    raise CheckpointError(str(error)) from error
+                    remedy = "load it into the optimizer that was saved"
+                    raise CheckpointError(REMEDY.sub(remedy, str(error))) from None
             for stored in loaded.values():
                 restored_plateaus(rule, stored["rule"])
         self._state_waiting_to_be_consumed.update(loaded)
@@ -593,12 +599,32 @@ class JointOptim(PyroOptim):
             if len(self._rules) > SHARED + 2 * len(self._core):
                 self._rules = {rule: rule for rule in self._core.rules}
 
+    def _start_anew(self, tensor: torch.Tensor) -> None:
+        """Forget a tensor, with loaded state that waits for it and does not fit it.
+
+        What fits waits on, as in Pyro, where only new tensors take it.
+        """
+        label = pyro.get_param_store().param_name(tensor) or self._tracked[tensor].label
+        waiting = dict(self._state_waiting_to_be_consumed)
+        try:
+            self._settle([tensor])
+        except (ValueError, TypeError):
+            waiting = {name: stored for name, stored in waiting.items() if name != label}
+        self._state_waiting_to_be_consumed = waiting
+        self._forget(tensor)
+
     def _forget(self, tensor: torch.Tensor) -> None:
         """Drop the entry of a tensor; presented again, it starts anew."""
         self._ids = b""
         self._stand_ins.pop(tensor, None)
         self._core.forget(self._tracked.pop(tensor).key)
 
+
+#: What messages of the core say to do about state that does not fit; here there is other help.
+REMEDY = re.compile(
+    r"forget the name to start anew$"
+    r"|load with the rule that was saved, step, then assign opt\.rule$"
+)
 
 #: How many different settings are remembered.
 SHARED = 64
