@@ -1,6 +1,9 @@
 """State from and to whole optimizers of torch."""
 
 import random
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -594,6 +597,51 @@ def test_numpy_numbers_and_arrays_of_them_may_be_beside_the_state(tmp_path: Path
         assert np.array_equal(found, given)
 
 
+class Allowed:
+    """Of a user, who has allowed it, and what torch says NumPy numbers need."""
+
+
+@pytest.fixture
+def allowances() -> Iterator[list[Any]]:
+    allowed = [
+        *(Allowed, np.dtype, np.ndarray, np.dtypes.Float64DType, np.float64().__reduce__()[0]),
+        (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        yield torch.serialization.get_safe_globals()
+
+
+def test_what_users_allow_is_allowed_before_and_after(
+    tmp_path: Path, allowances: list[Any]
+) -> None:
+    torch.save([Allowed(), np.arange(3), np.float64(2.0)], tmp_path / "run.pt")
+    for _ in range(3):
+        own, array, number = read(tmp_path / "run.pt")
+        assert (type(own), array.tolist(), number) == (Allowed, [0, 1, 2], 2.0)
+        assert set(torch.serialization.get_safe_globals()) == set(allowances)
+
+
+def test_arrays_may_be_anywhere_and_twice(tmp_path: Path) -> None:
+    array = np.arange(3.0)
+    shared = [array, (1, (array, "text"))]
+    torch.save({"a": shared, "b": OrderedDict(c=shared), "d": {4, 5}}, tmp_path / "run.pt")
+    found = read(tmp_path / "run.pt")
+    assert found["a"] is found["b"]["c"]
+    assert found["a"][0] is found["a"][1][1][0]
+    assert found["a"][0].tolist() == [0.0, 1.0, 2.0]
+    assert found["a"][0].flags.writeable
+    assert (found["a"][1][1][1], found["d"]) == ("text", {4, 5})
+
+
+def test_numbers_of_numpy_1_are_read(tmp_path: Path) -> None:
+    torch.save([np.arange(3), np.float32(0.5)], tmp_path / "new", pickle_protocol=2)
+    with zipfile.ZipFile(tmp_path / "new") as new, zipfile.ZipFile(tmp_path / "old", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"numpy._core.", b"numpy.core."))
+    array, number = read(tmp_path / "old")
+    assert (array.tolist(), number, number.dtype) == ([0, 1, 2], 0.5, np.float32)
+
+
 def test_what_cannot_be_read_is_said_in_our_words(tmp_path: Path) -> None:
     opt = mo.Optimizer(mo.SGD())
     opt.step({"w": np.zeros(2)}, {"w": np.ones(2)})
@@ -612,6 +660,23 @@ def test_what_cannot_be_read_is_said_in_our_words(tmp_path: Path) -> None:
         assert caught.value.__suppress_context__
         for words in ("weights_only` set to", "False", "allowlist", "safe_globals"):
             assert words not in str(caught.value)
+
+
+def test_damaged_arrays_are_a_checkpoint_error_or_arrays(tmp_path: Path) -> None:
+    path, drawn = tmp_path / "run.pt", random.Random(0)
+    kept = [np.arange(3, dtype=dtype) for dtype in ("f4", "i8", "u1")]
+    torch.save([kept, np.int64(3)], path, _use_new_zipfile_serialization=False)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for place in drawn.sample(range(len(damaged)), 2):
+            damaged[place] = drawn.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            repr(read(path))
+        except mo.CheckpointError:
+            refused += 1
+    assert refused > 300
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -6,12 +6,14 @@ And what is read of their files.
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from inspect import signature
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -68,18 +70,6 @@ SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules._
 #: What torch keeps beside slots, though the step and the settings say it.
 DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
 
-#: torch allows a NumPy number for a setting, and users keep counters and losses beside the state:
-#: what makes NumPy numbers and arrays of them. An array of objects needs the dtype of objects.
-NUMPY_NUMBERS: list[Any] = [
-    np.float64().__reduce__()[0],
-    np.empty(0).__reduce__()[0],
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(c)) for c in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]},
-    # The contents of an empty array.
-    bytes,
-]
-
 #: How torch says what it refuses to call or to make.
 REFUSED = re.compile(r"GLOBAL (\S+)|<class '(\S+)'>|unrecognized function (.+)")
 
@@ -97,8 +87,9 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
     """
     with Path(path).open("rb") as file:
         try:
-            with torch.serialization.safe_globals(NUMPY_NUMBERS):
-                return torch.load(file, map_location or "cpu", weights_only=True)
+            with _numpy_numbers():
+                found = torch.load(file, map_location or "cpu", weights_only=True)
+            return _with_arrays(found, {})
         except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
             # torch's own words advise to read the file with weights_only=False.
             advises = "weights_only" in str(error)
@@ -137,6 +128,92 @@ def _refusal(path: str | os.PathLike[str], error: Exception, advises: bool) -> s
         )
     text = "" if advises else f": {error}"
     return f"it is damaged, or of another kind ({type(error).__name__}{text})"
+
+
+class _Dtype:
+    """A dtype of numbers in a file of torch.
+
+    NumPy's own takes whatever flags a file gives it, and an array of it may fail when it is freed.
+    """
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufc":
+            raise UnpicklingError(f"{type(self.dtype)} is no dtype of numbers")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array of numbers in a file of torch."""
+
+    def __init__(self, *_: Any) -> None:
+        self.array = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, is_fortran, data = state
+        flat = np.frombuffer(data, kind.dtype).astype(kind.dtype.newbyteorder("="))
+        self.array = flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _number(kind: _Dtype, data: bytes) -> Any:
+    """A NumPy number in a file of torch."""
+    (found,) = np.frombuffer(data, kind.dtype)
+    return found
+
+
+#: torch allows a NumPy number for a setting, and users keep counters and losses beside the state.
+#: What NumPy calls to make them, of versions 1 and 2, and what is called in its place.
+NUMPY_NUMBERS: list[Any] = [
+    (_Dtype, "numpy.dtype"),
+    (_Array, "numpy.ndarray"),
+    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    # The contents of an empty array.
+    (bytes, "builtins.bytes"),
+]
+
+
+@contextmanager
+def _numpy_numbers() -> Iterator[None]:
+    """Let torch read NumPy numbers, by our functions even where users have allowed NumPy's own."""
+    before = torch.serialization.get_safe_globals()
+    names = {name for _, name in NUMPY_NUMBERS}
+    others = [
+        f
+        for f in before
+        if (f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}") not in names
+    ]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *NUMPY_NUMBERS])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _with_arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    """Plain data with arrays for what stands for them.
+
+    Args:
+        value: The data; lists and dicts are changed.
+        done: By identity what was looked at, and what became of it.
+    """
+    if isinstance(value, _Array):
+        return value.array
+    if id(value) not in done:
+        done[id(value)] = value, value
+        if isinstance(value, dict):
+            for key, part in value.items():
+                # Not by update(), which adds to what is in a Counter.
+                value[key] = _with_arrays(part, done)
+        elif isinstance(value, list):
+            value[:] = [_with_arrays(part, done) for part in value]
+        elif type(value) is tuple:
+            done[id(value)] = value, tuple(_with_arrays(part, done) for part in value)
+    return done[id(value)][1]
 
 
 def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict[str, Any]:
