@@ -1,6 +1,9 @@
 """State from and to whole optimizers of torch."""
 
 import random
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -369,6 +372,23 @@ def test_settings_may_be_tensors_in_torch() -> None:
     assert (group["lr"], group["betas"]) == (0.125, (0.5, 0.25))
 
 
+@pytest.mark.parametrize("value", [0, 1, np.True_, torch.tensor(False)])
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        *[("Adam", "amsgrad"), ("AdamW", "amsgrad"), ("Adam", "maximize"), ("Muon", "nesterov")],
+        *[("NAdam", "decoupled_weight_decay"), ("RMSprop", "centered"), ("SGD", "maximize")],
+    ],
+)
+def test_switches_may_be_numbers_in_torch(name: str, switch: str, value: Any) -> None:
+    w = torch.ones((2, 2), requires_grad=True)
+    theirs = getattr(torch.optim, name)([("w", w)], lr=1e-3, **{switch: value})
+    state = from_torch(theirs.state_dict(), getattr(torch.optim, name))
+    assert rules_of(state) == {"w": getattr(mo, name)(**{"lr": 1e-3, switch: bool(value)})}
+    (group,) = to_torch(state, theirs)["param_groups"]
+    assert group[switch] is bool(value)
+
+
 def test_older_versions_of_torch_have_fewer_settings() -> None:
     state = torch.optim.Adam([torch.ones(2, requires_grad=True)]).state_dict()
     for name in ("maximize", "decoupled_weight_decay", "foreach", "fused", "differentiable"):
@@ -493,6 +513,15 @@ def test_averages_and_masters_are_left_out_with_a_warning(monkeypatch: pytest.Mo
     ] * 2
 
 
+def test_counts_of_skips_are_left_out_with_a_warning() -> None:
+    w = torch.zeros(2, requires_grad=True)
+    opt = mo.Optimizer(mo.SGD(), on_nonfinite="skip")
+    opt.step({"w": w}, {"w": torch.full((2,), torch.nan)})
+    with pytest.warns(UserWarning, match=r"left out counts of skips, of \['w'\]: torch") as caught:
+        to_torch(opt.state_dict(), torch.optim.SGD([w]), ["w"])
+    assert caught[0].filename == __file__
+
+
 def test_arrays_of_any_library_go_to_torch() -> None:
     opt = mo.Optimizer(mo.Adam(lr=0.5))
     opt.step({"w": np.zeros(2)}, {"w": np.array([1.0, -2.0])})
@@ -539,6 +568,115 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path, zipped: bool) -> None:
     with pytest.raises(mo.CheckpointError, match=r"run.pt: expected a checkpoint that torch.load"):
         read(path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [np.array([1, "a"], object), np.zeros(2, [("a", "i4"), ("b", "O")]), len, sgd],
+)
+def test_objects_beside_the_state_are_refused(tmp_path: Path, odd: Any) -> None:
+    torch.save({"odd": odd}, tmp_path / "run.pt")
+    with pytest.raises(
+        mo.CheckpointError, match=r"one that needs \S+, which is neither\. Nothing was run: save"
+    ):
+        read(tmp_path / "run.pt")
+
+
+def test_numpy_numbers_and_arrays_of_them_may_be_beside_the_state(tmp_path: Path) -> None:
+    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
+    kept = {code: np.ones((), code)[()] for code in codes}
+    arrays = {code: np.arange(6).astype(code).reshape(2, 3) for code in codes}
+    odd = [np.empty((0, 3)), np.array(2.0), np.ones((3, 2)).T, np.arange(3, dtype=">i4")]
+    torch.save([kept, arrays, odd], tmp_path / "run.pt")
+    kept_back, arrays_back, odd_back = read(tmp_path / "run.pt")
+    pairs = [(kept_back[code], kept[code]) for code in codes]
+    pairs += [(arrays_back[code], arrays[code]) for code in codes]
+    for found, given in [*pairs, *zip(odd_back, odd, strict=True)]:
+        assert isinstance(found, np.ndarray) == isinstance(given, np.ndarray)
+        assert (found.dtype, found.shape) == (given.dtype.newbyteorder("="), given.shape)
+        assert np.array_equal(found, given)
+
+
+class Allowed:
+    """Of a user, who has allowed it, and what torch says NumPy numbers need."""
+
+
+@pytest.fixture
+def allowances() -> Iterator[list[Any]]:
+    allowed = [
+        *(Allowed, np.dtype, np.ndarray, np.dtypes.Float64DType, np.float64().__reduce__()[0]),
+        (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        yield torch.serialization.get_safe_globals()
+
+
+def test_what_users_allow_is_allowed_before_and_after(
+    tmp_path: Path, allowances: list[Any]
+) -> None:
+    torch.save([Allowed(), np.arange(3), np.float64(2.0)], tmp_path / "run.pt")
+    for _ in range(3):
+        own, array, number = read(tmp_path / "run.pt")
+        assert (type(own), array.tolist(), number) == (Allowed, [0, 1, 2], 2.0)
+        assert set(torch.serialization.get_safe_globals()) == set(allowances)
+
+
+def test_arrays_may_be_anywhere_and_twice(tmp_path: Path) -> None:
+    array = np.arange(3.0)
+    shared = [array, (1, (array, "text"))]
+    torch.save({"a": shared, "b": OrderedDict(c=shared), "d": {4, 5}}, tmp_path / "run.pt")
+    found = read(tmp_path / "run.pt")
+    assert found["a"] is found["b"]["c"]
+    assert found["a"][0] is found["a"][1][1][0]
+    assert found["a"][0].tolist() == [0.0, 1.0, 2.0]
+    assert found["a"][0].flags.writeable
+    assert (found["a"][1][1][1], found["d"]) == ("text", {4, 5})
+
+
+def test_numbers_of_numpy_1_are_read(tmp_path: Path) -> None:
+    torch.save([np.arange(3), np.float32(0.5)], tmp_path / "new", pickle_protocol=2)
+    with zipfile.ZipFile(tmp_path / "new") as new, zipfile.ZipFile(tmp_path / "old", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"numpy._core.", b"numpy.core."))
+    array, number = read(tmp_path / "old")
+    assert (array.tolist(), number, number.dtype) == ([0, 1, 2], 0.5, np.float32)
+
+
+def test_what_cannot_be_read_is_said_in_our_words(tmp_path: Path) -> None:
+    opt = mo.Optimizer(mo.SGD())
+    opt.step({"w": np.zeros(2)}, {"w": np.ones(2)})
+    opt.save(tmp_path / "ours")
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "model")
+    (tmp_path / "text").write_text("nothing of torch")
+    for name, message in {
+        "ours": "got a file of safetensors: if multiopt wrote it, use Optimizer.load",
+        "model": "got one that needs torch.nn.modules.linear.Linear, which is neither",
+        "text": "it is damaged, or of another kind",
+    }.items():
+        with pytest.raises(mo.CheckpointError, match=f"{name}: expected .*{message}") as caught:
+            read(tmp_path / name)
+        # Neither here nor in what the traceback shows does torch advise to run the code.
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__
+        for words in ("weights_only` set to", "False", "allowlist", "safe_globals"):
+            assert words not in str(caught.value)
+
+
+def test_damaged_arrays_are_a_checkpoint_error_or_arrays(tmp_path: Path) -> None:
+    path, drawn = tmp_path / "run.pt", random.Random(0)
+    kept = [np.arange(3, dtype=dtype) for dtype in ("f4", "i8", "u1")]
+    torch.save([kept, np.int64(3)], path, _use_new_zipfile_serialization=False)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for place in drawn.sample(range(len(damaged)), 2):
+            damaged[place] = drawn.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            repr(read(path))
+        except mo.CheckpointError:
+            refused += 1
+    assert refused > 300
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -4,13 +4,16 @@ And what is read of their files.
 """
 
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from inspect import signature
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -30,10 +33,13 @@ __all__ = [
     "fresh_state",
     "from_plain",
     "group_settings",
+    "is_safetensors",
+    "leave_out",
     "number",
     "parameter_from_torch",
     "parameter_to_torch",
     "parameters_from_torch",
+    "plain_settings",
     "read",
     "refuse_subsamples",
     "rule_class_of",
@@ -58,16 +64,14 @@ KNOWN = {
 #: dimension of time is the tensor's in Pyro.
 OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"}
 
+#: Settings that are True or False; one of them may be a word as well.
+SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules.__all__))
+
 #: What torch keeps beside slots, though the step and the settings say it.
 DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
 
-#: torch allows a NumPy number for a setting, and a checkpoint then has one.
-NUMPY_NUMBERS: list[Any] = [
-    np.float64().__reduce__()[0],
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-]
+#: How torch says what it refuses to call or to make.
+REFUSED = re.compile(r"GLOBAL (\S+)|<class '(\S+)'>|unrecognized function (.+)")
 
 
 def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
@@ -83,13 +87,133 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
     """
     with Path(path).open("rb") as file:
         try:
-            with torch.serialization.safe_globals(NUMPY_NUMBERS):
-                return torch.load(file, map_location or "cpu", weights_only=True)
+            with _numpy_numbers():
+                found = torch.load(file, map_location or "cpu", weights_only=True)
+            return _with_arrays(found, {})
         except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
+            # torch's own words advise to read the file with weights_only=False.
+            advises = "weights_only" in str(error)
             raise CheckpointError(
                 f"{os.fspath(path)}: expected a checkpoint that torch.load reads with "
-                f"weights_only=True ({type(error).__name__}: {error})"
-            ) from error
+                f"weights_only=True, plain data and tensors; {_refusal(path, error, advises)}"
+            ) from (None if advises else error)
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a file looks like one of safetensors, as multiopt's are.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        # The length of the header in 8 bytes, then the header, in JSON.
+        return file.read(9)[8:] == b"{"
+
+
+def _refusal(path: str | os.PathLike[str], error: Exception, advises: bool) -> str:
+    """What is wrong with a file that torch did not read.
+
+    Args:
+        path: The file.
+        error: What torch raised.
+        advises: Whether that gives advice that is not ours.
+    """
+    if is_safetensors(path):
+        return "got a file of safetensors: if multiopt wrote it, use Optimizer.load"
+    if advises and (found := REFUSED.search(str(error))):
+        what = next(filter(None, found.groups()))
+        return (
+            f"got one that needs {what}, which is neither. Nothing was run: save it again with "
+            "tensors and numbers only, such as a state_dict()"
+        )
+    text = "" if advises else f": {error}"
+    return f"it is damaged, or of another kind ({type(error).__name__}{text})"
+
+
+class _Dtype:
+    """A dtype of numbers in a file of torch.
+
+    NumPy's own takes whatever flags a file gives it, and an array of it may fail when it is freed.
+    """
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufc":
+            raise UnpicklingError(f"{type(self.dtype)} is no dtype of numbers")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array of numbers in a file of torch."""
+
+    def __init__(self, *_: Any) -> None:
+        self.array = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, is_fortran, data = state
+        flat = np.frombuffer(data, kind.dtype).astype(kind.dtype.newbyteorder("="))
+        self.array = flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _number(kind: _Dtype, data: bytes) -> Any:
+    """A NumPy number in a file of torch."""
+    (found,) = np.frombuffer(data, kind.dtype)
+    return found
+
+
+#: torch allows a NumPy number for a setting, and users keep counters and losses beside the state.
+#: What NumPy calls to make them, of versions 1 and 2, and what is called in its place.
+NUMPY_NUMBERS: list[Any] = [
+    (_Dtype, "numpy.dtype"),
+    (_Array, "numpy.ndarray"),
+    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    # The contents of an empty array.
+    (bytes, "builtins.bytes"),
+]
+
+
+@contextmanager
+def _numpy_numbers() -> Iterator[None]:
+    """Let torch read NumPy numbers, by our functions even where users have allowed NumPy's own."""
+    before = torch.serialization.get_safe_globals()
+    names = {name for _, name in NUMPY_NUMBERS}
+    others = [
+        f
+        for f in before
+        if (f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}") not in names
+    ]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *NUMPY_NUMBERS])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _with_arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    """Plain data with arrays for what stands for them.
+
+    Args:
+        value: The data; lists and dicts are changed.
+        done: By identity what was looked at, and what became of it.
+    """
+    if isinstance(value, _Array):
+        return value.array
+    if id(value) not in done:
+        done[id(value)] = value, value
+        if isinstance(value, dict):
+            for key, part in value.items():
+                # Not by update(), which adds to what is in a Counter.
+                value[key] = _with_arrays(part, done)
+        elif isinstance(value, list):
+            value[:] = [_with_arrays(part, done) for part in value]
+        elif type(value) is tuple:
+            done[id(value)] = value, tuple(_with_arrays(part, done) for part in value)
+    return done[id(value)][1]
 
 
 def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -117,7 +241,7 @@ def rule_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
     Raises:
         ValueError: A decay has brought the learning rate so far down that it cannot be another.
     """
-    settings = {name: number(value) for name, value in group.items() if name != "params"}
+    settings = plain_settings({k: v for k, v in group.items() if k != "params"})
     if "lrd" in settings and settings["lr"]:
         decay = power(settings["lrd"], step)
         if not decay:
@@ -326,6 +450,15 @@ def refuse_subsamples(settings: Mapping[str, Any]) -> None:
         )
 
 
+def plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of torch as rules have them: 0 and 1 are no truth values there."""
+    settings = {name: number(value) for name, value in given.items()}
+    for name in SWITCHES & settings.keys():
+        if settings[name] in (0, 1):
+            settings[name] = bool(settings[name])
+    return settings
+
+
 def number(value: Any) -> Any:
     """A setting as rules have it: torch allows tensors, arrays and lists for numbers and pairs."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
@@ -428,10 +561,25 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 f"parameter {name!r} has amsgrad='corrected', which torch does not have: assign "
                 "opt.rule first"
             )
-    kept = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
-    kept |= {name for name, entry in stored.items() if entry["slots"].pop(MASTER, None) is not None}
-    if kept:
-        warnings.warn(
-            f"left out averages and master copies, of {sorted(kept)}: torch has none", stacklevel=3
-        )
+    leave_out(state_dict, stored, stacklevel=4)
     return stored
+
+
+def leave_out(
+    state_dict: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], stacklevel: int
+) -> None:
+    """Take master copies out of entries, and warn of all that torch and Pyro have no place for.
+
+    Args:
+        state_dict: That of an ``Optimizer``.
+        entries: Its entries, pending ones too, with slots that may be changed.
+        stacklevel: As for ``warnings.warn``, from here.
+    """
+    kept = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
+    kept |= {n for n, entry in entries.items() if entry["slots"].pop(MASTER, None) is not None}
+    parts = {"averages and master copies": kept, "counts of skips": state_dict.get("skips", {})}
+    left = [f"{what}, of {sorted(names)}" for what, names in parts.items() if names]
+    if left:
+        warnings.warn(
+            f"left out {' and '.join(left)}: torch and Pyro have none", stacklevel=stacklevel
+        )

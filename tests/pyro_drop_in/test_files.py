@@ -67,6 +67,25 @@ def test_the_state_of_a_scheduler_of_pyro_is_taken_without_its_schedule() -> Non
     assert ours.get_state()["loc"]["param_groups"][0]["lr"] == 0.05
 
 
+@pytest.mark.parametrize("switch", ["amsgrad", "maximize"])
+def test_a_switch_may_be_a_number_as_in_pyro(tmp_path: Path, switch: str) -> None:
+    settings = {"lr": 0.1, switch: 1}
+    ours, theirs = optim.Adam(settings), pyro.optim.Adam(settings)
+    loc, whole = param("loc"), torch.zeros(2, requires_grad=True)
+    for _ in range(2):
+        theirs([give(loc)])
+        ours([give(whole)])
+    np.testing.assert_allclose(whole.detach(), loc.detach(), rtol=1e-5)
+    theirs.save(str(tmp_path / "theirs"))
+    resumed = optim.Adam({"lr": 9.0})
+    resumed.load(tmp_path / "theirs")
+    resumed([give(loc)])
+    ours([give(whole)])
+    np.testing.assert_allclose(whole.detach(), loc.detach(), rtol=1e-5)
+    resumed.optim_objs[loc].param_groups[0][switch] = 0
+    assert resumed.get_state()["loc"]["param_groups"][0][switch] is False
+
+
 def test_decoupled_decay_goes_through_state_both_ways() -> None:
     loc = param("loc", 1.0)
     settings = {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True}
@@ -101,6 +120,34 @@ def test_a_file_of_the_core_with_pending_state(tmp_path: Path) -> None:
     opt = optim.Adam({"lr": 0.1})
     opt.load(tmp_path / "second")
     assert sorted(opt.get_state()) == ["a", "b"]
+
+
+def test_what_only_the_core_has_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    half, single = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
+    core = mo.Optimizer(
+        mo.Adam(lr=0.1),
+        master_weights=True,
+        on_nonfinite="skip",
+        average=lambda name: mo.Average() if name == "single" else None,
+    )
+    core.step({"half": half}, {"half": torch.ones_like(half)})
+    core.step({"single": single}, {"single": torch.ones_like(single)})
+    core.step({"single": single}, {"single": torch.full_like(single, torch.nan)})
+    core.save(tmp_path / "core")
+    opt = optim.Adam({"lr": 0.1})
+    with pytest.warns(
+        UserWarning,
+        match=r"averages and master copies, of \['half', 'single'\] and .*skips, of \['single'\]",
+    ) as caught:
+        opt.load(tmp_path / "core")
+    assert caught[0].filename == __file__
+    assert sorted(opt.get_state()["half"]["state"][0]) == ["exp_avg", "exp_avg_sq", "step"]
+    store = pyro.get_param_store()
+    store["half"], store["single"] = half, single
+    opt({give(store[name].unconstrained()) for name in ("half", "single")})
+    assert [steps_of(opt, name) for name in ("half", "single")] == [2, 2]
+    opt.save(tmp_path / "ours")
+    optim.Adam({"lr": 0.1}).load(tmp_path / "ours")
 
 
 def test_settings_of_what_was_not_stepped_are_saved_too(tmp_path: Path) -> None:

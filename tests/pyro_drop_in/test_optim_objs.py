@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,67 @@ def test_an_entry_that_is_deleted_starts_anew(module: Any, how: str) -> None:
         del opt._state_waiting_to_be_consumed["loc"]
     opt({give(loc)})
     assert steps_of(opt, "loc") == 1
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["del", "clear", "assign"])
+def test_a_deleted_entry_starts_anew_with_the_state_that_waits(module: Any, how: str) -> None:
+    opt, loc = module.Adam({"lr": 0.1}), param("loc")
+    for _ in range(3):
+        opt({give(loc)})
+    # Pyro's shares its clock.
+    state = copy.deepcopy(opt.get_state())
+    opt({give(loc)})
+    opt.set_state(state)
+    if how == "del":
+        del opt.optim_objs[loc]
+    elif how == "clear":
+        opt.optim_objs.clear()
+    else:
+        opt.optim_objs = {}
+    assert loc not in opt.optim_objs
+    opt({give(loc)})
+    assert steps_of(opt, "loc") == 4
+
+
+def by_name(name: str) -> dict[str, float]:
+    return {"lr": 0.1}
+
+
+@pytest.mark.parametrize("saved", ["Adam", "SGD"])
+@pytest.mark.parametrize("how", ["del", "clear", "assign"])
+def test_a_deleted_entry_starts_anew_without_state_that_does_not_fit(
+    tmp_path: Path, how: str, saved: str
+) -> None:
+    stopped = optim.Adam({"lr": 0.1}) if saved == "Adam" else optim.SGD({"lr": 1, "momentum": 0.5})
+    stopped({give(param("a")), give(param("b"))})
+    stopped.save(tmp_path / "opt")
+    if saved == "SGD":
+        with pytest.raises(
+            mo.CheckpointError,
+            match=r"slots \['momentum_.*: load it into the optimizer that was sa",
+        ):
+            optim.Adam({"lr": 0.1}).load(tmp_path / "opt")
+    pyro.clear_param_store()
+    opt, a, b = optim.Adam(by_name), param("a"), param("b", size=3)
+    opt.load(tmp_path / "opt")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match=r"parameter '[ab]' has .*: del optim_objs\[tensor\] to start anew without",
+        ) as caught:
+            opt([give(b), give(a)])
+        assert caught.value.__suppress_context__
+    if how == "del":
+        del opt.optim_objs[b]
+        if saved == "SGD":
+            del opt.optim_objs[a]
+    elif how == "clear":
+        opt.optim_objs.clear()
+    else:
+        opt.optim_objs = {}
+    opt([give(a), give(b)])
+    assert [steps_of(opt, name) for name in "ab"] == [2 if saved == "Adam" else 1, 1]
 
 
 def test_optim_objs_takes_no_optimizers() -> None:

@@ -288,6 +288,102 @@ def test_the_state_of_a_plain_optimizer_is_no_state_of_a_scheduler(tmp_path: Pat
     assert scheduler.get_state() == {}
 
 
+#: Classes whose state looks the same.
+ALIKE = {"LambdaLR", "MultiplicativeLR"}
+
+
+@pytest.mark.parametrize("other", ARGUMENTS)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_state_of_another_kind_of_scheduler_is_refused(
+    tmp_path: Path, name: str, other: str
+) -> None:
+    stopped, resumed, loc = made(optim, name), made(optim, other), param("loc")
+    for one in (stopped, resumed):
+        one([give(loc)])
+        one.step(*([1.0] if one.pt_scheduler_constructor is PLATEAU else []))
+    stopped.save(tmp_path / "opt")
+    before = resumed.get_state()
+    if name == other or {name, other} == ALIKE:
+        resumed.load(tmp_path / "opt")
+    else:
+        with pytest.raises(
+            mo.CheckpointError, match=rf"the schedule of 'loc' is not that of a {other}: expected"
+        ):
+            resumed.load(tmp_path / "opt")
+        after = resumed.get_state()
+        assert_alike(after["loc"]["scheduler"], before["loc"]["scheduler"], 0)
+        assert (
+            after["loc"]["optimizer"]["param_groups"] == before["loc"]["optimizer"]["param_groups"]
+        )
+    resumed([give(loc)])
+    resumed.step(*([1.0] if other == "ReduceLROnPlateau" else []))
+
+
+def test_a_schedule_that_is_no_state_is_refused() -> None:
+    scheduler, loc = made(optim, "StepLR"), param("loc")
+    scheduler([give(loc)])
+    state = scheduler.get_state()
+    state["loc"]["scheduler"] = 3
+    with pytest.raises(mo.CheckpointError, match="schedule of 'loc' is a int; expected the state"):
+        scheduler.set_state(state)
+
+
+@pytest.mark.parametrize("name", ["CyclicLR", "OneCycleLR"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_switch_of_a_scheduler_that_was_saved_wins(name: str, saved: bool) -> None:
+    def one(cycle_momentum: bool) -> Any:
+        settings = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.1, "momentum": 0.5}}
+        more = {**ARGUMENTS[name], "cycle_momentum": cycle_momentum}
+        return getattr(optim, name)({**settings, **more})
+
+    stopped, resumed = one(saved), one(not saved)
+    run(stopped, range(5))
+    resumed.set_state(stopped.get_state())
+    found = [
+        [[(group["lr"], group["momentum"]) for group in groups] for groups in run(one, range(5, 8))]
+        for one in (resumed, stopped)
+    ]
+    assert found[0] == found[1]
+
+
+def test_the_state_of_another_version_of_torch_is_taken() -> None:
+    stopped, resumed = made(optim, "StepLR"), made(optim, "StepLR")
+    run(stopped, range(5))
+    state = stopped.get_state()
+    for one in state.values():
+        for key in ("_is_initial", "_get_lr_called_within_step"):
+            one["scheduler"].pop(key, None)
+        one["scheduler"].update(verbose=False, _of_tomorrow=1)
+    resumed.set_state(state)
+    assert run(resumed, range(5, 9)) == run(stopped, range(5, 9))
+
+
+def test_schedules_that_torch_refuses_leave_all_as_it_was() -> None:
+    scheduler = made(optim, "CyclicLR")
+    run(scheduler, range(4))
+    state, before = scheduler.get_state(), scheduler.get_state()
+    run(scheduler, range(4, 6))
+    ahead = scheduler.get_state()
+    assert ahead["a"]["scheduler"] != before["a"]["scheduler"]
+    del state["b"]["scheduler"]["_scale_fn_custom"]
+    scheduler.set_state(state)
+    a, b = (pyro.param(label).unconstrained() for label in "ab")
+    for _ in range(2):
+        with pytest.raises(
+            mo.CheckpointError, match=r"schedule of 'b' is not one that CyclicLR loads .*_scale_fn"
+        ):
+            scheduler([give(a, 1.0, 1.0, 1.0), give(b, 1.0, 1.0, 1.0)])
+    del scheduler._state_waiting_to_be_consumed["a"], scheduler._state_waiting_to_be_consumed["b"]
+    after = scheduler.get_state()
+    for label in "ab":
+        assert after[label]["scheduler"] == ahead[label]["scheduler"]
+        ours, theirs = (x[label]["optimizer"] for x in (after, ahead))
+        assert ours["param_groups"] == theirs["param_groups"]
+        for slot, value in theirs["state"][0].items():
+            assert torch.equal(ours["state"][0][slot], value)
+    assert scheduler.optim_objs[a]._scale_fn_ref is not None
+
+
 def test_saving_a_scheduler_warns_of_tensors_without_a_name(tmp_path: Path) -> None:
     scheduler, tensor = made(optim, "ExponentialLR"), torch.zeros(2, requires_grad=True)
     scheduler([give(tensor)])

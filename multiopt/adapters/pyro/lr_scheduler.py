@@ -1,6 +1,6 @@
 """``pyro.optim.lr_scheduler``: torch's schedulers, one for each parameter, as in Pyro."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from copy import deepcopy
 from inspect import signature
 from os import PathLike
@@ -129,9 +129,64 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         for label, stored in loaded.items():
             if "scheduler" not in stored:
                 raise CheckpointError(f"the state of {label!r} is not that of a scheduler")
+            self._check_schedule(label, stored["scheduler"])
         super()._wait(loaded, steps)
 
-    def _restore_beside(self, tensor: torch.Tensor, stored: Mapping[str, Any]) -> None:
-        super()._restore_beside(tensor, stored)
-        if "scheduler" in stored:
-            self._schedulers[tensor].load_state_dict(deepcopy(stored["scheduler"]))
+    def _check_schedule(self, label: str, state: Any) -> None:
+        """Refuse the state of a scheduler of another class.
+
+        It does not say its class, and versions of torch differ in what they keep beside: so it must
+        have the arguments that this class keeps, and no key, but for private ones, that it does not
+        keep.
+
+        Raises:
+            CheckpointError: It is that of another.
+        """
+        kind = self.pt_scheduler_constructor
+        arguments = signature(kind).parameters.keys()
+        if not isinstance(state, Mapping):
+            raise CheckpointError(
+                f"the schedule of {label!r} is a {type(state).__name__}; expected the state of a "
+                f"{kind.__name__}"
+            )
+        # A switch may decide what is kept, and the one that was saved wins.
+        switches = {k: state[k] for k in arguments if isinstance(state.get(k), bool)}
+        # Of two dimensions, since Muon takes no others.
+        stand_in = self._constructor([torch.empty(0, 0)])
+        kept = kind(stand_in, **{**self.kwargs, **switches}).state_dict().keys()
+        missing = sorted((kept & arguments) - state.keys())
+        foreign = sorted(k for k in state.keys() - kept - OLDER if not str(k).startswith("_"))
+        if missing or foreign:
+            raise CheckpointError(
+                f"the schedule of {label!r} is not that of a {kind.__name__}: expected the keys "
+                f"{sorted(k for k in kept if not k.startswith('_'))}; got {foreign} besides and "
+                f"none for {missing}"
+            )
+
+    def _take(self, loaded: Collection[tuple[torch.Tensor, Mapping[str, Any]]]) -> None:
+        # Schedules first, for those of torch may still fail, and can be put back.
+        schedulers = [self._schedulers[tensor] for tensor, _ in loaded]
+        before = [dict(vars(scheduler)) for scheduler in schedulers]
+        try:
+            for scheduler, (tensor, stored) in zip(schedulers, loaded, strict=True):
+                if "scheduler" in stored:
+                    self._load_schedule(scheduler, tensor, stored["scheduler"])
+            super()._take(loaded)
+        except BaseException:
+            for scheduler, attributes in zip(schedulers, before, strict=True):
+                vars(scheduler).clear()
+                vars(scheduler).update(attributes)
+            raise
+
+    def _load_schedule(self, scheduler: Any, tensor: torch.Tensor, state: Any) -> None:
+        try:
+            scheduler.load_state_dict(deepcopy(state))
+        except Exception as error:  # of any kind: classes may be users' own
+            raise CheckpointError(
+                f"the schedule of {self._tracked[tensor].key!r} is not one that "
+                f"{type(scheduler).__name__} loads ({type(error).__name__}: {error})"
+            ) from error
+
+
+#: What older versions of torch keep of every scheduler, and newer ones do not.
+OLDER = {"verbose"}

@@ -34,10 +34,16 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
         raise TypeError("optim_objs takes no optimizers: its entries are made at first sight")
 
     def __delitem__(self, tensor: torch.Tensor) -> None:
-        """Forget a tensor."""
+        """Forget a tensor, with loaded state that waits for it and does not fit it."""
         if tensor not in self._owner._tracked:
             raise KeyError(tensor)
-        self._owner._forget(tensor)
+        self._owner._start_anew(tensor)
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        # That of MutableMapping would look at each, which takes the loaded state that waits.
+        for tensor in self:
+            del self[tensor]
 
     def __contains__(self, tensor: object) -> bool:
         """Whether a tensor has been presented."""

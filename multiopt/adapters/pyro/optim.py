@@ -4,13 +4,13 @@ It is keyed by tensor, as Pyro is: one entry for each live tensor, weakly held, 
 tensor's name in the param store.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import fields, replace
 from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +31,13 @@ from multiopt.adapters.pyro.objects import OptimObjs, TensorOptimizer
 from multiopt.adapters.torch_state import (
     from_plain,
     group_settings,
+    is_safetensors,
+    leave_out,
     number,
     parameter_from_torch,
     parameter_to_torch,
     parameters_from_torch,
+    plain_settings,
     read,
     refuse_subsamples,
     rule_settings,
@@ -369,7 +372,7 @@ class JointOptim(PyroOptim):
         return given
 
     def _make_rule(self, settings: Mapping[str, Any]) -> Rule:
-        given = {name: number(value) for name, value in settings.items()}
+        given = plain_settings(settings)
         if given.pop("differentiable", False):
             raise ValueError(
                 "differentiable=True: the update is not part of an autograd graph here; "
@@ -380,10 +383,6 @@ class JointOptim(PyroOptim):
         if self._rule_class is rules.DCTAdam:
             refuse_subsamples(given)
             given.pop("subsample_aware", None)
-        for name in self._rule_class.switches:
-            # torch takes any truth value.
-            if given.get(name) in (0, 1):
-                given[name] = bool(given[name])
         rule_class = self._rule_class
         if rule_class is rules.Adam and given.pop("decoupled_weight_decay", False):
             rule_class = rules.AdamW
@@ -433,7 +432,11 @@ class JointOptim(PyroOptim):
             slots = {k: array.astype(dtype) for k, array in stored["slots"].items()}
             rule = _restored_rule(stored["rule"], entry.rule)
             states[key] = {**stored, "slots": slots}, self._rules.setdefault(rule, rule)
-        self._core.restore(states)
+        try:
+            self._core.restore(states)
+        except ValueError as error:
+            remedy = "del optim_objs[tensor] to start anew without it"
+            raise ValueError(REMEDY.sub(remedy, str(error))) from None
         for stored, rule in states.values():
             restored_plateaus(rule, stored["rule"], ahead=True)
         for tensor, stored in loaded:
@@ -488,7 +491,8 @@ class JointOptim(PyroOptim):
                 try:
                     check_slot_names(label, stored, _restored_rule(stored["rule"], rule))
                 except (ValueError, TypeError) as error:
-                    raise CheckpointError(str(error)) from error
+                    remedy = "load it into the optimizer that was saved"
+                    raise CheckpointError(REMEDY.sub(remedy, str(error))) from None
             for stored in loaded.values():
                 restored_plateaus(rule, stored["rule"])
         self._state_waiting_to_be_consumed.update(loaded)
@@ -511,6 +515,9 @@ class JointOptim(PyroOptim):
     def load(self, filename: str | PathLike[str], map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
 
+        A file of ``multiopt.Optimizer.save`` may have averages, master copies and counts of skips.
+        They are left out, with a warning.
+
         Args:
             filename: The file.
             map_location: For a Pyro checkpoint, as in ``torch.load``; by default its tensors come
@@ -520,15 +527,14 @@ class JointOptim(PyroOptim):
             CheckpointError: The file is damaged or neither; nothing has changed.
             OSError: The file cannot be read.
         """
-        with Path(filename).open("rb") as file:
-            # safetensors: the length of the header in 8 bytes, then the header, in JSON.
-            is_safetensors = file.read(9)[8:] == b"{"
-        if is_safetensors:
+        if is_safetensors(filename):
             contents = checkpoint.read(filename)
             contents.check_whole(filename)
             document = contents.state_dict
-            loaded = {**document["pending"], **document["entries"]}
-            self._wait({k: _in_parts(v) for k, v in loaded.items()}, document.get("steps"))
+            parts = {**document["pending"], **document["entries"]}
+            loaded = {label: _in_parts(stored) for label, stored in parts.items()}
+            leave_out(document, loaded, stacklevel=3)
+            self._wait(loaded, document.get("steps"))
         else:
             self.set_state(read(filename, map_location))
 
@@ -613,12 +619,32 @@ class JointOptim(PyroOptim):
             if len(self._rules) > SHARED + 2 * len(self._core):
                 self._rules = {rule: rule for rule in self._core.rules}
 
+    def _start_anew(self, tensor: torch.Tensor) -> None:
+        """Forget a tensor, with loaded state that waits for it and does not fit it.
+
+        What fits waits on, as in Pyro, where only new tensors take it.
+        """
+        label = pyro.get_param_store().param_name(tensor) or self._tracked[tensor].label
+        waiting = dict(self._state_waiting_to_be_consumed)
+        try:
+            self._settle([tensor])
+        except (ValueError, TypeError):
+            waiting = {name: stored for name, stored in waiting.items() if name != label}
+        self._state_waiting_to_be_consumed = waiting
+        self._forget(tensor)
+
     def _forget(self, tensor: torch.Tensor) -> None:
         """Drop the entry of a tensor; presented again, it starts anew."""
         self._ids = b""
         self._stand_ins.pop(tensor, None)
         self._core.forget(self._tracked.pop(tensor).key)
 
+
+#: What messages of the core say to do about state that does not fit; here there is other help.
+REMEDY = re.compile(
+    r"forget the name to start anew$"
+    r"|load with the rule that was saved, step, then assign opt\.rule$"
+)
 
 #: How many different settings are remembered.
 SHARED = 64
