@@ -287,3 +287,19 @@ def test_what_stands_there_does_not_hold_its_tensor() -> None:
     assert len(opt.optim_objs) == 0
     with pytest.raises(ReferenceError, match="the tensor of this optimizer is gone"):
         one.step()
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(2, dtype=torch.float64)])
+def test_a_tensor_of_another_shape_or_dtype_starts_anew_when_its_entry_is_deleted(
+    other: torch.Tensor,
+) -> None:
+    opt, w = optim.SGD({"lr": 0.5}), torch.zeros(2, requires_grad=True)
+    w.grad = torch.ones(2)
+    opt([w])
+    w.data, w.grad = other.clone(), None
+    w.grad = torch.ones_like(other)
+    with pytest.raises((TypeError, ValueError), match=r"del optim_objs\[tensor\] to start anew$"):
+        opt([w])
+    del opt.optim_objs[w]
+    opt([w])
+    assert w.tolist() == [-0.5] * len(other)

@@ -166,13 +166,15 @@ class _Core(Optimizer):
             else:
                 task.grad.detach().copy_(clipped)
 
-    @exclusive
     def step_tensors(self, names: list[str], tensors: np.ndarray) -> None:
         """``step`` of tensors that have names already, by their own gradients."""
         before = self._outcome
         try:
+            self._changing = True
             self._advance(names, tensors, None, [])
+            self._changing = False
         except BaseException as error:
+            self._changing = False
             with uninterrupted():
                 self._explain(error, before)
             raise
@@ -297,7 +299,13 @@ class JointOptim(PyroOptim):
         tensors = tensors[self._order]
         if self._state_waiting_to_be_consumed:
             self._settle(tensors)
-        self._core.step_tensors(self._keys, tensors)
+        try:
+            self._core.step_tensors(self._keys, tensors)
+        except (TypeError, ValueError) as error:
+            said = REMEDY.sub("del optim_objs[tensor] to start anew", str(error))
+            if said != str(error):
+                raise type(error)(said) from None
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings, and the state by name."""
