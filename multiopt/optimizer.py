@@ -135,7 +135,7 @@ class Optimizer:
     )
 
     #: Those that a copy begins anew.
-    _own: ClassVar = ("__weakref__", "_changing", "_plan", "_plans", "_under_way")
+    _anew: ClassVar = ("__weakref__", "_changing", "_plan", "_plans", "_under_way")
 
     #: Whether a step writes clipped gradients over the gradients.
     _leave_clipped: ClassVar[bool] = False
@@ -292,7 +292,7 @@ class Optimizer:
         """All but the plans."""
         self._settle_clocks()
         names = (*Optimizer.__slots__, *getattr(self, "__dict__", ()))
-        return {name: getattr(self, name) for name in names if name not in self._own}
+        return {name: getattr(self, name) for name in names if name not in self._anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin without plans."""
