@@ -246,7 +246,9 @@ def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(
                     f"slot {slot!r} has dtype {layout.dtype}; expected float32 or float64"
                 )
-            slots[slot] = backend.to_host(array)
+            host = backend.to_host(array)
+            # Compiled code knows the byte order of the machine only.
+            slots[slot] = host.astype(host.dtype.newbyteorder("="), copy=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
     try:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import multiopt as mo
-from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal
+from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
 LOCAL = [NUMPY, TORCH, JAX, STRICT]
 
@@ -172,6 +172,33 @@ def test_the_dtype_changes_only_when_that_is_asked_for(
     else:
         expected = source.state("a").slots["exp_avg"].astype("float32")
     assert_equal(library.numpy(target.state("a").slots["exp_avg"]), expected)
+
+
+def test_slots_may_have_the_other_byte_order(library: Library) -> None:
+    source = mo.Optimizer(mo.Adam(lr=0.1), average=mo.Average())
+    params = {"seen": ones(3, dtype="float64") / 3, "waits": ones(2) / 7}
+    source.step(params, {name: w.copy() for name, w in params.items()})
+    state = source.state_dict()
+    for part in ("entries", "averages"):
+        for entry in state[part].values():
+            swapped = {k: x.astype(x.dtype.newbyteorder()) for k, x in entry["slots"].items()}
+            entry["slots"] = swapped
+
+    def went_on(state: dict[str, Any], library: Library) -> mo.Optimizer:
+        opt = mo.Optimizer(mo.Adam(lr=0.1), average=mo.Average())
+        here = {name: library.param(w) for name, w in params.items()}
+        grads = {name: library.grad(w) for name, w in params.items()}
+        with engine(library.engine):
+            here = {**here, **opt.step({"seen": here["seen"]}, {"seen": grads["seen"]})}
+            opt.load_state_dict(state)
+            opt.step(here, grads)
+        return opt
+
+    expected, opt = went_on(source.state_dict(), NUMPY), went_on(state, library)
+    for name in params:
+        assert_equal(library.numpy(opt.average(name)), expected.average(name), name)
+        for slot, array in expected.state(name).slots.items():
+            assert_equal(library.numpy(opt.state(name).slots[slot]), array, slot)
 
 
 def test_complex_state_does_not_become_real(loaded: Any) -> None:
