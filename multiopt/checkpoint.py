@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -40,6 +41,9 @@ MANY = 10_000
 
 #: How deep a description of a rule, or metadata, may be nested.
 DEEPEST = 64
+
+#: Two surrogates that JSON takes for one character. Alone, each comes back as it is.
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 #: What reading a file of another kind, or a damaged one, can raise.
 MALFORMED = (
@@ -113,9 +117,17 @@ def write(
     Raises:
         OSError: The file cannot be written.
         TypeError: The metadata is no mapping.
-        ValueError: The metadata is not what JSON can hold, or there is too much for a header.
+        ValueError: The metadata or a name is not what JSON can hold, or there is too much for a
+            header.
     """
     metadata = _checked_metadata(metadata or {})
+    for part in (*PARTS, "skips"):
+        for name in filter(PAIR.search, state_dict.get(part, ())):
+            raise ValueError(
+                f"the name {name!r} has two surrogates that JSON takes for one character, so that "
+                f"it would come back as {json.loads(json.dumps(name))!r}; expected a name that "
+                "comes back as it is: rename it"
+            )
     slots: list[Array] = []
     layouts: list[Layout] = []
     rules: dict[str, int] = {}
