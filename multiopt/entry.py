@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.clipping import Clip
 from multiopt.rules import Rule
-from multiopt.schedules import Schedule, plateaus
+from multiopt.schedules import Schedule, check_description, plain, plateaus
 from multiopt.schedules import described as described_schedule
 
 __all__ = [
@@ -402,24 +402,20 @@ def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str,
         now = rule
     words = {
         "name": type(rule).__name__,
-        **{f.name: _plain(getattr(now, f.name)) for f in fields(now)},
+        **{f.name: plain(getattr(now, f.name)) for f in fields(now)},
     }
     given = {name: getattr(rule, name) for name in rule.ranges}
-    schedules = {k: described_schedule(v) for k, v in given.items() if _is_describable(v)}
+    schedules = {}
+    for name, value in given.items():
+        # A Plateau of somebody else has not the state that loading asks of ours.
+        with suppress(ValueError):
+            if _is_describable(value):
+                description = described_schedule(value)
+                check_description(description)
+                schedules[name] = description
     return {**words, "schedules": schedules} if schedules else words
 
 
 def _is_describable(value: Any) -> bool:
     parts = value if isinstance(value, tuple) else (value,)
     return any(isinstance(part, Schedule) for part in parts)
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON has it, which knows no tuple, no infinity and no callable."""
-    if callable(value):
-        return None
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return repr(value) if isinstance(value, float) and not isfinite(value) else value
