@@ -117,10 +117,10 @@ def write(
     Raises:
         OSError: The file cannot be written.
         TypeError: The metadata is no mapping.
-        ValueError: The metadata or a name is not what JSON can hold, or there is too much for a
-            header.
+        ValueError: The metadata or a name is not what JSON can hold, a rule is nested too deep, or
+            there is too much for a header.
     """
-    metadata = _checked_metadata(metadata or {})
+    metadata = _checked_metadata({} if metadata is None else metadata)
     for part in (*PARTS, "skips"):
         for name in filter(PAIR.search, state_dict.get(part, ())):
             raise ValueError(
@@ -134,20 +134,29 @@ def write(
     # Writing a description takes 10 us, and many names have one and the same.
     known: dict[int, int] = {}
 
-    def described(entry: Mapping[str, Any]) -> dict[str, Any]:
+    def described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         keys = {slot: str(len(slots) + i) for i, slot in enumerate(entry["slots"])}
         slots.extend(entry["slots"].values())
         forms = [backend_of(x, "a slot").layout(x, "a slot") for x in entry["slots"].values()]
         layouts.extend(forms)
         rule = entry["rule"]
         if id(rule) not in known:
+            try:
+                _check_nesting(rule)
+            except ValueError as error:
+                raise ValueError(
+                    f"the rule of parameter {name!r}: {error}, as no file may be; expected fewer "
+                    "schedules within schedules: save it under a rule with fewer"
+                ) from error
             known[id(rule)] = rules.setdefault(json.dumps(rule, allow_nan=False), len(rules))
         made = {"rule": known[id(rule)], "step": entry["step"], "slots": keys}
         is_complex = entry.get("complex") or any(form.is_complex for form in forms)
         return {**made, "complex": True} if is_complex else made
 
     document = {
-        key: {name: described(entry) for name, entry in value.items()} if key in PARTS else value
+        key: {name: described(name, entry) for name, entry in value.items()}
+        if key in PARTS
+        else value
         for key, value in state_dict.items()
     }
     document |= {"version": VERSION, "rules": list(map(json.loads, rules)), "metadata": metadata}

@@ -128,6 +128,25 @@ def test_a_name_that_json_would_change_is_refused_before_anything_is_written(
         assert set(checkpoint.listed(tmp_path / "run").state_dict[part]) == {"b", "a\U0001f600"}
 
 
+@pytest.mark.parametrize("depth", [20, 40])
+def test_a_rule_that_is_nested_too_deep_to_be_read_is_not_written(
+    tmp_path: Path, depth: int
+) -> None:
+    lr: mo.schedules.Schedule = mo.schedules.Constant(0.1)
+    for _ in range(depth):
+        lr = mo.schedules.Join([lr, mo.schedules.Constant(0.1)], [9])
+    rules = {"flat": mo.SGD(), "deep": mo.SGD(lr=lr)}
+    opt = mo.Optimizer(rules.__getitem__)
+    opt.step({name: np.ones(2) for name in rules}, {name: np.ones(2) for name in rules})
+    if depth == 20:
+        opt.save(tmp_path / "run")
+        assert mo.Optimizer(mo.SGD()).load(tmp_path / "run").pending == ("flat", "deep")
+    else:
+        with pytest.raises(ValueError, match=r"parameter 'deep': .*nested more than 64 deep"):
+            opt.save(tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 3)])
 def test_any_shape_can_be_saved(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = saved(tmp_path, w=np.ones(shape, order="F"))

@@ -253,7 +253,7 @@ def test_metadata_comes_back(tmp_path: Path) -> None:
     assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata == {}
 
 
-@pytest.mark.parametrize("metadata", [[1], "abc", 3])
+@pytest.mark.parametrize("metadata", [[1], "abc", 3, [], "", 0, False])
 def test_metadata_is_a_mapping(tmp_path: Path, metadata: Any) -> None:
     with pytest.raises(TypeError, match="metadata must be a mapping; got"):
         stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
