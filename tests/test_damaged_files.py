@@ -111,6 +111,15 @@ def hostile(raw: bytes) -> Iterator[bytes]:
         yield sealed(text.replace('"step": 4', f'"step": {word}', 1), header, data)
     yield sealed("[" + "[],[]," * 300_000 + "0]", header, data)
     yield sealed('{"version": 2, "a":[' + "{}," * 500_000 + "0]}", header, data)
+    # As much as is let through, and more: lists, mappings, numbers and words, and keys.
+    for part in ("[]", "[0]", "0", "257", '"a"', '"ab"', '{"a":0}', '{"a":[[],[]]}'):
+        weight = 7 * part.count("{") + 3 * part.count("[") + part.count(",") + 1
+        for room in (0, 1.5, 2.5):
+            more = ",".join([part.ljust(int(room * weight))] * 100_000)
+            yield sealed(f'{{"version": 2, "x": [{more}]}}', header, data)
+    for part in ("0", "[]", "1e9"):
+        more = ",".join(f'"{i:x}":{part}' for i in range(2**17, 2**18))
+        yield sealed(f'{{"version": 2, "x": {{{more}}}}}', header, data)
     names = ",".join(f'"{i}":{{}}' for i in range(200_000))
     yield sealed(
         f'{{"version": 2, "rules":[], "entries":{{{names}}},"pending":{{}}}}', header, data

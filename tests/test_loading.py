@@ -253,6 +253,36 @@ def test_metadata_comes_back(tmp_path: Path) -> None:
     assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata == {}
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"loss": list(range(10)) * 30_000},
+        {"pairs": [[0.5, 0.25]] * 50_000},
+        {"epochs": [{"loss": 0.5, "epoch": 1}] * 20_000},
+        {"dense": [[[]] * 1000] * 20},
+    ],
+    ids=lambda metadata: next(iter(metadata)),
+)
+def test_metadata_may_be_long(tmp_path: Path, metadata: Any) -> None:
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata == metadata
+
+
+def test_metadata_that_would_take_far_more_memory_than_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mappings, lists and commas .*: save fewer names"):
+        stepped(a=ones(2)).save(tmp_path / "run", metadata={"x": [[]] * 50_000})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", [[f"{i:x}" for i in range(20_000)], ["," * 50_000, "{" * 5000]])
+def test_short_names_and_odd_names_have_room(tmp_path: Path, names: list[str]) -> None:
+    opt = mo.Optimizer(mo.SGD())
+    params = {name: np.ones(1) for name in names}
+    opt.step(params, params | {})
+    opt.save(tmp_path / "run")
+    assert mo.Optimizer(mo.SGD()).load(tmp_path / "run").pending == tuple(names)
+
+
 @pytest.mark.parametrize("metadata", [[1], "abc", 3, [], "", 0, False])
 def test_metadata_is_a_mapping(tmp_path: Path, metadata: Any) -> None:
     with pytest.raises(TypeError, match="metadata must be a mapping; got"):
