@@ -49,6 +49,9 @@ DEEPEST = 64
 #: Two surrogates that JSON takes for one character. Alone, each comes back as it is.
 PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
+#: What files of ``torch.save`` begin with, new ones and old ones.
+PICKLES = b"PK\x03\x04", b"\x80"
+
 #: What reading a file of another kind, or a damaged one, can raise.
 MALFORMED = (
     *(SafetensorError, AttributeError, LookupError, OverflowError, RecursionError),
@@ -336,11 +339,19 @@ def _check_header(path: str) -> None:
     """Refuse a header that would take much more memory than it has bytes.
 
     Raises:
-        ValueError: It would.
+        CheckpointError: It is a file of ``torch.save``.
+        ValueError: It would, or is not there.
     """
     with Path(path).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
         if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
+            if first.startswith(PICKLES):
+                raise CheckpointError(
+                    "expected a multiopt checkpoint; it is a zip file or a pickle, as torch.save "
+                    "writes: for the state of a torch optimizer use "
+                    "multiopt.adapters.torch_optim.read"
+                )
             raise ValueError(f"a header of {length} bytes is not in it")
         if why := _too_much(file.read(min(length, LARGEST_HEADER + 1))):
             raise ValueError(why)
@@ -366,6 +377,8 @@ def _too_much(header: bytes) -> str | None:
 
 def _document(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str] | None]:
     """The state dict in the metadata of a file, with the keys of tensors, and the checksums."""
+    if "multiopt" not in header:
+        raise CheckpointError("it is a safetensors file with no state of multiopt in it")
     text = header["multiopt"]
     words = header["checksums"].split() if "checksums" in header else None
     if words is not None and words[0] != xxh3_64(text.encode()).hexdigest():
@@ -491,7 +504,7 @@ def check_state_dict(state_dict: Any) -> None:
     _check_version(state_dict)
     if not _is_clock(state_dict.get("steps", 0)):
         raise CheckpointError(
-            f"expected an integer >= 0 under 'steps'; got {state_dict['steps']!r}"
+            f"expected an int from 0 to 2^53 under 'steps'; got {state_dict['steps']!r}"
         )
     for part, required in PARTS.items():
         entries = state_dict.get(part, None if required else {})
@@ -513,7 +526,7 @@ def check_state_dict(state_dict: Any) -> None:
         if not known or counts[0] < counts[1]:
             raise CheckpointError(
                 f"the skips of {name!r} are {counts!r}; expected how many in all, and of them in a "
-                "row"
+                "row, ints from 0 to 2^53"
             )
 
 
@@ -522,7 +535,9 @@ def _check_entry(part: str, name: Any, entry: Any) -> None:
         raise CheckpointError(f"expected names under {part!r} to be strings; got {name!r}")
     step = entry.get("step") if isinstance(entry, Mapping) else None
     if not _is_clock(step):
-        raise CheckpointError(f"the state of {name!r} has step {step!r}; expected an integer >= 0")
+        raise CheckpointError(
+            f"the state of {name!r} has step {step!r}; expected an int from 0 to 2^53"
+        )
     slots, rule = entry.get("slots"), entry.get("rule")
     if not isinstance(slots, Mapping) or not isinstance(rule, Mapping):
         raise CheckpointError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")

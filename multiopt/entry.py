@@ -303,17 +303,10 @@ def restored(
                 for k, x in arrays.items()
             }
     for slot, array in arrays.items():
-        if array.shape != shapes[slot]:
+        if array.shape != shapes[slot] or array.dtype.name != layout.compute_dtype:
             raise ValueError(
-                f"the loaded slot {slot!r} of parameter {name!r} has shape {array.shape}; expected "
-                f"{shapes[slot]} for a parameter of shape {layout.shape}: forget the name to start "
-                "anew"
-            )
-        if array.dtype.name != layout.compute_dtype:
-            raise ValueError(
-                f"the loaded slot {slot!r} of parameter {name!r} has dtype {array.dtype.name}; "
-                f"expected {layout.compute_dtype}, for a parameter of dtype {layout.dtype}: "
-                "load it with cast=True, or forget the name to start anew"
+                f"the loaded slot {slot!r} of parameter {name!r} has "
+                f"{_misfit(array, stored['slots'][slot], shapes[slot], layout)}"
             )
     from_host = named(layout.library).from_host
     slots = {slot: from_host(arrays[slot], layout) for slot in shapes}
@@ -321,6 +314,34 @@ def restored(
     if keeps_master and master is None:
         master = named(layout.library).zeros(layout)
     return Entry(rule, clip, stored["step"], tuple(slots.values()), layout, master)
+
+
+def _misfit(array: np.ndarray, given: np.ndarray, shape: tuple[int, ...], layout: Layout) -> str:
+    """What of a loaded slot does not fit, and the remedy.
+
+    Args:
+        array: The slot, in parts where the parameter is.
+        given: The slot as it was loaded, of which the message speaks.
+        shape: The shape it needs.
+        layout: That of the parameter.
+    """
+    is_complex = np.iscomplexobj(given)
+    if array.shape == shape and not np.iscomplexobj(array):
+        return (
+            f"dtype {given.dtype.name}; expected "
+            f"{layout.own_dtype if is_complex else layout.compute_dtype}, for a parameter of dtype "
+            f"{layout.own_dtype}: load it with cast=True, or forget the name to start anew"
+        )
+    if is_complex == layout.is_complex:
+        return (
+            f"shape {given.shape}; expected {layout.own_shape if is_complex else shape} for a "
+            f"parameter of shape {layout.own_shape}: forget the name to start anew"
+        )
+    return (
+        f"dtype {given.dtype.name} and shape {given.shape}; expected a "
+        f"{'complex' if layout.is_complex else 'real'} one, for a parameter of dtype "
+        f"{layout.own_dtype} and shape {layout.own_shape}: forget the name to start anew"
+    )
 
 
 def check_slot_names(
@@ -344,7 +365,9 @@ def check_slot_names(
     elif MASTER in have and MASTER not in want:
         raise ValueError(
             f"the loaded state of parameter {name!r} has the slot {MASTER!r}; expected none, for "
-            "a parameter of 32 or 64 bits or an optimizer without master_weights=True"
+            "a parameter of 32 or 64 bits or an optimizer without master_weights=True: for one of "
+            "16 bits make the optimizer with master_weights=True, else forget the name to start "
+            "anew"
         )
     # Which slots a rule that is not elementwise has, the shape may decide.
     known = names is not None or rule.elementwise
