@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -35,11 +36,21 @@ LAST_STEP = 2**53
 #: The largest header that safetensors reads, in bytes.
 LARGEST_HEADER = 100_000_000
 
-#: The mappings and values that a header of any length may have.
-MANY = 10_000
+#: What a mapping and a list of a header count for, where a comma counts for 1: in memory they take
+#: some 250, 110 and 40 bytes, and what is in them.
+MAPPING, LIST = 7, 3
+
+#: What a header of any length may count for: 10 000 mappings.
+MANY = 10_000 * MAPPING
 
 #: How deep a description of a rule, or metadata, may be nested.
 DEEPEST = 64
+
+#: Two surrogates that JSON takes for one character. Alone, each comes back as it is.
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+#: What files of ``torch.save`` begin with, new ones and old ones.
+PICKLES = b"PK\x03\x04", b"\x80"
 
 #: What reading a file of another kind, or a damaged one, can raise.
 MALFORMED = (
@@ -113,29 +124,46 @@ def write(
     Raises:
         OSError: The file cannot be written.
         TypeError: The metadata is no mapping.
-        ValueError: The metadata is not what JSON can hold, or there is too much for a header.
+        ValueError: The metadata or a name is not what JSON can hold, a rule is nested too deep, or
+            there is too much for a header.
     """
-    metadata = _checked_metadata(metadata or {})
+    metadata = _checked_metadata({} if metadata is None else metadata)
+    for part in (*PARTS, "skips"):
+        for name in filter(PAIR.search, state_dict.get(part, ())):
+            raise ValueError(
+                f"the name {name!r} has two surrogates that JSON takes for one character, so that "
+                f"it would come back as {json.loads(json.dumps(name))!r}; expected a name that "
+                "comes back as it is: rename it"
+            )
     slots: list[Array] = []
     layouts: list[Layout] = []
     rules: dict[str, int] = {}
     # Writing a description takes 10 us, and many names have one and the same.
     known: dict[int, int] = {}
 
-    def described(entry: Mapping[str, Any]) -> dict[str, Any]:
+    def described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         keys = {slot: str(len(slots) + i) for i, slot in enumerate(entry["slots"])}
         slots.extend(entry["slots"].values())
         forms = [backend_of(x, "a slot").layout(x, "a slot") for x in entry["slots"].values()]
         layouts.extend(forms)
         rule = entry["rule"]
         if id(rule) not in known:
+            try:
+                _check_nesting(rule)
+            except ValueError as error:
+                raise ValueError(
+                    f"the rule of parameter {name!r}: {error}, as no file may be; expected fewer "
+                    "schedules within schedules: save it under a rule with fewer"
+                ) from error
             known[id(rule)] = rules.setdefault(json.dumps(rule, allow_nan=False), len(rules))
         made = {"rule": known[id(rule)], "step": entry["step"], "slots": keys}
         is_complex = entry.get("complex") or any(form.is_complex for form in forms)
         return {**made, "complex": True} if is_complex else made
 
     document = {
-        key: {name: described(entry) for name, entry in value.items()} if key in PARTS else value
+        key: {name: described(name, entry) for name, entry in value.items()}
+        if key in PARTS
+        else value
         for key, value in state_dict.items()
     }
     document |= {"version": VERSION, "rules": list(map(json.loads, rules)), "metadata": metadata}
@@ -311,11 +339,19 @@ def _check_header(path: str) -> None:
     """Refuse a header that would take much more memory than it has bytes.
 
     Raises:
-        ValueError: It would.
+        CheckpointError: It is a file of ``torch.save``.
+        ValueError: It would, or is not there.
     """
     with Path(path).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
         if not 2 <= length <= os.fstat(file.fileno()).st_size - 8:
+            if first.startswith(PICKLES):
+                raise CheckpointError(
+                    "expected a multiopt checkpoint; it is a zip file or a pickle, as torch.save "
+                    "writes: for the state of a torch optimizer use "
+                    "multiopt.adapters.torch_optim.read"
+                )
             raise ValueError(f"a header of {length} bytes is not in it")
         if why := _too_much(file.read(min(length, LARGEST_HEADER + 1))):
             raise ValueError(why)
@@ -324,22 +360,25 @@ def _check_header(path: str) -> None:
 def _too_much(header: bytes) -> str | None:
     """Why a header is not to be parsed, if it is not.
 
-    A mapping takes 100 to 250 bytes in memory and as few as 3 in a header that is made for harm; a
-    name with its two or three mappings takes 45 bytes and more in one of ours.
+    In a header that is made for harm, a mapping or a list takes 3 bytes. In one of ours a name with
+    its two or three mappings takes 45 bytes and more, and a number in a list of numbers 3.
     """
     if len(header) > LARGEST_HEADER:
         return f"the header has {len(header)} bytes; expected {LARGEST_HEADER} at most"
-    mappings = header.count(b"{")
-    if mappings > MANY + len(header) // 20:
-        return f"the header has {mappings} mappings; expected {MANY} and one for every 20 bytes"
-    values = mappings + header.count(b"[") + header.count(b",")
-    if values > MANY + len(header) // 5:
-        return f"the header has {values} values; expected {MANY} and one for every 5 bytes"
+    have = MAPPING * header.count(b"{") + LIST * header.count(b"[") + header.count(b",")
+    most = MANY + 2 * len(header) // 5
+    if have > most:
+        return (
+            f"the header has mappings, lists and commas for {have}, of {MAPPING}, {LIST} and 1 "
+            f"each; expected at most {most}, for {len(header)} bytes"
+        )
     return None
 
 
 def _document(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str] | None]:
     """The state dict in the metadata of a file, with the keys of tensors, and the checksums."""
+    if "multiopt" not in header:
+        raise CheckpointError("it is a safetensors file with no state of multiopt in it")
     text = header["multiopt"]
     words = header["checksums"].split() if "checksums" in header else None
     if words is not None and words[0] != xxh3_64(text.encode()).hexdigest():
@@ -465,7 +504,7 @@ def check_state_dict(state_dict: Any) -> None:
     _check_version(state_dict)
     if not _is_clock(state_dict.get("steps", 0)):
         raise CheckpointError(
-            f"expected an integer >= 0 under 'steps'; got {state_dict['steps']!r}"
+            f"expected an int from 0 to 2^53 under 'steps'; got {state_dict['steps']!r}"
         )
     for part, required in PARTS.items():
         entries = state_dict.get(part, None if required else {})
@@ -475,6 +514,12 @@ def check_state_dict(state_dict: Any) -> None:
             )
         for name, entry in entries.items():
             _check_entry(part, name, entry)
+    parameters = state_dict["entries"].keys() | state_dict["pending"].keys()
+    for part in PARTS:
+        if PARTS[part] is False and (odd := state_dict.get(part, {}).keys() - parameters):
+            raise CheckpointError(
+                f"there are averages of {sorted(odd)}; expected them of names that have an entry"
+            )
     skips = state_dict.get("skips", {})
     if not isinstance(skips, Mapping):
         raise CheckpointError(f"expected a mapping under 'skips'; got {type(skips).__name__}")
@@ -487,7 +532,7 @@ def check_state_dict(state_dict: Any) -> None:
         if not known or counts[0] < counts[1]:
             raise CheckpointError(
                 f"the skips of {name!r} are {counts!r}; expected how many in all, and of them in a "
-                "row"
+                "row, ints from 0 to 2^53"
             )
 
 
@@ -496,7 +541,9 @@ def _check_entry(part: str, name: Any, entry: Any) -> None:
         raise CheckpointError(f"expected names under {part!r} to be strings; got {name!r}")
     step = entry.get("step") if isinstance(entry, Mapping) else None
     if not _is_clock(step):
-        raise CheckpointError(f"the state of {name!r} has step {step!r}; expected an integer >= 0")
+        raise CheckpointError(
+            f"the state of {name!r} has step {step!r}; expected an int from 0 to 2^53"
+        )
     slots, rule = entry.get("slots"), entry.get("rule")
     if not isinstance(slots, Mapping) or not isinstance(rule, Mapping):
         raise CheckpointError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")

@@ -1,7 +1,10 @@
 """The command line: ``multiopt demo``, ``multiopt bench`` and ``multiopt show``."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, TypeAlias
 
 from multiopt.bench.comparisons import ROWS
@@ -24,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process if left out.
 
     Returns:
-        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ. No figure of the
-        bench changes it. A file that cannot be shown ends the program with status 2.
+        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, or nobody reads what
+        is printed. No figure of the bench changes it. A file that cannot be shown ends the program
+        with status 2.
     """
     parser = argparse.ArgumentParser(
         prog="multiopt",
@@ -36,7 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_bench(commands)
     _add_show(commands)
     arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A name may have letters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read it, such as ``head``, has enough. Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 
@@ -98,6 +111,8 @@ def _add_show(commands: "Commands") -> None:
     def run(arguments: argparse.Namespace) -> int:
         try:
             show(arguments.file)
+        except BrokenPipeError:
+            raise
         except (CheckpointError, OSError) as error:
             command.error(str(error))
         return 0

@@ -104,7 +104,10 @@ def _sync_directory(directory: Path) -> None:
     """Bring the names in a directory to the disk, where a system has a call for it."""
     if sys.platform == "win32":
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:
+        return  # a folder may be one to write to and not to read, which there is no way to flush
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.clipping import Clip
 from multiopt.rules import Rule
-from multiopt.schedules import Plateau, Schedule, plateaus
+from multiopt.schedules import Plateau, Schedule, check_description, plain, plateaus
 from multiopt.schedules import described as described_schedule
 
 __all__ = [
@@ -246,7 +246,9 @@ def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(
                     f"slot {slot!r} has dtype {layout.dtype}; expected float32 or float64"
                 )
-            slots[slot] = backend.to_host(array)
+            host = backend.to_host(array)
+            # Compiled code knows the byte order of the machine only.
+            slots[slot] = host.astype(host.dtype.newbyteorder("="), copy=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
     try:
@@ -301,17 +303,10 @@ def restored(
                 for k, x in arrays.items()
             }
     for slot, array in arrays.items():
-        if array.shape != shapes[slot]:
+        if array.shape != shapes[slot] or array.dtype.name != layout.compute_dtype:
             raise ValueError(
-                f"the loaded slot {slot!r} of parameter {name!r} has shape {array.shape}; expected "
-                f"{shapes[slot]} for a parameter of shape {layout.shape}: forget the name to start "
-                "anew"
-            )
-        if array.dtype.name != layout.compute_dtype:
-            raise ValueError(
-                f"the loaded slot {slot!r} of parameter {name!r} has dtype {array.dtype.name}; "
-                f"expected {layout.compute_dtype}, for a parameter of dtype {layout.dtype}: "
-                "load it with cast=True, or forget the name to start anew"
+                f"the loaded slot {slot!r} of parameter {name!r} has "
+                f"{_misfit(array, stored['slots'][slot], shapes[slot], layout)}"
             )
     from_host = named(layout.library).from_host
     slots = {slot: from_host(arrays[slot], layout) for slot in shapes}
@@ -319,6 +314,34 @@ def restored(
     if keeps_master and master is None:
         master = named(layout.library).zeros(layout)
     return Entry(rule, clip, stored["step"], tuple(slots.values()), layout, master)
+
+
+def _misfit(array: np.ndarray, given: np.ndarray, shape: tuple[int, ...], layout: Layout) -> str:
+    """What of a loaded slot does not fit, and the remedy.
+
+    Args:
+        array: The slot, in parts where the parameter is.
+        given: The slot as it was loaded, of which the message speaks.
+        shape: The shape it needs.
+        layout: That of the parameter.
+    """
+    is_complex = np.iscomplexobj(given)
+    if array.shape == shape and not np.iscomplexobj(array):
+        return (
+            f"dtype {given.dtype.name}; expected "
+            f"{layout.own_dtype if is_complex else layout.compute_dtype}, for a parameter of dtype "
+            f"{layout.own_dtype}: load it with cast=True, or forget the name to start anew"
+        )
+    if is_complex == layout.is_complex:
+        return (
+            f"shape {given.shape}; expected {layout.own_shape if is_complex else shape} for a "
+            f"parameter of shape {layout.own_shape}: forget the name to start anew"
+        )
+    return (
+        f"dtype {given.dtype.name} and shape {given.shape}; expected a "
+        f"{'complex' if layout.is_complex else 'real'} one, for a parameter of dtype "
+        f"{layout.own_dtype} and shape {layout.own_shape}: forget the name to start anew"
+    )
 
 
 def check_slot_names(
@@ -342,7 +365,9 @@ def check_slot_names(
     elif MASTER in have and MASTER not in want:
         raise ValueError(
             f"the loaded state of parameter {name!r} has the slot {MASTER!r}; expected none, for "
-            "a parameter of 32 or 64 bits or an optimizer without master_weights=True"
+            "a parameter of 32 or 64 bits or an optimizer without master_weights=True: for one of "
+            "16 bits make the optimizer with master_weights=True, else forget the name to start "
+            "anew"
         )
     # Which slots a rule that is not elementwise has, the shape may decide.
     known = names is not None or rule.elementwise
@@ -408,24 +433,20 @@ def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str,
         now = rule
     words = {
         "name": type(rule).__name__,
-        **{f.name: _plain(getattr(now, f.name)) for f in fields(now)},
+        **{f.name: plain(getattr(now, f.name)) for f in fields(now)},
     }
     given = {name: getattr(rule, name) for name in rule.ranges}
-    schedules = {k: described_schedule(v) for k, v in given.items() if _is_describable(v)}
+    schedules = {}
+    for name, value in given.items():
+        # A Plateau of somebody else has not the state that loading asks of ours.
+        with suppress(ValueError):
+            if _is_describable(value):
+                description = described_schedule(value)
+                check_description(description)
+                schedules[name] = description
     return {**words, "schedules": schedules} if schedules else words
 
 
 def _is_describable(value: Any) -> bool:
     parts = value if isinstance(value, tuple) else (value,)
     return any(isinstance(part, Schedule) for part in parts)
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON has it, which knows no tuple, no infinity and no callable."""
-    if callable(value):
-        return None
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return repr(value) if isinstance(value, float) and not isfinite(value) else value

@@ -1207,8 +1207,9 @@ class Optimizer:
 
         Raises:
             OSError: The file cannot be written; the old one is untouched.
-            ValueError: The metadata is not what JSON can hold, or there are too many names for one
-                file (some 300 000).
+            TypeError: The metadata is no mapping.
+            ValueError: The metadata or a name is not what JSON can hold, a schedule is nested too
+                deep, or there are too many names for one file (some 300 000).
         """
         checkpoint.write(path, self._state_dict(shown=False), metadata)
 

@@ -22,11 +22,14 @@ machine, and in the last bit perhaps not on another.
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from math import cos, inf, isfinite, nan, pi
 from numbers import Integral, Real
+from sys import float_info
 from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from multiopt.rules.rule import FINITE, FRACTION, NONNEGATIVE, Range, is_shared
 
@@ -640,7 +643,8 @@ class Plateau(Schedule):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what another has seen, as ``state`` gives it."""
-        for name, value in state.items():
+        for name in asdict(self._seen):
+            value = state[name]
             setattr(self._seen, name, float(value) if isinstance(value, str) else value)
 
 
@@ -650,18 +654,37 @@ class Plateau(Schedule):
 def described(value: Any) -> Any:
     """A schedule as plain data: its class, its fields, and what it has seen.
 
-    Callables of others are None, and pairs are lists.
+    One that is no dataclass is its class alone; values that are no schedules are as ``plain``.
 
     >>> described(Shared(Linear(0.0, 1.0, 10)))["schedule"]
     {'name': 'Linear', 'initial': 0.0, 'final': 1.0, 'steps': 10}
     """
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return [described(part) for part in value]
     if not isinstance(value, Schedule):
-        return None if callable(value) else value
-    words = {name: described(getattr(value, name)) for name in _arguments(value)}
+        return plain(value)
+    words = {name: described(part) for name, part in _arguments(value).items()}
     state = {"state": value.state()} if isinstance(value, Plateau) else {}
     return {"name": type(value).__name__, **words, **state}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it; what JSON has nothing like is None.
+
+    State must not be lost over the description of a rule or a schedule, whatever is in its fields.
+
+    >>> plain((np.float32(0.5), inf, {"table": np.arange(3)}, {1, 2}, print))
+    [0.5, 'inf', {'table': [0, 1, 2]}, None, None]
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, tuple | list):
+        return [plain(part) for part in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, float) and not isfinite(value):
+        return repr(float(value))
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def check_description(description: Any) -> None:
@@ -670,7 +693,6 @@ def check_description(description: Any) -> None:
     Raises:
         ValueError: It has one.
     """
-    names = {f.name for f in fields(_Observed)}
     waiting = [description]
     while waiting:
         part = waiting.pop()
@@ -678,19 +700,16 @@ def check_description(description: Any) -> None:
             waiting += part
         elif isinstance(part, Mapping):
             waiting += part.values()
-            if part.get("name") == "Plateau":
-                state = part.get("state")
-                if not (
-                    isinstance(state, Mapping)
-                    and state.keys() == names
-                    and all(_is_plain(value) for value in state.values())
-                ):
-                    raise ValueError(f"expected the state of a Plateau; got {state!r}")
+            state = part.get("state")
+            # That of a subclass has another name, and perhaps more in its state.
+            known = part.get("name") == "Plateau" or _has_observed(state)
+            if known and not _is_observed(state):
+                raise ValueError(f"expected the state of a Plateau; got {state!r}")
 
 
 def plateaus(value: Any, description: Any) -> Iterator[tuple[Plateau, Mapping[str, Any]]]:
     """Each ``Plateau`` in a schedule, with the state that a description has in its place."""
-    if isinstance(value, tuple) and isinstance(description, list | tuple):
+    if isinstance(value, tuple | list) and isinstance(description, list | tuple):
         for part, words in zip(value, description, strict=False):
             yield from plateaus(part, words)
     elif (
@@ -698,14 +717,33 @@ def plateaus(value: Any, description: Any) -> Iterator[tuple[Plateau, Mapping[st
         and isinstance(description, Mapping)
         and description.get("name") == type(value).__name__
     ):
-        if isinstance(value, Plateau):
+        if isinstance(value, Plateau) and _has_observed(description.get("state")):
             yield value, description["state"]
-        for name in _arguments(value):
-            yield from plateaus(getattr(value, name), description.get(name))
+        for name, part in _arguments(value).items():
+            yield from plateaus(part, description.get(name))
 
 
-def _arguments(schedule: Any) -> list[str]:
-    return [f.name for f in fields(schedule) if f.init]
+def _arguments(schedule: Any) -> dict[str, Any]:
+    known = fields(schedule) if is_dataclass(schedule) else ()
+    return {f.name: getattr(schedule, f.name) for f in known if f.init}
+
+
+def _has_observed(state: Any) -> bool:
+    return isinstance(state, Mapping) and all(f.name in state for f in fields(_Observed))
+
+
+def _is_observed(state: Any) -> bool:
+    """Whether a ``Plateau`` can take a state, and go on from it."""
+    if not _has_observed(state):
+        return False
+    counts = [state[f.name] for f in fields(_Observed) if f.type is int]
+    return (
+        all(_is_count(count, 0) and count <= 2**53 for count in counts)
+        and _is_finite(state["value"])
+        and state["value"] >= 0
+        and (_is_finite(state["best"]) or state["best"] in ("inf", "-inf"))
+        and _is_finite(state["average"])
+    )
 
 
 def _between(start: float, stop: float, share: float) -> float:
@@ -720,9 +758,10 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def _is_plain(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number of float64, as not every integer is."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number or value in ("inf", "-inf")
+    return number and abs(value) <= float_info.max
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -44,6 +44,10 @@ def show(path: str | os.PathLike[str]) -> None:
         print()
         for (_, words), label in rules.items():
             print(f"{label}: {words}")
+    if skips := state.get("skips"):
+        print()
+        for name, (total, run) in skips.items():
+            print(f"skipped: {_shown(name)}, {total} in all, {run} in a row")
 
 
 def _rows(

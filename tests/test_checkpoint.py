@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import multiopt as mo
+from multiopt import checkpoint
 from tests.histories import History, arrays, histories
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, assert_equal
 
@@ -91,12 +92,59 @@ def state_of(opt: mo.Optimizer) -> object:
     return state
 
 
-@pytest.mark.parametrize("name", ["__metadata__", "0", "", "a/b", "é\n\0", "x" * 300])
+@pytest.mark.parametrize(
+    "name",
+    ["__metadata__", "0", "", "a/b", "é\n\0", "x" * 300, "\U0001f600", "\ud83d", "\ude00\ud83d"],
+)
 def test_any_name_can_be_saved(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, **{name: np.ones(3)})
     opt = mo.Optimizer(mo.Adam())
     opt.load(path)
     assert opt.pending == (name,)
+
+
+@pytest.mark.parametrize("part", ["entries", "pending", "averages", "skips"])
+def test_a_name_that_json_would_change_is_refused_before_anything_is_written(
+    tmp_path: Path, part: str
+) -> None:
+    name = "a\ud83d\ude00"
+    opt = mo.Optimizer(mo.Adam(), average=mo.Average(), on_nonfinite="skip")
+    grad = np.full(2, np.nan if part == "skips" else 1.0)
+    opt.step({name: np.ones(2), "a\U0001f600": np.ones(2)}, {name: grad, "a\U0001f600": grad})
+    if part == "pending":
+        waiting, opt = opt, mo.Optimizer(mo.Adam(), average=mo.Average())
+        opt.load_state_dict(waiting.state_dict())
+    state = opt.state_dict()
+    if part == "averages":
+        del state["entries"][name]
+    with pytest.raises(ValueError, match=r"name 'a\\ud83d\\ude00' .* 'a😀'.*: rename it"):
+        checkpoint.write(tmp_path / "run", state)
+    with pytest.raises(ValueError, match="rename it"):
+        opt.save(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    if part == "entries":
+        opt.rename({name: "b"})
+        opt.save(tmp_path / "run")
+        assert set(checkpoint.listed(tmp_path / "run").state_dict[part]) == {"b", "a\U0001f600"}
+
+
+@pytest.mark.parametrize("depth", [20, 40])
+def test_a_rule_that_is_nested_too_deep_to_be_read_is_not_written(
+    tmp_path: Path, depth: int
+) -> None:
+    lr: mo.schedules.Schedule = mo.schedules.Constant(0.1)
+    for _ in range(depth):
+        lr = mo.schedules.Join([lr, mo.schedules.Constant(0.1)], [9])
+    rules = {"flat": mo.SGD(), "deep": mo.SGD(lr=lr)}
+    opt = mo.Optimizer(rules.__getitem__)
+    opt.step({name: np.ones(2) for name in rules}, {name: np.ones(2) for name in rules})
+    if depth == 20:
+        opt.save(tmp_path / "run")
+        assert mo.Optimizer(mo.SGD()).load(tmp_path / "run").pending == ("flat", "deep")
+    else:
+        with pytest.raises(ValueError, match=r"parameter 'deep': .*nested more than 64 deep"):
+            opt.save(tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 3)])

@@ -142,6 +142,36 @@ def test_averages_are_complex() -> None:
     assert opt.average("z").tolist() == [2j, 2j]
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("which", ["compiled", "blocks", "plain"])
+def test_the_other_byte_order_changes_nothing(which: str, dtype: str, tmp_path: Path) -> None:
+    def made(swap: bool) -> tuple[mo.Optimizer, np.ndarray]:
+        rng, order = np.random.default_rng(3), "S" if swap else "="
+        z = numbers(rng, dtype)
+        z = z.astype(z.dtype.newbyteorder(order))
+        opt = mo.Optimizer(mo.Adam(lr=0.1), clip=mo.Clip(norm=0.5), average=mo.Average())
+        for _ in range(3):
+            opt.step({"z": z}, {"z": numbers(rng, dtype).astype(z.dtype)})
+        opt.save(tmp_path / order)
+        # Loaded state may have it too.
+        state = opt.state_dict()
+        for part in ("entries", "averages"):
+            slots = state[part]["z"]["slots"]
+            state[part]["z"]["slots"] = {k: x.astype(z.dtype) for k, x in slots.items()}
+        opt.load_state_dict(state)
+        opt.step({"z": z}, {"z": numbers(rng, dtype).astype(z.dtype)})
+        return opt, z
+
+    with engine(which):
+        (expected, native), (opt, z) = made(swap=False), made(swap=True)
+    assert z.dtype == native.dtype.newbyteorder()
+    assert_equal(z.astype(dtype), native)
+    assert_equal(opt.average("z"), expected.average("z"))
+    for name, slot in expected.state("z").slots.items():
+        assert_equal(opt.state("z").slots[name], slot, name)
+    assert (tmp_path / "S").read_bytes() == (tmp_path / "=").read_bytes()
+
+
 def test_a_real_gradient_is_no_complex_one() -> None:
     opt = mo.Optimizer(mo.SGD())
     with pytest.raises(TypeError, match="has dtype float32; expected complex64"):

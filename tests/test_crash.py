@@ -230,6 +230,33 @@ def test_a_folder_without_permission_is_an_os_error(tmp_path: Path) -> None:
     happened("without_permission", tmp_path)
 
 
+def test_a_folder_that_may_be_written_and_not_read_is_one_to_save_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.safetensors"
+    opened, refused = os.open, 0
+
+    def refusing(name: str | Path, flags: int, *more: int, **others: int | None) -> int:
+        nonlocal refused
+        if Path(name) == tmp_path:
+            refused += 1
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
+        return opened(name, flags, *more, **others)  # type: ignore[arg-type]
+
+    # Root, as which tests may run, may read anything.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refusing)
+        opt, params = stepped(path)
+    assert refused == 1
+    assert_holds(path, opt)
+    # Nothing else passes.
+    go_on(opt, params)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing(os.open, 0, errno.EIO))
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            opt.save(path)
+
+
 def failing(function: Callable[..., object], place: int, code: int) -> Callable[..., object]:
     """A function whose call of this number, from 0 on, fails before it does anything."""
     calls = 0

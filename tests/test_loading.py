@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import multiopt as mo
-from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal
+from multiopt import checkpoint
+from multiopt.adapters import torch_optim
+from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
 LOCAL = [NUMPY, TORCH, JAX, STRICT]
 
@@ -174,6 +178,33 @@ def test_the_dtype_changes_only_when_that_is_asked_for(
     assert_equal(library.numpy(target.state("a").slots["exp_avg"]), expected)
 
 
+def test_slots_may_have_the_other_byte_order(library: Library) -> None:
+    source = mo.Optimizer(mo.Adam(lr=0.1), average=mo.Average())
+    params = {"seen": ones(3, dtype="float64") / 3, "waits": ones(2) / 7}
+    source.step(params, {name: w.copy() for name, w in params.items()})
+    state = source.state_dict()
+    for part in ("entries", "averages"):
+        for entry in state[part].values():
+            swapped = {k: x.astype(x.dtype.newbyteorder()) for k, x in entry["slots"].items()}
+            entry["slots"] = swapped
+
+    def went_on(state: dict[str, Any], library: Library) -> mo.Optimizer:
+        opt = mo.Optimizer(mo.Adam(lr=0.1), average=mo.Average())
+        here = {name: library.param(w) for name, w in params.items()}
+        grads = {name: library.grad(w) for name, w in params.items()}
+        with engine(library.engine):
+            here = {**here, **opt.step({"seen": here["seen"]}, {"seen": grads["seen"]})}
+            opt.load_state_dict(state)
+            opt.step(here, grads)
+        return opt
+
+    expected, opt = went_on(source.state_dict(), NUMPY), went_on(state, library)
+    for name in params:
+        assert_equal(library.numpy(opt.average(name)), expected.average(name), name)
+        for slot, array in expected.state(name).slots.items():
+            assert_equal(library.numpy(opt.state(name).slots[slot]), array, slot)
+
+
 def test_complex_state_does_not_become_real(loaded: Any) -> None:
     source = stepped(a=ones(3, dtype="complex64"))
     with pytest.raises(ValueError, match="dtype complex64"):
@@ -184,6 +215,126 @@ def test_complex_state_does_not_become_real(loaded: Any) -> None:
         target.state("a").slots["exp_avg"],
         source.state("a").slots["exp_avg"].astype("complex128"),
     )
+
+
+MISFITS = {
+    "complex into real": (
+        *(ones(3, dtype="complex64"), ones(3), {"cast": True}),
+        (
+            "dtype complex64 and shape (3,); expected a real one, for a parameter of dtype float32 "
+            "and shape (3,): forget the name to start anew"
+        ),
+    ),
+    "real into complex": (
+        *(ones(3), ones(3, dtype="complex128"), {"cast": True}),
+        (
+            "dtype float32 and shape (3,); expected a complex one, for a parameter of dtype "
+            "complex128 and shape (3,): forget the name to start anew"
+        ),
+    ),
+    "another complex dtype": (
+        *(ones(3, dtype="complex64"), ones(3, dtype="complex128"), {}),
+        (
+            "dtype complex64; expected complex128, for a parameter of dtype complex128: load it "
+            "with cast=True, or forget the name to start anew"
+        ),
+    ),
+    "another complex shape": (
+        *(ones(3, dtype="complex64"), ones(2, 2, dtype="complex64"), {}),
+        "shape (3,); expected (2, 2) for a parameter of shape (2, 2): forget the name",
+    ),
+    "another real dtype": (
+        *(ones(3, dtype="float64"), ones(3), {}),
+        "dtype float64; expected float32, for a parameter of dtype float32: load it with cast=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_misfit_is_said_as_the_arrays_are(loaded: Any, case: str, waits: bool) -> None:
+    saved, param, options, message = MISFITS[case]
+    message = re.escape(f"the loaded slot 'exp_avg' of parameter 'a' has {message}")
+    if not waits:
+        with pytest.raises(ValueError, match=message):
+            loaded(stepped(a=saved), stepped(a=param), **options)
+        return
+    target = mo.Optimizer(mo.Adam())
+    loaded(stepped(a=saved), target, **options)
+    with pytest.raises(ValueError, match=message):
+        target.step({"a": param}, {"a": param.copy()})
+
+
+def test_the_parts_of_a_complex_slot_are_one_and_said_as_parts() -> None:
+    source, target = stepped(a=ones(3, 2, dtype="float64")), stepped(a=ones(3, dtype="complex64"))
+    with pytest.raises(ValueError, match=r"dtype float64; expected float32, .* dtype complex64: "):
+        target.load_state_dict(source.state_dict())
+    target.load_state_dict(source.state_dict(), cast=True)
+    assert target.state("a").slots["exp_avg"].dtype == "complex64"
+
+
+def test_a_master_copy_that_nobody_asked_for_has_a_remedy() -> None:
+    source = mo.Optimizer(mo.SGD(), master_weights=True)
+    half = np.ones(2, np.float16)
+    source.step({"a": half}, {"a": half.copy()})
+    target = mo.Optimizer(mo.SGD())
+    target.load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match="16 bits make the optimizer with master_weights=True, "):
+        target.step({"a": half}, {"a": half.copy()})
+
+
+@pytest.mark.parametrize("step", [np.int64(3), 2**53 + 1, -1, 3.0])
+def test_a_clock_is_an_int(step: Any) -> None:
+    state = stepped(a=ones(2)).state_dict()
+    state["entries"]["a"]["step"] = step
+    message = re.escape(f"has step {step!r}; expected an int from 0 to 2^53")
+    with pytest.raises(mo.CheckpointError, match=message):
+        mo.Optimizer(mo.Adam()).load_state_dict(state)
+    state = {**stepped(a=ones(2)).state_dict(), "skips": {"a": [step, 0]}}
+    with pytest.raises(mo.CheckpointError, match=r"in a row, ints from 0 to 2\^53"):
+        mo.Optimizer(mo.Adam()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_file_of_torch_says_what_reads_it(tmp_path: Path, new: bool) -> None:
+    path = tmp_path / "run.pt"
+    optimizer = torch.optim.Adam([torch.ones(2, requires_grad=True)])
+    torch.save(optimizer.state_dict(), path, _use_new_zipfile_serialization=new)
+    with pytest.raises(mo.CheckpointError, match=r"run.pt: .*multiopt.adapters.torch_optim.read"):
+        mo.Optimizer(mo.Adam()).load(path)
+    assert set(torch_optim.read(path)) == {"state", "param_groups"}
+
+
+def test_a_header_of_any_length_is_no_file_of_torch(tmp_path: Path) -> None:
+    # The first byte of a file is that of the length of its header.
+    beginnings = set()
+    for n in range(64):
+        stepped(a=ones(2)).save(tmp_path / "run", metadata={"x": 8 * n * "y"})
+        beginnings.add((tmp_path / "run").read_bytes()[:1])
+        assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").pending == ("a",)
+    assert b"\x80" in beginnings
+
+
+def test_a_safetensors_file_of_others_says_so(tmp_path: Path) -> None:
+    for metadata in (None, {"format": "pt"}):
+        save_file({"w": np.ones(3)}, tmp_path / "model", metadata=metadata)
+        with pytest.raises(mo.CheckpointError, match="model: it is a safetensors file with no st"):
+            mo.Optimizer(mo.Adam()).load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("view", [torch.conj, lambda x: torch.conj(x).imag])
+def test_slots_that_are_views_with_a_bit_are_what_they_show(view: Any, tmp_path: Path) -> None:
+    slot = view(torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64))
+    assert slot.is_conj() or slot.is_neg()
+    opt = stepped(a=slot.resolve_conj().resolve_neg().numpy())
+    state = opt.state_dict()
+    state["entries"]["a"]["slots"] = {"exp_avg": slot, "exp_avg_sq": slot}
+    opt.load_state_dict(state)
+    assert opt.state("a").slots["exp_avg"].tolist() == slot.tolist()
+    checkpoint.write(tmp_path / "run", state)
+    target = mo.Optimizer(mo.Adam())
+    target.load(tmp_path / "run")
+    assert target.state_dict()["pending"]["a"]["slots"]["exp_avg"].tolist() == slot.tolist()
 
 
 def test_complex_state_in_a_file_is_complex_when_it_waits(tmp_path: Path) -> None:
@@ -226,7 +377,37 @@ def test_metadata_comes_back(tmp_path: Path) -> None:
     assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata == {}
 
 
-@pytest.mark.parametrize("metadata", [[1], "abc", 3])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"loss": list(range(10)) * 30_000},
+        {"pairs": [[0.5, 0.25]] * 50_000},
+        {"epochs": [{"loss": 0.5, "epoch": 1}] * 20_000},
+        {"dense": [[[]] * 1000] * 20},
+    ],
+    ids=lambda metadata: next(iter(metadata)),
+)
+def test_metadata_may_be_long(tmp_path: Path, metadata: Any) -> None:
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    assert mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata == metadata
+
+
+def test_metadata_that_would_take_far_more_memory_than_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mappings, lists and commas .*: save fewer names"):
+        stepped(a=ones(2)).save(tmp_path / "run", metadata={"x": [[]] * 50_000})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", [[f"{i:x}" for i in range(20_000)], ["," * 50_000, "{" * 5000]])
+def test_short_names_and_odd_names_have_room(tmp_path: Path, names: list[str]) -> None:
+    opt = mo.Optimizer(mo.SGD())
+    params = {name: np.ones(1) for name in names}
+    opt.step(params, params | {})
+    opt.save(tmp_path / "run")
+    assert mo.Optimizer(mo.SGD()).load(tmp_path / "run").pending == tuple(names)
+
+
+@pytest.mark.parametrize("metadata", [[1], "abc", 3, [], "", 0, False])
 def test_metadata_is_a_mapping(tmp_path: Path, metadata: Any) -> None:
     with pytest.raises(TypeError, match="metadata must be a mapping; got"):
         stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)

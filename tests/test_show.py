@@ -1,5 +1,8 @@
 """``multiopt show``: what is in a file, as a table."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +83,59 @@ def test_names_do_nothing_to_the_terminal(
     out = capsys.readouterr().out
     assert out.replace("\n", "").isprintable()
     assert repr(name) in out
+
+
+def test_skips_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opt = mo.Optimizer(mo.SGD(), on_nonfinite="skip")
+    params, bad = {"w": np.ones(2), "a\nb": np.ones(2)}, np.full(2, np.nan)
+    opt.step(params, {"w": bad, "a\nb": bad})
+    opt.step(params, {"w": np.ones(2), "a\nb": bad})
+    opt.save(tmp_path / "run")
+    main(["show", str(tmp_path / "run")])
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "",
+        "skipped: w, 1 in all, 0 in a row",
+        r"skipped: 'a\nb', 2 in all, 2 in a row",
+    ]
+    opt = mo.Optimizer(mo.SGD())
+    opt.save(tmp_path / "run")
+    main(["show", str(tmp_path / "run")])
+    assert "skipped" not in capsys.readouterr().out
+
+
+def command(path: Path, **environment: str) -> "subprocess.Popen[bytes]":
+    """``multiopt show`` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "multiopt", "show", str(path)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", "backends"]), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_letters_that_the_terminal_has_not_are_escaped(tmp_path: Path) -> None:
+    opt, params = mo.Optimizer(mo.SGD()), {"é": np.ones(2)}
+    opt.step(params, params)
+    opt.save(tmp_path / "run")
+    out, err = command(tmp_path / "run", PYTHONIOENCODING="ascii").communicate(timeout=60)
+    assert (b"\\xe9" in out, err) == (True, b"")
+
+
+@pytest.mark.parametrize("names", [1, 3000])
+def test_a_reader_who_has_enough_is_no_error(tmp_path: Path, names: int) -> None:
+    opt, params = mo.Optimizer(mo.SGD()), {f"w{i}": np.ones(2) for i in range(names)}
+    opt.step(params, {name: np.ones(2) for name in params})
+    opt.save(tmp_path / "run")
+    process = command(tmp_path / "run")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if names > 1:
+        process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
 
 
 @pytest.mark.parametrize("kind", ["none", "a folder", "foreign", "damaged", "other dtypes"])

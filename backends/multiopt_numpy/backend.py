@@ -36,11 +36,13 @@ class NumpyBackend(Backend):
 
     def parts(self, array: Array) -> Array:
         """A view."""
-        return np.asarray(array)[..., np.newaxis].view(PARTS_OF[array.dtype.name])
+        kind = np.dtype(PARTS_OF[array.dtype.name]).newbyteorder(array.dtype.byteorder)
+        return np.asarray(array)[..., np.newaxis].view(kind)
 
     def whole(self, parts: Array) -> Array:
         """A view."""
-        return np.ascontiguousarray(parts).view(np.result_type(parts, np.complex64))[..., 0]
+        kind = np.result_type(parts, np.complex64).newbyteorder(parts.dtype.byteorder)
+        return np.ascontiguousarray(parts).view(kind)[..., 0]
 
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse read-only and broadcast parameters."""

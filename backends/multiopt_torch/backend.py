@@ -185,7 +185,7 @@ class TorchBackend(Backend):
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy on the CPU."""
-        return np.array(array.detach().cpu().numpy())
+        return np.array(array.detach().resolve_conj().resolve_neg().cpu().numpy())
 
     def from_host(self, array: np.ndarray, layout: Layout) -> Array:
         """A tensor over the array, or a copy on the device of the layout."""
