@@ -342,3 +342,12 @@ def test_a_name_of_which_there_is_only_an_average_is_a_name() -> None:
     other.forget("a")
     other.rename({"b": "a"})
     assert other.average("a") is not None
+
+
+def test_averages_of_names_without_an_entry_are_refused() -> None:
+    opt = mo.Optimizer(mo.SGD(), average=mo.Average())
+    opt.step({"a": np.ones(2)}, {"a": np.ones(2)})
+    state = opt.state_dict()
+    state["averages"]["z"] = state["averages"]["a"]
+    with pytest.raises(mo.CheckpointError, match=r"averages of \['z'\]"):
+        mo.Optimizer(mo.SGD(), average=mo.Average()).load_state_dict(state)
