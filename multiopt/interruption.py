@@ -56,13 +56,14 @@ class uninterrupted:  # noqa: N801 -- read as a word: with uninterrupted()
         self._replaced: list[Replaced] = []
         self._came: list[tuple[Handler, int, FrameType | None]] = []
         self._holds = False
-        # One object, by which it is known again.
-        self._stand_in = self._remember
+        # One object, by which it is known again; only while it has places, for it knows this one.
+        self._stand_in: Handler | None = None
 
     def __enter__(self) -> None:
         """Take the place of all handlers."""
         if threading.get_ident() != threading.main_thread().ident:
             return
+        self._stand_in = self._remember
         found = map(_signal.getsignal, SIGNALS)
         self._replaced = [
             Replaced(number, handler)
@@ -113,6 +114,7 @@ class uninterrupted:  # noqa: N801 -- read as a word: with uninterrupted()
                 break
             except BaseException as error:
                 raised = error
+        self._stand_in = None
         if raised is not None:
             raise raised
 

@@ -831,6 +831,21 @@ def test_a_second_signal_before_places_are_given_back_leaves_ctrl_c_alive(
     assert ends == {False, True}
 
 
+def test_a_context_leaves_nothing_to_collect() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        raising()
+        with pytest.raises(KeyboardInterrupt):
+            raising(signal.SIGINT)
+        gc.collect()
+        for _ in range(3):
+            raising()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
 def test_other_threads_leave_the_handlers_alone() -> None:
     found: list[Any] = []
 
