@@ -329,21 +329,6 @@ def test_a_shared_schedule_of_an_average_counts_the_steps_of_the_whole(tmp_path:
     assert all((resumed.average(name) == opt.average(name)).all() for name in "ab")
 
 
-def test_a_name_of_which_there_is_only_an_average_is_a_name() -> None:
-    opt = mo.Optimizer(mo.SGD(), average=mo.Average())
-    opt.step({"a": np.ones(2)}, {"a": np.ones(2)})
-    other = mo.Optimizer(mo.SGD(), average=mo.Average())
-    other.step({"b": np.ones(2)}, {"b": np.ones(2)})
-    # Nothing that multiopt writes has one.
-    other._averages.load_state_dict(opt._averages.state_dict())
-    with pytest.raises(ValueError, match="two parameters would be called 'a'"):
-        other.rename({"b": "a"})
-    assert other.names == ("b",)
-    other.forget("a")
-    other.rename({"b": "a"})
-    assert other.average("a") is not None
-
-
 def test_averages_of_names_without_an_entry_are_refused() -> None:
     opt = mo.Optimizer(mo.SGD(), average=mo.Average())
     opt.step({"a": np.ones(2)}, {"a": np.ones(2)})

@@ -27,7 +27,7 @@ import torch
 
 import multiopt as mo
 import multiopt_numpy
-from multiopt import optimizer
+from multiopt import registry
 from multiopt.adapters import pyro as pyro_optim
 from multiopt.backend import Backend, named
 from multiopt.interruption import uninterrupted
@@ -455,7 +455,7 @@ def test_an_interrupt_of_a_new_plan_leaves_the_slots_to_the_next(
     with engine(world.engine):
         life, calm = world.start(), world.start()
         with monkeypatch.context() as patched:
-            patched.setattr(optimizer, "Plan", made)
+            patched.setattr(registry, "Plan", made)
             with pytest.raises(KeyboardInterrupt):
                 life.step(HIT, world.grads(HIT))
         for each in (life, calm):
