@@ -151,10 +151,7 @@ def write(
             try:
                 _check_nesting(rule)
             except ValueError as error:
-                raise ValueError(
-                    f"the rule of parameter {name!r}: {error}, as no file may be; expected fewer "
-                    "schedules within schedules: save it under a rule with fewer"
-                ) from error
+                raise ValueError(f"the rule in the state of {name!r}: {error}") from error
             known[id(rule)] = rules.setdefault(json.dumps(rule, allow_nan=False), len(rules))
         made = {"rule": known[id(rule)], "step": entry["step"], "slots": keys}
         is_complex = entry.get("complex") or any(form.is_complex for form in forms)

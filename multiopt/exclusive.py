@@ -4,7 +4,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-__all__ = ["exclusive", "in_the_middle"]
+from multiopt.untraced import untraced
+
+__all__ = ["check_free", "exclusive", "in_the_middle"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -18,11 +20,12 @@ def exclusive(method: Method) -> Method:
 
     @wraps(method)
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._changing:
-            raise in_the_middle(method.__name__)
+        check_free(self, method.__name__)
+        # No ``finally``: a signal may come before its first operation. Here either it comes within
+        # the ``try``, or all is done.
         try:
             self._changing = True
-            result = method(self, *args, **kwargs)
+            result = untraced(method)(self, *args, **kwargs)
             self._changing = False
             return result
         except BaseException:
@@ -30,6 +33,20 @@ def exclusive(method: Method) -> Method:
             raise
 
     return cast("Method", changing)
+
+
+def check_free(owner: Any, name: str) -> None:
+    """Refuse a method in the middle of another one.
+
+    Args:
+        owner: The object.
+        name: The name of the method.
+
+    Raises:
+        RuntimeError: Another one has not ended.
+    """
+    if owner._changing:
+        raise in_the_middle(name)
 
 
 def in_the_middle(name: str) -> RuntimeError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeAlias
 
-__all__ = ["uninterrupted"]
+__all__ = ["fails_again", "uninterrupted"]
 
 Handler: TypeAlias = Callable[[int, FrameType | None], Any]
 
@@ -41,6 +41,18 @@ class Replaced:
     action: Any = None
 
 
+def fails_again(call: Callable[..., object], *arguments: Any) -> bool:
+    """Whether a call that raised an exception raises one again, so that it is its own.
+
+    Any other was a signal handler's, which runs where it comes and is not to be caught.
+    """
+    try:
+        call(*arguments)
+    except Exception:
+        return True
+    return False
+
+
 class uninterrupted:  # noqa: N801 -- read as a word: with uninterrupted()
     """A context in which no signal handler runs that is written in Python.
 
@@ -63,13 +75,15 @@ class uninterrupted:  # noqa: N801 -- read as a word: with uninterrupted()
         """Take the place of all handlers."""
         if threading.get_ident() != threading.main_thread().ident:
             return
-        self._stand_in = self._remember
         found = map(_signal.getsignal, SIGNALS)
         self._replaced = [
             Replaced(number, handler)
             for number, handler in zip(SIGNALS, found, strict=True)
             if callable(handler)
         ]
+        if not self._replaced:
+            return
+        self._stand_in = self._remember
         try:
             for each in self._replaced:
                 if SIGACTION is not None:

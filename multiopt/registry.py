@@ -1,7 +1,7 @@
 """What is known by name, and the steps of it: ``spec/registry.md``."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -124,7 +124,8 @@ class Registry:
         self._settle_clocks()
         slots = (slot for kind in type(self).__mro__ for slot in getattr(kind, "__slots__", ()))
         names = (*slots, *getattr(self, "__dict__", ()))
-        return {name: getattr(self, name) for name in names if name not in self._anew}
+        state = {name: getattr(self, name) for name in names if name not in self._anew}
+        return {**state, "_steps": self.steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin without plans."""
@@ -141,9 +142,10 @@ class Registry:
 
         Schedules count the steps of their parameter instead, but for ``schedules.Shared``.
         """
-        if self._changing and self._under_way is not None:
+        under_way = self._under_way
+        if self._changing and under_way is not None:
             # A signal handler asks, and the call may have been made.
-            plan, first, count = self._under_way
+            plan, first, count = under_way
             if plan.steps[0] != first:
                 return count
         return self._steps
@@ -331,7 +333,7 @@ class Registry:
         replaced = {names[i]: array for i, array in step.replaced.items()}
         if held is not None:
             held.enter_context(uninterrupted())
-        with uninterrupted():
+        with uninterrupted() if held is None else nullcontext():
             # From here on nothing fails: the step is whole.
             undo[:] = before
             step.run()

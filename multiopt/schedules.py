@@ -651,37 +651,51 @@ class Plateau(Schedule):
 # Saved state
 
 
-def described(value: Any) -> Any:
+#: How deep a description of a schedule may be nested. One of a rule in a file has at most 64.
+DEEPEST = 56
+
+
+def described(value: Any, depth: int = 0) -> Any:
     """A schedule as plain data: its class, its fields, and what it has seen.
 
     One that is no dataclass is its class alone; values that are no schedules are as ``plain``.
 
+    Args:
+        value: The schedule.
+        depth: How deep it is nested in another one. What is nested too deep is None.
+
     >>> described(Shared(Linear(0.0, 1.0, 10)))["schedule"]
     {'name': 'Linear', 'initial': 0.0, 'final': 1.0, 'steps': 10}
     """
-    if isinstance(value, tuple | list):
-        return [described(part) for part in value]
-    if not isinstance(value, Schedule):
-        return plain(value)
-    words = {name: described(part) for name, part in _arguments(value).items()}
+    if depth < DEEPEST and isinstance(value, tuple | list):
+        return [described(part, depth + 1) for part in value]
+    if depth == DEEPEST or not isinstance(value, Schedule):
+        return plain(value, depth)
+    words = {name: described(part, depth + 1) for name, part in _arguments(value).items()}
     state = {"state": value.state()} if isinstance(value, Plateau) else {}
     return {"name": type(value).__name__, **words, **state}
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it; what JSON has nothing like is None.
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value as JSON has it; what JSON has nothing like, or is nested too deep, is None.
 
     State must not be lost over the description of a rule or a schedule, whatever is in its fields.
+
+    Args:
+        value: The value.
+        depth: How deep it is nested in another one.
 
     >>> plain((np.float32(0.5), inf, {"table": np.arange(3)}, {1, 2}, print))
     [0.5, 'inf', {'table': [0, 1, 2]}, None, None]
     """
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
+    if depth == DEEPEST:
+        return None
     if isinstance(value, tuple | list):
-        return [plain(part) for part in value]
+        return [plain(part, depth + 1) for part in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: plain(part) for key, part in value.items()}
+        return {key: plain(part, depth + 1) for key, part in value.items()}
     if isinstance(value, float) and not isfinite(value):
         return repr(float(value))
     return value if isinstance(value, bool | int | float | str) else None

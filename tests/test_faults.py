@@ -2,22 +2,19 @@
 
 import contextlib
 import copy
-import dis
 import faulthandler
 import gc
 import signal
-import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import array_api_strict
-import hypothesis
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -26,16 +23,16 @@ import pytest
 import torch
 
 import multiopt as mo
-import multiopt_numpy
 from multiopt import registry
 from multiopt.adapters import pyro as pyro_optim
 from multiopt.backend import Backend, named
 from multiopt.interruption import uninterrupted
 from multiopt.plan import Plan
 from multiopt.step import Step
-from multiopt_numpy.compiled import batch, team
+from multiopt_numpy.compiled import batch, kernels, team
 from multiopt_numpy.tape import Tape
 from tests.libraries import engine
+from tests.signals import handling, opcodes, points
 
 #: How an array of each library is made from NumPy's, and as which dtype.
 MAKE: dict[str, Callable[[np.ndarray], Any]] = {
@@ -350,71 +347,6 @@ def note_of(updated: list[str]) -> str:
 # Signals
 
 
-#: Where interrupts come: the library, and what stands between its functions.
-OURS = (
-    str(Path(mo.__file__).parent),
-    str(Path(multiopt_numpy.__file__).parent.parent / "multiopt_"),
-    str(Path(torch.__file__).parent / "_dynamo"),
-    contextlib.__file__,
-)
-
-#: Opcodes that only return, before which no handler runs.
-RETURNS = {number for name, number in dis.opmap.items() if name.startswith("RETURN")}
-
-
-def opcodes(
-    action: Callable[[], object], hit: float = float("inf"), number: int = signal.SIGINT
-) -> int:
-    """Run an action, a signal before the opcode of that place; how many there were until then."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(OURS):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode" and frame.f_code.co_code[frame.f_lasti] not in RETURNS:
-            count += 1
-            if count == hit:
-                sys.settrace(None)
-                signal.raise_signal(number)
-        return trace
-
-    before = sys.gettrace()
-    # A collection runs finalizers, in which an interrupt gets lost.
-    gc.disable()
-    sys.settrace(trace)
-    try:
-        action()
-    finally:
-        sys.settrace(before)
-        gc.enable()
-    return count
-
-
-def points(total: int, few: int) -> list[int]:
-    """Where it fails: everywhere in a thorough run, else at some points, the most at the end."""
-    if hypothesis.settings().max_examples >= 1000:
-        return list(range(1, total + 1))
-    return sorted({total - (total - 1) * i**3 // few**3 for i in range(few + 1)})
-
-
-@pytest.fixture
-def steps_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every step take the same opcodes, wherever its arrays happen to be in memory.
-
-    A look takes 49 opcodes more if the order of the addresses is not that of the look before it.
-    Here none is: an array that is said to come twice in a row overlaps with itself.
-    """
-    look = batch.CompiledBatch.look
-
-    def looked_twice(self: batch.CompiledBatch, *arguments: Any) -> np.ndarray:
-        self._order[:] = 0
-        return look(self, *arguments)
-
-    monkeypatch.setattr(batch.CompiledBatch, "look", looked_twice)
-
-
 @pytest.mark.usefixtures("steps_alike")
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.id)
 def test_an_interrupt_leaves_each_name_as_before_or_as_after(world: World) -> None:
@@ -478,6 +410,75 @@ def test_an_interrupt_of_threads_leaves_a_whole_step(
     kinds = {"a": ("numpy", batch.LARGE + 1), "b": ("torch", batch.LARGE + 1)}
     interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), kinds), 6)
     interrupts_at(World("threads", lambda: mo.Optimizer(mo.SGD()), {"a": kinds["a"]}), 40)
+
+
+class PreemptedError(ValueError):
+    """What handlers of other signals raise is an Exception, which much code catches."""
+
+
+@pytest.mark.usefixtures("steps_alike")
+@pytest.mark.parametrize("name", ["fast", "fast-torch", "fast-given", "blocks", "mixed-compiled"])
+def test_what_a_handler_raises_comes_out(name: str) -> None:
+    (world,) = (world for world in WORLDS if world.id == name)
+    reference = Reference(world)
+
+    def preempt(number: int, frame: FrameType | None) -> None:
+        raise PreemptedError
+
+    with engine(world.engine), handling({signal.SIGTERM: preempt}):
+        life = world.start()
+        grads = life.grads(HIT)
+        total = opcodes(lambda: life.step(HIT, grads))
+        for k in range(1, total + 1, 1 + total // 300):
+            life = world.start()
+            grads = life.grads(HIT)
+            with pytest.raises(PreemptedError) as caught:
+                opcodes(lambda life=life, grads=grads: life.step(HIT, grads), k, signal.SIGTERM)
+            check(reference, life, caught.value)
+
+
+def test_what_a_handler_raises_while_a_rule_is_met_is_not_its_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or it would run as it stands for the rest of the process."""
+
+    def met(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+        if hits:
+            signal.raise_signal(hits.pop())
+        return param - c.lr * grad, slots
+
+    @dataclass(frozen=True)
+    class Met(mo.SGD):
+        @property
+        def update(self) -> Any:
+            return met
+
+    class Known(mo.SGD):
+        pass
+
+    def identity(*arguments: Any) -> Any:
+        if hits:
+            signal.raise_signal(hits.pop())
+        return real(*arguments)
+
+    def preempt(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    hits: list[int] = []
+    real = kernels.update_identity
+    monkeypatch.setattr(kernels, "update_identity", identity)
+    for kind, rule in (("blocks", Met(lr=0.5)), ("compiled", Known(lr=0.5))):
+        opt = mo.Optimizer(rule)
+        with engine(kind), handling({signal.SIGTERM: preempt}):
+            hits.append(signal.SIGTERM)
+            with pytest.raises(TimeoutError):
+                opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+            params = opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+            assert params["w"].tolist() == [0.5, 0.5]
+            assert opt._plan is not None
+            assert opt._plan.whole is not None
+            batch_class = type(opt._plan.whole.batch).__name__
+            assert batch_class.startswith("Block" if kind == "blocks" else "Compiled")
 
 
 # Handlers that return
@@ -587,6 +588,26 @@ def test_nothing_is_changed_by_what_a_change_calls() -> None:
     with pytest.raises(ValueError, match="rename"):
         opt.step({"a": params["a"]}, {"a": np.ones(2)})
     assert opt.state("a").step == 1
+
+
+@pytest.mark.usefixtures("steps_alike")
+def test_a_copy_that_a_handler_makes_is_of_before_or_of_after() -> None:
+    copies: list[mo.Optimizer] = []
+
+    def start() -> tuple[mo.Optimizer, Callable[[], object]]:
+        opt = mo.Optimizer(mo.Adam())
+        params, grads = {"a": np.ones(2), "b": np.ones(3)}, {"a": np.ones(2), "b": np.ones(3)}
+        for _ in range(2):
+            opt.step(params, grads)
+        return opt, lambda: opt.step(params, grads)
+
+    with handling({signal.SIGTERM: lambda *_: copies.append(copy.deepcopy(opt))}):
+        opt, step = start()
+        for k in range(1, opcodes(step) + 1):
+            opt, step = start()
+            opcodes(step, k, signal.SIGTERM)
+            other = copies.pop()
+            assert {other.state(name).step for name in other} == {other.steps}, k
 
 
 def test_a_copy_that_a_handler_makes_is_free() -> None:
@@ -707,16 +728,6 @@ def test_a_timer_at_any_time_leaves_each_name_as_before_or_as_after(name: str) -
 # Handlers
 
 
-@contextlib.contextmanager
-def handling(handlers: dict[int, Any]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def raising(*numbers: int) -> None:
     with uninterrupted():
         for number in numbers:
@@ -831,17 +842,17 @@ def test_a_second_signal_before_places_are_given_back_leaves_ctrl_c_alive(
     assert ends == {False, True}
 
 
-def test_a_context_leaves_nothing_to_collect() -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_context_leaves_nothing_to_collect(handler: Any) -> None:
     gc.collect()
     gc.disable()
     try:
-        raising()
-        with pytest.raises(KeyboardInterrupt):
-            raising(signal.SIGINT)
-        gc.collect()
-        for _ in range(3):
+        with handling({signal.SIGINT: handler}):
             raising()
-        assert gc.collect() == 0
+            gc.collect()
+            for _ in range(3):
+                raising()
+            assert gc.collect() == 0
     finally:
         gc.enable()
 

@@ -557,6 +557,24 @@ def test_a_first_step_that_fails_gives_back_what_a_plateau_had_seen() -> None:
     assert (plateau.observed, plateau(1)) == (2, 0.4)
 
 
+def test_a_first_step_that_fails_gives_back_what_a_plateau_of_an_average_had_seen() -> None:
+    def make() -> tuple[mo.schedules.Plateau, mo.Optimizer]:
+        plateau = mo.schedules.Plateau(0.8, 0.5, patience=0)
+        average = mo.Average(decay=plateau)
+        return plateau, mo.Optimizer(mo.SGD(), average=average, on_nonfinite="raise")
+
+    plateau, opt = make()
+    opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+    for loss in (1.0, 2.0):
+        plateau.observe(loss)
+    state = opt.state_dict()
+    plateau, other = make()
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="nothing was changed"):
+        other.step({"w": np.ones(2)}, {"w": np.array([1.0, np.nan])})
+    assert (plateau.observed, plateau(1)) == (0, 0.8)
+
+
 def test_a_load_drops_many_averages_in_the_time_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """State without averages has none for its names any more; each took the time of all."""
     opt, plain = mo.Optimizer(mo.SGD(), average=mo.Average()), mo.Optimizer(mo.SGD())

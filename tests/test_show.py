@@ -138,6 +138,14 @@ def test_a_reader_who_has_enough_is_no_error(tmp_path: Path, names: int) -> None
     assert process.wait(timeout=60) == 1
 
 
+def test_a_program_without_output_shows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mo.Optimizer(mo.SGD()).save(tmp_path / "run")
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["show", str(tmp_path / "run")]) == 0
+
+
 @pytest.mark.parametrize("kind", ["none", "a folder", "foreign", "damaged", "other dtypes"])
 def test_what_cannot_be_shown_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str

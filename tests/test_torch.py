@@ -103,6 +103,21 @@ def test_a_step_inside_a_compiled_function_keeps_its_bits() -> None:
     assert (params["w"].numpy() == w).all()
 
 
+def test_changes_inside_a_compiled_function_are_left_alone_by_the_compiler() -> None:
+    opt, w = mo.Optimizer(mo.SGD(lr=1.0), average=mo.Average()), torch.ones(2)
+
+    @torch.compile(backend="eager")
+    def train(grad: torch.Tensor) -> None:
+        opt.set_hyperparameters(lr=0.5)
+        opt.clip = mo.Clip(value=0.5)
+        opt.step({"w": w}, {"w": grad})
+
+    train(torch.ones(2))
+    train(torch.ones(2))
+    assert w.tolist() == [0.5, 0.5]
+    assert opt.average("w").tolist() == [0.625, 0.625]
+
+
 def test_a_gradient_may_carry_a_graph_and_a_negative_bit() -> None:
     w = torch.ones(2, requires_grad=True)
     (grad,) = torch.autograd.grad((w**3).sum(), w, create_graph=True)

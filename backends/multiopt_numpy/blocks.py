@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from multiopt.backend import Batch, Limits, Member, Now, Scaling, identities
-from multiopt.interruption import uninterrupted
+from multiopt.interruption import fails_again, uninterrupted
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
 from multiopt_numpy.forms import are_uniform, distinct, other_fields, replaced
@@ -437,6 +437,8 @@ class BlockedBatch(Batch):
             try:
                 return type(rules[0]).scalars(h, counts)
             except (TypeError, ValueError):
+                if not fails_again(type(rules[0]).scalars, h, counts):
+                    raise
                 self._vectorized = False  # somebody's scalars that take no arrays
         pairs = zip(rules, counts.tolist(), strict=True)
         each = [rule.coefficients(count) for rule, count in pairs]

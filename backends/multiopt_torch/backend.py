@@ -15,6 +15,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from multiopt.backend import Array, Backend, Batch, Layout, Member, Result, Task, require_dtype
+from multiopt.interruption import fails_again
 from multiopt.rules import Rule
 from multiopt_numpy import engines
 from multiopt_numpy.backend import check_places, read_only
@@ -135,8 +136,10 @@ class TorchBackend(Backend):
     def gradients(self, params: np.ndarray) -> np.ndarray | None:
         """See ``Backend``."""
         try:
-            return np.fromiter(map(_GRAD, params), object, len(params))
+            return _gradients(params)
         except Exception:
+            if not fails_again(_gradients, params):
+                raise
             # Some are no tensors, or no leaves, of which torch warns. Python asks one by one.
             return None
 
@@ -198,6 +201,11 @@ class TorchBackend(Backend):
 
 #: The types of tensors that compiled code looks at: no subclass with a mind of its own.
 KINDS = id(torch.Tensor), id(torch.nn.Parameter)
+
+
+def _gradients(params: np.ndarray) -> np.ndarray:
+    return np.fromiter(map(_GRAD, params), object, len(params))
+
 
 _GRAD, _IS_LEAF, _BASE = attrgetter("grad"), attrgetter("is_leaf"), attrgetter("_base")
 _IS_NEGATIVE = torch.Tensor.is_neg

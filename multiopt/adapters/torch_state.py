@@ -14,6 +14,7 @@ from functools import cache
 from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -175,9 +176,20 @@ NUMPY_NUMBERS: list[Any] = [
 ]
 
 
+_READING = RLock()
+
+
 @contextmanager
 def _numpy_numbers() -> Iterator[None]:
-    """Let torch read NumPy numbers, by our functions even where users have allowed NumPy's own."""
+    """Let torch read NumPy numbers, by our functions even where users have allowed NumPy's own.
+
+    What is allowed is the same for the whole process: one file is read at a time.
+    """
+    with _READING:
+        yield from _allowed()
+
+
+def _allowed() -> Iterator[None]:
     before = torch.serialization.get_safe_globals()
     names = {name for _, name in NUMPY_NUMBERS}
     others = [

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multiopt.backend import Batch, Limits, Member, Now, Scaling
-from multiopt.interruption import uninterrupted
+from multiopt.interruption import fails_again, uninterrupted
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import norm_kernels
@@ -151,6 +151,8 @@ class CompiledBatch(Batch):
                 self._order[:] = np.argsort(places, kind="stable")
                 look.kernel.alone(self._look_at, self._odd_at)
         except Exception:
+            if not fails_again(look.kernel.alone, self._look_at, self._odd_at):
+                raise
             # The library would not say what an array is. Python looks at each, and says which.
             return self._everything
         odd = self._odd[0]

@@ -4,9 +4,10 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
+from multiopt.interruption import uninterrupted
 from multiopt.rules import Rule
 from multiopt_numpy.compiled import look, norms, rows, toolbox, update
 from multiopt_numpy.compiled.identity import norms_identity, update_identity
@@ -42,12 +43,14 @@ def update_kernel(rule: Rule, dtype: str, given: bool) -> Kernel:
         NotCompilable: There is none.
     """
     label = f"{type(rule).__name__}-{dtype}"
-    try:
-        identity = [str(given), *update_identity(rule, dtype)]
-    except Exception as error:
-        raise NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
-    kernels = _loaded(label, identity, lambda: update.compile_update(rule, dtype, given), update)
-    return kernels["update"]
+    # What a signal handler raises is no fault of the rule's. It waits a second or two at most.
+    with uninterrupted():
+        try:
+            identity = [str(given), *update_identity(rule, dtype)]
+        except Exception as error:
+            raise NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
+        make = partial(update.compile_update, rule, dtype, given)
+        return _loaded(label, identity, make, update)["update"]
 
 
 @cache

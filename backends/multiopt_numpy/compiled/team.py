@@ -202,7 +202,7 @@ def _with_helpers(work: np.ndarray, helpers: int) -> None:
         # What was begun is ended. The process ends, or may not have more threads or memory: then
         # this one does the rest.
         _share()(work.ctypes.data)
-        if not isinstance(error, Exception):
+        if not isinstance(error, RuntimeError | MemoryError):
             raise
 
 

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from multiopt.adapters.pyro.optim import JointOptim, PyroOptim, Settings, _Tracked, has_rule
 from multiopt.errors import CheckpointError
+from multiopt.exclusive import check_free
 
 __all__ = ["PyroLRScheduler"]
 
@@ -81,6 +82,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             *args: What torch's scheduler takes: the loss, for ``ReduceLROnPlateau``.
             **kwargs: Likewise.
         """
+        check_free(self, "a scheduler's step")
         self._collects = True
         try:
             super().step(*args, **kwargs)

@@ -26,7 +26,8 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
         """What stands for the torch optimizer of a tensor, or its scheduler, loaded state taken."""
         if tensor not in self._owner._tracked:
             raise KeyError(tensor)
-        self._owner._settle([tensor])
+        if not self._owner._changing:
+            self._owner._settle([tensor])
         return self._owner._object(tensor)
 
     def __setitem__(self, tensor: torch.Tensor, value: Any) -> NoReturn:

@@ -56,7 +56,7 @@ from multiopt.entry import (
     with_rule,
 )
 from multiopt.errors import CheckpointError
-from multiopt.exclusive import exclusive
+from multiopt.exclusive import check_free, exclusive
 from multiopt.interruption import uninterrupted
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
@@ -179,7 +179,6 @@ class _Core(Optimizer):
                 self._explain(error, before)
             raise
 
-    @exclusive
     def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step."""
         entries = {**self._entries, name: new_entry(name, rule, clip, layout)}
@@ -190,7 +189,6 @@ class _Core(Optimizer):
         """What is held for a name."""
         return self._entries[name]
 
-    @exclusive
     def change_rules(self, rules: Mapping[str, Rule]) -> None:
         """Change the rules of some names."""
         entries = self._entries
@@ -207,7 +205,6 @@ class _Core(Optimizer):
         """Go on counting the steps of the optimizer from a number."""
         self._steps = steps
 
-    @exclusive
     def restore(self, states: Mapping[str, tuple[Mapping[str, Any], Rule]]) -> None:
         """Give names loaded state and the rules that came with it.
 
@@ -457,6 +454,7 @@ class JointOptim(PyroOptim):
             CheckpointError: It has another form.
             ValueError: It does not fit; nothing has changed.
         """
+        check_free(self, "loading")
         key = self._tracked[tensor].key
         self._take([(tensor, parameter_from_torch(key, self._rule_class, state))])
 
@@ -493,6 +491,7 @@ class JointOptim(PyroOptim):
             loaded: The state by label.
             steps: How many steps the optimizer has taken; if unknown, the largest clock.
         """
+        check_free(self, "loading")
         if isinstance(self.pt_optim_args, dict):
             rule = self._make_rule(self.pt_optim_args)
             for label, stored in loaded.items():
@@ -607,6 +606,8 @@ class JointOptim(PyroOptim):
 
     def _change(self, tensor: torch.Tensor, name: str, value: Any) -> None:
         """Change one setting of a tensor, in torch's terms."""
+        # Schedulers change settings when they are made, in the middle of a call.
+        check_free(self._core, f"changing {name!r}")
         key = self._tracked[tensor].key
         entry = self._core.entry(key)
         rule = self._changes.get(key, entry.rule)
@@ -632,6 +633,7 @@ class JointOptim(PyroOptim):
 
         What fits waits on, as in Pyro, where only new tensors take it.
         """
+        check_free(self, "deleting a tensor")
         label = pyro.get_param_store().param_name(tensor) or self._tracked[tensor].label
         waiting = dict(self._state_waiting_to_be_consumed)
         try:

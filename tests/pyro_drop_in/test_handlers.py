@@ -1,0 +1,196 @@
+"""Signal handlers in the middle of a call of the drop-in: they may look, and change nothing."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pyro
+import pytest
+import torch
+
+import multiopt.adapters.pyro as optim
+from multiopt_numpy.compiled import batch
+from tests.pyro_drop_in.tensors import param
+from tests.signals import handling, opcodes, points
+
+Call = Callable[[], None]
+
+
+def started(scheduled: bool = False) -> tuple[Any, list[torch.Tensor], Call]:
+    """An optimizer that has stepped twice, its tensors, and its next call."""
+    pyro.clear_param_store()
+    args: dict[str, Any] = {"lr": 0.5, "momentum": 0.5}
+    if scheduled:
+        step = {"optimizer": torch.optim.SGD, "optim_args": args, "step_size": 1}
+        opt: Any = optim.StepLR(step)
+    else:
+        opt = optim.SGD(args)
+    tensors = [param("a", size=2), param("b", size=3)]
+
+    def call() -> None:
+        for tensor in tensors:
+            tensor.grad = torch.ones_like(tensor)
+        opt(tensors)
+
+    call()
+    call()
+    return opt, tensors, call
+
+
+def seen(opt: Any, tensors: list[torch.Tensor]) -> Any:
+    state = {
+        name: (one["param_groups"], {k: v.tolist() for k, v in one["state"][0].items()})
+        for name, one in opt.get_state().items()
+    }
+    return [tensor.tolist() for tensor in tensors], state
+
+
+@pytest.mark.usefixtures("steps_alike")
+def test_a_handler_may_look_in_the_middle_of_a_call() -> None:
+    found: list[Any] = []
+
+    def look(number: int, frame: FrameType | None) -> None:
+        rates = [one.param_groups[0]["lr"] for one in opt.optim_objs.values()]
+        found.append((seen(opt, tensors), rates, opt._core.steps))
+
+    opt, tensors, call = started()
+    before = seen(opt, tensors)
+    total = opcodes(call)
+    after = seen(opt, tensors)
+    outcomes = set()
+    with handling({signal.SIGTERM: look}):
+        for k in points(total, 60):
+            opt, tensors, call = started()
+            opcodes(call, k, signal.SIGTERM)
+            now, rates, steps = found.pop()
+            assert (now, steps) in ((before, 2), (after, 3)), k
+            assert rates == [0.5, 0.5]
+            assert seen(opt, tensors) == after
+            outcomes.add(steps)
+    assert outcomes == {2, 3}
+
+
+def test_a_handler_that_looks_does_not_forget_what_is_being_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opt, tensors, call = started()
+    enter = opt._core.enter
+
+    def entered(*arguments: Any) -> None:
+        enter(*arguments)
+        assert set(opt.get_state()) == {"a", "b"}
+
+    monkeypatch.setattr(type(opt._core), "enter", lambda self, *arguments: entered(*arguments))
+    tensors.append(param("c", size=1))
+    call()
+    assert set(opt.get_state()) == {"a", "b", "c"}
+    assert tensors[2].tolist() == [-0.5]
+
+
+CHANGES: dict[str, Callable[[Any, list[torch.Tensor]], object]] = {
+    "call": lambda opt, tensors: opt(tensors),
+    "delete": lambda opt, tensors: opt.optim_objs.__delitem__(tensors[0]),
+    "clear": lambda opt, tensors: opt.optim_objs.clear(),
+    "set_state": lambda opt, tensors: opt.set_state(opt.get_state()),
+    "load_state_dict": lambda opt, tensors: one(opt, tensors).load_state_dict(
+        one(opt, tensors).state_dict()
+    ),
+    "lr": lambda opt, tensors: one(opt, tensors).param_groups[0].__setitem__("lr", 0.25),
+}
+
+
+def one(opt: Any, tensors: list[torch.Tensor]) -> Any:
+    return opt.optim_objs[tensors[0]]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_handler_may_not_change_anything_in_the_middle_of_a_call(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, tensors, call = started()
+    before = seen(opt, tensors)
+    real = batch.CompiledBatch.advance
+
+    def interrupted(self: batch.CompiledBatch, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    with handling({signal.SIGTERM: lambda *_: CHANGES[change](opt, tensors)}):
+        monkeypatch.setattr(batch.CompiledBatch, "advance", interrupted)
+        with pytest.raises(RuntimeError, match="has not ended"):
+            call()
+    assert seen(opt, tensors) == before
+    assert opt.optim_objs.keys() == set(tensors)
+    call()
+    assert opt._core.steps == 3
+    CHANGES[change](opt, tensors)
+
+
+def test_a_scheduler_does_not_step_in_the_middle_of_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opt, tensors, call = started(scheduled=True)
+    real = batch.CompiledBatch.advance
+
+    def interrupted(self: batch.CompiledBatch, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    def rate() -> list[float]:
+        rates: list[float] = opt.optim_objs[tensors[0]].get_last_lr()
+        return rates
+
+    with handling({signal.SIGTERM: lambda *_: opt.step()}):
+        monkeypatch.setattr(batch.CompiledBatch, "advance", interrupted)
+        with pytest.raises(RuntimeError, match=r"a scheduler's step: .* has not ended"):
+            call()
+    assert rate() == [0.5]
+    opt.step()
+    assert rate() == pytest.approx([0.05])
+
+
+def test_an_interrupt_of_a_load_leaves_all_or_nothing(tmp_path: Path) -> None:
+    opt, tensors, _ = started()
+    saved = opt.get_state()
+    fresh = {name: {**one, "param_groups": one["param_groups"]} for name, one in saved.items()}
+    for state in fresh.values():
+        state["state"] = {0: {"momentum_buffer": 9 * state["state"][0]["momentum_buffer"]}}
+
+    def load() -> None:
+        opt.set_state(fresh)
+        opt.optim_objs[tensors[0]], opt.optim_objs[tensors[1]]
+
+    before = seen(opt, tensors)
+    total = opcodes(load)
+    after = seen(opt, tensors)
+    assert after != before
+    for k in points(total, 60):
+        opt, tensors, _ = started()
+        with pytest.raises(KeyboardInterrupt):
+            opcodes(load, k)
+        load()
+        assert seen(opt, tensors) == after, k
+
+
+def test_a_handler_that_looks_takes_no_loaded_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    opt, tensors, call = started()
+    opt.set_state({"b": opt.get_state()["b"]})
+    real = batch.CompiledBatch.advance
+
+    def interrupted(self: batch.CompiledBatch, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    with handling({signal.SIGTERM: lambda *_: opt.optim_objs[tensors[1]]}):
+        monkeypatch.setattr(batch.CompiledBatch, "advance", interrupted)
+        tensors[0].grad = torch.ones(2)
+        opt(tensors[:1])
+    assert set(opt._state_waiting_to_be_consumed) == {"b"}
+    call()
+    assert opt.optim_objs[tensors[0]].state_dict() is not None
+    assert not opt._state_waiting_to_be_consumed
