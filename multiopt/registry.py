@@ -158,9 +158,10 @@ class Registry:
 
     @_entries.setter
     def _entries(self, entries: dict[str, Entry]) -> None:
-        self._seen = entries
-        self._plan = None
-        self._plans = {}
+        with uninterrupted():
+            self._seen = entries
+            self._plan = None
+            self._plans = {}
 
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)

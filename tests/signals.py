@@ -11,10 +11,12 @@ from types import FrameType
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 
 import multiopt as mo
 import multiopt_numpy
+from multiopt_numpy.compiled import batch
 
 #: Where interrupts come: the library, and what stands between its functions.
 OURS = (
@@ -73,3 +75,15 @@ def handling(handlers: dict[int, Any]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hit_once(monkeypatch: pytest.MonkeyPatch, method: str = "advance") -> None:
+    """Let SIGTERM come right before the next call of a method of a compiled batch, once."""
+    real = getattr(batch.CompiledBatch, method)
+
+    def hit(self: batch.CompiledBatch, *arguments: Any) -> Any:
+        monkeypatch.setattr(batch.CompiledBatch, method, real)
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(batch.CompiledBatch, method, hit)

@@ -2,15 +2,11 @@
 
 import contextlib
 import copy
-import faulthandler
-import gc
 import signal
-import threading
 import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,13 +22,12 @@ import multiopt as mo
 from multiopt import registry
 from multiopt.adapters import pyro as pyro_optim
 from multiopt.backend import Backend, named
-from multiopt.interruption import uninterrupted
 from multiopt.plan import Plan
 from multiopt.step import Step
 from multiopt_numpy.compiled import batch, kernels, team
 from multiopt_numpy.tape import Tape
 from tests.libraries import engine
-from tests.signals import handling, opcodes, points
+from tests.signals import handling, hit_once, opcodes, points
 
 #: How an array of each library is made from NumPy's, and as which dtype.
 MAKE: dict[str, Callable[[np.ndarray], Any]] = {
@@ -548,19 +543,12 @@ def test_a_handler_may_not_change_anything_in_the_middle_of_a_step(
     reference = Reference(world)
     life = world.start()
     grads = life.grads(HIT)
-    prepare = "advance" if name == "fast" else "prepare"
-    real = getattr(batch.CompiledBatch, prepare)
-
-    def interrupted(self: batch.CompiledBatch, *arguments: Any) -> Any:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGTERM)
-        return real(self, *arguments)
 
     def do(number: int, frame: FrameType | None) -> None:
         CHANGES[change](life.opt)
 
     with handling({signal.SIGTERM: do}):
-        monkeypatch.setattr(batch.CompiledBatch, prepare, interrupted)
+        hit_once(monkeypatch, "advance" if name == "fast" else "prepare")
         with pytest.raises(RuntimeError, match=f"{change}: a step.* has not ended") as caught:
             life.step(HIT, grads)
     check(reference, life, caught.value)
@@ -723,178 +711,6 @@ def test_a_timer_at_any_time_leaves_each_name_as_before_or_as_after(name: str) -
             # Without a note it came outside of the step.
             if error is None or hasattr(error, "__notes__"):
                 check(reference, life, error)
-
-
-# Handlers
-
-
-def raising(*numbers: int) -> None:
-    with uninterrupted():
-        for number in numbers:
-            signal.raise_signal(number)
-
-
-def test_handlers_run_once_each_when_the_work_is_whole() -> None:
-    came: list[int] = []
-
-    def come(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    with handling({signal.SIGINT: come, signal.SIGTERM: come}):
-        with uninterrupted():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-                signal.raise_signal(number)
-            assert came == []
-        assert came == [signal.SIGINT, signal.SIGTERM]
-        signal.raise_signal(signal.SIGINT)
-        assert came == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
-
-
-def test_every_handler_runs_whatever_another_raises() -> None:
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    with handling({signal.SIGTERM: give_up}):
-        with pytest.raises(TimeoutError) as caught:
-            raising(signal.SIGINT, signal.SIGTERM)
-        assert isinstance(caught.value.__context__, KeyboardInterrupt)
-
-
-def test_a_context_in_a_context_hands_on_what_came() -> None:
-    reached = []
-
-    def work() -> None:
-        with uninterrupted():
-            raising(signal.SIGINT)
-            reached.append(True)
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert reached
-
-
-def test_signals_without_a_handler_in_python_are_left_alone() -> None:
-    with handling({signal.SIGTERM: signal.SIG_IGN}), uninterrupted():
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        signal.raise_signal(signal.SIGTERM)
-
-
-@pytest.mark.skipif(not hasattr(faulthandler, "register"), reason="this system has no such thing")
-def test_what_the_system_has_for_a_signal_stays(tmp_path: Path) -> None:
-    with (tmp_path / "dump").open("w+") as file, handling({signal.SIGUSR1: lambda *_: None}):
-        faulthandler.register(signal.SIGUSR1, file, chain=True)
-        try:
-            with uninterrupted():
-                pass
-            signal.raise_signal(signal.SIGUSR1)
-            assert "test_what_the_system_has" in (tmp_path / "dump").read_text()
-        finally:
-            faulthandler.unregister(signal.SIGUSR1)
-
-
-def test_what_a_handler_does_to_handlers_stays() -> None:
-    """A second Ctrl-C that is to end a process, for one."""
-
-    def only_once(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        came.append(number)
-
-    def work() -> None:
-        with uninterrupted():
-            pass
-
-    came: list[int] = []
-    with handling({signal.SIGINT: only_once, signal.SIGTERM: only_once}):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            for k in range(1, opcodes(work) + 1):
-                signal.signal(signal.SIGINT, only_once)
-                opcodes(work, k, number)
-                assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN, (number, k)
-                assert came.pop() == number
-
-
-def test_a_second_signal_before_places_are_given_back_leaves_ctrl_c_alive(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    def hit(self: uninterrupted) -> None:
-        signal.raise_signal(signal.SIGABRT)
-
-    def work() -> None:
-        with uninterrupted():
-            pass
-
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGABRT
-    ends = set()
-    with handling(dict.fromkeys(numbers, stop)):
-        total = opcodes(work)
-        monkeypatch.setattr(uninterrupted, "_restore", hit)
-        for k in range(1, total + 1):
-            with pytest.raises(TimeoutError):
-                opcodes(work, k, signal.SIGTERM)
-            ends.add(signal.getsignal(signal.SIGINT) is stop)
-            for number in numbers:
-                with pytest.raises(TimeoutError):
-                    signal.raise_signal(number)
-                signal.signal(number, stop)
-    assert ends == {False, True}
-
-
-@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
-def test_a_context_leaves_nothing_to_collect(handler: Any) -> None:
-    gc.collect()
-    gc.disable()
-    try:
-        with handling({signal.SIGINT: handler}):
-            raising()
-            gc.collect()
-            for _ in range(3):
-                raising()
-            assert gc.collect() == 0
-    finally:
-        gc.enable()
-
-
-def test_other_threads_leave_the_handlers_alone() -> None:
-    found: list[Any] = []
-
-    def look() -> None:
-        with uninterrupted():
-            found.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    assert found == [signal.getsignal(signal.SIGINT)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGABRT])
-def test_a_signal_on_the_way_in_or_out_leaves_the_handlers_and_the_work_whole(number: int) -> None:
-    """Of several handlers, one may have its place again when its signal comes."""
-
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    ends = set()
-    with handling({signal.SIGTERM: give_up, signal.SIGABRT: give_up}):
-        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGABRT
-        before = [signal.getsignal(number) for number in numbers]
-
-        def work() -> None:
-            with uninterrupted():
-                done.append("begun")
-                done.append("done")
-
-        done: list[str] = []
-        for k in range(1, opcodes(work) + 1):
-            done.clear()
-            with pytest.raises((KeyboardInterrupt, TimeoutError)):
-                opcodes(work, k, number)
-            assert [signal.getsignal(number) for number in numbers] == before
-            ends.add(tuple(done))
-    assert ends == {(), ("begun", "done")}
 
 
 # Memory

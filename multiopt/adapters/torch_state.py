@@ -185,25 +185,21 @@ def _numpy_numbers() -> Iterator[None]:
 
     What is allowed is the same for the whole process: one file is read at a time.
     """
-    with _READING:
-        yield from _allowed()
-
-
-def _allowed() -> Iterator[None]:
-    before = torch.serialization.get_safe_globals()
     names = {name for _, name in NUMPY_NUMBERS}
-    others = [
-        f
-        for f in before
-        if (f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}") not in names
-    ]
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([*others, *NUMPY_NUMBERS])
-    try:
-        yield
-    finally:
+    with _READING:
+        before = torch.serialization.get_safe_globals()
+        others = [
+            f
+            for f in before
+            if (f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}") not in names
+        ]
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+        torch.serialization.add_safe_globals([*others, *NUMPY_NUMBERS])
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
 
 
 def _with_arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:

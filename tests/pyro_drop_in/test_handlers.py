@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 
 import multiopt.adapters.pyro as optim
-from multiopt_numpy.compiled import batch
 from tests.pyro_drop_in.tensors import param
-from tests.signals import handling, opcodes, points
+from tests.signals import handling, hit_once, opcodes, points
 
 Call = Callable[[], None]
 
@@ -111,15 +109,8 @@ def test_a_handler_may_not_change_anything_in_the_middle_of_a_call(
 ) -> None:
     opt, tensors, call = started()
     before = seen(opt, tensors)
-    real = batch.CompiledBatch.advance
-
-    def interrupted(self: batch.CompiledBatch, *arguments: Any) -> Any:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGTERM)
-        return real(self, *arguments)
-
     with handling({signal.SIGTERM: lambda *_: CHANGES[change](opt, tensors)}):
-        monkeypatch.setattr(batch.CompiledBatch, "advance", interrupted)
+        hit_once(monkeypatch)
         with pytest.raises(RuntimeError, match="has not ended"):
             call()
     assert seen(opt, tensors) == before
@@ -133,19 +124,13 @@ def test_a_scheduler_does_not_step_in_the_middle_of_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opt, tensors, call = started(scheduled=True)
-    real = batch.CompiledBatch.advance
-
-    def interrupted(self: batch.CompiledBatch, *arguments: Any) -> Any:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGTERM)
-        return real(self, *arguments)
 
     def rate() -> list[float]:
         rates: list[float] = opt.optim_objs[tensors[0]].get_last_lr()
         return rates
 
     with handling({signal.SIGTERM: lambda *_: opt.step()}):
-        monkeypatch.setattr(batch.CompiledBatch, "advance", interrupted)
+        hit_once(monkeypatch)
         with pytest.raises(RuntimeError, match=r"a scheduler's step: .* has not ended"):
             call()
     assert rate() == [0.5]
@@ -153,12 +138,13 @@ def test_a_scheduler_does_not_step_in_the_middle_of_a_call(
     assert rate() == pytest.approx([0.05])
 
 
-def test_an_interrupt_of_a_load_leaves_all_or_nothing(tmp_path: Path) -> None:
+def test_an_interrupt_of_a_load_leaves_all_or_nothing() -> None:
     opt, tensors, _ = started()
     saved = opt.get_state()
-    fresh = {name: {**one, "param_groups": one["param_groups"]} for name, one in saved.items()}
-    for state in fresh.values():
-        state["state"] = {0: {"momentum_buffer": 9 * state["state"][0]["momentum_buffer"]}}
+    fresh = {
+        name: {**state, "state": {0: {"momentum_buffer": 9 * state["state"][0]["momentum_buffer"]}}}
+        for name, state in saved.items()
+    }
 
     def load() -> None:
         opt.set_state(fresh)
@@ -179,18 +165,11 @@ def test_an_interrupt_of_a_load_leaves_all_or_nothing(tmp_path: Path) -> None:
 def test_a_handler_that_looks_takes_no_loaded_state(monkeypatch: pytest.MonkeyPatch) -> None:
     opt, tensors, call = started()
     opt.set_state({"b": opt.get_state()["b"]})
-    real = batch.CompiledBatch.advance
-
-    def interrupted(self: batch.CompiledBatch, *arguments: Any) -> Any:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGTERM)
-        return real(self, *arguments)
-
     with handling({signal.SIGTERM: lambda *_: opt.optim_objs[tensors[1]]}):
-        monkeypatch.setattr(batch.CompiledBatch, "advance", interrupted)
+        hit_once(monkeypatch)
         tensors[0].grad = torch.ones(2)
         opt(tensors[:1])
     assert set(opt._state_waiting_to_be_consumed) == {"b"}
     call()
-    assert opt.optim_objs[tensors[0]].state_dict() is not None
+    assert "momentum_buffer" in opt.optim_objs[tensors[0]].state_dict()["state"][0]
     assert not opt._state_waiting_to_be_consumed

@@ -181,9 +181,7 @@ class _Core(Optimizer):
 
     def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step."""
-        entries = {**self._entries, name: new_entry(name, rule, clip, layout)}
-        with uninterrupted():
-            self._entries = entries
+        self._entries = {**self._entries, name: new_entry(name, rule, clip, layout)}
 
     def entry(self, name: str) -> Entry:
         """What is held for a name."""
@@ -192,9 +190,7 @@ class _Core(Optimizer):
     def change_rules(self, rules: Mapping[str, Rule]) -> None:
         """Change the rules of some names."""
         entries = self._entries
-        entries = entries | {n: with_rule(n, entries[n], rule) for n, rule in rules.items()}
-        with uninterrupted():
-            self._entries = entries
+        self._entries = entries | {n: with_rule(n, entries[n], rule) for n, rule in rules.items()}
 
     @property
     def rules(self) -> set[Rule]:
@@ -212,12 +208,10 @@ class _Core(Optimizer):
             ValueError: A state does not fit; nothing has changed.
         """
         entries = self._entries
-        entries = entries | {
+        self._entries = entries | {
             name: restored(name, stored, rule, entries[name].clip, entries[name].layout)
             for name, (stored, rule) in states.items()
         }
-        with uninterrupted():
-            self._entries = entries
 
 
 class JointOptim(PyroOptim):
