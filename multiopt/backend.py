@@ -218,6 +218,7 @@ class Batch(ABC):
         steps: np.ndarray,
         now: Sequence[Now],
         limits: "Limits | None",
+        writes_grads: bool,
     ) -> bool:
         """Look, and if nothing is out of the ordinary, make all that ``advance`` needs.
 
@@ -228,6 +229,7 @@ class Batch(ABC):
             steps: As for ``prepare``.
             now: As for ``prepare``.
             limits: How to clip; None for no clipping.
+            writes_grads: Whether clipped gradients are to be written over the gradients.
 
         Returns:
             Whether ``advance`` may follow; else the step is to be taken in its single parts.
@@ -269,8 +271,12 @@ class Batch(ABC):
         """The slots of a member, as it was given."""
 
     @abstractmethod
-    def is_apart(self) -> bool:
-        """Whether it is known that no parameter overlaps with another or with a gradient."""
+    def is_apart(self, writes_grads: bool) -> bool:
+        """Whether it is known that no parameter overlaps with another or with a gradient.
+
+        Args:
+            writes_grads: Whether no gradient may overlap with another one either.
+        """
 
     @abstractmethod
     def spans(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -211,7 +211,8 @@ class Plan:
         assert self.whole is not None
         clipping, batch, steps = self.clipping, self.whole.batch, self.steps
         limits = None if clipping is None else clipping.limits
-        if not batch.ready(params, grads, leaves, steps, now, limits):
+        writes_grads = leave_clipped and clipping is not None
+        if not batch.ready(params, grads, leaves, steps, now, limits, writes_grads):
             return None
         self.outcome = ALL_UPDATED
         if clipping is not None and limits is not None:

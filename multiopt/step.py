@@ -82,6 +82,7 @@ class Step:
         self._tasks: dict[int, Task] = {}
         self._lent: dict[int, _Lent] = {}
         self._was_apart = True
+        self._writes_grads = False
         self._scaling: Scaling | None = None
         self._norms: Norms | None = None
         self._results: list[tuple[int, Task, Result]] = []
@@ -129,6 +130,8 @@ class Step:
         for i, task in self._tasks.items():
             task.backend.check_writable(self._params[i], f"parameter {task.name!r}")
         self._lend(self._tasks)
+        # What is left behind clipped is written, once for all who share it.
+        self._writes_grads = leave_clipped and self._plan.clipping is not None
         self._was_apart = self._is_apart()
         if not self._was_apart:
             rest = [i for i in self._plan.everything.tolist() if self._has(i)]
@@ -263,13 +266,14 @@ class Step:
         return copy
 
     def _is_apart(self) -> bool:
-        """Whether no parameter may share memory with another, or with a gradient."""
-        plan = self._plan
+        """Whether what is written shares memory with nothing else that is written or read."""
+        plan, writes_grads = self._plan, self._writes_grads
         if not plan.empty_differ(self._params):
             return False
-        if not self._tasks and plan.whole is not None and plan.whole.batch.is_apart():
+        if not self._tasks and plan.whole is not None and plan.whole.batch.is_apart(writes_grads):
             return True
-        elsewhere, written, read = [], [np.empty((2, 0), np.int64)], []
+        elsewhere, written = [], [np.empty((2, 0), np.int64)]
+        read: list[np.ndarray] = []
         for i, task in self._tasks.items():
             memory = task.backend.memory(task.param)
             if memory is None or task.layout.device != "cpu" or not memory.size:
@@ -281,7 +285,7 @@ class Step:
         for part in plan.parts:
             params, grads = part.batch.spans(self._index(part))
             written.append(params)
-            read.append(grads)
+            (written if writes_grads else read).append(grads)
         return apart(written, read)
 
     # Gradients

@@ -300,6 +300,33 @@ assert meets(2)
     assert run(code) == ""
 
 
+@pytest.mark.parametrize("parent_too", [False, True])
+def test_pytorch_runs_in_a_forked_child(parent_too: bool) -> None:
+    """PyTorch's workers, on which steps of NumPy arrays run, stay behind when a process forks."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system does not fork")
+    code = f"""
+import os, signal, warnings
+import numpy as np, torch
+import multiopt as mo
+warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: a fork beside threads
+torch.set_num_threads(2)
+opt, w = mo.Optimizer(mo.SGD(lr=1.0)), np.zeros(1_000_000, np.float32)
+for turn in range(3):
+    opt.step({{"w": w}}, {{"w": np.ones_like(w)}})
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        assert torch.ones(1_000_000).add_(1).sum() == 2_000_000
+        opt.step({{"w": w}}, {{"w": np.ones_like(w)}})
+        os._exit(0 if (w == -2.0 - turn).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0, turn
+    if {parent_too}:
+        torch.ones(1_000_000).add_(1)
+"""
+    assert run(code) == ""
+
+
 # How many.
 
 

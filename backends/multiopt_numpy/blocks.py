@@ -270,6 +270,7 @@ class BlockedBatch(Batch):
         steps: np.ndarray,
         now: Sequence[Now],
         limits: Limits | None,
+        writes_grads: bool,
     ) -> bool:
         """See ``Batch``."""
         pack = self._pack
@@ -337,7 +338,7 @@ class BlockedBatch(Batch):
         slots: tuple[np.ndarray, ...] | None = self._homes[position]
         return slots
 
-    def is_apart(self) -> bool:
+    def is_apart(self, writes_grads: bool) -> bool:
         """See ``Batch``."""
         return self._owned
 

@@ -29,7 +29,8 @@ from multiopt.rules.arithmetic import power
 from multiopt.rules.nadam import product_of_shares
 
 __all__ = [
-    "SCHEDULED",
+    "clock_tensor",
+    "derived_numbers",
     "for_torch",
     "fresh_state",
     "from_plain",
@@ -47,19 +48,20 @@ __all__ = [
     "rule_of",
     "rule_settings",
     "state_dict_of",
+    "whole_number",
     "without_clock",
 ]
 
 #: Optimizers that torch has not, but Pyro.
 OF_PYRO = ("AdagradRMSProp", "ClippedAdam", "DCTAdam")
 
-#: What torch's schedulers keep in a group beside the settings of its optimizer.
-SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
-
 #: Settings of all rules.
 KNOWN = {
     field.name for name in rules.__all__ if name != "Rule" for field in fields(getattr(rules, name))
 }
+
+#: What torch and Pyro keep in groups beside them.
+BESIDE = {"capturable", "differentiable", "foreach", "fused", "params", "subsample_aware"}
 
 #: Of those, what a group may lack: older versions of torch and Pyro do not have them, and the
 #: dimension of time is the tensor's in Pyro.
@@ -277,8 +279,8 @@ def parameter_to_torch(
     Args:
         constructor: The class of the torch optimizer.
         stored: One entry of ``Optimizer.state_dict``, its slots NumPy arrays; under ``"group"``
-            what schedulers keep in the group, under ``"complex"`` whether slots are the parts of
-            complex ones.
+            what schedulers and users keep in the group, under ``"given"`` settings that are the
+            caller's own objects, under ``"complex"`` whether slots are the parts of complex ones.
     """
     step, rule = stored["step"], stored["rule"]
     group = group_settings(constructor, rule, step)
@@ -289,15 +291,16 @@ def parameter_to_torch(
     if step:
         # Pyro's optimizers count in an int, torch's in a tensor of the default dtype.
         in_pyro = constructor.__module__.startswith("pyro.")
-        numbers = {"step": float(step), **_derived(rule, step)}
-        counts = {name: torch.tensor(value) for name, value in numbers.items()}
-        state[0] = {**counts, **({"step": step} if in_pyro else {}), **slots}
+        clock = step if in_pyro else clock_tensor(step)
+        state[0] = {"step": clock, **derived_numbers(rule, step), **slots}
     elif slots:
         fresh = fresh_state(constructor, group, next(iter(slots.values())))
         state = {0: fresh} if fresh else {}
     return {
         "state": state,
-        "param_groups": [{**group, **stored.get("group", {}), "params": [0]}],
+        "param_groups": [
+            {**group, **stored.get("given", {}), **stored.get("group", {}), "params": [0]}
+        ],
     }
 
 
@@ -325,13 +328,34 @@ def without_clock(
     return {key: value for key, value in state.items() if not (clockless and key == "step")}
 
 
-def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
-    """The numbers of ``DERIVED``.
+def clock_tensor(step: int) -> torch.Tensor:
+    """A clock as torch's optimizers keep it."""
+    return torch.tensor(float(step))
+
+
+def whole_number(value: Any) -> int:
+    """A clock in torch's terms as an int.
+
+    Raises:
+        ValueError: It is no whole number >= 0.
+    """
+    step = value.item() if isinstance(value, torch.Tensor) else value
+    if isinstance(step, bool) or not isinstance(step, int | float) or step < 0 or step % 1:
+        raise ValueError(f"expected a whole number as a step >= 0; got {step!r}")
+    return int(step)
+
+
+def derived_numbers(rule: Mapping[str, Any], step: int) -> dict[str, torch.Tensor]:
+    """The numbers of ``DERIVED``, as torch keeps them.
 
     Args:
         rule: The description of the rule in a state dict.
         step: How many steps were taken.
     """
+    return {name: torch.tensor(value) for name, value in _derived(rule, step).items()}
+
+
+def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
     if rule["name"] == "NAdam":
         shares = product_of_shares(rule["momentum_decay"], step)
         return {"mu_product": float(power(rule["betas"][0], step) * shares)}
@@ -410,9 +434,7 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
         rule_class = rules.AdamW
     known = {f.name for f in fields(rule_class)}
     # torch's SGD counts no steps; what matters is whether the first one is past.
-    step = int(kept.pop("step", 1 if kept else 0))
-    if step < 0:
-        raise ValueError(f"expected a step >= 0; got {step}")
+    step = whole_number(kept.pop("step", 1 if kept else 0))
     settings = {k: v for k, v in rule_settings(group, step).items() if k in known}
     rule = described_rule(rule_class(**settings), step)
     for name in DERIVED.get(rule["name"], ()):
@@ -427,7 +449,13 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
             # Slots are zero before the first step; Adagrad's sum in torch may not be.
             slots[slot] = np.zeros_like(slots[slot])
     loaded = {"rule": rule, "step": step, "slots": slots, "complex": is_complex}
-    loaded["group"] = {k: number(v) for k, v in group.items() if k in SCHEDULED}
+    # What schedulers and users keep in a group, and settings that the caller may change in place.
+    loaded["group"] = {k: deepcopy(v) for k, v in group.items() if k not in KNOWN | BESIDE}
+    loaded["given"] = {
+        k: deepcopy(v)
+        for k, v in group.items()
+        if k in KNOWN and isinstance(v, torch.Tensor | np.ndarray)
+    }
     if "scheduler" in state:
         loaded["scheduler"] = deepcopy(state["scheduler"])
     return loaded

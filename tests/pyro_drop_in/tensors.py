@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import multiopt.adapters.pyro as optim
-from multiopt.adapters.pyro.optim import CONSTRUCTORS, RULES
+from multiopt.adapters.pyro.constructors import CONSTRUCTORS, RULES
 
 NAMES = ["SGD", "Adam", "AdamW", "ClippedAdam", "DCTAdam"]
 RULED = [name for name, constructor in CONSTRUCTORS.items() if constructor in RULES]

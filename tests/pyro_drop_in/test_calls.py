@@ -256,3 +256,46 @@ def test_equal_settings_share_one_rule() -> None:
     opt = optim.Adam(lambda name: {"lr": 0.1})
     opt({give(param(name)) for name in "abc"})
     assert len({id(opt._core.entry(name).rule) for name in "abc"}) == 1
+
+
+@BOTH
+@pytest.mark.parametrize("clip", [{"clip_norm": 1.0}, {"clip_value": 0.5}])
+@pytest.mark.parametrize("kind", ["one tensor", "a view of it", "a part of it", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_gradient_that_is_shared_is_clipped_once(
+    module: Any, clip: dict[str, float], kind: str, dtype: torch.dtype
+) -> None:
+    a, b, c = (torch.zeros(3, dtype=dtype, requires_grad=True) for _ in range(3))
+    shared = torch.full((4,), 5.0, dtype=dtype)
+    grad = shared[:3]
+    if kind == "expanded":
+        grad = torch.full((1,), 5.0, dtype=dtype).expand(3)
+        if module is pyro.optim:
+            pytest.skip("torch writes through it")
+    a.grad, b.grad, c.grad = grad, grad, torch.full((3,), 0.25, dtype=dtype)
+    if kind == "a view of it":
+        b.grad = grad.view(3)
+    elif kind == "a part of it":
+        b.grad = shared[1:]
+    module.SGD({"lr": 1.0}, clip)([a, b, c])
+    expected = 5.0 * 3**-0.5 / 5.0 if "clip_norm" in clip else 0.5
+    if kind == "a part of it" and module is pyro.optim:
+        # There the second norm is that of a gradient of which a part is clipped.
+        assert a.tolist() == pytest.approx([-expected] * 3, rel=1e-2)
+        return
+    for tensor in (a, b):
+        assert tensor.tolist() == pytest.approx([-expected] * 3, rel=1e-2)
+        assert tensor.grad is not None
+        assert tensor.grad.tolist() == pytest.approx([expected] * 3, rel=1e-2)
+    assert c.tolist() == [-0.25] * 3
+
+
+def test_gradients_that_are_shared_by_many_and_large_ones() -> None:
+    tensors = [torch.zeros(300_000, requires_grad=True) for _ in range(3)]
+    grad = torch.ones(300_000)
+    for tensor in tensors:
+        tensor.grad = grad
+    optim.SGD({"lr": 1.0}, {"clip_value": 0.5})(tensors)
+    for tensor in tensors:
+        assert (tensor == -0.5).all()
+    assert (grad == 0.5).all()

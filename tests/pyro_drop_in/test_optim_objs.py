@@ -142,8 +142,6 @@ def test_a_group_refuses_what_it_cannot_do() -> None:
     opt, loc = optim.ClippedAdam({"lr": 1.0, "lrd": 0.0}), param("loc")
     opt({give(loc)})
     group = opt.optim_objs[loc].param_groups[0]
-    with pytest.raises(KeyError, match="'rate' is no setting; expected one of"):
-        group["rate"] = 1.0
     with pytest.raises(ValueError, match="ClippedAdam: eps must be"):
         group["eps"] = -1.0
     with pytest.raises(
@@ -285,7 +283,7 @@ def test_what_stands_there_does_not_hold_its_tensor() -> None:
     del loc
     gc.collect()
     assert len(opt.optim_objs) == 0
-    with pytest.raises(ReferenceError, match="the tensor of this optimizer is gone"):
+    with pytest.raises(ReferenceError, match="the tensor 'loc' is gone"):
         one.step()
 
 

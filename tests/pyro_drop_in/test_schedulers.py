@@ -20,7 +20,8 @@ from torch.distributions import constraints
 
 import multiopt as mo
 import multiopt.adapters.pyro as optim
-from multiopt.adapters.pyro.optim import JointOptim, _Core
+from multiopt.adapters.pyro.core import Core
+from multiopt.adapters.pyro.optim import JointOptim
 from tests.pyro_drop_in.tensors import BOTH, give, param
 
 
@@ -401,7 +402,7 @@ def test_a_state_that_does_not_fit_leaves_the_schedule() -> None:
     other.set_state(state)
     with pytest.raises(ValueError, match=r"'momentum_buffer' of parameter 'b' has shape"):
         other({give(a), give(b)})
-    assert [scheduler.last_epoch for scheduler in other._schedulers.values()] == [0, 0]
+    assert [tracked.scheduler.last_epoch for tracked in other._tensors] == [0, 0]
 
 
 # Tensors that come and go
@@ -416,11 +417,11 @@ def test_a_schedule_goes_with_its_tensor() -> None:
         scheduler.step()
         del loc
         gc.collect()
-        assert len(scheduler.optim_objs) == len(scheduler._schedulers) == 1
+        assert len(scheduler.optim_objs) == len(scheduler._tensors) == 1
     pyro.clear_param_store()
     gc.collect()
     assert scheduler.optim_objs == {}
-    assert len(scheduler._schedulers) == 0
+    assert len(scheduler._tensors) == 0
 
 
 @BOTH
@@ -459,13 +460,13 @@ def test_rules_of_the_past_are_forgotten() -> None:
 def test_the_rules_of_a_step_change_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, changes = made(optim, "OneCycleLR", "AdamW"), []
     scheduler([give(param(name)) for name in "abc"])
-    change = _Core.change_rules
+    change = Core.change
     monkeypatch.setattr(
-        _Core, "change_rules", lambda core, rules: changes.append(rules) or change(core, rules)
+        Core, "change", lambda core, rules: changes.append(rules) or change(core, rules)
     )
     scheduler.step()
     assert [list(rules) for rules in changes] == [["a", "b", "c"]]
-    assert len({id(rule) for rule in changes[0].values()}) == 1
+    assert len({id(rule) for rule, _ in changes[0].values()}) == 1
 
 
 # A program of Pyro

@@ -82,7 +82,7 @@ class CompiledBatch(Batch):
         self._order = np.arange(2 * count)
         self._irregular = np.zeros(count, np.uint8)
         self._clipped = np.zeros(count, bool)
-        self._disjoint = False
+        self._disjoint = self._grads_disjoint = False
         self._lent: list[tuple[np.ndarray, ...]] = []
         ones = np.ones(count)
         self._unclipped = Scaling(ones, ones, np.full(count, inf))
@@ -138,7 +138,7 @@ class CompiledBatch(Batch):
     def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
         """See ``Batch``."""
         self._lent.clear()
-        self._disjoint = False
+        self._disjoint = self._grads_disjoint = False
         look = self._look
         if look is None:
             return self._everything
@@ -160,7 +160,8 @@ class CompiledBatch(Batch):
             return np.flatnonzero(self._irregular)
         if look.holds is not None and not look.holds(params, grads, leaves, self._scalars):
             return self._everything
-        self._disjoint = bool(odd == 0)
+        self._disjoint = bool(odd != -1)
+        self._grads_disjoint = bool(odd == 0)
         return self._nothing
 
     def ready(
@@ -171,11 +172,12 @@ class CompiledBatch(Batch):
         steps: np.ndarray,
         now: Sequence[Now],
         limits: Limits | None,
+        writes_grads: bool,
     ) -> bool:
         """See ``Batch``."""
         if limits is not None and self._is_large:
             return False
-        if self.look(params, grads, leaves).size or not self._disjoint:
+        if self.look(params, grads, leaves).size or not self.is_apart(writes_grads):
             return False
         if self._given or now:
             with np.errstate(all="ignore"):
@@ -244,9 +246,9 @@ class CompiledBatch(Batch):
         """See ``Batch``."""
         return self._slots[position]
 
-    def is_apart(self) -> bool:
+    def is_apart(self, writes_grads: bool) -> bool:
         """See ``Batch``."""
-        return self._disjoint
+        return self._grads_disjoint if writes_grads else self._disjoint
 
     def spans(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See ``Batch``."""

@@ -14,7 +14,8 @@ def compile_look() -> ObjectCode:
     ``look_torch`` asks torch through DLPack's table of C functions (DLPack 1.3,
     ``dltensor_from_py_object_no_sync``). Each fills the addresses into the table, marks the rows
     whose parameter or gradient is not exactly what the row says, and returns how many there are;
-    or -1 if all are regular and two parameters overlap, or may overlap, in the order given.
+    or, if all are regular, -1 if a parameter overlaps with anything, or may, in the order given,
+    and else -2 if gradients overlap with each other.
     """
     tools = toolbox()
     njit, words, halves, flags = tools.njit, tools.words, tools.halves, tools.bytes
@@ -22,8 +23,11 @@ def compile_look() -> ObjectCode:
 
     @njit
     def overlap(order, n, table_at, width, itemsize):  # type: ignore[no-untyped-def]
-        """Whether a parameter overlaps with anything, or the order is not that of the addresses."""
-        last, reached, reached_by_params = 0, 0, 0
+        """-1 if a parameter overlaps with anything, or the order is not that of the addresses.
+
+        Else -2 if gradients overlap, and 0 if nothing does.
+        """
+        last, reached, reached_by_params, found = 0, 0, 0, 0
         for k in range(2 * n):
             writes = order[k] < n
             row = words(table_at + (order[k] if writes else order[k] - n) * width * 8)
@@ -31,11 +35,13 @@ def compile_look() -> ObjectCode:
                 low = row[PARAM] if writes else row[GRAD]
                 high = low + row[SIZE] * itemsize
                 if low < last or low < (reached if writes else reached_by_params):
-                    return True
+                    return -1
+                if low < reached:
+                    found = -2
                 last, reached = low, max(reached, high)
                 if writes:
                     reached_by_params = max(reached_by_params, high)
-        return False
+        return found
 
     @njit
     def numpy_address(o, row, needed, kind, descr):  # type: ignore[no-untyped-def]
@@ -71,7 +77,7 @@ def compile_look() -> ObjectCode:
             irregular[k] = odd
             count += odd
             row[PARAM], row[GRAD] = p, g
-        return -1 if count == 0 and overlap(order, n, table_at, width, itemsize) else count
+        return overlap(order, n, table_at, width, itemsize) if count == 0 else count
 
     @njit
     def torch_address(o, row, call_at, kind, other, dtype, tensor_at):  # type: ignore[no-untyped-def]
@@ -112,6 +118,6 @@ def compile_look() -> ObjectCode:
             irregular[k] = odd
             count += odd
             row[PARAM], row[GRAD] = p, g
-        return -1 if count == 0 and overlap(order, n, table_at, width, itemsize) else count
+        return overlap(order, n, table_at, width, itemsize) if count == 0 else count
 
     return object_code(look_numpy=njit(look_numpy), look_torch=njit(look_torch))

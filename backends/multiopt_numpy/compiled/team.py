@@ -27,6 +27,9 @@ VARIABLE = "MULTIOPT_NUM_THREADS"
 #: is, how many bytes lie between two, and where the results go.
 WORK = ("next", "status", "count", "kernel", "first", "stride", "results")
 
+#: Of OpenMP 5.0: all that the library holds is given back, threads included.
+OMP_PAUSE_HARD = 2
+
 #: The process that imported this module, which may use OpenMP. libgomp hangs in a forked child of
 #: a process that used it: the child inherits a list of threads, but no thread.
 _FIRST_PROCESS = os.getpid()
@@ -176,10 +179,14 @@ def _gomp_parallel() -> Callable[..., None] | None:
     if sys.platform != "linux":
         return None  # no other system was tried
     try:
-        # The linker looks the name up in what PyTorch was linked with; NOLOAD loads nothing anew.
-        parallel = ctypes.CDLL(_torch("_C").__file__, os.RTLD_NOLOAD).GOMP_parallel
+        # The linker looks the names up in what PyTorch was linked with; NOLOAD loads nothing anew.
+        library = ctypes.CDLL(_torch("_C").__file__, os.RTLD_NOLOAD)
+        parallel, pause = library.GOMP_parallel, library.omp_pause_resource_all
     except (OSError, AttributeError):
         return None
+    # A child that is forked inherits the list of this thread's workers, but no worker, and PyTorch
+    # would wait for them there for good. OpenMP 5.0 lets them go; they come back when needed.
+    os.register_at_fork(before=lambda: pause(OMP_PAUSE_HARD))
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
     return parallel

@@ -15,15 +15,17 @@ purpose.
 
 from collections.abc import Callable
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro.optim
 import torch
-from pyro.optim import adagrad_rmsprop, clipped_adam, dct_adam
+from pyro.optim import HorovodOptimizer, adagrad_rmsprop, clipped_adam, dct_adam
 
 from multiopt.adapters.pyro import lr_scheduler, multi
+from multiopt.adapters.pyro.constructors import CONSTRUCTORS, RULES, Settings
 from multiopt.adapters.pyro.lr_scheduler import PyroLRScheduler
-from multiopt.adapters.pyro.optim import CONSTRUCTORS, RULES, PyroOptim, Settings
+from multiopt.adapters.pyro.optim import PyroOptim
+from multiopt.averaging import Average
 
 if TYPE_CHECKING:
 
@@ -49,12 +51,37 @@ def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:
     else:
         what = f"``{constructor.__module__}.{name}``, wrapped as Pyro does"
 
-    def with_clips(optim_args: Any, clip_args: Settings | None = None) -> PyroOptim:
-        made: PyroOptim = wrapper(constructor, optim_args, clip_args)
+    def with_clips(
+        optim_args: Any,
+        clip_args: Settings | None = None,
+        *,
+        on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
+        max_consecutive_skips: int | None = None,
+        average: Average | Callable[[str], Average | None] | None = None,
+    ) -> PyroOptim:
+        made: PyroOptim = wrapper(
+            constructor,
+            optim_args,
+            clip_args,
+            on_nonfinite=on_nonfinite,
+            max_consecutive_skips=max_consecutive_skips,
+            average=average,
+        )
         return made
 
-    def without(optim_args: Any) -> PyroOptim:
-        return with_clips(optim_args)
+    def without(
+        optim_args: Any,
+        *,
+        on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
+        max_consecutive_skips: int | None = None,
+        average: Average | Callable[[str], Average | None] | None = None,
+    ) -> PyroOptim:
+        return with_clips(
+            optim_args,
+            on_nonfinite=on_nonfinite,
+            max_consecutive_skips=max_consecutive_skips,
+            average=average,
+        )
 
     doc = [f"``pyro.optim.{name}``: {what}.", "", "Args:"]
     by_name = ", or a callable that gives them for a parameter name" if wrapper is PyroOptim else ""
@@ -63,6 +90,9 @@ def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:
     if "clip_args" in signature(like).parameters:
         factory = with_clips
         doc.append("    clip_args: ``clip_norm`` and ``clip_value``, or a callable likewise.")
+    doc.append("    on_nonfinite: As for ``PyroOptim``.")
+    doc.append("    max_consecutive_skips: Likewise.")
+    doc.append("    average: Likewise.")
     factory.__name__ = factory.__qualname__ = name
     factory.__doc__ = "\n".join(doc)
     return factory
@@ -77,6 +107,7 @@ FACTORIES = {
 globals().update(FACTORIES)
 
 __all__ = [
+    "HorovodOptimizer",
     "PyroLRScheduler",
     "PyroOptim",
     "adagrad_rmsprop",

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from multiopt.adapters.pyro.optim import CONSTRUCTORS
+from multiopt.adapters.pyro.constructors import CONSTRUCTORS
 from multiopt.adapters.torch_state import (
     for_torch,
     parameter_from_torch,

@@ -1,16 +1,18 @@
 """``pyro.optim.lr_scheduler``: torch's schedulers, one for each parameter, as in Pyro."""
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from inspect import signature
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import pyro.optim
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from multiopt.adapters.pyro.optim import JointOptim, PyroOptim, Settings, _Tracked, has_rule
+from multiopt.adapters.pyro.constructors import Settings, has_rule
+from multiopt.adapters.pyro.optim import JointOptim, PyroOptim
+from multiopt.adapters.pyro.tracking import Tracked
+from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
 from multiopt.exclusive import check_free
 
@@ -25,6 +27,9 @@ class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):
         optim_args: ``{"optimizer": class of a torch optimizer, "optim_args": its arguments, or a
             callable that gives them for a parameter name}``, and the arguments of the scheduler.
         clip_args: As in ``PyroOptim``.
+        on_nonfinite: Likewise.
+        max_consecutive_skips: Likewise.
+        average: Likewise.
 
     >>> import torch
     >>> import multiopt.adapters.pyro as optim
@@ -53,10 +58,25 @@ class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):
         self,
         scheduler_constructor: Any,
         optim_args: dict[str, Any],
-        clip_args: Any = None,
+        clip_args: Settings | None = None,
+        *,
+        on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
+        max_consecutive_skips: int | None = None,
+        average: Average | Callable[[str], Average | None] | None = None,
     ) -> None:
         """As in Pyro, which empties the dict that it is given."""
-        super().__init__(scheduler_constructor, dict(optim_args), clip_args)
+        self.pt_scheduler_constructor = scheduler_constructor
+        self.kwargs = dict(optim_args)
+        constructor, settings = self.kwargs.pop("optimizer"), self.kwargs.pop("optim_args")
+        # Pyro's own ``__init__`` would pass on no more than it knows.
+        super(pyro.optim.PyroLRScheduler, self).__init__(
+            constructor,
+            settings,
+            clip_args,
+            on_nonfinite=on_nonfinite,
+            max_consecutive_skips=max_consecutive_skips,
+            average=average,
+        )
 
 
 class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of *args in Pyro
@@ -64,16 +84,6 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
 
     A scheduler of torch moves the settings of each parameter.
     """
-
-    def __init__(
-        self,
-        scheduler_constructor: Any,
-        optim_args: dict[str, Any],
-        clip_args: Settings | None = None,
-    ) -> None:
-        """As ``PyroLRScheduler``."""
-        self._schedulers: MutableMapping[torch.Tensor, Any] = WeakTensorKeyDictionary()
-        super().__init__(scheduler_constructor, optim_args, clip_args)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step every parameter's scheduler.
@@ -94,34 +104,33 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         self._stored_or_warn()
         torch.save(self.get_state(), filename)
 
+    def _made(self) -> str:
+        return f"{self.pt_scheduler_constructor.__name__} over {super()._made()}"
+
     def _arguments(self) -> tuple[Any, ...]:
         constructor, optim_args, clip_args = super()._arguments()
         settings = {"optimizer": constructor, "optim_args": optim_args, **self.kwargs}
         return self.pt_scheduler_constructor, settings, clip_args
 
-    def _track(self, tensor: torch.Tensor) -> _Tracked:
-        tracked = super()._track(tensor)
-        if tensor not in self._schedulers:
+    def _meet(self, tensor: torch.Tensor, label: str | None) -> Tracked:
+        tracked = super()._meet(tensor, label)
+        if tracked.scheduler is None:
             try:
-                scheduler = self.pt_scheduler_constructor(self._stand_in(tensor), **self.kwargs)
+                scheduler = self.pt_scheduler_constructor(self._view(tracked), **self.kwargs)
             except BaseException:
-                self._forget(tensor)
+                self._forget([tracked])
                 raise
-            self._schedulers[tensor] = scheduler
+            tracked.scheduler = scheduler
         return tracked
 
-    def _object(self, tensor: torch.Tensor) -> Any:
-        return self._schedulers[tensor]
-
-    def _forget(self, tensor: torch.Tensor) -> None:
-        super()._forget(tensor)
-        self._schedulers.pop(tensor, None)
+    def _object(self, tracked: Tracked) -> Any:
+        return tracked.scheduler
 
     # State
 
-    def _describe(self, tensor: torch.Tensor) -> dict[str, Any]:
-        scheduler = deepcopy(self._schedulers[tensor].state_dict())
-        return {**super()._describe(tensor), "scheduler": scheduler}
+    def _describe(self, tracked: Tracked) -> dict[str, Any]:
+        scheduler = deepcopy(tracked.scheduler.state_dict())
+        return {**super()._describe(tracked), "scheduler": scheduler}
 
     def _to_torch(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         scheduler = deepcopy(stored["scheduler"])
@@ -165,14 +174,14 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
                 f"none for {missing}"
             )
 
-    def _take(self, loaded: Collection[tuple[torch.Tensor, Mapping[str, Any]]]) -> None:
+    def _take(self, loaded: Collection[tuple[Tracked, Mapping[str, Any]]]) -> None:
         # Schedules first, for those of torch may still fail, and can be put back.
-        schedulers = [self._schedulers[tensor] for tensor, _ in loaded]
+        schedulers = [tracked.scheduler for tracked, _ in loaded]
         before = [dict(vars(scheduler)) for scheduler in schedulers]
         try:
-            for scheduler, (tensor, stored) in zip(schedulers, loaded, strict=True):
+            for tracked, stored in loaded:
                 if "scheduler" in stored:
-                    self._load_schedule(scheduler, tensor, stored["scheduler"])
+                    self._load_schedule(tracked, stored["scheduler"])
             super()._take(loaded)
         except BaseException:
             for scheduler, attributes in zip(schedulers, before, strict=True):
@@ -180,13 +189,13 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
                 vars(scheduler).update(attributes)
             raise
 
-    def _load_schedule(self, scheduler: Any, tensor: torch.Tensor, state: Any) -> None:
+    def _load_schedule(self, tracked: Tracked, state: Any) -> None:
         try:
-            scheduler.load_state_dict(deepcopy(state))
+            tracked.scheduler.load_state_dict(deepcopy(state))
         except Exception as error:  # of any kind: classes may be users' own
             raise CheckpointError(
-                f"the schedule of {self._tracked[tensor].key!r} is not one that "
-                f"{type(scheduler).__name__} loads ({type(error).__name__}: {error})"
+                f"the schedule of {tracked.key!r} is not one that "
+                f"{type(tracked.scheduler).__name__} loads ({type(error).__name__}: {error})"
             ) from error
 
 

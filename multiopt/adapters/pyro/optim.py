@@ -1,102 +1,86 @@
 """``PyroOptim``, and the one whose parameters multiopt steps.
 
-It is keyed by tensor, as Pyro is: one entry for each live tensor, weakly held, labelled with the
-tensor's name in the param store.
+It is keyed by tensor, as Pyro is: one entry for each live tensor, labelled with its name in the
+param store.
 """
 
 import re
+import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import deepcopy
 from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import pyro
 import pyro.optim
 import torch
-from pyro.optim import adagrad_rmsprop, clipped_adam, dct_adam
 from pyro.params.param_store import (
     module_from_param_with_module_name,
     normalize_param_name,
     user_param_name,
 )
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from multiopt import checkpoint, rules
-from multiopt.adapters.pyro.dct import OF_TENSORS, marked
-from multiopt.adapters.pyro.objects import OptimObjs, TensorOptimizer
+from multiopt import checkpoint
+from multiopt.adapters.pyro.constructors import RULES, Settings, has_rule
+from multiopt.adapters.pyro.core import Core
+from multiopt.adapters.pyro.dct import marked
+from multiopt.adapters.pyro.objects import Clocks, OptimObjs, TensorOptimizer
+from multiopt.adapters.pyro.settings import (
+    EqualRules,
+    Sources,
+    changeable,
+    has_schedule,
+    make_clip,
+    make_rule,
+    restored_rule,
+    settings_now,
+    with_setting,
+)
+from multiopt.adapters.pyro.tracking import ModuleNames, Tracked, TrackedTensors
 from multiopt.adapters.torch_state import (
-    from_plain,
-    group_settings,
+    derived_numbers,
+    fresh_state,
     is_safetensors,
     leave_out,
     number,
     parameter_from_torch,
     parameter_to_torch,
     parameters_from_torch,
-    plain_settings,
     read,
-    refuse_subsamples,
-    rule_settings,
+    whole_number,
 )
-from multiopt.backend import Layout, identities, named
-from multiopt.clipping import Clip
+from multiopt.averaging import Average
+from multiopt.backend import Array, identities, named
 from multiopt.entry import (
-    Entry,
     check_slot_names,
     described,
     described_rule,
     in_parts,
-    new_entry,
-    restored,
     restored_plateaus,
-    with_rule,
 )
 from multiopt.errors import CheckpointError
 from multiopt.exclusive import check_free, exclusive
-from multiopt.interruption import uninterrupted
-from multiopt.optimizer import Optimizer
+from multiopt.report import Report
 from multiopt.rules import Rule
-from multiopt.rules.rule import is_schedule
-from multiopt.step import Step
+from multiopt.skipping import Skips
 
-__all__ = ["CONSTRUCTORS", "RULES", "JointOptim", "PyroOptim", "Settings", "has_rule"]
+__all__ = ["JointOptim", "PyroOptim"]
 
-#: Settings of a dict, or a callable that gives them for a name, or for a module and a name.
-Settings = dict[str, Any] | Callable[..., dict[str, Any]]
+#: What messages of the core say to do about state that does not fit; here there is other help.
+REMEDY = re.compile(
+    r"forget the name to start anew$"
+    r"|load with the rule that was saved, step, then assign opt\.rule$"
+)
 
-#: The torch optimizers that a name of ``pyro.optim`` stands for. LBFGS is not for SVI, says Pyro.
-CONSTRUCTORS: dict[str, type[torch.optim.Optimizer]] = {
-    name: value
-    for name, value in vars(torch.optim).items()
-    if isinstance(value, type)
-    and issubclass(value, torch.optim.Optimizer)
-    and value not in (torch.optim.Optimizer, torch.optim.LBFGS)
-} | {
-    "AdagradRMSProp": adagrad_rmsprop.AdagradRMSProp,
-    "ClippedAdam": clipped_adam.ClippedAdam,
-    "DCTAdam": dct_adam.DCTAdam,
-}
+#: How many different settings are remembered.
+SHARED = 64
 
-#: The rules of multiopt, by the torch optimizer whose arguments and state they take.
-RULES: dict[Any, type[Rule]] = {
-    constructor: getattr(rules, name)
-    for name, constructor in CONSTRUCTORS.items()
-    if hasattr(rules, name)
-}
-
-
-def has_rule(optim_constructor: Any, optim_args: Settings) -> bool:
-    """Whether multiopt has a rule for a torch optimizer with these arguments."""
-    aware = isinstance(optim_args, dict) and optim_args.get("subsample_aware")
-    return optim_constructor in RULES and not aware
-
-
-#: Arguments of torch's optimizers about how they run, not about what they compute.
-EXECUTION = ("capturable", "foreach", "fused")
+#: How many tensors a call asks whether anybody else holds them, and twice as many as it adds.
+ASKED = 4
 
 
 class PyroOptim(pyro.optim.PyroOptim):
@@ -109,7 +93,11 @@ class PyroOptim(pyro.optim.PyroOptim):
         optim_constructor: The class of a torch optimizer.
         optim_args: Its arguments, or a callable that gives them for a parameter name (dotted, as in
             ``nn.Module.named_parameters``).
-        clip_args: ``clip_norm`` and ``clip_value``, or a callable that gives them likewise.
+        clip_args: ``clip_norm`` and ``clip_value``, or a callable that gives them likewise; with a
+            rule of multiopt's also ``clip_global_norm``, of all parameters of a call together.
+        on_nonfinite: As for ``multiopt.Optimizer``; with a rule of multiopt's only.
+        max_consecutive_skips: Likewise.
+        average: Likewise. A callable gets the name that ``optim_args`` gets.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PyroOptim":
@@ -123,13 +111,41 @@ class PyroOptim(pyro.optim.PyroOptim):
         return made
 
     def __init__(
-        self, optim_constructor: Any, optim_args: Settings, clip_args: Settings | None = None
+        self,
+        optim_constructor: Any,
+        optim_args: Settings,
+        clip_args: Settings | None = None,
+        *,
+        on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
+        max_consecutive_skips: int | None = None,
+        average: Average | Callable[[str], Average | None] | None = None,
     ) -> None:
-        """As in Pyro, saying what is slow."""
-        if not has_rule(optim_constructor, optim_args):
-            name = getattr(optim_constructor, "__name__", repr(optim_constructor))
-            _say_wrapped(f"{name} with subsample_aware" if optim_constructor in RULES else name)
-        super().__init__(optim_constructor, optim_args, clip_args)
+        """As in Pyro, saying what is slow.
+
+        Raises:
+            TypeError: An argument is of another kind, a dict has an unknown key, or multiopt has no
+                rule, and there is a setting that Pyro does not have.
+            ValueError: A setting is out of range.
+        """
+        given = {"max_consecutive_skips": max_consecutive_skips, "average": average}
+        more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if on_nonfinite != "propagate":
+            more["on_nonfinite"] = on_nonfinite
+        self._begin(optim_constructor, optim_args, clip_args, more)
+
+    def _begin(
+        self, constructor: Any, optim_args: Settings, clip_args: Settings | None, more: Any
+    ) -> None:
+        """What is to be done with the arguments, ``more`` being those that Pyro does not have."""
+        name = getattr(constructor, "__name__", repr(constructor))
+        if more:
+            raise TypeError(
+                f"multiopt has no rule for {name}, which Pyro steps by torch; expected no "
+                f"{', '.join(more)}"
+            )
+        if not has_rule(constructor, optim_args):
+            _say_wrapped(f"{name} with subsample_aware" if constructor in RULES else name)
+        pyro.optim.PyroOptim.__init__(self, constructor, optim_args, clip_args)
 
 
 @cache
@@ -140,78 +156,13 @@ def _say_wrapped(what: str) -> None:
     )
 
 
-class _Tracked(NamedTuple):
-    """How a live tensor is known.
-
-    Attributes:
-        key: In the core: the label, made unique.
-        label: In the param store, at first sight; None if it was in none.
-    """
-
-    key: str
-    label: str | None
-
-
-class _Core(Optimizer):
-    """The registry of a host that brings its names in and expects clipped gradients."""
-
-    _leave_clipped = True
-
-    def _after(self, step: Step) -> None:
-        for task, grad in step.left_over:
-            clipped = named("torch").closed(grad, task.param).to(task.grad.dtype)
-            if 0 in task.grad.stride():
-                # Expanded by a backward with create_graph=True: no place for each element.
-                task.param.grad = clipped
-            else:
-                task.grad.detach().copy_(clipped)
-
-    def step_tensors(self, names: list[str], tensors: np.ndarray) -> None:
-        """``step`` of tensors that have names already, by their own gradients."""
-        before = self._outcome
-        try:
-            self._changing = True
-            self._advance(names, tensors, None, [])
-            self._changing = False
-        except BaseException as error:
-            self._changing = False
-            with uninterrupted():
-                self._explain(error, before)
-            raise
-
-    def enter(self, name: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
-        """Take a name in before its first step."""
-        self._entries = {**self._entries, name: new_entry(name, rule, clip, layout)}
-
-    def entry(self, name: str) -> Entry:
-        """What is held for a name."""
-        return self._entries[name]
-
-    def change_rules(self, rules: Mapping[str, Rule]) -> None:
-        """Change the rules of some names."""
-        entries = self._entries
-        self._entries = entries | {n: with_rule(n, entries[n], rule) for n, rule in rules.items()}
-
-    @property
-    def rules(self) -> set[Rule]:
-        """Those of all names."""
-        return {entry.rule for entry in self._entries.values()}
-
-    def resume(self, steps: int) -> None:
-        """Go on counting the steps of the optimizer from a number."""
-        self._steps = steps
-
-    def restore(self, states: Mapping[str, tuple[Mapping[str, Any], Rule]]) -> None:
-        """Give names loaded state and the rules that came with it.
-
-        Raises:
-            ValueError: A state does not fit; nothing has changed.
-        """
-        entries = self._entries
-        self._entries = entries | {
-            name: restored(name, stored, rule, entries[name].clip, entries[name].layout)
-            for name, (stored, rule) in states.items()
-        }
+@cache
+def _say_not_joint(name: str) -> None:
+    warnings.warn(
+        f"HorovodOptimizer makes an optimizer of torch's {name} for each parameter: they are "
+        "stepped one by one, by torch and not by multiopt",
+        stacklevel=4,
+    )
 
 
 class JointOptim(PyroOptim):
@@ -221,49 +172,74 @@ class JointOptim(PyroOptim):
     waits there for the next tensor presented under each name.
     """
 
-    def __init__(
-        self, optim_constructor: Any, optim_args: Settings, clip_args: Settings | None = None
+    def _begin(
+        self, constructor: Any, optim_args: Settings, clip_args: Settings | None, more: Any
     ) -> None:
-        """Check the arguments; see ``PyroOptim``.
-
-        Raises:
-            TypeError: An argument is neither a dict nor a callable, or has an unknown key.
-            ValueError: A setting is out of range.
-        """
+        """Check the arguments."""
+        self._constructor = constructor
         # The names under which Pyro's Horovod wrapper and users' code look for them.
-        self.pt_optim_constructor = self._constructor = optim_constructor
         self.pt_optim_args = optim_args
         self.pt_clip_args = {} if clip_args is None else clip_args
         # Loaded state by label, for the next tensor that is presented under it.
         self._state_waiting_to_be_consumed: dict[str, dict[str, Any]] = {}
-        self._rule_class = RULES[optim_constructor]
-        self._rules: dict[Rule, Rule] = {}
+        self._rule_class = RULES[constructor]
+        self._rules = EqualRules()
         # Of rules without schedules, in torch's terms: the settings, and the rule with one of them
         # changed. Most parameters are alike.
-        self._read = lru_cache(SHARED)(partial(_settings_now, optim_constructor))
-        self._write = lru_cache(SHARED, typed=True)(partial(_with_setting, optim_constructor))
+        self._read = lru_cache(SHARED)(partial(settings_now, constructor))
+        self._write = lru_cache(SHARED, typed=True)(partial(with_setting, constructor))
         # Whether a call has begun that has not ended.
         self._changing = False
-        # New rules by key, while they are collected.
-        self._changes: dict[str, Rule] = {}
+        # New rules by tensor, while they are collected.
+        self._changes: dict[Tracked, Rule] = {}
         self._collects = False
-        # By tensor, weakly: an entry goes when its tensor does.
-        self._tracked: MutableMapping[torch.Tensor, _Tracked] = WeakTensorKeyDictionary()
-        self._stand_ins: MutableMapping[torch.Tensor, TensorOptimizer] = WeakTensorKeyDictionary()
+        self._tensors = TrackedTensors()
+        self._names = ModuleNames()
+        self._sources = Sources()
+        self._clocks = Clocks()
         # Of the last call: which objects the tensors are, the order in which they are stepped, and
-        # their keys in it. A number stands for the same tensor as long as no tensor has died.
+        # their keys in it. A number stands for the same tensor as long as none was forgotten.
         self._ids = b""
         self._order = np.empty(0, np.intp)
         self._keys: list[str] = []
         self._unnamed = 0
-        self._core = _Core(self._rule_class())
+        self._core, self._more = Core(self._rule_class(), **more), more
         for what, settings in (("optim_args", optim_args), ("clip_args", self.pt_clip_args)):
             if not isinstance(settings, dict) and not callable(settings):
                 raise TypeError(f"{what} must be a dict or a callable; got {settings!r}")
+        rule = self._rule_class()
         if isinstance(self.pt_optim_args, dict):
-            self._make_rule(self.pt_optim_args)
+            rule = self._rule(self.pt_optim_args)
         if isinstance(self.pt_clip_args, dict):
-            _make_clip(self.pt_clip_args)
+            make_clip(self.pt_clip_args, rule)
+
+    def __repr__(self) -> str:
+        """How it was made, and how many tensors there are."""
+        waiting = len(self._state_waiting_to_be_consumed)
+        pending = f", {waiting} pending" if waiting else ""
+        return f"<{self._made()}: {len(self._tensors)} tensors{pending}>"
+
+    def _made(self) -> str:
+        arguments = [repr(self.pt_optim_args)]
+        if self.pt_clip_args:
+            arguments.append(repr(self.pt_clip_args))
+        arguments += [f"{name}={value!r}" for name, value in self._more.items()]
+        return f"{self._constructor.__name__}({', '.join(arguments)})"
+
+    @property
+    def pt_optim_constructor(self) -> Any:
+        """The class of torch's optimizer; who calls it, steps with torch."""
+        # Pyro's wrapper of Horovod is the one that calls it.
+        if sys._getframe(1).f_globals.get("__name__") == "pyro.optim.horovod":
+            _say_not_joint(self._constructor.__name__)
+        return self._constructor
+
+    @pt_optim_constructor.setter
+    def pt_optim_constructor(self, constructor: Any) -> NoReturn:
+        raise TypeError(
+            f"this is an optimizer with the rule of {self._constructor.__name__}: make another for "
+            f"{constructor!r}"
+        )
 
     @exclusive
     def __call__(self, params: Iterable[torch.Tensor]) -> None:
@@ -276,20 +252,22 @@ class JointOptim(PyroOptim):
             ValueError: A tensor is no leaf, loaded state does not fit its tensor, and others that
                 ``Optimizer.step`` raises; nothing has changed.
         """
-        self._forget_dead()
         params = params if isinstance(params, Collection) else list(params)
         tensors = np.fromiter(params, object, len(params))
+        self._follow()
+        before = len(self._tensors)
         if identities(tensors) != self._ids:
             self._ids = b""
-            places = {self._track(tensor).key: i for i, tensor in enumerate(tensors)}
+            places = {tracked.key: i for i, tracked in enumerate(self._track(tensors))}
             # A set has them in no order. In that of their addresses a step of 1000 that finds its
             # caches filled by other work takes 0.75 ms instead of 1.
             self._keys = sorted(places, key=lambda key: id(tensors[places[key]]))
             self._order = np.array([places[key] for key in self._keys], np.intp)
             self._ids = identities(tensors)
+        self._forget(self._tensors.abandoned(ASKED + 2 * (len(self._tensors) - before)))
         tensors = tensors[self._order]
         if self._state_waiting_to_be_consumed:
-            self._settle(tensors)
+            self._settle(filter(None, map(self._tensors.get, tensors)))
         try:
             self._core.step_tensors(self._keys, tensors)
         except (TypeError, ValueError) as error:
@@ -297,45 +275,131 @@ class JointOptim(PyroOptim):
             if said != str(error):
                 raise type(error)(said) from None
             raise
+        self._clocks.say_all(self._clock)
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings, and the state by name."""
         return {
             "arguments": self._arguments(),
+            "more": self._more,
             "waiting": self._stored_or_warn(),
             "steps": self._core.steps,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin with the settings, all state waiting."""
-        type(self).__init__(self, *state["arguments"])
+        type(self).__init__(self, *state["arguments"], **state["more"])
         self._state_waiting_to_be_consumed = state["waiting"]
         self._core.resume(state["steps"])
 
     def _arguments(self) -> tuple[Any, ...]:
         return self._constructor, self.pt_optim_args, self.pt_clip_args
 
+    # What the last calls did
+
+    @property
+    def last(self) -> Report:
+        """What the last call did, by name, as ``multiopt.Optimizer.last``."""
+        return self._core.last
+
+    @property
+    def skips(self) -> dict[str, Skips]:
+        """How often each name was skipped, as ``multiopt.Optimizer.skips``."""
+        return self._core.skips
+
+    def average(self, name: str) -> Array:
+        """The average of an unconstrained parameter, a copy, as ``multiopt.Optimizer.average``.
+
+        Args:
+            name: Its name in the param store.
+
+        Raises:
+            KeyError: None is kept, or there was no step yet.
+
+        >>> import multiopt as mo
+        >>> import multiopt.adapters.pyro as optim
+        >>> import pyro, torch
+        >>> pyro.clear_param_store()
+        >>> sgd = optim.SGD({"lr": 1.0}, average=mo.Average())
+        >>> scale = pyro.param("scale", torch.ones(1), torch.distributions.constraints.positive)
+        >>> for _ in range(2):
+        ...     scale.unconstrained().grad = torch.ones(1)
+        ...     sgd([scale.unconstrained()])
+        >>> sgd.average("scale")  # of its logarithm
+        tensor([-1.5000])
+        """
+        store = dict(pyro.get_param_store().named_parameters())
+        tracked = self._tensors.get(store[name]) if name in store else None
+        return self._core.average(name if tracked is None else tracked.key)
+
     # Tensors
 
-    def _track(self, tensor: torch.Tensor) -> _Tracked:
-        """How a tensor is known; at first sight its settings are asked for."""
-        tracked = self._tracked.get(tensor)
-        if tracked is None:
-            label = pyro.get_param_store().param_name(tensor)
-            rule = marked(self._make_rule(self._settings("optim_args", tensor, label)), tensor)
-            rule = self._rules.setdefault(rule, rule)
-            clip = _make_clip(self._settings("clip_args", tensor, label))
-            if isinstance(rule, rules.ClippedAdam | rules.DCTAdam):
-                # Once more what the rule does, for the gradient that Pyro leaves behind is clipped.
-                assert not callable(rule.clip_norm)
-                clip = clip or Clip()
-                value = rule.clip_norm if clip.value is None else min(clip.value, rule.clip_norm)
-                clip = replace(clip, value=value)
-            key = self._unused_key(label)
-            layout = named("torch").layout(tensor, f"parameter {key!r}")
-            self._core.enter(key, rule, clip, layout)
-            tracked = self._tracked[tensor] = _Tracked(key, label)
+    def name_by(self, *modules: torch.nn.Module) -> None:
+        """Name tensors that are in no param store as modules do.
+
+        With ``pyro.settings.set(module_local_params=True)`` parameters are in their modules alone.
+        Model and guide of an ``SVI`` are found without this; a loop of one's own says them here.
+
+        Args:
+            *modules: The modules, which are not held. Of two parameters of one name, that of the
+                second module becomes ``"name (2)"``.
+
+        >>> import multiopt.adapters.pyro as optim
+        >>> import torch
+        >>> sgd, linear = optim.SGD({"lr": 0.5}), torch.nn.Linear(1, 1)
+        >>> sgd.name_by(linear)
+        >>> linear(torch.ones(1)).backward()
+        >>> sgd(linear.parameters())
+        >>> list(sgd.get_state())
+        ['weight', 'bias']
+        """
+        self._names.add(*modules)
+
+    def _track(self, tensors: Iterable[torch.Tensor]) -> list[Tracked]:
+        """How tensors are known; at first sight their settings are asked for."""
+        found = [self._tensors.get(tensor) for tensor in tensors]
+        if None in found:
+            names = self._names_now(search=True)
+            found = [
+                self._meet(tensor, names(tensor)) if tracked is None else tracked
+                for tensor, tracked in zip(tensors, found, strict=True)
+            ]
+        return [tracked for tracked in found if tracked is not None]
+
+    def _meet(self, tensor: torch.Tensor, label: str | None) -> Tracked:
+        """Take a tensor in that is seen for the first time."""
+        if (twice := self._tensors.get(tensor)) is not None:
+            return twice
+        settings = self._settings("optim_args", tensor, label)
+        rule = marked(self._rule(settings), tensor)
+        tracked = Tracked(tensor, self._unused_key(label), label)
+        # Pyro leaves it at no settings, where there are none at first sight.
+        tracked.clip_args = self._settings("clip_args", tensor, label) or {}
+        tracked.given = {name: value for name, value in settings.items() if changeable(value)}
+        clip = make_clip(tracked.clip_args, rule)
+        layout = named("torch").layout(tensor, f"parameter {tracked.key!r}")
+        dotted = tracked.key if label is None else normalize_param_name(label)
+        self._core.enter(tracked.key, dotted, self._rules.one(rule), clip, layout)
+        self._tensors.add(tracked)
+        self._sources.watch(tracked)
         return tracked
+
+    def _names_now(self, search: bool = False) -> Callable[[torch.Tensor], str | None]:
+        """How tensors are called, in the param store or in modules.
+
+        Args:
+            search: Whether to look for modules if that is where parameters are.
+        """
+        in_store = pyro.get_param_store().param_name
+        if search and pyro.settings.get("module_local_params"):
+            self._names.add_callers()
+        in_modules = self._names.current()
+
+        def name(tensor: torch.Tensor) -> str | None:
+            found: str | None = in_store(tensor)
+            return in_modules.get(id(tensor)) if found is None else found
+
+        return name
 
     def _unused_key(self, label: str | None) -> str:
         """A name for the core that says in messages which parameter is meant."""
@@ -355,7 +419,7 @@ class JointOptim(PyroOptim):
         if label is None:
             raise ValueError(
                 f"{what} is a callable of names, but a tensor of shape {tuple(tensor.shape)} is in "
-                "no param store and has none; pass a dict"
+                "no param store and has none; pass a dict, or name_by(module)"
             )
         parameters = list(signature(settings).parameters.values())
         by_name = len(parameters) == 1
@@ -370,78 +434,212 @@ class JointOptim(PyroOptim):
             raise TypeError(f"{what} gave {given!r} for parameter {label!r}; expected a dict")
         return given
 
-    def _make_rule(self, settings: Mapping[str, Any]) -> Rule:
-        given = plain_settings(settings)
-        if given.pop("differentiable", False):
-            raise ValueError(
-                "differentiable=True: the update is not part of an autograd graph here; "
-                "use torch.optim"
-            )
-        for name in EXECUTION:
-            given.pop(name, None)
-        if self._rule_class is rules.DCTAdam:
-            refuse_subsamples(given)
-            given.pop("subsample_aware", None)
-        rule_class = self._rule_class
-        if rule_class is rules.Adam and given.pop("decoupled_weight_decay", False):
-            rule_class = rules.AdamW
-        rule = rule_class(**given)
-        # One object for equal rules: the core computes the numbers of a step once for each.
-        return self._rules.setdefault(rule, rule)
+    def _rule(self, settings: Mapping[str, Any]) -> Rule:
+        return self._rules.one(make_rule(self._rule_class, settings))
 
-    def _drop_dead(self) -> None:
-        """Forget the entries of tensors that are gone, but not in the middle of a call."""
-        if not self._changing:
-            self._forget_dead()
+    def _forget(self, tensors: Iterable[Tracked]) -> None:
+        """Drop the entries of tensors; presented again, they start anew."""
+        for tracked in tensors:
+            self._sources.unwatch(tracked)
+            self._tensors.remove(tracked)
+            self._core.forget(tracked.key)
 
-    def _forget_dead(self) -> None:
-        if len(self._core) > len(self._tracked):
+    def _forget_abandoned(self) -> None:
+        """Drop the entries of tensors that nobody else holds, but not in the middle of a call."""
+        if not self._changing and (abandoned := self._tensors.abandoned()):
             self._ids = b""
-            live = {tracked.key for tracked in self._tracked.values()}
-            for key in self._core.names:
-                if key not in live:
-                    self._core.forget(key)
+            self._forget(abandoned)
+
+    def _start_anew(self, tracked: Tracked) -> None:
+        """Forget a tensor, with loaded state that waits for it and does not fit it.
+
+        What fits waits on, as in Pyro, where only new tensors take it.
+        """
+        check_free(self, "deleting a tensor")
+        label = self._names_now()(tracked.alive) or tracked.label
+        waiting = dict(self._state_waiting_to_be_consumed)
+        try:
+            self._settle([tracked])
+        except (ValueError, TypeError):
+            waiting = {name: stored for name, stored in waiting.items() if name != label}
+        self._state_waiting_to_be_consumed = waiting
+        self._ids = b""
+        self._forget([tracked])
+
+    # Settings
+
+    def _follow(self) -> None:
+        """Take over what the caller has changed in his own objects, and in clocks."""
+        if changed := self._sources.changed():
+            rules = {}
+            for tracked in changed:
+                rule = self._core.entry(tracked.key).rule
+                for name, given in tracked.given.items():
+                    rule = self._with_setting(tracked, rule, name, number(given))
+                rules[tracked] = rule
+            self._change_rules(rules)
+            self._sources.renew()
+        for tracked, step in self._clocks.written().items():
+            self._set_clock(tracked, step)
+
+    def _follow_if_free(self) -> None:
+        """The same for who looks, but not in the middle of a call."""
+        if not self._changing:
+            self._follow()
+
+    def _group(self, tracked: Tracked) -> Mapping[str, Any]:
+        """The settings of a tensor as they are now, in torch's terms; not to be changed."""
+        entry = self._core.entry(tracked.key)
+        rule = self._changes.get(tracked, entry.rule)
+        if has_schedule(rule):
+            return settings_now(self._constructor, rule, entry.step, self._core.steps)
+        return self._read(rule, entry.step)
+
+    def _change(self, tracked: Tracked, name: str, value: Any) -> None:
+        """Change one setting of a tensor, in torch's terms."""
+        # Schedulers change settings when they are made, in the middle of a call.
+        check_free(self._core, f"changing {name!r}")
+        rule = self._changes.get(tracked, self._core.entry(tracked.key).rule)
+        rule = self._with_setting(tracked, rule, name, number(value))
+        if changeable(value) or name in tracked.given:
+            tracked.given.pop(name, None)
+            if changeable(value):
+                tracked.given[name] = value
+            self._sources.watch(tracked)
+        self._changes[tracked] = rule
+        if not self._collects:
+            self._take_changes()
+
+    def _with_setting(self, tracked: Tracked, rule: Rule, name: str, value: Any) -> Rule:
+        step = self._core.entry(tracked.key).step
+        if has_schedule(rule):
+            changed = with_setting(self._constructor, rule, step, name, value)
+        else:
+            changed = self._write(rule, step, name, value)
+        return self._rules.one(changed)
+
+    def _take_changes(self) -> None:
+        """Give the tensors their new rules."""
+        self._collects = False
+        changes, self._changes = self._changes, {}
+        self._change_rules(changes)
+
+    def _change_rules(self, rules: Mapping[Tracked, Rule]) -> None:
+        if rules:
+            self._core.change(
+                {
+                    tracked.key: (rule, make_clip(tracked.clip_args, rule))
+                    for tracked, rule in rules.items()
+                }
+            )
+
+    # Clocks and slots
+
+    def _clock(self, tracked: Tracked) -> int:
+        """How many steps a tensor has taken."""
+        return self._core.entry(tracked.key).step
+
+    def _state_now(self, tracked: Tracked) -> dict[str, Any]:
+        """The state of a tensor in torch's terms, its slots those in memory."""
+        entry = self._core.entry(tracked.key)
+        if not entry.step:
+            return fresh_state(self._constructor, self._group(tracked), tracked.alive)
+        clock: Any = entry.step
+        if not self._constructor.__module__.startswith("pyro."):
+            clock = self._clocks.shown(tracked, entry.step)
+        rule = described_rule(entry.rule, entry.step, self._core.steps)
+        derived = derived_numbers(rule, entry.step)
+        return {"step": clock, **derived, **self._core.slots(tracked.key)}
+
+    def _set_state(self, tracked: Tracked, name: str, value: Any) -> None:
+        """Write the clock or a slot of a tensor.
+
+        Raises:
+            KeyError: There is no such slot.
+            TypeError: It cannot be written.
+            ValueError: The value does not fit.
+        """
+        check_free(self._core, f"changing {name!r}")
+        entry = self._core.entry(tracked.key)
+        slots = self._core.slots(tracked.key)
+        label = f"the state of {tracked.key!r}"
+        if not entry.step:
+            raise TypeError(
+                f"{label} is empty before the first step; expected a whole one: load_state_dict"
+            )
+        if name == "step":
+            self._set_clock(tracked, whole_number(value))
+        elif name in slots:
+            given, slot = torch.as_tensor(value), slots[name]
+            if given.shape != slot.shape or given.is_complex() > slot.is_complex():
+                raise ValueError(
+                    f"{label}: {name!r} would have shape {tuple(given.shape)} and dtype "
+                    f"{given.dtype}; expected {tuple(slot.shape)} and {slot.dtype}"
+                )
+            slot.copy_(given)
+        elif name in self._state_now(tracked):
+            raise TypeError(f"{label}: {name!r} follows from the step and the settings: set those")
+        else:
+            raise KeyError(f"{label} has no {name!r}; it has {', '.join(self._state_now(tracked))}")
+
+    def _set_clock(self, tracked: Tracked, step: int) -> None:
+        """Set the clock of a tensor; a rate that has decayed stays where it is, as in Pyro."""
+        rate = self._group(tracked).get("lr")
+        self._core.set_clock(tracked.key, step)
+        self._clocks.say(tracked, step)
+        self._keep_rate(tracked, rate)
+
+    def _clear_state(self, tracked: Tracked) -> None:
+        """Let a tensor begin again, its settings as they are."""
+        check_free(self._core, "clearing the state")
+        rate = self._group(tracked).get("lr")
+        self._core.start_anew(tracked.key)
+        self._keep_rate(tracked, rate)
+
+    def _keep_rate(self, tracked: Tracked, rate: Any) -> None:
+        rule = self._core.entry(tracked.key).rule
+        if rate != self._group(tracked).get("lr") and not has_schedule(rule):
+            self._change_rules({tracked: self._with_setting(tracked, rule, "lr", rate)})
 
     # Loaded state
 
-    def _settle(self, tensors: Iterable[torch.Tensor]) -> None:
+    def _settle(self, tensors: Iterable[Tracked]) -> None:
         """Give tensors the loaded state that waits under their names, all of them or none."""
         waiting = self._state_waiting_to_be_consumed
         if not waiting:
             return
-        store = pyro.get_param_store()
-        in_store = dict(store.named_parameters())
-        takers: dict[str, torch.Tensor] = {}
-        for tensor in tensors:
-            label = store.param_name(tensor) or self._tracked[tensor].label
+        name, in_store = self._names_now(), dict(pyro.get_param_store().named_parameters())
+        takers: dict[str, Tracked] = {}
+        for tracked in tensors:
+            label = name(tracked.alive) or tracked.label
             # Of two tensors of one name, the one in the store takes it.
-            if label in waiting and (label not in takers or in_store.get(label) is tensor):
-                takers[label] = tensor
-        self._take([(tensor, waiting[label]) for label, tensor in takers.items()])
+            if label in waiting and (label not in takers or in_store.get(label) is tracked.tensor):
+                takers[label] = tracked
+        self._take([(tracked, waiting[label]) for label, tracked in takers.items()])
         for label in takers:
             waiting.pop(label, None)
 
-    def _take(self, loaded: Collection[tuple[torch.Tensor, Mapping[str, Any]]]) -> None:
+    def _take(self, loaded: Collection[tuple[Tracked, Mapping[str, Any]]]) -> None:
         """Give tensors loaded state, all of them or none."""
         states = {}
-        for tensor, stored in loaded:
-            key = self._tracked[tensor].key
-            entry = self._core.entry(key)
+        for tracked, stored in loaded:
+            entry = self._core.entry(tracked.key)
             dtype = entry.layout.compute_dtype
             slots = {k: array.astype(dtype) for k, array in stored["slots"].items()}
-            rule = _restored_rule(stored["rule"], entry.rule)
-            states[key] = {**stored, "slots": slots}, self._rules.setdefault(rule, rule)
+            rule = self._rules.one(restored_rule(stored["rule"], entry.rule))
+            clip = make_clip(tracked.clip_args, rule)
+            states[tracked.key] = {**stored, "slots": slots}, rule, clip
         try:
             self._core.restore(states)
         except ValueError as error:
             remedy = "del optim_objs[tensor] to start anew without it"
             raise ValueError(REMEDY.sub(remedy, str(error))) from None
-        for stored, rule in states.values():
+        for stored, rule, _ in states.values():
             restored_plateaus(rule, stored["rule"], ahead=True)
-        for tensor, stored in loaded:
-            self._restore_beside(tensor, stored)
+        for tracked, stored in loaded:
+            self._restore_beside(tracked, stored)
 
-    def _load(self, tensor: torch.Tensor, state: Mapping[str, Any]) -> None:
+    def _load(self, tracked: Tracked, state: Mapping[str, Any]) -> None:
         """Load the state of one tensor in torch's format.
 
         Raises:
@@ -449,18 +647,19 @@ class JointOptim(PyroOptim):
             ValueError: It does not fit; nothing has changed.
         """
         check_free(self, "loading")
-        key = self._tracked[tensor].key
-        self._take([(tensor, parameter_from_torch(key, self._rule_class, state))])
+        self._take([(tracked, parameter_from_torch(tracked.key, self._rule_class, state))])
 
-    def _restore_beside(self, tensor: torch.Tensor, stored: Mapping[str, Any]) -> None:
+    def _restore_beside(self, tracked: Tracked, stored: Mapping[str, Any]) -> None:
         """Give a tensor what was loaded beside its entry."""
-        if stored.get("group"):
-            self._stand_in(tensor).group.extra.update(stored["group"])
+        tracked.given = dict(stored.get("given", {}))
+        self._sources.watch(tracked)
+        if "group" in stored:
+            tracked.extra = dict(stored["group"])
 
     def get_state(self) -> dict[str, Any]:
         """The state by parameter name, in Pyro's format, loaded state that waits included.
 
-        It lists the tensors that are in the param store now.
+        It lists the tensors that are in the param store now, and those that modules name.
         """
         return {label: self._to_torch(stored) for label, stored in self._stored().items()}
 
@@ -487,10 +686,10 @@ class JointOptim(PyroOptim):
         """
         check_free(self, "loading")
         if isinstance(self.pt_optim_args, dict):
-            rule = self._make_rule(self.pt_optim_args)
+            rule = self._rule(self.pt_optim_args)
             for label, stored in loaded.items():
                 try:
-                    check_slot_names(label, stored, _restored_rule(stored["rule"], rule))
+                    check_slot_names(label, stored, restored_rule(stored["rule"], rule))
                 except (ValueError, TypeError) as error:
                     remedy = "load it into the optimizer that was saved"
                     raise CheckpointError(REMEDY.sub(remedy, str(error))) from None
@@ -503,21 +702,29 @@ class JointOptim(PyroOptim):
     def save(self, filename: str | PathLike[str]) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
 
-        It holds what ``get_state`` lists. Tensors that are in no param store have no name to be
-        saved under; a warning says how many there are.
+        It holds what ``get_state`` lists, averages and counts of skips. Tensors that neither a
+        param store nor a module names cannot be saved; a warning says how many there are.
         """
-        entries = {
-            label: {part: stored.get(part) for part in ("rule", "step", "slots", "complex")}
-            for label, stored in self._stored_or_warn().items()
+        stored = self._stored_or_warn()
+        parts = "rule", "step", "slots", "complex"
+        averages = {label: one["average"] for label, one in stored.items() if "average" in one}
+        skips = {label: list(one["skips"]) for label, one in stored.items() if "skips" in one}
+        document: dict[str, Any] = {
+            "version": checkpoint.VERSION,
+            "steps": self._core.steps,
+            "entries": {
+                label: {part: one.get(part) for part in parts} for label, one in stored.items()
+            },
+            "pending": {},
         }
-        state = {"version": checkpoint.VERSION, "steps": self._core.steps}
-        checkpoint.write(filename, {**state, "entries": entries, "pending": {}})
+        more = {"averages": averages, "skips": skips}
+        checkpoint.write(filename, document | {name: part for name, part in more.items() if part})
 
     def load(self, filename: str | PathLike[str], map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
 
-        A file of ``multiopt.Optimizer.save`` may have averages, master copies and counts of skips.
-        They are left out, with a warning.
+        A file of ``multiopt.Optimizer.save`` may have master copies, and averages that are kept
+        nowhere here. They are left out, with a warning.
 
         Args:
             filename: The file.
@@ -528,41 +735,73 @@ class JointOptim(PyroOptim):
             CheckpointError: The file is damaged or neither; nothing has changed.
             OSError: The file cannot be read.
         """
-        if is_safetensors(filename):
-            contents = checkpoint.read(filename)
-            contents.check_whole(filename)
-            document = contents.state_dict
-            parts = {**document["pending"], **document["entries"]}
-            loaded = {label: _in_parts(stored) for label, stored in parts.items()}
-            leave_out(document, loaded, stacklevel=3)
-            self._wait(loaded, document.get("steps"))
-        else:
+        if not is_safetensors(filename):
             self.set_state(read(filename, map_location))
+            return
+        contents = checkpoint.read(filename)
+        contents.check_whole(filename)
+        document = dict(contents.state_dict)
+        parts = {**document["pending"], **document["entries"]}
+        loaded = {label: _in_parts(stored) for label, stored in parts.items()}
+        if self._more.get("average") is not None:
+            for part in ("pending_averages", "averages"):
+                for label, stored in document.pop(part, {}).items():
+                    loaded[label]["average"] = _in_parts(stored)
+        for label, counts in document.pop("skips", {}).items():
+            if label in loaded:
+                loaded[label]["skips"] = counts
+        leave_out(document, loaded, stacklevel=3)
+        self._wait(loaded, document.get("steps"))
 
     def _stored(self) -> dict[str, dict[str, Any]]:
-        """The state by label as a state dict has it: of the tensors in the store, and waiting."""
-        self._drop_dead()
-        stored = {}
-        for label, tensor in pyro.get_param_store().named_parameters():
-            if tensor in self._tracked:
-                stored[label] = self._describe(tensor)
-        return {**stored, **self._state_waiting_to_be_consumed}
+        """The state by label as a state dict has it: of tensors that have a name, and waiting."""
+        self._forget_abandoned()
+        self._follow_if_free()
+        found = {}
+        in_store = [
+            (label, self._tensors.get(tensor))
+            for label, tensor in pyro.get_param_store().named_parameters()
+        ]
+        in_modules = self._names.current()
+        named_by_modules = [
+            (in_modules.get(id(tracked.tensor)), tracked) for tracked in self._tensors
+        ]
+        for label, tracked in (*named_by_modules, *in_store):
+            if label is not None and tracked is not None:
+                found[label] = self._describe(tracked)
+        return {**found, **self._state_waiting_to_be_consumed}
 
     def _stored_or_warn(self) -> dict[str, dict[str, Any]]:
-        param_name = pyro.get_param_store().param_name
-        unnamed = sum(param_name(tensor) is None for tensor in self._tracked)
+        stored = self._stored()
+        name = self._names_now()
+        unnamed = sum(name(tracked.alive) is None for tracked in self._tensors)
         if unnamed:
             warnings.warn(
-                f"{unnamed} tensors are in no param store; their state is not saved", stacklevel=3
+                f"{unnamed} tensors are in no param store and in no known module; their state is "
+                "not saved",
+                stacklevel=3,
             )
-        return self._stored()
+        return stored
+
+    def _describe(self, tracked: Tracked) -> dict[str, Any]:
+        """The state of a tensor as a state dict has it, its slots NumPy arrays, and more."""
+        entry = self._core.entry(tracked.key)
+        to_host, steps = named(entry.layout.library).to_host, self._core.steps
+        stored = described(entry, to_host, steps)
+        stored["complex"] = entry.layout.is_complex
+        stored["given"], stored["group"] = deepcopy((tracked.given, tracked.extra))
+        if (average := self._core.average_entry(tracked.key)) is not None:
+            stored["average"] = described(average, to_host, steps)
+        if (skips := self._core.skips.get(tracked.key)) is not None:
+            stored["skips"] = tuple(skips)
+        return stored
 
     # What users of ``optim_objs`` reach
 
     @property  # type: ignore[override]  # a dict in Pyro
     def optim_objs(self) -> OptimObjs:
         """By live tensor what stands for the torch optimizer that Pyro has there."""
-        self._drop_dead()
+        self._forget_abandoned()
         return OptimObjs(self)
 
     @optim_objs.setter
@@ -571,127 +810,15 @@ class JointOptim(PyroOptim):
             raise TypeError("optim_objs can be emptied by assigning {}, not filled")
         self.optim_objs.clear()
 
-    def _object(self, tensor: torch.Tensor) -> Any:
+    def _object(self, tracked: Tracked) -> Any:
         """What ``optim_objs`` has for a tensor."""
-        return self._stand_in(tensor)
+        return self._view(tracked)
 
-    def _stand_in(self, tensor: torch.Tensor) -> TensorOptimizer:
-        if tensor not in self._stand_ins:
-            self._stand_ins[tensor] = TensorOptimizer(self, tensor)
-        return self._stand_ins[tensor]
-
-    def _describe(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """The state of a tensor as a state dict has it, its slots NumPy arrays, and more."""
-        entry = self._core.entry(self._tracked[tensor].key)
-        stored = described(entry, named(entry.layout.library).to_host, self._core.steps)
-        stand_in = self._stand_ins.get(tensor)
-        extra = {} if stand_in is None else dict(stand_in.group.extra)
-        return {**stored, "complex": entry.layout.is_complex, "group": extra}
-
-    def _group(self, tensor: torch.Tensor) -> Mapping[str, Any]:
-        """The settings of a tensor as they are now, in torch's terms; not to be changed."""
-        key = self._tracked[tensor].key
-        entry = self._core.entry(key)
-        rule = self._changes.get(key, entry.rule)
-        if _has_schedule(rule):
-            now = described_rule(rule, entry.step, self._core.steps)
-            return group_settings(self._constructor, now, entry.step)
-        return self._read(rule, entry.step)
-
-    def _change(self, tensor: torch.Tensor, name: str, value: Any) -> None:
-        """Change one setting of a tensor, in torch's terms."""
-        # Schedulers change settings when they are made, in the middle of a call.
-        check_free(self._core, f"changing {name!r}")
-        key = self._tracked[tensor].key
-        entry = self._core.entry(key)
-        rule = self._changes.get(key, entry.rule)
-        if _has_schedule(rule):
-            rule = _with_setting(self._constructor, rule, entry.step, name, number(value))
-        else:
-            rule = self._write(rule, entry.step, name, number(value))
-        self._changes[key] = self._rules.setdefault(rule, rule)
-        if not self._collects:
-            self._take_changes()
-
-    def _take_changes(self) -> None:
-        """Give the tensors their new rules."""
-        self._collects = False
-        changes, self._changes = self._changes, {}
-        if changes:
-            self._core.change_rules(changes)
-            if len(self._rules) > SHARED + 2 * len(self._core):
-                self._rules = {rule: rule for rule in self._core.rules}
-
-    def _start_anew(self, tensor: torch.Tensor) -> None:
-        """Forget a tensor, with loaded state that waits for it and does not fit it.
-
-        What fits waits on, as in Pyro, where only new tensors take it.
-        """
-        check_free(self, "deleting a tensor")
-        label = pyro.get_param_store().param_name(tensor) or self._tracked[tensor].label
-        waiting = dict(self._state_waiting_to_be_consumed)
-        try:
-            self._settle([tensor])
-        except (ValueError, TypeError):
-            waiting = {name: stored for name, stored in waiting.items() if name != label}
-        self._state_waiting_to_be_consumed = waiting
-        self._forget(tensor)
-
-    def _forget(self, tensor: torch.Tensor) -> None:
-        """Drop the entry of a tensor; presented again, it starts anew."""
-        self._ids = b""
-        self._stand_ins.pop(tensor, None)
-        self._core.forget(self._tracked.pop(tensor).key)
-
-
-#: What messages of the core say to do about state that does not fit; here there is other help.
-REMEDY = re.compile(
-    r"forget the name to start anew$"
-    r"|load with the rule that was saved, step, then assign opt\.rule$"
-)
-
-#: How many different settings are remembered.
-SHARED = 64
-
-
-def _has_schedule(rule: Rule) -> bool:
-    return any(is_schedule(getattr(rule, name)) for name in rule.ranges)
-
-
-def _settings_now(constructor: Any, rule: Rule, step: int) -> dict[str, Any]:
-    return group_settings(constructor, described_rule(rule, step), step)
-
-
-def _with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:
-    """A rule with one setting changed, in torch's terms, after a step."""
-    before = _settings_now(constructor, rule, step)
-    old = rule_settings(before, step)
-    new = rule_settings({**before, name: value}, step)
-    known = {f.name for f in fields(rule)}
-    changed = {k: v for k, v in new.items() if k in known and (k == name or v != old[k])}
-    return replace(rule, **changed)
-
-
-def _restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
-    """A rule with the hyperparameters of loaded state, as Pyro restores them.
-
-    A schedule stays: a file knows only the number it gave.
-
-    Args:
-        stored: The description of a rule in a state dict.
-        rule: The rule that the settings here ask for.
-    """
-    rule_class = type(rule)
-    if isinstance(rule, rules.Adam) and stored["name"] in ("Adam", "AdamW"):
-        # In torch AdamW is Adam with a switch on: Adam loads the switch, AdamW leaves it on.
-        rule_class = rules.AdamW if "AdamW" in (stored["name"], rule_class.__name__) else rules.Adam
-    elif stored["name"] != rule_class.__name__:
-        return rule
-    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    for name, value in values.items():
-        if name in stored and name not in OF_TENSORS and not is_schedule(value):
-            values[name] = from_plain(stored[name])
-    return rule_class(**values)
+    def _view(self, tracked: Tracked) -> TensorOptimizer:
+        if tracked.view is None:
+            tracked.view = TensorOptimizer(self, tracked)
+        view: TensorOptimizer = tracked.view
+        return view
 
 
 def _in_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -699,11 +826,3 @@ def _in_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
     slots = stored["slots"]
     is_complex = any(map(np.iscomplexobj, slots.values()))
     return {**stored, "slots": in_parts(slots), "complex": is_complex}
-
-
-def _make_clip(settings: Mapping[str, Any]) -> Clip | None:
-    unknown = set(settings) - {"clip_norm", "clip_value"}
-    if unknown:
-        raise TypeError(f"clip_args has {sorted(unknown)}; expected clip_norm and clip_value")
-    norm, value = (number(settings.get(name)) for name in ("clip_norm", "clip_value"))
-    return None if norm is None and value is None else Clip(norm=norm, value=value)
