@@ -1,7 +1,7 @@
 """Stochastic optimizers for named parameters that appear while a model runs.
 
-One update rule, written once against the Array API, gives equal results, to the last bit, on
-NumPy, PyTorch and JAX arrays.
+One update rule, written once against the Array API, turns equal gradients into equal results, to
+the last bit, on NumPy, PyTorch and JAX arrays.
 
 >>> import numpy as np
 >>> import multiopt as mo

@@ -5,8 +5,10 @@ import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from multiopt import __version__
 from multiopt.bench.comparisons import ROWS
 from multiopt.bench.machine import cores
 from multiopt.bench.show import bench
@@ -21,36 +23,56 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command, or without one print the help.
 
     Args:
         argv: The arguments after the program's name; those of the process if left out.
 
     Returns:
         The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, or nobody reads what
-        is printed. No figure of the bench changes it. A file that cannot be shown ends the program
-        with status 2.
+        is printed, or 130 after Ctrl-C. No figure of the bench changes it. Wrong arguments and a
+        file that cannot be shown end the program with status 2.
     """
-    parser = argparse.ArgumentParser(
-        prog="multiopt",
-        description="Stochastic optimizers for named parameters that appear while a model runs.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    _add_demo(commands)
-    _add_bench(commands)
-    _add_show(commands)
-    arguments = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         # A name may have letters that the terminal has not.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status: int = arguments.run(arguments)
-        print(end="", flush=True)
+        try:
+            arguments = _parser().parse_args(argv)
+            status: int = arguments.run(arguments)
+        except KeyboardInterrupt:
+            # After the "^C" of the terminal.
+            print("\nmultiopt: interrupted", file=sys.stderr)
+            # If the last string that was executed, in an import perhaps, ended by Ctrl-C, ``python
+            # -m`` ends by the signal, whatever the status.
+            exec("")
+            status = 130
+        finally:
+            print(end="", flush=True)
     except BrokenPipeError:
         # Whoever read it, such as ``head``, has enough. Python flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="multiopt",
+        description="Stochastic optimizers for named parameters that appear while a model runs.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+    def run(arguments: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(run=run)
+    commands = parser.add_subparsers(metavar="command")
+    _add_demo(commands)
+    _add_bench(commands)
+    _add_show(commands)
+    return parser
 
 
 def _add_demo(commands: "Commands") -> None:
@@ -78,7 +100,7 @@ def _add_bench(commands: "Commands") -> None:
         "bench",
         help="measure how fast a step is on this machine",
         description="Times steps side by side with the libraries that are installed and prints a "
-        "table in Markdown; docs/performance.md says how to read it. Takes some minutes.",
+        "table; docs/performance.md says how to read it. Takes some minutes.",
     )
     command.add_argument("--quick", action="store_true", help="little work, to see that it runs")
     command.add_argument(
@@ -93,6 +115,12 @@ def _add_bench(commands: "Commands") -> None:
         threads = arguments.threads or [1, cores()]
         if min(threads) < 1:
             command.error("--threads must be at least 1")
+        if arguments.json not in (None, "-"):
+            # Rather now than after some minutes.
+            try:
+                Path(arguments.json).open("a").close()
+            except OSError as error:
+                command.error(f"--json must be a file that can be written: {error}")
         bench(arguments.only or ROWS, threads, arguments.quick, arguments.json)
         return 0
 
@@ -104,7 +132,8 @@ def _add_show(commands: "Commands") -> None:
         "show",
         help="print what is in a checkpoint",
         description="Prints the names, rules, steps, shapes, dtypes and bytes in a file that "
-        "Optimizer.save wrote, without reading its arrays. Pending names wait for a parameter.",
+        "Optimizer.save wrote, without reading its arrays. Pending names wait for a parameter. "
+        "What is too wide for the terminal is cut; COLUMNS=200 in the environment makes room.",
     )
     command.add_argument("file", metavar="FILE")
 

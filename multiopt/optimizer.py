@@ -375,10 +375,11 @@ class Optimizer(Registry):
     ) -> dict[str, Array]:
         """Update the parameters that have a gradient.
 
-        NumPy arrays and torch tensors are updated in place and returned as the same objects; for
-        arrays that cannot be written, JAX's for one, new ones are returned. The gradients are
-        never written. A name without a gradient (missing or None) is left alone, and its clock
-        stands still. Everything is checked and made before anything is changed.
+        NumPy arrays and torch tensors are updated in place and returned as the same objects, so a
+        copy of the dict is no snapshot; for arrays that cannot be written, JAX's for one, new ones
+        are returned. The gradients are never written. A name without a gradient (missing or None)
+        is left alone, and its clock stands still. Everything is checked and made before anything is
+        changed.
 
         An exception that a signal raises meanwhile, such as ``KeyboardInterrupt``, leaves each name
         as it was before the step or after it, and a note of the exception says which; so does

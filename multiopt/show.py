@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from multiopt.checkpoint import PARTS, listed
+from multiopt.tables import table
 
 __all__ = ["show"]
 
 HEADINGS = ("name", "state", "rule", "step", "slots", "shape", "dtype", "bytes")
 
-#: The columns of numbers, which end in one line.
-NUMBERS = {"step", "bytes"}
+NUMBERS = {HEADINGS.index("step"), HEADINGS.index("bytes")}
 
 
 def show(path: str | os.PathLike[str]) -> None:
@@ -40,7 +40,7 @@ def show(path: str | os.PathLike[str]) -> None:
     rows = [row for part in PARTS for row in _rows(part, state.get(part, {}), rules)]
     if rows:
         print()
-        _print_table([HEADINGS, *rows])
+        print(table([HEADINGS, *rows], NUMBERS))
         print()
         for (_, words), label in rules.items():
             print(f"{label}: {words}")
@@ -75,13 +75,3 @@ def _rows(
 def _shown(name: str) -> str:
     """A name as a terminal may have it: one that would move the cursor is quoted."""
     return name if name.isprintable() and name.strip() == name != "" else repr(name)
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if heading in NUMBERS else cell.ljust(width)
-            for cell, width, heading in zip(row, widths, HEADINGS, strict=True)
-        ]
-        print("  ".join(cells).rstrip())

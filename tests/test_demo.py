@@ -241,13 +241,14 @@ def test_the_report(capsys):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert max(map(len, lines)) < 80
-    assert lines[-1].endswith("40 parameters and 80 slots, equal to the last bit: True")
+    assert lines[-4].endswith("40 parameters and 80 slots, equal to the last bit: True")
+    # What to try next.
+    for what in ("README.md", "multiopt.adapters.pyro", "`multiopt bench`", "`multiopt show FILE`"):
+        assert what in f"{lines[-2]} {lines[-1]}"
     assert "40 after loading, 24 after one step" in out
     assert "Averages, RMS difference from exact: Pyro ." in out
     assert all(player.name in out for player in PLAYERS)
-    for title in ("NumPy, first half", "NumPy, second half", "Pyro", "torch, first half"):
-        assert f"{title:19}100%" in err
-    assert "ELBO -" in err
+    assert err == ""
 
 
 def test_a_difference_shows_in_the_exit_status(capsys, monkeypatch):
@@ -269,7 +270,7 @@ def test_numpy_alone_is_enough():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Pyro is not installed" in done.stdout
-    assert done.stdout.endswith("torch is not installed: the same fit with torch is left out.\n")
+    assert "\ntorch is not installed: the same fit with torch is left out.\n" in done.stdout
 
 
 def test_importing_the_library_does_not_import_the_demo():
@@ -280,7 +281,6 @@ def test_importing_the_library_does_not_import_the_demo():
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        ([], "command"),
         (["demo", "--steps", "199"], "--steps must be at least 200"),
         (["demo", "--seed", "-1"], "--seed must be at least 0"),
     ],

@@ -56,6 +56,20 @@ def test_a_file_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_the_example_in_the_documents_is_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    *_, example = text.split("```\n$ multiopt show run.safetensors\n")
+    opt = mo.Optimizer(mo.Adam(lr=0.1))
+    params = {"loc": np.zeros(3), "scale": np.ones(())}
+    opt.step(params, {"loc": np.ones(3), "scale": np.ones(())})
+    monkeypatch.chdir(tmp_path)
+    opt.save("run.safetensors", metadata={"epoch": 1})
+    assert main(["show", "run.safetensors"]) == 0
+    assert example.startswith(capsys.readouterr().out + "```\n")
+
+
 def test_the_slots_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opt = mo.Optimizer(mo.Adam())
     opt.step({"w": np.ones(1000)}, {"w": np.ones(1000)})

@@ -1,6 +1,5 @@
 """From the names of rows to jobs, and from jobs to results."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +61,7 @@ class Job(NamedTuple):
 
     Attributes:
         title: What the progress bar says.
-        run: Measures; it can be pickled.
+        run: Measures, in a process of its own where it must.
     """
 
     title: str
@@ -88,13 +87,15 @@ def jobs(rows: Sequence[str], threads: Sequence[int], quick: bool) -> list[Job]:
 
 def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]:
     for place, one in enumerate(COMPARISONS):
-        here = one.row != WITHOUT_FAST or engine() == "blocks"
-        if one.row in rows and here and all(map(find_spec, one.needs)):
+        if one.row in rows and all(map(find_spec, one.needs)):
+            blocks = one.row == WITHOUT_FAST and engine() != "blocks"
             for number in threads if one.threaded else threads[-1:]:
-                title = f"{one.row}: {one.ours.name} and {one.against.name}"
-                yield Job(title, partial(_compare, place, number, quick))
-    if WITHOUT_FAST in rows and engine() != "blocks":
-        yield Job(WITHOUT_FAST, partial(_without_fast, threads, quick))
+                run: Callable[[], list[Result]] = partial(_compare, place, number, quick)
+                if blocks:
+                    run = partial(fresh.alone, run, {"MULTIOPT_ENGINE": "blocks"})
+                elif not quick:
+                    run = partial(fresh.alone, run)
+                yield Job(f"{one.row}: {one.ours.name} and {one.against.name}", run)
     if "memory" in rows and can_measure_peak():
         for library in ("NumPy", *(["torch"] if find_spec("torch") else [])):
             yield Job(f"memory: {library}", partial(_peak, library, threads[-1], quick))
@@ -139,14 +140,6 @@ def _compare(place: int, threads: int, quick: bool) -> list[Result]:
             )
         )
     return results
-
-
-def _without_fast(threads: list[int], quick: bool) -> list[Result]:
-    """The row, measured by a ``multiopt bench`` of its own."""
-    command = ["-m", "multiopt", "bench", "--only", WITHOUT_FAST, "--json", "-", "--threads"]
-    command += [*map(str, threads), *(["--quick"] if quick else [])]
-    document = json.loads(fresh.output(command, {"MULTIOPT_ENGINE": "blocks"}))
-    return [Result(**result) for result in document["results"]]
 
 
 def _peak(library: str, threads: int, quick: bool) -> list[Result]:

@@ -3,19 +3,23 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from tqdm import tqdm
 
+from multiopt import tables
 from multiopt.bench.comparisons import AT_LEAST
-from multiopt.bench.fresh import alone
 from multiopt.bench.machine import described, engine
 from multiopt.bench.plan import Result, jobs, missing
 
 __all__ = ["bench", "table"]
 
-HEADINGS = ("work", "ours", "against", "threads", "turn", "time", "its time", "result", "target")
+HEADINGS = ("threads", "turn", "time", "its time", "result", "target")
+NUMBERS = {HEADINGS.index(heading) for heading in ("threads", "time", "its time")}
 
 
 def bench(rows: Sequence[str], threads: Sequence[int], quick: bool, path: str | None) -> None:
@@ -28,10 +32,12 @@ def bench(rows: Sequence[str], threads: Sequence[int], quick: bool, path: str | 
         path: Where to write JSON, ``"-"`` for the standard output instead of a table, or None.
     """
     results = []
-    bar = tqdm(jobs(rows, threads, quick), unit="job", ncols=79)
-    for job in bar:
-        bar.set_postfix_str(job.title)
-        results += job.run() if quick else alone(job.run)
+    work, columns = jobs(rows, threads, quick), min(tables.width(), 80) - 1
+    # None: only on a terminal.
+    with tqdm(work, unit="job", ncols=columns, disable=None) as bar:
+        for job in bar:
+            bar.set_postfix_str(job.title)
+            results += job.run()
     document = {
         "engine": engine(),
         "quick": quick,
@@ -50,28 +56,29 @@ def bench(rows: Sequence[str], threads: Sequence[int], quick: bool, path: str | 
 
 
 def heading(document: dict[str, Any]) -> str:
-    """The machine and what else one must know to read the table, in Markdown."""
+    """The machine and what else one must know to read the table."""
     machine = document["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    lines = [
+    sentences = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}.",
         f"Last cache: {machine['last_level_cache'] / 2**20:.0f} MiB.",
         f"{versions}.",
         f"The rules are run by: {document['engine']}.",
     ]
     if document["missing"]:
-        lines.append(f"Not installed, so left out: {', '.join(document['missing'])}.")
+        sentences.append(f"Not installed, so left out: {', '.join(document['missing'])}.")
     if document["quick"]:
-        lines.append("Small works and few turns: the figures say little.")
-    return "\n".join(lines) + "\n"
+        sentences.append("Small works and few turns: the figures say little.")
+    return "\n".join(fill(one, tables.width(), break_on_hyphens=False) for one in sentences) + "\n"
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as a table in Markdown."""
-    lines = [HEADINGS, *map(_cells, results)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    """The results as a table: a line for each comparison, and below it those of its turns."""
+    rows: list[str | tuple[str, ...]] = ["work: ours / against", HEADINGS]
+    for (work, ours, against), turns in groupby(results, attrgetter("work", "ours", "against")):
+        sides = " / ".join(side for side in (ours, against) if side)
+        rows += [f"{work}: {sides}" if work else sides, *map(_cells, turns)]
+    return tables.table(rows, NUMBERS)
 
 
 def _cells(result: Result) -> tuple[str, ...]:
@@ -79,9 +86,6 @@ def _cells(result: Result) -> tuple[str, ...]:
     if result.target is not None:
         target = f"{'at least' if result.unit in AT_LEAST else 'at most'} {result.target:g}"
     return (
-        result.work,
-        result.ours,
-        result.against,
         str(result.threads or ""),
         result.turn,
         seconds(result.ours_seconds),

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import multiopt as mo
 from multiopt.demo.baseball import Player, born, latents, negative_elbo
+from multiopt.tables import width
 
 __all__ = [
     "AsArray",
@@ -109,26 +110,27 @@ def advance(fit: Fit, plan: Plan, steps: range, as_array: AsArray, title: str = 
     """
     history: list[Record] = []
     smooth = 0.0
-    bar = progress(steps, title)
-    for step in bar:
-        # Seeded by the step, so that a fit that goes on draws what it would have drawn.
-        rng = np.random.default_rng([plan.seed, step])
-        joined = min(1 + step // plan.every, len(plan.stream))
-        chosen = rng.choice(joined, min(plan.batch, joined), replace=False)
-        batch = [plan.stream[i] for i in chosen]
-        noise = rng.standard_normal((plan.samples, len(latents(batch))))
+    with progress(steps, title) as bar:
+        for step in bar:
+            # Seeded by the step, so that a fit that goes on draws what it would have drawn.
+            rng = np.random.default_rng([plan.seed, step])
+            joined = min(1 + step // plan.every, len(plan.stream))
+            chosen = rng.choice(joined, min(plan.batch, joined), replace=False)
+            batch = [plan.stream[i] for i in chosen]
+            noise = rng.standard_normal((plan.samples, len(latents(batch))))
 
-        for latent in latents(batch):
-            if f"{latent}.loc" not in fit.params:
-                fit.params |= {name: as_array(value) for name, value in born(latent).items()}
-        values = {name: np.asarray(param) for name, param in fit.params.items()}
-        loss, grads = negative_elbo(values, batch, joined, noise)
-        opt = fit.optimizer
-        fit.params = opt.step(fit.params, {name: as_array(grad) for name, grad in grads.items()})
+            for latent in latents(batch):
+                if f"{latent}.loc" not in fit.params:
+                    fit.params |= {name: as_array(value) for name, value in born(latent).items()}
+            values = {name: np.asarray(param) for name, param in fit.params.items()}
+            loss, grads = negative_elbo(values, batch, joined, noise)
+            gradients = {name: as_array(grad) for name, grad in grads.items()}
+            opt = fit.optimizer
+            fit.params = opt.step(fit.params, gradients)
 
-        history.append(Record(-loss, joined, len(opt), len(opt.pending), len(opt.last.clipped)))
-        smooth += (-loss - smooth) / min(len(history), 200)
-        bar.set_postfix_str(f"ELBO {smooth:.2f}", refresh=False)
+            history.append(Record(-loss, joined, len(opt), len(opt.pending), len(opt.last.clipped)))
+            smooth += (-loss - smooth) / min(len(history), 200)
+            bar.set_postfix_str(f"ELBO {smooth:.2f}", refresh=False)
     return history
 
 
@@ -178,6 +180,8 @@ def equal(fit: Fit, other: Fit) -> bool:
 
 
 def progress(steps: range, title: str) -> "tqdm[int]":
-    """A progress bar over steps, or, without a title, none."""
+    """A progress bar over steps; without a title, or without a terminal, none."""
     form = "{desc:19}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}"
-    return tqdm(steps, title, disable=not title, ncols=79, bar_format=form)
+    # None: only on a terminal.
+    off = None if title else True
+    return tqdm(steps, title, disable=off, ncols=min(width(), 80) - 1, bar_format=form)

@@ -11,6 +11,7 @@ import numpy as np
 from multiopt.demo.baseball import AT_BATS, Floats, Player, latents, negative_elbo, players
 from multiopt.demo.fit import Fit, Plan, Record, equal, resume, start
 from multiopt.demo.posterior import Posterior, exact, of_guide
+from multiopt.tables import table
 
 __all__ = ["demo"]
 
@@ -21,6 +22,10 @@ The first {AT_BATS} at bats of each are known; the rest of the season is the jud
   hits ~ Binomial({AT_BATS}, sigmoid(mu + sigma * z)),  z ~ Normal(0, 1)
   mu ~ Normal(-1, 1),  sigma ~ HalfNormal(1)
 """
+
+NEXT = """
+Next: "First steps" in README.md; multiopt.adapters.pyro, for a Pyro program;
+`multiopt bench`, for the speed here; `multiopt show FILE`, for a checkpoint."""
 
 
 def demo(steps: int, seed: int) -> bool:
@@ -62,6 +67,8 @@ def demo(steps: int, seed: int) -> bool:
         agree = show_torch(plan, fit)
     else:
         print("torch is not installed: the same fit with torch is left out.")
+    if agree:
+        print(NEXT)
     return agree
 
 
@@ -118,17 +125,19 @@ def show_estimates(
     first = np.array([player.hits / AT_BATS for player in everyone])
     rest = np.array([player.rest_average for player in everyone])
     columns = (first, guide.averages, truth.averages, rest)
-    headings = ("first 45", "SVI", "exact", "rest")
-    print(f"  {'batting average':36}" + "".join(f"{heading:>10}" for heading in headings))
+    rows: list[tuple[str, ...]] = [("  batting average", "first 45", "SVI", "exact", "rest")]
     for player, *row in zip(everyone, *columns, strict=True):
-        print(f"  {player.name:36}" + "".join(f"{average(x):>10}" for x in row))
+        rows.append((f"  {player.name}", *map(average, row)))
     errors = [rms(column - rest) for column in columns[:3]]
-    print(f"  {'RMS error, judged by the rest':36}" + "".join(f"{average(x):>10}" for x in errors))
-    print()
+    rows.append(("  RMS error, judged by the rest", *map(average, errors), ""))
+    print(table(rows, numbers={1, 2, 3, 4}) + "\n")
+
+    both = [("", "SVI", "exact")]
     for name, ours, theirs in (("mu", guide.mu, truth.mu), ("sigma", guide.sigma, truth.sigma)):
-        print(f"  {name + ', mean (deviation)':38}", end="")
-        print("".join(f"{mean:8.2f} ({deviation:.2f})" for mean, deviation in (ours, theirs)))
-    print(f"  {'ELBO <= log evidence':38}{elbo:8.2f}{evidence:15.2f}")
+        mine, its = (f"{mean:.2f} ({deviation:.2f})" for mean, deviation in (ours, theirs))
+        both.append((f"  {name}, mean (deviation)", mine, its))
+    both.append(("  ELBO <= log evidence", f"{elbo:.2f}", f"{evidence:.2f}"))
+    print(table(both, numbers={1, 2}))
     print("  The guide's normals are independent, so it is a little too sure.\n")
 
 

@@ -56,10 +56,10 @@ def fit(players: Sequence[Player], steps: int, seed: int, title: str = "") -> di
         loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
         svi = SVI(model, guide, optimizer, loss)
         smooth = 0.0
-        bar = progress(range(steps), title)
-        for step in bar:
-            smooth += (-svi.step() - smooth) / min(step + 1, 200)
-            bar.set_postfix_str(f"ELBO {smooth:.2f}", refresh=False)
+        with progress(range(steps), title) as bar:
+            for step in bar:
+                smooth += (-svi.step() - smooth) / min(step + 1, 200)
+                bar.set_postfix_str(f"ELBO {smooth:.2f}", refresh=False)
         return _renamed(guide, players)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from multiopt.bench import machine, memory
 from multiopt.bench.comparisons import COMPARISONS, ROWS, Comparison
+from multiopt.bench.fresh import alone
 from multiopt.bench.paired import Run, measured
 from multiopt.bench.plan import Result, jobs, missing
 from multiopt.bench.show import table
@@ -120,7 +121,8 @@ def test_every_row_is_measured_as_json(tmp_path, capsys) -> None:
     assert {result.row for result in results} == measurable
     assert out.endswith(table(results) + "\n")
     assert document["machine"]["cpu"] in out
-    assert "100%" in err
+    assert max(map(len, out.splitlines())) <= 80
+    assert err == ""
 
 
 def test_json_alone(capsys) -> None:
@@ -131,17 +133,35 @@ def test_json_alone(capsys) -> None:
     assert result["figure"] == pytest.approx(result["ours_seconds"] / result["against_seconds"], 2)
 
 
-def test_the_table() -> None:
+def test_the_table(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     row = ("pyro", "1000 of 10", "drop-in", "pyro.optim", 2)
     results = [
         Result(*row, "hot", 3e-4, 0.052, 173.2, "times as fast", 120),
+        Result(*row, "cold", 6e-4, 0.052, 87.1, "times as fast", None),
         Result("memory", "", "NumPy", "", None, "", None, None, 0.25, "MiB", 8),
     ]
-    heading, rule, first, second = table(results).splitlines()
-    assert heading.startswith("| work       | ours    | against    | threads | turn |")
-    assert set(rule) == {"|", " ", "-"}
-    assert "| 300 us | 52 ms    | 173 times as fast | at least 120 |" in first
-    assert "|        |          | 0.25 MiB          | at most 8    |" in second
+    assert table(results).splitlines() == [
+        "work: ours / against",
+        "threads  turn    time  its time  result              target",
+        "1000 of 10: drop-in / pyro.optim",
+        "      2  hot   300 us     52 ms  173 times as fast   at least 120",
+        "      2  cold  600 us     52 ms  87.1 times as fast",
+        "NumPy",
+        "                                 0.25 MiB            at most 8",
+    ]
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda one: one.row)
+def test_every_line_of_a_comparison_fits_80_columns_whole(comparison, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    one, known = comparison, works(quick=False)
+    against = one.against.name + (f", {known[one.against_work].title}" if one.against_work else "")
+    sides = (known[one.work].title, one.ours.name, against)
+    result = Result(one.row, *sides, 64, "cold", 1.23e-3, 1.23e-3, 0.00123, one.unit, one.hot)
+    text = table([result])
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
 
 
 def test_what_is_missing_is_left_out(monkeypatch) -> None:
@@ -162,7 +182,8 @@ def test_threads_are_counted_where_they_matter() -> None:
 def test_the_engine_follows_the_environment(monkeypatch) -> None:
     monkeypatch.setenv("MULTIOPT_ENGINE", "blocks")
     assert machine.engine() == "blocks"
-    assert all(job.title != "without-fast" for job in jobs(["without-fast"], [1], quick=True))
+    monkeypatch.undo()
+    assert alone(machine.engine, {"MULTIOPT_ENGINE": "blocks"}) == "blocks"
 
 
 def test_a_step_takes_no_more_threads_than_it_is_told() -> None:
