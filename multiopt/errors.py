@@ -29,6 +29,8 @@ def brief(value: Any) -> str:
     """
     try:
         text = " ".join(_REPR.repr(value).split())
-    except Exception:  # of any kind: classes may be users' own, and a large int has no decimal digits
+    except (
+        Exception
+    ):  # of any kind: classes may be users' own, and a large int has no decimal digits
         return f"<{type(value).__name__}>"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

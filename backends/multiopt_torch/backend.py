@@ -66,8 +66,9 @@ class TorchBackend(Backend):
         return Layout.of("torch", array.shape, dtype, str(array.device))
 
     def parts(self, array: Array) -> Array:
-        """A view."""
-        return torch.view_as_real(array.detach())
+        """A view; a tensor whose memory holds the conjugates stays as it is until it is opened."""
+        tensor = array.detach()
+        return tensor if tensor.is_conj() else torch.view_as_real(tensor)
 
     def whole(self, parts: Array) -> Array:
         """A view."""
@@ -114,7 +115,10 @@ class TorchBackend(Backend):
 
     def opened(self, array: Array, layout: Layout) -> Array:
         """A NumPy view of a CPU tensor, or the detached tensor; float32 if it has 16 bits."""
-        tensor = array.detach().resolve_neg().to(_DTYPES[layout.compute_dtype])
+        tensor = _resolved(array)
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        tensor = tensor.to(_DTYPES[layout.compute_dtype])
         return read_only(tensor.numpy()) if _on_cpu(layout) else tensor
 
     def rounded(self, master: Array, task: Task) -> Array:
@@ -171,7 +175,8 @@ class TorchBackend(Backend):
 
     def ready(self, task: Task, computed: Array) -> Array:
         """The values as a tensor; the copy rounds them to the parameter's dtype."""
-        return self.closed(computed, task.param)
+        tensor = self.closed(computed, task.param)
+        return self.whole(tensor) if task.param.is_complex() else tensor
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write(self, task: Task, ready: Array) -> None:
@@ -188,7 +193,7 @@ class TorchBackend(Backend):
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy on the CPU."""
-        return np.array(array.detach().resolve_conj().resolve_neg().cpu().numpy())
+        return np.array(_resolved(array).cpu().numpy())
 
     def from_host(self, array: np.ndarray, layout: Layout) -> Array:
         """A tensor over the array, or a copy on the device of the layout."""
@@ -263,6 +268,11 @@ def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool, scalars: np.
     return all(base is None or base.grad_fn is None for base in map(_BASE, params))
 
 
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in memory; a view may say that they are the conjugates or negatives of it."""
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
 def _from_numpy(array: Any) -> torch.Tensor:
     array = np.asarray(array)
     # A rule that leaves the parameter alone hands on what it may only read.
@@ -287,12 +297,14 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor is plain strided memory, not a stand-in for something else."""
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return False
+    if tensor.device.type == "meta":
+        return False
     try:
-        tensor.data_ptr()
+        # Where the tensor itself would give an offset from nowhere (functorch's), its storage raises.
+        address = tensor.untyped_storage().data_ptr()
     except RuntimeError:
         return False
-    released = tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
-    return tensor.device.type != "meta" and not released
+    return address != 0 or tensor.numel() == 0
 
 
 class _Footprint:
