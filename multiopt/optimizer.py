@@ -385,8 +385,8 @@ class Optimizer(Registry):
         ``last``. A name whose array cannot be written is then as before, for the new array is lost.
 
         Args:
-            params: Arrays by name: float16, bfloat16, float32 or float64, of any mix of libraries,
-                devices and shapes.
+            params: Arrays by name: float16, bfloat16, float32, float64, complex64 or complex128, of
+                any mix of libraries, devices and shapes.
             grads: Gradients by name, each of its parameter's library, shape, dtype and device. If
                 left out, they are read from the ``.grad`` of the parameters (torch).
 
@@ -398,8 +398,9 @@ class Optimizer(Registry):
             ValueError: A shape does not fit; a parameter cannot be written; two parameters share
                 memory; pending state does not fit; a schedule left its range; a gradient is not
                 finite and ``on_nonfinite`` is ``"raise"``.
-            TypeError: Something is no usable array: a scalar, a dtype that is not real floating, a
-                gradient of another dtype or device than its parameter's, a tracer.
+            TypeError: Something is no usable array: a scalar, a list, one of another dtype, a
+                gradient of another dtype or device than its parameter's, a tracer; there are no
+                gradients to read; or a CUDA graph is being captured.
             RuntimeError: A signal handler, a schedule, a callable or another thread calls it in the
                 middle of a step or another change of this optimizer.
         """

@@ -300,7 +300,7 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     if tensor.device.type == "meta":
         return False
     try:
-        # Where the tensor itself would give an offset from nowhere (functorch's), its storage raises.
+        # Not that of the tensor: functorch's give an offset from nowhere.
         address = tensor.untyped_storage().data_ptr()
     except RuntimeError:
         return False
