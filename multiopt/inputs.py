@@ -140,11 +140,13 @@ def check_no_shared_memory(tasks: Sequence[Task]) -> None:
     seen: dict[int, str] = {}
     spans = []
     for task in tasks:
+        memory = task.backend.memory(task.param)
+        if memory is None:
+            continue
         first = seen.setdefault(id(task.param), task.name)
         if first != task.name:
             raise ValueError(_shared(first, task.name))
-        memory = task.backend.memory(task.param)
-        if memory is not None and memory.size:
+        if memory.size:
             bounds = np.lib.array_utils.byte_bounds(memory)
             spans.append(_Span(task.layout.device, *bounds, task.name, memory))
     reaching: list[_Span] = []

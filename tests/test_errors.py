@@ -2,6 +2,7 @@
 nothing has changed afterwards."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,13 @@ def released() -> torch.Tensor:
     tensor = torch.ones(3)
     tensor.untyped_storage().resize_(0)
     return tensor
+
+
+class Disguised:
+    """What only says that it is NumPy's."""
+
+    def __array_namespace__(self, api_version: str | None = None) -> Any:
+        return np
 
 
 NAN = np.array([1.0, np.nan, 1.0], np.float32)
@@ -133,7 +141,53 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
         TypeError,
         r"parameter 'bad' is np.float32\(1.0\), a float32; expected an array: use np.asarray",
     ),
-    "list": (lambda: ([1.0], ones(1)), TypeError, "parameter 'bad' is .*a list; .*use np.asarray"),
+    "list": (
+        lambda: ([1.0] * 5000, ones(1)),
+        TypeError,
+        "^parameter 'bad' is a list of 5000; expected an array: use np.asarray$",
+    ),
+    "list of arrays": (
+        lambda: ([ones(50, 50), torch.ones(50, 50)], ones(1)),
+        TypeError,
+        "^parameter 'bad' is a list of 2; expected an array: make it one, or give each part a name "
+        r"of its own, as in \{'layer.0': ..., 'layer.1': ...\}$",
+    ),
+    "ragged list": (
+        lambda: ([[0.0] * 1000, [0.0]], ones(1)),
+        TypeError,
+        "^parameter 'bad' is a list of 2; expected an array: make it one, or give each part a name",
+    ),
+    "tuple as a gradient": (
+        lambda: (ones(2), (1.0, 2.0)),
+        TypeError,
+        "^gradient of 'bad' is a tuple of 2; expected an array: use np.asarray$",
+    ),
+    "dict": (
+        lambda: ({"w": ones(50, 50), "b": ones(50)}, {"w": ones(50, 50), "b": ones(50)}),
+        TypeError,
+        "^parameter 'bad' is a dict of 2; expected an array, for names are flat: flatten it, as in "
+        r"\{'layer.w': ..., 'layer.b': ...\}$",
+    ),
+    "dict as a gradient": (
+        lambda: (ones(2), OrderedDict(w=ones(2))),
+        TypeError,
+        "^gradient of 'bad' is a OrderedDict of 1; expected an array, for names are flat: flatten",
+    ),
+    "large integer": (
+        lambda: (10**5000, ones(1)),
+        TypeError,
+        "^parameter 'bad' is <int>, a int; expected an array: use np.asarray$",
+    ),
+    "a library that only looks like NumPy": (
+        lambda: (Disguised(), ones(1)),
+        TypeError,
+        "^parameter 'bad' is a Disguised; expected an array of numpy itself: convert it$",
+    ),
+    "a proxy that says yes to everything": (
+        lambda: (torch.fx.Proxy(torch.fx.Graph().placeholder("x")), torch.ones(3)),
+        TypeError,
+        "^parameter 'bad' is a Proxy of no library: ",
+    ),
     "no array": (
         lambda: (object(), ones(3)),
         TypeError,
@@ -296,10 +350,37 @@ def test_memory_under_two_names(case: str, make: Callable[[], Any]) -> None:
     assert (b == 1).all()
 
 
-def test_one_array_of_any_library_under_two_names(library: Library) -> None:
-    w, grad = library.param(ones(3)), library.grad(ones(3))
-    with pytest.raises(ValueError, match="parameters 'a' and 'b' share memory"):
-        mo.Optimizer(mo.Adam()).step({"b": w, "a": w}, {"a": grad, "b": grad})
+@pytest.mark.parametrize("shape", [(3,), (), (0,)], ids=str)
+def test_one_array_under_two_names(library: Library, shape: Any) -> None:
+    w, opt = library.param(ones(*shape)), mo.Optimizer(mo.SGD(lr=0.25), average=mo.Average())
+    grads = {name: library.grad(np.full(shape, n, np.float32)) for n, name in enumerate("ba", 1)}
+    if library.in_place:
+        with pytest.raises(ValueError, match="parameters 'a' and 'b' share memory"):
+            opt.step({"b": w, "a": w}, grads)
+        assert len(opt) == 0
+        return
+    # No step writes it.
+    params = {"b": w, "a": w}
+    for _ in range(2):
+        params = opt.step(params, grads)
+    for n, name in enumerate("ba", 1):
+        assert_equal(library.numpy(params[name]), np.full(shape, 1 - n / 2, np.float32))
+        assert opt.state(name).step == 2
+    assert_equal(library.numpy(w), ones(*shape))
+    # One again, it is two afterwards.
+    params = opt.step({"b": w, "a": w}, grads)
+    assert_equal(library.numpy(params["a"]), np.full(shape, 0.5, np.float32))
+
+
+@pytest.mark.parametrize("make", [jnp.asarray, array_api_strict.asarray], ids=["jax", "strict"])
+def test_one_complex_array_under_two_names_beside_one_that_is_written(make: Any) -> None:
+    z, w = make(np.ones(2, np.complex64)), np.ones(2, np.float32)
+    grads = {"a": z, "b": make(np.full(2, 1j, np.complex64)), "w": ones(2)}
+    params = mo.Optimizer(mo.SGD(lr=1.0)).step({"a": z, "b": z, "w": w}, grads)
+    assert [complex(x) for x in params["a"]] == [0, 0]
+    assert [complex(x) for x in params["b"]] == [1 - 1j] * 2
+    assert params["w"] is w
+    assert w.tolist() == [0, 0]
 
 
 def test_strides_that_interleave_without_sharing_are_fine() -> None:
