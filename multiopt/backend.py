@@ -481,6 +481,10 @@ class Backend:
             "pass the gradients as the second argument: step(params, grads)"
         )
 
+    def takes_gradients(self, param: Array) -> bool:
+        """Whether a backward may leave a gradient with the array."""
+        return False
+
     # A step
 
     def namespace(self, layout: Layout) -> Any:

@@ -101,6 +101,8 @@ class Optimizer(Registry):
     # Without a dict, a misspelt attribute is an error instead of a setting without effect.
     __slots__ = ("_average", "_averages")
 
+    _needs_gradients = True
+
     def __init__(
         self,
         rule: Rule | Callable[[str], Rule],

@@ -5,9 +5,10 @@ rounded there (pytorch#31250), NumPy's is. CUDA tensors run the rule as it stand
 """
 
 import ctypes
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import wraps
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import array_api_compat.torch
 import numpy as np
@@ -24,7 +25,13 @@ from multiopt_numpy.compiled.kernels import look_kernel
 
 __all__ = ["TorchBackend"]
 
+Answer = TypeVar("Answer")
+
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64")}
+
+
+#: The types of tensors that are no subclasses with a mind of their own.
+PLAIN = torch.Tensor, torch.nn.Parameter
 
 
 # A dict: torch's compiler warns of functools.cache.
@@ -41,6 +48,23 @@ def _on_cpu(layout: Layout) -> bool:
     return layout.device == "cpu"
 
 
+def _undisturbed(method: Callable[..., Answer]) -> Callable[..., Answer]:
+    """A method of tensors in which subclasses of theirs have no say.
+
+    One that updates a tensor knows its memory only, and what ``__torch_function__`` of a user's
+    class refuses or changes must not come between.
+    """
+
+    @wraps(method)
+    def undisturbed(self: Any, array: Array, *rest: Any) -> Answer:
+        if type(array) in PLAIN:
+            return method(self, array, *rest)
+        with torch._C.DisableTorchFunctionSubclass():
+            return method(self, array, *rest)
+
+    return undisturbed
+
+
 class TorchBackend(Backend):
     """PyTorch tensors on the CPU and on CUDA devices."""
 
@@ -48,12 +72,18 @@ class TorchBackend(Backend):
 
     # What an array is
 
+    @_undisturbed
     def layout(self, array: Array, label: str) -> Layout:
         """Inspect a tensor; see ``Backend``."""
         if is_lazy(array):
             raise TypeError(f"{label} is an uninitialized parameter: run its module once")
-        if array.layout != torch.strided:
-            kind = str(array.layout).removeprefix("torch.")
+        kind = str(array.layout).removeprefix("torch.")
+        if array.is_nested:
+            raise TypeError(
+                f"{label} is a {'nested' if kind == 'strided' else kind} tensor; expected a dense "
+                "one: use .values(), which is all of its numbers"
+            )
+        if kind != "strided":
             raise TypeError(f"{label} is a {kind} tensor; expected a dense one: use .to_dense()")
         dtype = _dtype_name(array.dtype)
         require_dtype(dtype, label)
@@ -63,8 +93,20 @@ class TorchBackend(Backend):
                 "traced, distributed or released tensor); inside a transformation call the pure "
                 "rule.update"
             )
-        return Layout.of("torch", array.shape, dtype, str(array.device))
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            raise TypeError(
+                f"{label}: a step was taken inside torch's FakeTensorMode, where new tensors have "
+                "no values; step outside of it, or call the pure rule.update there"
+            )
+        device = str(array.device)
+        if device != "cpu" and _is_captured(array.device):
+            raise TypeError(
+                f"{label} is on {device} while a graph is captured there, which would repeat this "
+                "step with the numbers of now: capture forward and backward, and step outside"
+            )
+        return Layout.of("torch", array.shape, dtype, device)
 
+    @_undisturbed
     def parts(self, array: Array) -> Array:
         """A view; a tensor whose memory holds the conjugates stays as it is until it is opened."""
         tensor = array.detach()
@@ -74,6 +116,7 @@ class TorchBackend(Backend):
         """A view."""
         return torch.view_as_complex(parts.contiguous())
 
+    @_undisturbed
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse expanded tensors, and inference tensors outside of inference mode."""
         check_places(tuple(param.shape), param.stride(), 1, label)
@@ -89,10 +132,12 @@ class TorchBackend(Backend):
                 "place: clone it outside, or step inside torch.inference_mode()"
             )
 
+    @_undisturbed
     def memory(self, param: Array) -> np.ndarray | None:
         """The addresses of the tensor, on whatever device; they are compared, never read."""
         return np.asarray(_Footprint(param))
 
+    @_undisturbed
     def gradient(self, param: Array, label: str) -> Array | None:
         """The ``.grad`` of a tensor.
 
@@ -107,12 +152,18 @@ class TorchBackend(Backend):
         grad: Array | None = param.grad
         return grad
 
+    @_undisturbed
+    def takes_gradients(self, param: Array) -> bool:
+        """Whether the tensor requires a gradient."""
+        return bool(param.requires_grad)
+
     # A step
 
     def namespace(self, layout: Layout) -> Any:
         """NumPy for the CPU, torch for other devices."""
         return np if _on_cpu(layout) else array_api_compat.torch
 
+    @_undisturbed
     def opened(self, array: Array, layout: Layout) -> Array:
         """A NumPy view of a CPU tensor, or the detached tensor; float32 if it has 16 bits."""
         tensor = _resolved(array)
@@ -123,7 +174,7 @@ class TorchBackend(Backend):
 
     def rounded(self, master: Array, task: Task) -> Array:
         """A master copy rounded to the dtype of its parameter."""
-        return master.to(task.param.dtype)
+        return master.to(getattr(torch, task.layout.dtype))
 
     def closed(self, computed: Array, param: Array) -> Array:
         """The computed array as a tensor over the same memory."""
@@ -147,6 +198,7 @@ class TorchBackend(Backend):
             # Some are no tensors, or no leaves, of which torch warns. Python asks one by one.
             return None
 
+    @_undisturbed
     def memory_of(self, array: Array) -> np.ndarray | None:
         """The memory of a CPU tensor as NumPy has it."""
         if array.device.type != "cpu" or array.dtype not in _DTYPES.values() or array.is_neg():
@@ -176,7 +228,9 @@ class TorchBackend(Backend):
     def ready(self, task: Task, computed: Array) -> Array:
         """The values as a tensor; the copy rounds them to the parameter's dtype."""
         tensor = self.closed(computed, task.param)
-        return self.whole(tensor) if task.param.is_complex() else tensor
+        # It has its parts there, or is what its memory does not hold.
+        is_whole = task.layout.is_complex and task.param.is_complex()
+        return self.whole(tensor) if is_whole else tensor
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write(self, task: Task, ready: Array) -> None:
@@ -204,8 +258,8 @@ class TorchBackend(Backend):
         return array.clone()
 
 
-#: The types of tensors that compiled code looks at: no subclass with a mind of its own.
-KINDS = id(torch.Tensor), id(torch.nn.Parameter)
+#: By their addresses, the types of tensors that compiled code looks at.
+KINDS = tuple(map(id, PLAIN))
 
 
 def _gradients(params: np.ndarray) -> np.ndarray:
@@ -291,6 +345,13 @@ def _fetched(scalars: Sequence[Any]) -> list[Any]:
         for i, value in zip(where, values, strict=True):
             fetched[i] = value
     return [x.item() if isinstance(x, np.ndarray | np.generic) else x for x in fetched]
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether the current stream of a device is captured into a graph, as CUDA's can be."""
+    module = getattr(torch, device.type, None)
+    is_capturing = getattr(module, "is_current_stream_capturing", None)
+    return is_capturing is not None and bool(is_capturing())
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

@@ -156,6 +156,8 @@ class _Core(Optimizer):
     """The registry of a host that brings its names in and expects clipped gradients."""
 
     _leave_clipped = True
+    # Pyro passes over tensors without a gradient, whatever they are.
+    _needs_gradients = False
 
     def _after(self, step: Step) -> None:
         backend = named("torch")
