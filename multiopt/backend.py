@@ -422,6 +422,9 @@ class Backend:
         xp, layout = self.namespace(layout), layout._replace(shape=(2,))
         numbers = np.array([0.5, 2.0], layout.compute_dtype)
         slot = self.from_host(numbers, layout)
+        back = self.to_host(slot)
+        if back.dtype != numbers.dtype or back.tolist() != numbers.tolist():
+            raise TypeError(f"{brief(numbers)} comes back as {brief(back)}")
         param = xp.astype(slot, getattr(xp, layout.dtype))
         rule = Adam(amsgrad=True)
         task = Task(
@@ -433,9 +436,6 @@ class Backend:
         if layout.is_complex:
             self.parts(self.whole(result.param))
         self.to_host(result.slots[0])
-        back = self.to_host(slot)
-        if back.dtype != numbers.dtype or back.tolist() != numbers.tolist():
-            raise TypeError(f"{brief(numbers)} comes back as {brief(back)}")
 
     def parts(self, array: Array) -> Array:
         """The real and imaginary parts of a complex array along one more axis.
