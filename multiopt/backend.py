@@ -731,7 +731,7 @@ def _check_update(task: Task, param: Array, new_param: Array, new_slots: Any) ->
     """
     if not isinstance(new_slots, tuple) or len(new_slots) != len(task.slots):
         raise TypeError(
-            f"the rule of parameter {task.name!r} returned {new_slots!r} as slots; expected a "
+            f"the rule of parameter {task.name!r} returned {brief(new_slots)} as slots; expected a "
             f"tuple of {len(task.slots)}, as many as it has"
         )
     for old, new in zip((param, *task.slots), (new_param, *new_slots), strict=True):

@@ -89,7 +89,7 @@ def check_names(what: str, names: Iterable[Any]) -> None:
     """
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"{what} has the name {name!r}; expected a string")
+            raise TypeError(f"{what} has the name {brief(name)}; expected a string")
 
 
 def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:

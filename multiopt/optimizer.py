@@ -26,7 +26,7 @@ from multiopt.entry import (
     chosen_clip,
     with_rule,
 )
-from multiopt.errors import CheckpointError
+from multiopt.errors import CheckpointError, brief
 from multiopt.exclusive import exclusive, in_the_middle
 from multiopt.inputs import as_dict, check_known
 from multiopt.interruption import uninterrupted
@@ -120,10 +120,10 @@ class Optimizer(Registry):
         check_average(average)
         if on_nonfinite not in ("propagate", "raise", "skip"):
             raise ValueError(
-                f"on_nonfinite must be 'propagate', 'raise' or 'skip'; got {on_nonfinite!r}"
+                f"on_nonfinite must be 'propagate', 'raise' or 'skip'; got {brief(on_nonfinite)}"
             )
         if threads is not None and not (type(threads) is int and threads >= 1):
-            raise ValueError(f"threads must be an integer >= 1 or None; got {threads!r}")
+            raise ValueError(f"threads must be an integer >= 1 or None; got {brief(threads)}")
         check_limit(max_consecutive_skips, on_nonfinite)
         super().__init__(rule, clip, on_nonfinite, max_consecutive_skips, threads, master_weights)
         # Averages are slots of a rule that looks at each new parameter.
@@ -347,14 +347,16 @@ class Optimizer(Registry):
             TypeError: A new name is no string, or ``names`` no mapping.
         """
         if not isinstance(names, Mapping):
-            raise TypeError(f"expected a mapping of old names to new ones; got {names!r}")
+            raise TypeError(f"expected a mapping of old names to new ones; got {brief(names)}")
         names = dict(names)
         known = self._known()
         for old, new in names.items():
             if old not in known:
                 raise KeyError(f"cannot rename parameter {old!r}: it is neither seen nor pending")
             if not isinstance(new, str):
-                raise TypeError(f"cannot rename parameter {old!r} to {new!r}: expected a string")
+                raise TypeError(
+                    f"cannot rename parameter {old!r} to {brief(new)}: expected a string"
+                )
         renamed = Counter(names.get(name, name) for name in known)
         for new in names.values():
             if renamed[new] > 1:

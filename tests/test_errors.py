@@ -612,16 +612,70 @@ def test_a_callable_that_gives_nonsense(what: str) -> None:
     assert_equal(params["good"], good)
 
 
-@pytest.mark.parametrize("given", ["0.1", True])
-def test_a_schedule_that_gives_another_kind(given: Any) -> None:
-    with pytest.raises(ValueError, match="SGD: lr must be a finite number >= 0, or a sch"):
-        mo.SGD(lr=lambda step: given).at(1)
-
-
-def test_a_schedule_without_a_number() -> None:
-    opt = mo.Optimizer(mo.SGD(lr=lambda step: None))  # type: ignore[arg-type,return-value]
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (True, "True"),
+        (np.True_, "True"),
+        (torch.tensor(True), "True"),
+        ("fast", "'fast'"),
+        ("0.1", "'0.1'"),
+        (np.array("0.1"), "'0.1'"),
+        (b"0.1", "b'0.1'"),
+        (-1, "-1.0"),
+        (float("inf"), "inf"),
+        (float("nan"), "nan"),
+    ],
+    ids=repr,
+)
+def test_a_schedule_that_gives_another_kind_or_a_number_out_of_range(given: Any, said: str) -> None:
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: given))
     with pytest.raises(
-        ValueError, match="parameter 'w': SGD: the schedule of lr gave no number at s"
+        ValueError,
+        match=f"^parameter 'w': SGD: lr must be a finite number >= 0, .*; got {said} at step 1$",
+    ):
+        opt.step({"w": ones(1)}, {"w": ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "None"),
+        (1j, "1j"),
+        (np.complex64(1), r"np.complex64\(1\+0j\)"),
+        (np.array(1j), r"array\(0.\+1.j\)"),
+        (jnp.asarray(1j), r"Array\(0.\+1.j, .*\)"),
+        (ones(3), r"array\(\[1., 1., 1.\], dtype=float32\)"),
+        (torch.ones(50, 50), r"tensor\(\[\[1., .{0,100}\)"),
+        ([0.1] * 1000, r"\[0.1, 0.1, .{0,50}\]"),
+        ({"lr": 0.1}, "{'lr': 0.1}"),
+        (10**5000, "<int>"),
+        (len, "<built-in function len>"),
+    ],
+    ids=lambda x: str(x)[:20] if not isinstance(x, int) else "int",
+)
+def test_a_schedule_without_a_number(given: Any, said: str) -> None:
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: given))
+    with pytest.raises(
+        ValueError,
+        match=f"^parameter 'w': SGD: the schedule of lr gave no number at step 1: got {said}$",
+    ):
+        opt.step({"w": ones(1)}, {"w": ones(1)})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.float32(0.5), np.array(0.5), np.array([0.5]), torch.tensor(0.5), jnp.asarray(0.5)],
+    ids=repr,
+)
+def test_a_schedule_may_give_an_array_of_one(given: Any) -> None:
+    assert mo.SGD(lr=lambda step: given).at(1).lr == 0.5
+
+
+def test_a_schedule_that_raises() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: 1 / 0))
+    with pytest.raises(
+        ValueError, match="SGD: the schedule of lr gave no number at step 1: division by zero"
     ):
         opt.step({"w": ones(1)}, {"w": ones(1)})
 
