@@ -6,7 +6,7 @@ tensor's name in the param store.
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, ValuesView
 from dataclasses import fields, replace
 from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
@@ -130,6 +130,28 @@ class PyroOptim(pyro.optim.PyroOptim):
             name = getattr(optim_constructor, "__name__", repr(optim_constructor))
             _say_wrapped(f"{name} with subsample_aware" if optim_constructor in RULES else name)
         super().__init__(optim_constructor, optim_args, clip_args)
+
+    def __call__(self, params: list[Any] | ValuesView[Any], *args: Any, **kwargs: Any) -> None:
+        """As in Pyro, saying what is missing.
+
+        Raises:
+            TypeError: The torch optimizer needs a closure, and there is none.
+        """
+        constructor: Any = self.pt_optim_constructor
+        if _needs_closure(constructor) and not any(map(callable, (*args, *kwargs.values()))):
+            raise TypeError(
+                f"{constructor.__name__} evaluates the loss several times in a step, and needs a "
+                "closure that does; expected optimizer(params, closure): SVI passes none, so give "
+                "it another optimizer, such as Adam"
+            )
+        super().__call__(params, *args, **kwargs)
+
+
+@cache
+def _needs_closure(constructor: Any) -> bool:
+    step = getattr(constructor, "step", None)
+    closure = None if step is None else signature(step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
 
 
 @cache
