@@ -532,6 +532,44 @@ def test_a_functorch_tensor_points_to_the_pure_update(transform: Any) -> None:
         transform(body)(torch.ones(2, 2))
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a device which this machine need not have."""
+
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_step_is_not_captured_into_a_graph(
+    kind: str, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, w = mo.Optimizer(mo.SGD(lr=0.5)), torch.ones(2)
+    if seen:
+        opt.step({"w": w, "v": w.clone()}, {"w": w.clone(), "v": w.clone()})
+    before = w.clone()
+    monkeypatch.setattr(getattr(torch, kind), "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(OnDevice, "device", torch.device(kind, 1))
+    captured = torch.ones(2).as_subclass(OnDevice)
+    with pytest.raises(
+        TypeError,
+        match=f"^parameter 'v' is on {kind}:1 while a graph is captured .* and step outside$",
+    ):
+        opt.step({"w": w, "v": captured}, {"w": w.clone(), "v": captured})
+    assert torch.equal(w, before)
+    assert opt.names == (("w", "v") if seen else ())
+
+
+def test_nobody_asks_for_graphs_where_all_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
+    opt = mo.Optimizer(mo.SGD(lr=0.5))
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        w = torch.ones(2, dtype=dtype)
+        opt.step({str(dtype): w}, {str(dtype): w.clone()})
+
+
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_step_among_fake_tensors_points_to_the_pure_update(seen: bool) -> None:
     # The tensors are real, but what is made of them inside is not.
