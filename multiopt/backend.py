@@ -437,6 +437,10 @@ class Backend:
             self.parts(self.whole(result.param))
         self.to_host(result.slots[0])
 
+    def bare(self, array: Array) -> Array:
+        """The array over the same memory, without what a class of the user's makes of it."""
+        return array
+
     def parts(self, array: Array) -> Array:
         """The real and imaginary parts of a complex array along one more axis.
 

@@ -191,7 +191,8 @@ class Step:
                 continue
             backend = backend_of(param, label)
             layout = backend.layout(param, label)
-            grad = checked_gradient(name, grad, layout)
+            grad = backend.bare(checked_gradient(name, grad, layout))
+            param = backend.bare(param)
             if layout.is_complex:
                 param, grad = backend.parts(param), backend.parts(grad)
             entry = self._plan.entries[i]

@@ -33,6 +33,9 @@ _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64")}
 #: The types of tensors that are no subclasses with a mind of their own.
 PLAIN = torch.Tensor, torch.nn.Parameter
 
+#: The mode in which what is made of tensors has no values.
+FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 
 # A dict: torch's compiler warns of functools.cache.
 _DTYPE_NAMES: dict[torch.dtype, str] = {}
@@ -49,10 +52,10 @@ def _on_cpu(layout: Layout) -> bool:
 
 
 def _undisturbed(method: Callable[..., Answer]) -> Callable[..., Answer]:
-    """A method of tensors in which subclasses of theirs have no say.
+    """A method of a tensor in which its class has no say, if it is a user's.
 
-    One that updates a tensor knows its memory only, and what ``__torch_function__`` of a user's
-    class refuses or changes must not come between.
+    A step knows the memory of a tensor only. What ``__torch_function__`` refuses or changes is not
+    to come between.
     """
 
     @wraps(method)
@@ -77,14 +80,10 @@ class TorchBackend(Backend):
         """Inspect a tensor; see ``Backend``."""
         if is_lazy(array):
             raise TypeError(f"{label} is an uninitialized parameter: run its module once")
-        kind = str(array.layout).removeprefix("torch.")
-        if array.is_nested:
-            raise TypeError(
-                f"{label} is a {'nested' if kind == 'strided' else kind} tensor; expected a dense "
-                "one: use .values(), which is all of its numbers"
-            )
-        if kind != "strided":
-            raise TypeError(f"{label} is a {kind} tensor; expected a dense one: use .to_dense()")
+        if array.is_nested or array.layout != torch.strided:
+            kind = str(array.layout).removeprefix("torch.").replace("strided", "nested")
+            remedy = ".values(), all of its numbers" if array.is_nested else ".to_dense()"
+            raise TypeError(f"{label} is a {kind} tensor; expected a dense one: use {remedy}")
         dtype = _dtype_name(array.dtype)
         require_dtype(dtype, label)
         if not _has_memory(array):
@@ -93,7 +92,7 @@ class TorchBackend(Backend):
                 "traced, distributed or released tensor); inside a transformation call the pure "
                 "rule.update"
             )
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        if torch._C._get_dispatch_mode(FAKE) is not None:
             raise TypeError(
                 f"{label}: a step was taken inside torch's FakeTensorMode, where new tensors have "
                 "no values; step outside of it, or call the pure rule.update there"
@@ -107,6 +106,10 @@ class TorchBackend(Backend):
         return Layout.of("torch", array.shape, dtype, device)
 
     @_undisturbed
+    def bare(self, array: Array) -> Array:
+        """The tensor, or one of no user's class over the same memory."""
+        return array if type(array) in PLAIN else array.detach()
+
     def parts(self, array: Array) -> Array:
         """A view; a tensor whose memory holds the conjugates stays as it is until it is opened."""
         tensor = array.detach()
@@ -132,7 +135,6 @@ class TorchBackend(Backend):
                 "place: clone it outside, or step inside torch.inference_mode()"
             )
 
-    @_undisturbed
     def memory(self, param: Array) -> np.ndarray | None:
         """The addresses of the tensor, on whatever device; they are compared, never read."""
         return np.asarray(_Footprint(param))
@@ -163,7 +165,6 @@ class TorchBackend(Backend):
         """NumPy for the CPU, torch for other devices."""
         return np if _on_cpu(layout) else array_api_compat.torch
 
-    @_undisturbed
     def opened(self, array: Array, layout: Layout) -> Array:
         """A NumPy view of a CPU tensor, or the detached tensor; float32 if it has 16 bits."""
         tensor = _resolved(array)
@@ -198,7 +199,6 @@ class TorchBackend(Backend):
             # Some are no tensors, or no leaves, of which torch warns. Python asks one by one.
             return None
 
-    @_undisturbed
     def memory_of(self, array: Array) -> np.ndarray | None:
         """The memory of a CPU tensor as NumPy has it."""
         if array.device.type != "cpu" or array.dtype not in _DTYPES.values() or array.is_neg():
@@ -235,8 +235,7 @@ class TorchBackend(Backend):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write(self, task: Task, ready: Array) -> None:
         """Copy the values into the tensor; its version counter moves."""
-        # No subclass of a tensor gets to refuse what was computed for it.
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad():
             task.param.copy_(ready)
 
     # Slots outside a step
