@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from multiopt.backend import Limits, Scaling
+from multiopt.errors import brief
 from multiopt.rules.arithmetic import GROW, SHRINK, clip_coefficient, rescaling, tree_sum
 
 __all__ = ["Clip", "Clipping", "Norms"]
@@ -59,7 +60,7 @@ class Clip:
             real = isinstance(value, Real) and not isinstance(value, bool)
             number = float(value) if real else nan
             if not number >= 0 or (name == "eps" and number == inf):
-                raise ValueError(f"Clip: {name} must be a number >= 0; got {value!r}")
+                raise ValueError(f"Clip: {name} must be a number >= 0; got {brief(value)}")
             object.__setattr__(self, name, number)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from multiopt.averaging import Average
 from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.clipping import Clip
+from multiopt.errors import brief
 from multiopt.rules import Rule
 from multiopt.schedules import Plateau, Schedule, check_description, plain, plateaus
 from multiopt.schedules import described as described_schedule
@@ -67,7 +68,7 @@ def check_rule(rule: Any) -> None:
         TypeError: It is neither.
     """
     if isinstance(rule, type) or not (isinstance(rule, Rule) or callable(rule)):
-        raise TypeError(f"rule must be a rule or a callable name -> rule; got {rule!r}")
+        raise TypeError(f"rule must be a rule or a callable name -> rule; got {brief(rule)}")
 
 
 def check_clip(clip: Any) -> None:
@@ -77,7 +78,7 @@ def check_clip(clip: Any) -> None:
         TypeError: It is none of them.
     """
     if isinstance(clip, type) or not (clip is None or isinstance(clip, Clip) or callable(clip)):
-        raise TypeError(f"clip must be a Clip, a callable name -> Clip or None; got {clip!r}")
+        raise TypeError(f"clip must be a Clip, a callable name -> Clip or None; got {brief(clip)}")
 
 
 def check_average(average: Any) -> None:
@@ -89,7 +90,7 @@ def check_average(average: Any) -> None:
     known = average is None or isinstance(average, Average) or callable(average)
     if isinstance(average, type) or not known:
         raise TypeError(
-            f"average must be an Average, a callable name -> Average or None; got {average!r}"
+            f"average must be an Average, a callable name -> Average or None; got {brief(average)}"
         )
 
 
@@ -109,7 +110,7 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
     choice = given(name)
     if not isinstance(choice, kind) and not (kind is not Rule and choice is None):
         raise TypeError(
-            f"the {what} callable gave {choice!r} for parameter {name!r}; expected a "
+            f"the {what} callable gave {brief(choice)} for parameter {name!r}; expected a "
             f"{kind.__name__}"
         )
     return choice

@@ -1,6 +1,9 @@
-"""The exception classes of multiopt; other errors are built-in ones."""
+"""The exception class of multiopt, others being built-in ones, and what messages are made with."""
 
-__all__ = ["CheckpointError"]
+import reprlib
+from typing import Any
+
+__all__ = ["CheckpointError", "brief"]
 
 
 class CheckpointError(ValueError):
@@ -9,3 +12,25 @@ class CheckpointError(ValueError):
     >>> issubclass(CheckpointError, ValueError)
     True
     """
+
+
+#: The longest that a value may be in a message.
+LONGEST = 100
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxother, _REPR.maxstring = 2, LONGEST, LONGEST
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: in one line, whatever it is.
+
+    >>> brief(0.5), brief([1.0] * 1000), brief(10**5000)
+    ('0.5', '[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ...]', '<int>')
+    """
+    try:
+        text = " ".join(_REPR.repr(value).split())
+    except (
+        Exception
+    ):  # of any kind: classes may be users' own, and a large int has no decimal digits
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multiopt.backend import Array, Layout, Task, backend_of
+from multiopt.errors import brief
 
 __all__ = [
     "apart",
     "as_dict",
+    "check_gradients",
     "check_known",
     "check_names",
     "check_no_shared_memory",
@@ -28,6 +30,22 @@ def own_gradient(name: str, param: Array) -> Array | None:
     """
     label = f"parameter {name!r}"
     return backend_of(param, label).gradient(param, label)
+
+
+def check_gradients(names: Sequence[str], params: Iterable[Array], grads: Iterable[Any]) -> None:
+    """Refuse parameters of which none has a gradient of its own, nor will have one.
+
+    Raises:
+        TypeError: There is no gradient, and no parameter that takes part in a backward.
+    """
+    if not names or any(grad is not None for grad in grads):
+        return
+    if not any(backend_of(param, "a parameter").takes_gradients(param) for param in params):
+        raise TypeError(
+            f"no parameter requires a gradient or has one ({brief(list(names))}), so a step would "
+            "do nothing: pass leaves, as in dict(module.named_parameters()), for the tensors of a "
+            "state_dict() are detached from them, or pass the gradients as the second argument"
+        )
 
 
 def check_known(grads: Mapping[str, Array | None], params: Mapping[str, Array]) -> None:
@@ -71,7 +89,7 @@ def check_names(what: str, names: Iterable[Any]) -> None:
     """
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"{what} has the name {name!r}; expected a string")
+            raise TypeError(f"{what} has the name {brief(name)}; expected a string")
 
 
 def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
@@ -140,11 +158,13 @@ def check_no_shared_memory(tasks: Sequence[Task]) -> None:
     seen: dict[int, str] = {}
     spans = []
     for task in tasks:
+        memory = task.backend.memory(task.param)
+        if memory is None:
+            continue
         first = seen.setdefault(id(task.param), task.name)
         if first != task.name:
             raise ValueError(_shared(first, task.name))
-        memory = task.backend.memory(task.param)
-        if memory is not None and memory.size:
+        if memory.size:
             bounds = np.lib.array_utils.byte_bounds(memory)
             spans.append(_Span(task.layout.device, *bounds, task.name, memory))
     reaching: list[_Span] = []

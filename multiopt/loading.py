@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from multiopt.checkpoint import PARTS
+from multiopt.errors import brief
 
 __all__ = ["LoadReport", "Options", "names_of", "renamed", "wanted_names"]
 
@@ -62,7 +63,7 @@ def wanted_names(names: Iterable[str] | str | None) -> list[str] | None:
     if names is None:
         return None
     if not isinstance(names, Iterable):
-        raise TypeError(f"names must be names, one name or None; got {names!r}")
+        raise TypeError(f"names must be names, one name or None; got {brief(names)}")
     return [names] if isinstance(names, str) else list(names)
 
 
@@ -84,7 +85,7 @@ def renamed(
         ValueError: Two names would become one.
     """
     if not (rename is None or isinstance(rename, Mapping) or callable(rename)):
-        raise TypeError(f"rename must be a mapping, a callable or None; got {rename!r}")
+        raise TypeError(f"rename must be a mapping, a callable or None; got {brief(rename)}")
     wanted = have if names is None else names
     known = set(have)
     for name in [*wanted, *(rename if isinstance(rename, Mapping) else ())]:
@@ -98,7 +99,7 @@ def renamed(
     for name in dict.fromkeys(wanted):
         other = called(name)
         if not isinstance(other, str):
-            raise TypeError(f"cannot load parameter {name!r} as {other!r}: expected a string")
+            raise TypeError(f"cannot load parameter {name!r} as {brief(other)}: expected a string")
         if other in taken:
             raise ValueError(
                 f"cannot load parameters {taken[other]!r} and {name!r}: both would be called "

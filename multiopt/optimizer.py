@@ -26,7 +26,7 @@ from multiopt.entry import (
     chosen_clip,
     with_rule,
 )
-from multiopt.errors import CheckpointError
+from multiopt.errors import CheckpointError, brief
 from multiopt.exclusive import exclusive, in_the_middle
 from multiopt.inputs import as_dict, check_known
 from multiopt.interruption import uninterrupted
@@ -101,6 +101,8 @@ class Optimizer(Registry):
     # Without a dict, a misspelt attribute is an error instead of a setting without effect.
     __slots__ = ("_average", "_averages")
 
+    _needs_gradients = True
+
     def __init__(
         self,
         rule: Rule | Callable[[str], Rule],
@@ -118,10 +120,10 @@ class Optimizer(Registry):
         check_average(average)
         if on_nonfinite not in ("propagate", "raise", "skip"):
             raise ValueError(
-                f"on_nonfinite must be 'propagate', 'raise' or 'skip'; got {on_nonfinite!r}"
+                f"on_nonfinite must be 'propagate', 'raise' or 'skip'; got {brief(on_nonfinite)}"
             )
         if threads is not None and not (type(threads) is int and threads >= 1):
-            raise ValueError(f"threads must be an integer >= 1 or None; got {threads!r}")
+            raise ValueError(f"threads must be an integer >= 1 or None; got {brief(threads)}")
         check_limit(max_consecutive_skips, on_nonfinite)
         super().__init__(rule, clip, on_nonfinite, max_consecutive_skips, threads, master_weights)
         # Averages are slots of a rule that looks at each new parameter.
@@ -345,14 +347,16 @@ class Optimizer(Registry):
             TypeError: A new name is no string, or ``names`` no mapping.
         """
         if not isinstance(names, Mapping):
-            raise TypeError(f"expected a mapping of old names to new ones; got {names!r}")
+            raise TypeError(f"expected a mapping of old names to new ones; got {brief(names)}")
         names = dict(names)
         known = self._known()
         for old, new in names.items():
             if old not in known:
                 raise KeyError(f"cannot rename parameter {old!r}: it is neither seen nor pending")
             if not isinstance(new, str):
-                raise TypeError(f"cannot rename parameter {old!r} to {new!r}: expected a string")
+                raise TypeError(
+                    f"cannot rename parameter {old!r} to {brief(new)}: expected a string"
+                )
         renamed = Counter(names.get(name, name) for name in known)
         for new in names.values():
             if renamed[new] > 1:
@@ -386,8 +390,8 @@ class Optimizer(Registry):
         ``last``. A name whose array cannot be written is then as before, for the new array is lost.
 
         Args:
-            params: Arrays by name: float16, bfloat16, float32 or float64, of any mix of libraries,
-                devices and shapes.
+            params: Arrays by name: float16, bfloat16, float32, float64, complex64 or complex128, of
+                any mix of libraries, devices and shapes.
             grads: Gradients by name, each of its parameter's library, shape, dtype and device. If
                 left out, they are read from the ``.grad`` of the parameters (torch).
 
@@ -399,8 +403,9 @@ class Optimizer(Registry):
             ValueError: A shape does not fit; a parameter cannot be written; two parameters share
                 memory; pending state does not fit; a schedule left its range; a gradient is not
                 finite and ``on_nonfinite`` is ``"raise"``.
-            TypeError: Something is no usable array: a scalar, a dtype that is not real floating, a
-                gradient of another dtype or device than its parameter's, a tracer.
+            TypeError: Something is no usable array: a scalar, a list, one of another dtype, a
+                gradient of another dtype or device than its parameter's, a tracer; there are no
+                gradients to read; or a CUDA graph is being captured.
             RuntimeError: A signal handler, a schedule, a callable or another thread calls it in the
                 middle of a step or another change of this optimizer.
         """

@@ -25,7 +25,7 @@ from multiopt.entry import (
     restored,
     restored_plateaus,
 )
-from multiopt.inputs import check_names, own_gradient
+from multiopt.inputs import check_gradients, check_names, own_gradient
 from multiopt.interruption import uninterrupted
 from multiopt.loading import Options
 from multiopt.plan import Outcome, Plan
@@ -84,6 +84,8 @@ class Registry:
 
     #: Whether a step writes clipped gradients over the gradients.
     _leave_clipped: ClassVar[bool] = False
+    #: Whether it is an error if no parameter has a gradient of its own, nor will have one.
+    _needs_gradients: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -243,9 +245,13 @@ class Registry:
                     raise
                 finally:
                     self._under_way = None
+            if own and self._needs_gradients:
+                check_gradients(names, params, grads)
             # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step apart.
             with np.errstate(all="ignore"):
                 return self._take(plan, params, grads, undo, held, own=own, leaves=leaves, now=now)
+        if own and self._needs_gradients:
+            check_gradients(names, params, grads)
         # A name is seen for the first time with its first gradient.
         has = np.array([grad is not None for grad in grads], bool)
         if not has.all():

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from multiopt.errors import brief
 from multiopt.rules.rule import FINITE, FRACTION, NONNEGATIVE, Range, is_shared
 
 __all__ = [
@@ -80,7 +81,7 @@ class Schedule(ABC):
     def _require(self, holds: bool, name: str, words: str) -> None:
         if not holds:
             raise ValueError(
-                f"{type(self).__name__}: {name} must be {words}; got {getattr(self, name)!r}"
+                f"{type(self).__name__}: {name} must be {words}; got {brief(getattr(self, name))}"
             )
 
     @abstractmethod

@@ -54,7 +54,8 @@ class Step:
         outcome: After ``check``, what the step does; which gradients are clipped ``tell`` adds.
         replaced: After ``check``, by position, the arrays that take the place of parameters that
             cannot be written.
-        left_over: After ``tell``, the clipped gradients that could not be left in their own place.
+        left_over: After ``tell``, the clipped gradients that could not be left in their own place,
+            in the namespace of the computation, each with its parameter and its task.
     """
 
     outcome: Outcome
@@ -94,7 +95,7 @@ class Step:
         self._homes: list[tuple[Entry, tuple[Array, ...] | None, Array | None]] = []
         self._steps = plan.steps
         self.replaced: dict[int, Array] = {}
-        self.left_over: list[tuple[Task, Array]] = []
+        self.left_over: list[tuple[Array, Task, Array]] = []
 
     def look(self, closely: Sequence[int]) -> dict[int, Layout]:
         """Look at the arrays.
@@ -174,10 +175,10 @@ class Step:
             return
         for i, lent in self._lent.items():
             if clipped[i] and lent.grad_is_copy:
-                self.left_over.append((self._tasks[i], lent.grad))
+                self.left_over.append((self._params[i], self._tasks[i], lent.grad))
         for i, task, result in self._results:
             if clipped[i] or bool(result.limited):
-                self.left_over.append((task, result.grad))
+                self.left_over.append((self._params[i], task, result.grad))
 
     # Looking
 
@@ -193,7 +194,8 @@ class Step:
                 continue
             backend = backend_of(param, label)
             layout = backend.layout(param, label)
-            grad = checked_gradient(name, grad, layout)
+            grad = backend.bare(checked_gradient(name, grad, layout))
+            param = backend.bare(param)
             if layout.is_complex:
                 param, grad = backend.parts(param), backend.parts(grad)
             entry = self._plan.entries[i]

@@ -104,6 +104,78 @@ def test_own_gradients_and_views() -> None:
     assert (strided == 0.75).all()
 
 
+#: Views whose values are those given, and whose memory holds something else.
+VIEWS: dict[str, Any] = {
+    "plain": lambda x: x.clone(),
+    "conjugate": lambda x: x.conj().resolve_conj().conj(),
+    "negative": lambda x: torch._neg_view(-x),
+    "both": lambda x: torch._neg_view((-x.conj()).resolve_conj().conj()),
+}
+
+
+@pytest.mark.parametrize("clip", [None, mo.Clip(norm=0.5), mo.Clip(global_norm=0.5, value=0.1)])
+@pytest.mark.parametrize("shape", [(3, 4), ()])
+@pytest.mark.parametrize("grad", VIEWS)
+@pytest.mark.parametrize("param", VIEWS)
+def test_bits_of_a_tensor_change_nothing(
+    param: str, grad: str, shape: tuple[int, ...], clip: mo.Clip | None
+) -> None:
+    numbers = torch.randn(4, *shape, dtype=torch.complex64)
+
+    def run(param: str, grad: str) -> tuple[mo.Optimizer, torch.Tensor]:
+        opt = mo.Optimizer(mo.Adam(lr=0.1), clip, average=mo.Average())
+        z = VIEWS[param](numbers[0])
+        for given in numbers[1:]:
+            g, before = VIEWS[grad](given), z._version
+            assert opt.step({"z": z}, {"z": g})["z"] is z
+            assert z._version > before
+            assert torch.equal(g, given)
+        return opt, z
+
+    expected, plain = run("plain", "plain")
+    opt, z = run(param, grad)
+    assert (z.is_conj(), z.is_neg()) == (
+        param in ("conjugate", "both"),
+        param in ("negative", "both"),
+    )
+    assert torch.equal(z, plain)
+    assert torch.equal(opt.average("z"), expected.average("z"))
+    for name, slot in expected.state("z").slots.items():
+        assert torch.equal(opt.state("z").slots[name], slot)
+
+
+def test_a_backward_leaves_a_lazy_conjugate() -> None:
+    z = torch.zeros(2, dtype=torch.complex64, requires_grad=True)
+    (z.conj() * torch.tensor([1 + 2j, 3 - 1j]).conj()).real.sum().backward()
+    assert z.grad is not None
+    assert z.grad.is_conj()
+    opt = mo.Optimizer(mo.SGD(lr=1.0))
+    opt.step({"z": z})
+    assert z.tolist() == [-1 + 2j, -3 - 1j]
+    opt.step({"z": z})
+    assert z.tolist() == [-2 + 4j, -6 - 2j]
+
+
+def test_a_parameter_may_be_a_conjugate_transpose() -> None:
+    base = torch.ones(3, 2, dtype=torch.complex128) * (1 + 2j)
+    w = torch.nn.Parameter(base.mH)
+    assert w.is_conj()
+    w.real.sum().backward()
+    mo.Optimizer(mo.SGD(lr=0.5)).step({"w": w})
+    assert w.tolist() == [[0.5 - 2j] * 3] * 2
+    assert base.tolist() == [[0.5 + 2j] * 2] * 3
+
+
+def test_an_array_and_its_conjugate_are_one_memory() -> None:
+    z = torch.ones(2, dtype=torch.complex64)
+    opt = mo.Optimizer(mo.SGD(lr=1.0))
+    with pytest.raises(ValueError, match="parameters 'a' and 'b' share memory"):
+        opt.step({"a": z, "b": z.conj()}, {"a": z.clone(), "b": z.clone()})
+    z = torch.tensor([1 + 1j])
+    opt.step({"z": z}, {"z": z.conj()})
+    assert z.tolist() == [2j]
+
+
 def test_the_norm_is_of_the_moduli() -> None:
     opt = mo.Optimizer(mo.SGD(lr=1.0), clip=mo.Clip(norm=1.0, eps=0.0))
     z = {"z": np.zeros(1, np.complex128)}

@@ -71,3 +71,21 @@ def test_memory_under_two_names() -> None:
     w = torch.ones(6, device="cuda")
     with pytest.raises(ValueError, match="parameters 'a' and 'b' share memory"):
         mo.Optimizer(mo.Adam()).step({"a": w[:4], "b": w[2:]}, {"a": w[:4] * 2, "b": w[2:] * 2})
+
+
+def test_a_step_is_not_captured_into_a_graph() -> None:
+    w, grad = torch.ones(3, device="cuda"), torch.ones(3, device="cuda")
+    opt = mo.Optimizer(mo.SGD(lr=0.5, momentum=0.5))
+    opt.step({"w": w}, {"w": grad})
+    new = torch.ones(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for params in ({"w": w}, {"new": new}):
+            with pytest.raises(TypeError, match="is on cuda:0 while a graph is captured there"):
+                opt.step(params, dict.fromkeys(params, grad))
+        doubled = 2 * grad
+    graph.replay()
+    assert doubled.tolist() == [2.0, 2.0, 2.0]
+    assert w.tolist() == [0.5, 0.5, 0.5]
+    opt.step({"w": w}, {"w": grad})
+    assert w.tolist() == [-0.25, -0.25, -0.25]

@@ -2,6 +2,8 @@
 nothing has changed afterwards."""
 
 import copy
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,23 @@ def fake() -> torch.Tensor:
         return torch.zeros(3)
 
 
+def rare(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A tensor of a kind that torch warns of: it is new, or will go."""
+    with warnings.catch_warnings(action="ignore"):
+        return make()
+
+
+def nested() -> torch.Tensor:
+    return rare(lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(1)]))
+
+
+def inside(transform: Any) -> torch.Tensor:
+    """What a function gets in the place of a tensor."""
+    found: list[torch.Tensor] = []
+    transform(lambda x: (found.append(x), x.sum())[1])(torch.ones(3))
+    return found[0]
+
+
 def inference_tensor() -> torch.Tensor:
     with torch.inference_mode():
         return torch.zeros(3)
@@ -46,6 +65,13 @@ def released() -> torch.Tensor:
     tensor = torch.ones(3)
     tensor.untyped_storage().resize_(0)
     return tensor
+
+
+class Disguised:
+    """What only says that it is NumPy's."""
+
+    def __array_namespace__(self, api_version: str | None = None) -> Any:
+        return np
 
 
 NAN = np.array([1.0, np.nan, 1.0], np.float32)
@@ -112,10 +138,68 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
         TypeError,
         "parameter 'bad' is an uninitialized parameter: run its module once",
     ),
-    "nested tensor": (
+    "jagged tensor": (
         lambda: (torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), torch.ones(3)),
         TypeError,
-        "parameter 'bad' is a jagged tensor; expected a dense one",
+        "parameter 'bad' is a jagged tensor; expected a dense one: use .values()",
+    ),
+    "nested tensor": (
+        lambda: (nested(), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' is a nested tensor; expected a dense one: use .values()",
+    ),
+    "nested gradient": (
+        lambda: (torch.ones(3), nested()),
+        TypeError,
+        "gradient of 'bad' is a nested tensor; expected a dense one: use .values()",
+    ),
+    "quantized": (
+        lambda: (
+            rare(lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)),
+            torch.ones(3),
+        ),
+        TypeError,
+        "parameter 'bad' has dtype quint8; expected one of",
+    ),
+    "half a complex number": (
+        lambda: (rare(lambda: torch.ones(3, dtype=torch.complex32)), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' has dtype complex32; expected one of",
+    ),
+    "compressed gradient": (
+        lambda: (torch.ones(3, 3), rare(torch.ones(3, 3).to_sparse_csr)),
+        TypeError,
+        "gradient of 'bad' is a sparse_csr tensor; expected a dense one: use .to_dense",
+    ),
+    "gradient of another engine": (
+        lambda: (torch.ones(3), torch.ones(3).to_mkldnn()),
+        TypeError,
+        "gradient of 'bad' is a _mkldnn tensor; expected a dense one: use .to_dense",
+    ),
+    "fake gradient": (
+        lambda: (torch.ones(3), fake()),
+        TypeError,
+        "gradient of 'bad' is a FakeTensor without memory of its own",
+    ),
+    "functorch's parameter": (
+        lambda: (inside(torch.func.functionalize), torch.ones(3)),
+        TypeError,
+        "parameter 'bad' is a Tensor without memory of its own",
+    ),
+    "functorch's gradient": (
+        lambda: (torch.ones(3), inside(torch.func.functionalize)),
+        TypeError,
+        "gradient of 'bad' is a Tensor without memory of its own",
+    ),
+    "a part of functorch's gradient": (
+        lambda: (torch.ones(2), inside(torch.func.functionalize)[1:]),
+        TypeError,
+        "gradient of 'bad' is a Tensor without memory of its own",
+    ),
+    "zero without memory": (
+        lambda: (torch.ones(3), torch._efficientzerotensor((3,))),
+        TypeError,
+        "gradient of 'bad' is a Tensor without memory of its own",
     ),
     "float8": (
         lambda: (torch.ones(3).to(torch.float8_e4m3fn), torch.ones(3)),
@@ -133,7 +217,51 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
         TypeError,
         r"parameter 'bad' is np.float32\(1.0\), a float32; expected an array: use np.asarray",
     ),
-    "list": (lambda: ([1.0], ones(1)), TypeError, "parameter 'bad' is .*a list; .*use np.asarray"),
+    "list": (
+        lambda: ([1.0] * 5000, ones(1)),
+        TypeError,
+        "^parameter 'bad' is a list of 5000; expected an array: use np.asarray$",
+    ),
+    "list of arrays": (
+        lambda: ([ones(50, 50), torch.ones(50, 50)], ones(1)),
+        TypeError,
+        "^parameter 'bad' is a list of 2; expected an array: .* as in {'layer.0': ..., 'layer.1'",
+    ),
+    "ragged list": (
+        lambda: ([[0.0] * 1000, [0.0]], ones(1)),
+        TypeError,
+        "^parameter 'bad' is a list of 2; expected an array: make it one, or give each part a ",
+    ),
+    "tuple as a gradient": (
+        lambda: (ones(2), (1.0, 2.0)),
+        TypeError,
+        "^gradient of 'bad' is a tuple of 2; expected an array: use np.asarray$",
+    ),
+    "dict": (
+        lambda: ({"w": ones(50, 50), "b": ones(50)}, {"w": ones(50, 50), "b": ones(50)}),
+        TypeError,
+        "^parameter 'bad' is a dict of 2; expected an array, .*: flatten it, as in {'layer.w': ",
+    ),
+    "dict as a gradient": (
+        lambda: (ones(2), OrderedDict(w=ones(2))),
+        TypeError,
+        "^gradient of 'bad' is a OrderedDict of 1; expected an array, for names are flat: flatten",
+    ),
+    "large integer": (
+        lambda: (10**5000, ones(1)),
+        TypeError,
+        "^parameter 'bad' is <int>, a int; expected an array: use np.asarray$",
+    ),
+    "a library that only looks like NumPy": (
+        lambda: (Disguised(), ones(1)),
+        TypeError,
+        "^parameter 'bad' is a Disguised; expected an array of numpy itself: convert it$",
+    ),
+    "a proxy that says yes to everything": (
+        lambda: (torch.fx.Proxy(torch.fx.Graph().placeholder("x")), torch.ones(3)),
+        TypeError,
+        "^parameter 'bad' is a Proxy of no library: ",
+    ),
     "no array": (
         lambda: (object(), ones(3)),
         TypeError,
@@ -296,10 +424,37 @@ def test_memory_under_two_names(case: str, make: Callable[[], Any]) -> None:
     assert (b == 1).all()
 
 
-def test_one_array_of_any_library_under_two_names(library: Library) -> None:
-    w, grad = library.param(ones(3)), library.grad(ones(3))
-    with pytest.raises(ValueError, match="parameters 'a' and 'b' share memory"):
-        mo.Optimizer(mo.Adam()).step({"b": w, "a": w}, {"a": grad, "b": grad})
+@pytest.mark.parametrize("shape", [(3,), (), (0,)], ids=str)
+def test_one_array_under_two_names(library: Library, shape: Any) -> None:
+    w, opt = library.param(ones(*shape)), mo.Optimizer(mo.SGD(lr=0.25), average=mo.Average())
+    grads = {name: library.grad(np.full(shape, n, np.float32)) for n, name in enumerate("ba", 1)}
+    if library.in_place:
+        with pytest.raises(ValueError, match="parameters 'a' and 'b' share memory"):
+            opt.step({"b": w, "a": w}, grads)
+        assert len(opt) == 0
+        return
+    # No step writes it.
+    params = {"b": w, "a": w}
+    for _ in range(2):
+        params = opt.step(params, grads)
+    for n, name in enumerate("ba", 1):
+        assert_equal(library.numpy(params[name]), np.full(shape, 1 - n / 2, np.float32))
+        assert opt.state(name).step == 2
+    assert_equal(library.numpy(w), ones(*shape))
+    # One again, it is two afterwards.
+    params = opt.step({"b": w, "a": w}, grads)
+    assert_equal(library.numpy(params["a"]), np.full(shape, 0.5, np.float32))
+
+
+@pytest.mark.parametrize("make", [jnp.asarray, array_api_strict.asarray], ids=["jax", "strict"])
+def test_one_complex_array_under_two_names_beside_one_that_is_written(make: Any) -> None:
+    z, w = make(np.ones(2, np.complex64)), np.ones(2, np.float32)
+    grads = {"a": z, "b": make(np.full(2, 1j, np.complex64)), "w": ones(2)}
+    params = mo.Optimizer(mo.SGD(lr=1.0)).step({"a": z, "b": z, "w": w}, grads)
+    assert [complex(x) for x in params["a"]] == [0, 0]
+    assert [complex(x) for x in params["b"]] == [1 - 1j] * 2
+    assert params["w"] is w
+    assert w.tolist() == [0, 0]
 
 
 def test_strides_that_interleave_without_sharing_are_fine() -> None:
@@ -377,6 +532,63 @@ def test_a_functorch_tensor_points_to_the_pure_update(transform: Any) -> None:
         transform(body)(torch.ones(2, 2))
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a device which this machine need not have."""
+
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_step_is_not_captured_into_a_graph(
+    kind: str, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, w = mo.Optimizer(mo.SGD(lr=0.5)), torch.ones(2)
+    if seen:
+        opt.step({"w": w, "v": w.clone()}, {"w": w.clone(), "v": w.clone()})
+    before = w.clone()
+    monkeypatch.setattr(getattr(torch, kind), "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(OnDevice, "device", torch.device(kind, 1))
+    captured = torch.ones(2).as_subclass(OnDevice)
+    with pytest.raises(
+        TypeError,
+        match=f"^parameter 'v' is on {kind}:1 while a graph is captured .* and step outside$",
+    ):
+        opt.step({"w": w, "v": captured}, {"w": w.clone(), "v": captured})
+    assert torch.equal(w, before)
+    assert opt.names == (("w", "v") if seen else ())
+
+
+def test_nobody_asks_for_graphs_where_all_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
+    opt = mo.Optimizer(mo.SGD(lr=0.5))
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        w = torch.ones(2, dtype=dtype)
+        opt.step({str(dtype): w}, {str(dtype): w.clone()})
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_step_among_fake_tensors_points_to_the_pure_update(seen: bool) -> None:
+    # The tensors are real, but what is made of them inside is not.
+    opt, w = mo.Optimizer(mo.SGD(lr=0.5)), torch.ones(2, dtype=torch.bfloat16)
+    if seen:
+        opt.step({"w": w}, {"w": torch.zeros_like(w)})
+    grad = torch.ones_like(w)
+    with (
+        FakeTensorMode(),
+        pytest.raises(
+            TypeError,
+            match=r"parameter 'w': .* inside torch's FakeTensorMode.*call the pure rule\.upd",
+        ),
+    ):
+        opt.step({"w": w}, {"w": grad})
+    assert w.tolist() == [1.0, 1.0]
+    assert opt.step({"w": w}, {"w": grad})["w"].tolist() == [0.5, 0.5]
+
+
 def test_a_step_among_tracers_points_to_the_pure_update() -> None:
     # The arrays are concrete, but what is made of them inside is not.
     opt, w = mo.Optimizer(mo.SGD()), jnp.ones(2)
@@ -438,16 +650,70 @@ def test_a_callable_that_gives_nonsense(what: str) -> None:
     assert_equal(params["good"], good)
 
 
-@pytest.mark.parametrize("given", ["0.1", True])
-def test_a_schedule_that_gives_another_kind(given: Any) -> None:
-    with pytest.raises(ValueError, match="SGD: lr must be a finite number >= 0, or a sch"):
-        mo.SGD(lr=lambda step: given).at(1)
-
-
-def test_a_schedule_without_a_number() -> None:
-    opt = mo.Optimizer(mo.SGD(lr=lambda step: None))  # type: ignore[arg-type,return-value]
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (True, "True"),
+        (np.True_, "True"),
+        (torch.tensor(True), "True"),
+        ("fast", "'fast'"),
+        ("0.1", "'0.1'"),
+        (np.array("0.1"), "'0.1'"),
+        (b"0.1", "b'0.1'"),
+        (-1, "-1.0"),
+        (float("inf"), "inf"),
+        (float("nan"), "nan"),
+    ],
+    ids=repr,
+)
+def test_a_schedule_that_gives_another_kind_or_a_number_out_of_range(given: Any, said: str) -> None:
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: given))
     with pytest.raises(
-        ValueError, match="parameter 'w': SGD: the schedule of lr gave no number at s"
+        ValueError,
+        match=f"^parameter 'w': SGD: lr must be a finite number >= 0, .*; got {said} at step 1$",
+    ):
+        opt.step({"w": ones(1)}, {"w": ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "None"),
+        (1j, "1j"),
+        (np.complex64(1), r"np.complex64\(1\+0j\)"),
+        (np.array(1j), r"array\(0.\+1.j\)"),
+        (jnp.asarray(1j), r"Array\(0.\+1.j, .*\)"),
+        (ones(3), r"array\(\[1., 1., 1.\], dtype=float32\)"),
+        (torch.ones(50, 50), r"tensor\(\[\[1., .{0,100}\)"),
+        ([0.1] * 1000, r"\[0.1, 0.1, .{0,50}\]"),
+        ({"lr": 0.1}, "{'lr': 0.1}"),
+        (10**5000, "<int>"),
+        (len, "<built-in function len>"),
+    ],
+    ids=lambda x: str(x)[:20] if not isinstance(x, int) else "int",
+)
+def test_a_schedule_without_a_number(given: Any, said: str) -> None:
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: given))
+    with pytest.raises(
+        ValueError,
+        match=f"^parameter 'w': SGD: the schedule of lr gave no number at step 1: got {said}$",
+    ):
+        opt.step({"w": ones(1)}, {"w": ones(1)})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.float32(0.5), np.array(0.5), np.array([0.5]), torch.tensor(0.5), jnp.asarray(0.5)],
+    ids=repr,
+)
+def test_a_schedule_may_give_an_array_of_one(given: Any) -> None:
+    assert mo.SGD(lr=lambda step: given).at(1).lr == 0.5
+
+
+def test_a_schedule_that_raises() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=lambda step: 1 / 0))
+    with pytest.raises(
+        ValueError, match="SGD: the schedule of lr gave no number at step 1: division by zero"
     ):
         opt.step({"w": ones(1)}, {"w": ones(1)})
 

@@ -51,6 +51,39 @@ def test_a_parameter_without_a_grad_is_left_alone() -> None:
     assert b.item() == 1.0
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_tensors_that_never_get_a_gradient_are_an_error(seen: bool) -> None:
+    module, opt = torch.nn.Linear(2, 1), mo.Optimizer(mo.Adam(lr=0.1), average=mo.Average())
+    module(torch.ones(2)).sum().backward()
+    if seen:
+        opt.step(dict(module.named_parameters()))
+    before, last = {n: t.clone() for n, t in module.state_dict().items()}, opt.last
+    # Detached from the parameters that have the gradients.
+    with pytest.raises(
+        TypeError,
+        match=r"^no parameter requires a gradient or has one \(\['weight', 'bias'\]\), .*: pass "
+        r"leaves, as in dict\(module.named_parameters\(\)\).*second argument$",
+    ):
+        opt.step(module.state_dict())
+    assert opt.last == last
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert opt.step({}) == {}
+
+
+def test_frozen_tensors_are_left_alone_beside_others() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=0.5))
+    frozen, free = torch.ones(1), torch.ones(1, requires_grad=True)
+    # Before the first backward, nothing has a gradient.
+    opt.step({"frozen": frozen, "free": free})
+    free.sum().backward()
+    opt.step({"frozen": frozen, "free": free})
+    assert (frozen.item(), free.item(), opt.names) == (1.0, 0.5, ("free",))
+    # Set by hand.
+    frozen.grad = torch.ones(1)
+    opt.step({"frozen": frozen})
+    assert frozen.item() == 0.5
+
+
 def test_views_and_strides_are_written_where_they_lie() -> None:
     base = torch.zeros(4, 4)
     opt = mo.Optimizer(mo.SGD(lr=1.0))
@@ -85,6 +118,31 @@ def test_a_subclass_cannot_tear_a_step() -> None:
     params = {"a": torch.ones(2), "b": torch.ones(2).as_subclass(Stubborn)}
     mo.Optimizer(mo.SGD(lr=1.0)).step(params, {name: torch.ones(2) for name in params})
     assert [params[name].tolist() for name in "ab"] == [[0.0, 0.0]] * 2
+
+
+class Silent(torch.Tensor):
+    """A tensor that says nothing at all."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_a_subclass_has_no_say_in_a_step(dtype: torch.dtype) -> None:
+    w, grad = torch.ones(2, dtype=dtype), torch.full((2,), 0.25, dtype=dtype)
+    opt = mo.Optimizer(
+        mo.SGD(lr=1.0), mo.Clip(norm=100.0), on_nonfinite="raise", master_weights=True
+    )
+    for _ in range(2):
+        opt.step({"w": w.as_subclass(Silent)}, {"w": grad.as_subclass(Silent)})
+    assert w.tolist() == [0.5, 0.5]
+    w.requires_grad_().grad = grad.as_subclass(Silent)
+    opt.step({"w": w})
+    assert w.tolist() == [0.25, 0.25]
+    opt.step({"w": w.detach().as_subclass(Silent), "v": w}, {"w": None, "v": grad})
+    with pytest.raises(TypeError, match="no parameter requires a gradient or has one"):
+        opt.step({"w": w.detach().as_subclass(Silent)})
 
 
 def test_a_step_inside_a_compiled_function_keeps_its_bits() -> None:

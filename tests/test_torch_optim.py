@@ -186,6 +186,21 @@ def test_from_torch_and_back_is_the_same_state_dict(
     fresh.load_state_dict(back)
 
 
+@pytest.mark.parametrize("view", [torch.conj, torch._neg_view])
+def test_slots_that_are_views_with_a_bit_are_what_they_show(view: Any, tmp_path: Path) -> None:
+    z = torch.zeros(2, dtype=torch.complex64, requires_grad=True)
+    theirs = torch.optim.SGD([("z", z)], lr=0.5, momentum=0.5)
+    z.grad = torch.ones_like(z)
+    theirs.step()
+    buffer = view(torch.tensor([1 + 2j, 3 - 1j]))
+    assert buffer.is_conj() or buffer.is_neg()
+    theirs.state[z]["momentum_buffer"] = buffer
+    torch.save(theirs.state_dict(), tmp_path / "run.pt")
+    for state_dict in (theirs.state_dict(), read(tmp_path / "run.pt")):
+        state = from_torch(state_dict, torch.optim.SGD)
+        assert state["entries"]["z"]["slots"]["momentum_buffer"].tolist() == buffer.tolist()
+
+
 def sgd(**settings: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """One of torch after one step of two parameters in one group."""
     params = {"a": torch.zeros(2, requires_grad=True), "b": torch.zeros(3, requires_grad=True)}

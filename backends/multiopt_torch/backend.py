@@ -5,9 +5,10 @@ rounded there (pytorch#31250), NumPy's is. CUDA tensors run the rule as it stand
 """
 
 import ctypes
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import wraps
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import array_api_compat.torch
 import numpy as np
@@ -24,7 +25,16 @@ from multiopt_numpy.compiled.kernels import look_kernel
 
 __all__ = ["TorchBackend"]
 
+Answer = TypeVar("Answer")
+
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64")}
+
+
+#: The types of tensors that are no subclasses with a mind of their own.
+PLAIN = torch.Tensor, torch.nn.Parameter
+
+#: The mode in which what is made of tensors has no values.
+FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 # A dict: torch's compiler warns of functools.cache.
@@ -41,6 +51,23 @@ def _on_cpu(layout: Layout) -> bool:
     return layout.device == "cpu"
 
 
+def _undisturbed(method: Callable[..., Answer]) -> Callable[..., Answer]:
+    """A method of a tensor in which its class has no say, if it is a user's.
+
+    A step knows the memory of a tensor only. What ``__torch_function__`` refuses or changes is not
+    to come between.
+    """
+
+    @wraps(method)
+    def undisturbed(self: Any, array: Array, *rest: Any) -> Answer:
+        if type(array) in PLAIN:
+            return method(self, array, *rest)
+        with torch._C.DisableTorchFunctionSubclass():
+            return method(self, array, *rest)
+
+    return undisturbed
+
+
 class TorchBackend(Backend):
     """PyTorch tensors on the CPU and on CUDA devices."""
 
@@ -48,13 +75,15 @@ class TorchBackend(Backend):
 
     # What an array is
 
+    @_undisturbed
     def layout(self, array: Array, label: str) -> Layout:
         """Inspect a tensor; see ``Backend``."""
         if is_lazy(array):
             raise TypeError(f"{label} is an uninitialized parameter: run its module once")
-        if array.layout != torch.strided:
-            kind = str(array.layout).removeprefix("torch.")
-            raise TypeError(f"{label} is a {kind} tensor; expected a dense one: use .to_dense()")
+        if array.is_nested or array.layout != torch.strided:
+            kind = str(array.layout).removeprefix("torch.").replace("strided", "nested")
+            remedy = ".values(), all of its numbers" if array.is_nested else ".to_dense()"
+            raise TypeError(f"{label} is a {kind} tensor; expected a dense one: use {remedy}")
         dtype = _dtype_name(array.dtype)
         require_dtype(dtype, label)
         if not _has_memory(array):
@@ -63,16 +92,34 @@ class TorchBackend(Backend):
                 "traced, distributed or released tensor); inside a transformation call the pure "
                 "rule.update"
             )
-        return Layout.of("torch", array.shape, dtype, str(array.device))
+        if torch._C._get_dispatch_mode(FAKE) is not None:
+            raise TypeError(
+                f"{label}: a step was taken inside torch's FakeTensorMode, where new tensors have "
+                "no values; step outside of it, or call the pure rule.update there"
+            )
+        device = str(array.device)
+        if device != "cpu" and _is_captured(array.device):
+            raise TypeError(
+                f"{label} is on {device} while a graph is captured there, which would repeat this "
+                "step with the numbers of now: capture forward and backward, and step outside"
+            )
+        return Layout.of("torch", array.shape, dtype, device)
+
+    @_undisturbed
+    def bare(self, array: Array) -> Array:
+        """The tensor, or one of no user's class over the same memory."""
+        return array if type(array) in PLAIN else array.detach()
 
     def parts(self, array: Array) -> Array:
-        """A view."""
-        return torch.view_as_real(array.detach())
+        """A view; a tensor whose memory holds the conjugates stays as it is until it is opened."""
+        tensor = array.detach()
+        return tensor if tensor.is_conj() else torch.view_as_real(tensor)
 
     def whole(self, parts: Array) -> Array:
         """A view."""
         return torch.view_as_complex(parts.contiguous())
 
+    @_undisturbed
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse expanded tensors, and inference tensors outside of inference mode."""
         check_places(tuple(param.shape), param.stride(), 1, label)
@@ -92,6 +139,7 @@ class TorchBackend(Backend):
         """The addresses of the tensor, on whatever device; they are compared, never read."""
         return np.asarray(_Footprint(param))
 
+    @_undisturbed
     def gradient(self, param: Array, label: str) -> Array | None:
         """The ``.grad`` of a tensor.
 
@@ -106,6 +154,11 @@ class TorchBackend(Backend):
         grad: Array | None = param.grad
         return grad
 
+    @_undisturbed
+    def takes_gradients(self, param: Array) -> bool:
+        """Whether the tensor requires a gradient."""
+        return bool(param.requires_grad)
+
     # A step
 
     def namespace(self, layout: Layout) -> Any:
@@ -114,12 +167,15 @@ class TorchBackend(Backend):
 
     def opened(self, array: Array, layout: Layout) -> Array:
         """A NumPy view of a CPU tensor, or the detached tensor; float32 if it has 16 bits."""
-        tensor = array.detach().resolve_neg().to(_DTYPES[layout.compute_dtype])
+        tensor = _resolved(array)
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        tensor = tensor.to(_DTYPES[layout.compute_dtype])
         return read_only(tensor.numpy()) if _on_cpu(layout) else tensor
 
     def rounded(self, master: Array, task: Task) -> Array:
         """A master copy rounded to the dtype of its parameter."""
-        return master.to(task.param.dtype)
+        return master.to(getattr(torch, task.layout.dtype))
 
     def closed(self, computed: Array, param: Array) -> Array:
         """The computed array as a tensor over the same memory."""
@@ -171,13 +227,15 @@ class TorchBackend(Backend):
 
     def ready(self, task: Task, computed: Array) -> Array:
         """The values as a tensor; the copy rounds them to the parameter's dtype."""
-        return self.closed(computed, task.param)
+        tensor = self.closed(computed, task.param)
+        # It has its parts there, or is what its memory does not hold.
+        is_whole = task.layout.is_complex and task.param.is_complex()
+        return self.whole(tensor) if is_whole else tensor
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write(self, task: Task, ready: Array) -> None:
         """Copy the values into the tensor; its version counter moves."""
-        # No subclass of a tensor gets to refuse what was computed for it.
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad():
             task.param.copy_(ready)
 
     # Slots outside a step
@@ -188,7 +246,7 @@ class TorchBackend(Backend):
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy on the CPU."""
-        return np.array(array.detach().resolve_conj().resolve_neg().cpu().numpy())
+        return np.array(_resolved(array).cpu().numpy())
 
     def from_host(self, array: np.ndarray, layout: Layout) -> Array:
         """A tensor over the array, or a copy on the device of the layout."""
@@ -199,8 +257,8 @@ class TorchBackend(Backend):
         return array.clone()
 
 
-#: The types of tensors that compiled code looks at: no subclass with a mind of its own.
-KINDS = id(torch.Tensor), id(torch.nn.Parameter)
+#: By their addresses, the types of tensors that compiled code looks at.
+KINDS = tuple(map(id, PLAIN))
 
 
 def _gradients(params: np.ndarray) -> np.ndarray:
@@ -263,6 +321,11 @@ def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool, scalars: np.
     return all(base is None or base.grad_fn is None for base in map(_BASE, params))
 
 
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in memory; a view may say that they are the conjugates or negatives of it."""
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
 def _from_numpy(array: Any) -> torch.Tensor:
     array = np.asarray(array)
     # A rule that leaves the parameter alone hands on what it may only read.
@@ -283,16 +346,25 @@ def _fetched(scalars: Sequence[Any]) -> list[Any]:
     return [x.item() if isinstance(x, np.ndarray | np.generic) else x for x in fetched]
 
 
+def _is_captured(device: torch.device) -> bool:
+    """Whether the current stream of a device is captured into a graph, as CUDA's can be."""
+    module = getattr(torch, device.type, None)
+    is_capturing = getattr(module, "is_current_stream_capturing", None)
+    return is_capturing is not None and bool(is_capturing())
+
+
 def _has_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor is plain strided memory, not a stand-in for something else."""
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return False
+    if tensor.device.type == "meta":
+        return False
     try:
-        tensor.data_ptr()
+        # Not that of the tensor: functorch's give an offset from nowhere.
+        address = tensor.untyped_storage().data_ptr()
     except RuntimeError:
         return False
-    released = tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
-    return tensor.device.type != "meta" and not released
+    return address != 0 or tensor.numel() == 0
 
 
 class _Footprint:

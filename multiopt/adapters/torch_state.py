@@ -442,9 +442,10 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
     slots = {}
     is_complex = any(tensor.is_complex() for tensor in kept.values())
     for slot, tensor in kept.items():
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         tensor = torch.view_as_real(tensor) if is_complex else tensor
         dtype = getattr(torch, COMPUTE_DTYPE[str(tensor.dtype).removeprefix("torch.")])
-        slots[slot] = tensor.detach().cpu().to(dtype).numpy().copy()
+        slots[slot] = tensor.cpu().to(dtype).numpy().copy()
         if not step:
             # Slots are zero before the first step; Adagrad's sum in torch may not be.
             slots[slot] = np.zeros_like(slots[slot])

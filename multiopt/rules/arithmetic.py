@@ -11,6 +11,7 @@ from math import inf, prod
 from typing import Any
 
 import numpy as np
+from array_api_compat import device
 
 __all__ = [
     "BLOCK",
@@ -299,7 +300,7 @@ def _zero_padded(xp: Any, x: Any, size: int) -> Any:
     missing = size - x.shape[-1]
     if missing == 0:
         return x
-    zeros = xp.zeros((*x.shape[:-1], missing), dtype=x.dtype, device=x.device)
+    zeros = xp.zeros((*x.shape[:-1], missing), dtype=x.dtype, device=device(x))
     return xp.concat([x, zeros], axis=-1)
 
 

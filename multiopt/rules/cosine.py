@@ -6,6 +6,7 @@ from math import pi
 from typing import Any
 
 import numpy as np
+from array_api_compat import device
 
 __all__ = ["dct", "idct", "next_fast_len"]
 
@@ -59,7 +60,7 @@ def _reflection(xp: Any, x: Any) -> Any:
     # In as many dimensions, for JAX can be told to broadcast no others.
     shape = (*(1,) * (x.ndim - 1), x.shape[-1])
     rows = (row.reshape(shape) for row in _directions(x.shape[-1]))
-    cos, sin = (xp.asarray(row, dtype=x.dtype, device=x.device) for row in rows)
+    cos, sin = (xp.asarray(row, dtype=x.dtype, device=device(x)) for row in rows)
     other = xp.concat([x[..., :1], xp.flip(x[..., 1:], axis=-1)], axis=-1)
     return cos * x + sin * other
 

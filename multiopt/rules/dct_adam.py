@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from array_api_compat import device
+
 from multiopt.rules.adam import first_moment, second_moment
 from multiopt.rules.arithmetic import clamp
 from multiopt.rules.clipped_adam import Scalars, clipped_adam, decayed_step_size
@@ -27,7 +29,7 @@ def dct_adam(dim: int, xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> An
     time = xp.moveaxis(clamp(xp, grad, c.clip_norm), dim, -1)
     size = time.shape[-1]
     missing = (*time.shape[:-1], exp_avg.shape[dim] - size - size)
-    padding = xp.zeros(missing, dtype=time.dtype, device=time.device)
+    padding = xp.zeros(missing, dtype=time.dtype, device=device(time))
     frequency = dct(xp, xp.concat([time, padding], axis=-1))
     grad = xp.moveaxis(xp.concat([time, frequency], axis=-1), -1, dim)
     exp_avg = first_moment(exp_avg, grad, c)

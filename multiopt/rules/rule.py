@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
+from multiopt.errors import brief
 from multiopt.rules.arithmetic import rounded
 
 __all__ = [
@@ -95,7 +96,7 @@ class Rule(ABC):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(
-                    f"{type(self).__name__}: {name} must be True or False; got {value!r}"
+                    f"{type(self).__name__}: {name} must be True or False; got {brief(value)}"
                 )
 
     @property
@@ -193,14 +194,15 @@ class Rule(ABC):
             step = count
         if np.ndim(step):
             return np.vectorize(lambda s: self._scheduled(name, value, int(s), None), [float])(step)
+        refusal = f"{type(self).__name__}: the schedule of {name} gave no number at step {step}"
         try:
             given = value(step)
-            number = nan if isinstance(given, str | bool) else float(given)
         except Exception as error:
-            raise ValueError(
-                f"{type(self).__name__}: the schedule of {name} gave no number at step {step}: "
-                f"{error}"
-            ) from error
+            raise ValueError(f"{refusal}: {error}") from error
+        try:
+            number = _number(given)
+        except Exception as error:  # of any kind: it may be an array of any library
+            raise ValueError(f"{refusal}: got {brief(given)}") from error
         return self._checked(name, number, f" at step {step}")
 
     def _checked(self, name: str, value: Any, when: str = "") -> Any:
@@ -211,10 +213,22 @@ class Rule(ABC):
         if not self.ranges[name].holds(number):
             raise ValueError(
                 f"{type(self).__name__}: {name} must be {self.ranges[name].words}, "
-                f"or a schedule step -> number; got {value!r}{when}"
+                f"or a schedule step -> number; got {brief(value)}{when}"
             )
         # Not -0.0: equal rules do the same.
         return number + 0.0
+
+
+def _number(given: Any) -> Any:
+    """The number that a schedule gave, perhaps as an array of one; what is no number to its reader.
+
+    ``float`` would take truth values and text, which are left for the message as they are.
+
+    Raises:
+        Exception: It is of another kind.
+    """
+    value = given.item() if hasattr(given, "item") else given
+    return value if isinstance(value, bool | str | bytes | bytearray) else float(value)
 
 
 def check_tuple(rule: Rule, name: str, length: int) -> None:
@@ -226,7 +240,9 @@ def check_tuple(rule: Rule, name: str, length: int) -> None:
     value = getattr(rule, name)
     if not (isinstance(value, tuple | list) and len(value) == length):
         words = {2: "a pair", 3: "a triple"}[length]
-        raise ValueError(f"{type(rule).__name__}: {name} must be {words} of numbers; got {value!r}")
+        raise ValueError(
+            f"{type(rule).__name__}: {name} must be {words} of numbers; got {brief(value)}"
+        )
     object.__setattr__(rule, name, tuple(value))
 
 

@@ -221,6 +221,24 @@ def test_an_expanded_gradient_is_replaced_by_the_clipped_one() -> None:
     assert loc.grad.tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("clip", [None, {"clip_norm": 1.0}], ids=["no clip", "norm"])
+@pytest.mark.parametrize("is_expanded", [False, True])
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_a_complex_gradient_is_clipped_and_left_behind(
+    is_lazy: bool, is_expanded: bool, clip: dict[str, Any] | None
+) -> None:
+    z = torch.zeros(2, dtype=torch.complex128, requires_grad=True)
+    number = torch.tensor([3 + 4j if is_lazy else 3 - 4j], dtype=z.dtype)
+    grad = number.expand(2) if is_expanded else number.repeat(2)
+    # Pyro's own cannot clip a lazy one.
+    z.grad = grad.conj() if is_lazy else grad
+    optim.SGD({"lr": 1.0}, clip)([z])
+    left = torch.full((2,), 3 - 4j, dtype=z.dtype) / (50**0.5 if clip else 1)
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad.resolve_conj(), left, rtol=1e-6, atol=0)
+    torch.testing.assert_close(z.detach(), -left, rtol=1e-6, atol=0)
+
+
 @BOTH
 def test_clip_settings_of_any_arguments(module: Any) -> None:
     asked = []

@@ -110,6 +110,32 @@ def test_a_wrapped_optimizer_is_stepped_clipped_and_saved(module: Any, tmp_path:
     assert loc.tolist() == [-1.25, 1.25]
 
 
+@pytest.mark.filterwarnings("ignore:multiopt has no rule for LBFGS")
+@pytest.mark.parametrize("is_scheduled", [False, True])
+def test_an_optimizer_that_needs_a_closure_says_so(is_scheduled: bool) -> None:
+    if is_scheduled:
+        settings = {"optimizer": torch.optim.LBFGS, "optim_args": {"lr": 0.5}, "gamma": 0.5}
+        opt = optim.ExponentialLR(settings)
+    else:
+        opt = optim.PyroOptim(torch.optim.LBFGS, {"lr": 0.5}, {"clip_norm": 10.0})
+    loc = give(param("loc"))
+    for nothing in ((), (None,)):
+        with pytest.raises(
+            TypeError, match=r"^LBFGS .* needs a closure .*; expected optimizer\(par"
+        ):
+            opt([loc], *nothing)
+    assert loc.tolist() == [0.0, 0.0]
+
+    def closure() -> torch.Tensor:
+        loc.grad = None
+        loss = (loc - 1).square().sum()
+        loss.backward()
+        return loss
+
+    opt([loc], closure)
+    assert (loc > 0.5).all()
+
+
 def test_settings_of_a_wrapped_one_by_name() -> None:
     a, b = give(param("a")), give(param("b"))
     with pytest.warns(UserWarning, match="no rule for Signs"):

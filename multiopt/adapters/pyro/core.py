@@ -23,15 +23,20 @@ class Core(Optimizer):
     """The registry of a host that brings its names in and expects clipped gradients."""
 
     _leave_clipped = True
+    # Pyro passes over tensors without a gradient, whatever they are.
+    _needs_gradients = False
 
     def _after(self, step: Step) -> None:
-        for task, grad in step.left_over:
-            clipped = named("torch").closed(grad, task.param).to(task.grad.dtype)
-            if 0 in task.grad.stride():
+        backend = named("torch")
+        for param, task, grad in step.left_over:
+            clipped = backend.closed(grad, task.param)
+            if task.layout.is_complex:
+                clipped = backend.whole(clipped)
+            if 0 in param.grad.stride():
                 # Expanded by a backward with create_graph=True: no place for each element.
-                task.param.grad = clipped
+                param.grad = clipped.to(param.grad.dtype)
             else:
-                task.grad.detach().copy_(clipped)
+                param.grad.detach().copy_(clipped)
 
     def step_tensors(self, names: list[str], tensors: np.ndarray) -> None:
         """``step`` of tensors that have names already, by their own gradients."""

@@ -7,7 +7,7 @@ param store.
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
 from copy import deepcopy
 from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
@@ -62,7 +62,7 @@ from multiopt.entry import (
     in_parts,
     restored_plateaus,
 )
-from multiopt.errors import CheckpointError
+from multiopt.errors import CheckpointError, brief
 from multiopt.exclusive import check_free, exclusive
 from multiopt.report import Report
 from multiopt.rules import Rule
@@ -147,6 +147,28 @@ class PyroOptim(pyro.optim.PyroOptim):
             _say_wrapped(f"{name} with subsample_aware" if constructor in RULES else name)
         pyro.optim.PyroOptim.__init__(self, constructor, optim_args, clip_args)
 
+    def __call__(self, params: list[Any] | ValuesView[Any], *args: Any, **kwargs: Any) -> None:
+        """As in Pyro, saying what is missing.
+
+        Raises:
+            TypeError: The torch optimizer needs a closure, and there is none.
+        """
+        constructor: Any = self.pt_optim_constructor
+        if _needs_closure(constructor) and not any(map(callable, (*args, *kwargs.values()))):
+            raise TypeError(
+                f"{constructor.__name__} evaluates the loss several times in a step, and needs a "
+                "closure that does; expected optimizer(params, closure): SVI passes none, so give "
+                "it another optimizer, such as Adam"
+            )
+        super().__call__(params, *args, **kwargs)
+
+
+@cache
+def _needs_closure(constructor: Any) -> bool:
+    step = getattr(constructor, "step", None)
+    closure = None if step is None else signature(step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
+
 
 @cache
 def _say_wrapped(what: str) -> None:
@@ -206,7 +228,7 @@ class JointOptim(PyroOptim):
         self._core, self._more = Core(self._rule_class(), **more), more
         for what, settings in (("optim_args", optim_args), ("clip_args", self.pt_clip_args)):
             if not isinstance(settings, dict) and not callable(settings):
-                raise TypeError(f"{what} must be a dict or a callable; got {settings!r}")
+                raise TypeError(f"{what} must be a dict or a callable; got {brief(settings)}")
         rule = self._rule_class()
         if isinstance(self.pt_optim_args, dict):
             rule = self._rule(self.pt_optim_args)
@@ -431,7 +453,7 @@ class JointOptim(PyroOptim):
         else:
             given = settings(module_from_param_with_module_name(label), user_param_name(label))
         if not isinstance(given, dict):
-            raise TypeError(f"{what} gave {given!r} for parameter {label!r}; expected a dict")
+            raise TypeError(f"{what} gave {brief(given)} for parameter {label!r}; expected a dict")
         return given
 
     def _rule(self, settings: Mapping[str, Any]) -> Rule:
