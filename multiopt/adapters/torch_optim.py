@@ -102,7 +102,10 @@ def from_torch(
     for group in groups:
         for number in group["params"]:
             # A parameter that never had a gradient has no state.
-            one = {"state": {0: states.get(number, {})}, "param_groups": [group]}
+            one = {
+                "state": {number: states.get(number, {})},
+                "param_groups": [{**group, "params": [number]}],
+            }
             entries[names_of[number]] = parameter_from_torch(names_of[number], rule_class, one)
     return state_dict_of(entries)
 

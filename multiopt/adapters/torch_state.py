@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from inspect import signature
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import RLock
@@ -22,6 +23,7 @@ import torch
 
 from multiopt import checkpoint, rules
 from multiopt.backend import COMPUTE_DTYPE, named
+from multiopt.checkpoint import LAST_STEP
 from multiopt.entry import MASTER, check_slot_names, described_rule, on_host
 from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
@@ -67,6 +69,9 @@ OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"
 
 #: Settings that are True or False; one of them may be a word as well.
 SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules.__all__))
+
+#: Optimizers of torch that count no steps.
+CLOCKLESS = ("SGD", "Muon")
 
 #: What torch keeps beside slots, though the step and the settings say it.
 DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
@@ -287,11 +292,11 @@ def parameter_to_torch(
         slots = {slot: torch.view_as_complex(tensor) for slot, tensor in slots.items()}
     state = {}
     if step:
-        # Pyro's optimizers count in an int, torch's in a tensor of the default dtype.
+        # Pyro's optimizers count in an int, torch's in a tensor.
         in_pyro = constructor.__module__.startswith("pyro.")
-        numbers = {"step": float(step), **_derived(rule, step)}
-        counts = {name: torch.tensor(value) for name, value in numbers.items()}
-        state[0] = {**counts, **({"step": step} if in_pyro else {}), **slots}
+        clock = step if in_pyro else _scalar(step)
+        derived = {name: _scalar(value) for name, value in _derived(rule, step).items()}
+        state[0] = {"step": clock, **derived, **slots}
     elif slots:
         fresh = fresh_state(constructor, group, next(iter(slots.values())))
         state = {0: fresh} if fresh else {}
@@ -321,8 +326,20 @@ def without_clock(
     constructor: type[torch.optim.Optimizer], state: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The state of a parameter in torch, without a clock where torch keeps none."""
-    clockless = constructor in (torch.optim.SGD, getattr(torch.optim, "Muon", None))
+    clockless = constructor.__name__ in CLOCKLESS
     return {key: value for key, value in state.items() if not (clockless and key == "step")}
+
+
+def _scalar(value: float) -> torch.Tensor:
+    """A number as torch keeps it beside slots.
+
+    That is in float32, whatever the default dtype is, or in float64 if that is the default. A clock
+    above 2^24 that float32 does not have comes in float64 too, which torch goes on with.
+    """
+    double = torch.tensor(value, dtype=torch.float64)
+    single = double.to(torch.float32)
+    is_rounded = isinstance(value, int) and single.item() != value
+    return double if is_rounded or torch.get_default_dtype() == torch.float64 else single
 
 
 def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
@@ -403,26 +420,31 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
     (group,) = inner["param_groups"]
     refuse_subsamples(group)
     _check_settings(rule_class, group)
-    kept = {}
-    for values in inner["state"].values():
-        kept.update({key: value for key, value in values.items() if value is not None})
+    numbers, states = list(group["params"]), inner["state"]
+    if len(numbers) != 1 or not states.keys() <= set(numbers):
+        raise ValueError(
+            f"expected the state of one parameter; got a group of {numbers} and the state of "
+            f"{list(states)}"
+        )
+    values = states.get(numbers[0], {})
+    step = _clock(rule_class, values)
+    kept = {key: value for key, value in values.items() if value is not None and key != "step"}
     if rule_class is rules.Adam and group.get("decoupled_weight_decay"):
         rule_class = rules.AdamW
     known = {f.name for f in fields(rule_class)}
-    # torch's SGD counts no steps; what matters is whether the first one is past.
-    step = int(kept.pop("step", 1 if kept else 0))
-    if step < 0:
-        raise ValueError(f"expected a step >= 0; got {step}")
     settings = {k: v for k, v in rule_settings(group, step).items() if k in known}
     rule = described_rule(rule_class(**settings), step)
     for name in DERIVED.get(rule["name"], ()):
         kept.pop(name, None)
     slots = {}
+    for slot, tensor in kept.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"expected a tensor under {slot!r}; got a {type(tensor).__name__}")
     is_complex = any(tensor.is_complex() for tensor in kept.values())
     for slot, tensor in kept.items():
-        tensor = torch.view_as_real(tensor) if is_complex else tensor
+        tensor = torch.view_as_real(tensor.resolve_conj()) if is_complex else tensor
         dtype = getattr(torch, COMPUTE_DTYPE[str(tensor.dtype).removeprefix("torch.")])
-        slots[slot] = tensor.detach().cpu().to(dtype).numpy().copy()
+        slots[slot] = named("torch").to_host(tensor.to(dtype))
         if not step:
             # Slots are zero before the first step; Adagrad's sum in torch may not be.
             slots[slot] = np.zeros_like(slots[slot])
@@ -431,6 +453,28 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
     if "scheduler" in state:
         loaded["scheduler"] = deepcopy(state["scheduler"])
     return loaded
+
+
+def _clock(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
+    """The clock in the state of a parameter in torch.
+
+    SGD and Muon of torch count no steps; what matters there is whether the first one is past.
+
+    Raises:
+        ValueError: There is none where one is counted, or it is no number of steps.
+    """
+    given = values.get("step")
+    if given is None and (not values or rule_class.__name__ in CLOCKLESS):
+        return 1 if any(value is not None for value in values.values()) else 0
+    step = number(given)
+    is_number = isinstance(step, int | float) and not isinstance(step, bool)
+    if not (is_number and 0 <= step <= LAST_STEP and step == int(step)):
+        what = repr(step if is_number else given) if "step" in values else "none"
+        raise ValueError(
+            f"expected a whole number up to 2^53 under 'step', a step >= 0; got {what}, beside "
+            f"{sorted(str(key) for key in values if key != 'step')}"
+        )
+    return int(step)
 
 
 def _check_settings(rule_class: type[Rule], group: Mapping[str, Any]) -> None:
@@ -470,7 +514,7 @@ def plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 def number(value: Any) -> Any:
     """A setting as rules have it: torch allows tensors, arrays and lists for numbers and pairs."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        value = value.tolist()
+        value = value.item() if prod(value.shape) == 1 else value.tolist()
     return tuple(number(part) for part in value) if isinstance(value, list | tuple) else value
 
 
