@@ -502,9 +502,10 @@ class Optimizer(Registry):
         Returns:
             ``{"version", "steps", "entries": {name: {"rule", "step", "slots"}}, "pending"}``: the
             rule as a dict of its name, its hyperparameters at that step and its schedules, slots as
-            arrays of the parameter's library; under ``"pending"`` likewise, slots as NumPy arrays.
-            With averages also ``"averages"`` and ``"pending_averages"``, of the same form. With
-            skips also ``"skips"``: by name, how many in all and how many in a row.
+            arrays of the parameter's library; under ``"pending"`` likewise, slots as arrays of the
+            library in which they came, NumPy arrays if they came from a file. With averages also
+            ``"averages"`` and ``"pending_averages"``, of the same form. With skips also
+            ``"skips"``: by name, how many in all and how many in a row.
 
         >>> import multiopt as mo
         >>> mo.Optimizer(mo.SGD()).state_dict()

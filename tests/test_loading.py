@@ -2,7 +2,10 @@
 
 import json
 import os
+import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +353,106 @@ def test_complex_state_in_a_file_is_complex_when_it_waits(tmp_path: Path) -> Non
     again = mo.Optimizer(mo.Adam())
     again.load(tmp_path / "two")
     assert_equal(again.state_dict()["pending"]["a"]["slots"]["exp_avg"], waiting["exp_avg"])
+
+
+# State that waits, as it is shown
+
+
+def waiting(library: Library, average: bool = True) -> tuple[mo.Optimizer, dict[str, Any]]:
+    """An optimizer with state of some names that waits, and the state that it came from."""
+    mean = mo.Average() if average else None
+    source, target = (mo.Optimizer(mo.Adam(), average=mean) for _ in range(2))
+    arrays = {"a": ones(2), "b": np.ones(()), "z": ones(3, dtype="complex64"), "e": ones(0, 2)}
+    params = {name: library.param(array) for name, array in arrays.items()}
+    source.step(params, {name: library.grad(array) for name, array in arrays.items()})
+    state = source.state_dict()
+    target.load_state_dict(state)
+    target.step({"a": params["a"]}, {"a": library.grad(arrays["a"])})
+    return target, state
+
+
+@pytest.mark.parametrize("library", LOCAL, ids=lambda one: one.id)
+def test_what_waits_is_shown_as_arrays_of_the_library_it_came_from(library: Library) -> None:
+    opt, state = waiting(library)
+    for _ in range(2):
+        shown = opt.state_dict()
+        assert set(shown["pending"]) == set(shown["pending_averages"]) == {"b", "z", "e"}
+        for part, was in (("pending", "entries"), ("pending_averages", "averages")):
+            for name, entry in shown[part].items():
+                for slot, array in state[was][name]["slots"].items():
+                    found = entry["slots"][slot]
+                    assert type(found) is type(array)
+                    assert_equal(library.numpy(found), library.numpy(array))
+        # Also when it has waited somewhere else in the meantime.
+        opt = mo.Optimizer(mo.Adam(), average=mo.Average())
+        opt.load_state_dict(shown)
+        opt.step({"a": library.param(ones(2))}, {"a": library.grad(ones(2))})
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_torch_loads_a_state_dict_with_state_that_waits(tmp_path: Path, average: bool) -> None:
+    opt, _ = waiting(TORCH, average)
+    torch.save({"opt": opt.state_dict()}, tmp_path / "run.pt")
+    again = mo.Optimizer(mo.Adam(), average=mo.Average())
+    again.load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True)["opt"])
+    assert set(again.pending) == {"a", "b", "z", "e"}
+
+
+def test_torch_loads_a_state_dict_with_state_of_torch_that_waits(tmp_path: Path) -> None:
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    adam = torch.optim.Adam(params)
+    for param in params:
+        param.grad = torch.ones(2)
+    adam.step()
+    opt = mo.Optimizer(mo.Adam())
+    opt.load_state_dict(torch_optim.from_torch(adam.state_dict(), torch.optim.Adam, ["a", "b"]))
+    opt.step({"a": params[0]})
+    torch.save(opt.state_dict(), tmp_path / "run.pt")
+    assert set(torch.load(tmp_path / "run.pt", weights_only=True)["pending"]) == {"b"}
+
+
+def test_what_waits_and_came_from_a_file_is_shown_as_numpy_arrays(tmp_path: Path) -> None:
+    opt, _ = waiting(TORCH)
+    opt.save(tmp_path / "run")
+    again = mo.Optimizer(mo.Adam(), average=mo.Average())
+    again.load(tmp_path / "run")
+    for part in ("pending", "pending_averages"):
+        for entry in again.state_dict()[part].values():
+            assert all(type(array) is np.ndarray for array in entry["slots"].values())
+    # ``torch.load`` does not take those, ``read`` does.
+    torch.save(again.state_dict(), tmp_path / "run.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "run.pt", weights_only=True)
+    last = mo.Optimizer(mo.Adam(), average=mo.Average())
+    last.load_state_dict(torch_optim.read(tmp_path / "run.pt"))
+    assert last.pending == again.pending
+
+
+def test_what_is_shown_of_what_waits_is_a_copy() -> None:
+    opt, _ = waiting(TORCH)
+    for _ in range(2):
+        slot = opt.state_dict()["pending"]["b"]["slots"]["exp_avg"]
+        assert slot != 9.0
+        slot.fill_(9.0)
+
+
+def test_no_library_is_imported_to_show_what_waits(tmp_path: Path) -> None:
+    opt, _ = waiting(TORCH)
+    opt.forget("a")
+    (tmp_path / "opt").write_bytes(pickle.dumps(opt))
+    program = (
+        "import pathlib, pickle, sys\n"
+        f"opt = pickle.loads(pathlib.Path({str(tmp_path / 'opt')!r}).read_bytes())\n"
+        "print(type(opt.state_dict()['pending']['b']['slots']['exp_avg']), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "<class 'numpy.ndarray'> False\n"
 
 
 def test_arguments_of_another_kind_are_said(loaded: Any) -> None:

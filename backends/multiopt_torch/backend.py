@@ -198,6 +198,10 @@ class TorchBackend(Backend):
         """A clone."""
         return array.clone()
 
+    def copied(self, array: np.ndarray) -> Array:
+        """A tensor on the CPU."""
+        return torch.from_numpy(array.copy())
+
 
 #: The types of tensors that compiled code looks at: no subclass with a mind of its own.
 KINDS = id(torch.Tensor), id(torch.nn.Parameter)

@@ -87,7 +87,7 @@ def from_torch(
             those that torch keeps of an optimizer made from ``named_parameters()``.
 
     Returns:
-        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter.
+        The state dict, its slots tensors on the CPU, copies; float32 for a 16-bit parameter.
 
     Raises:
         CheckpointError: It has another form, is that of another optimizer, or a setting is out of

@@ -592,9 +592,9 @@ def state_dict_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _shown_slots(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    whole = named("numpy").whole
-    return {k: whole(x) if entry["complex"] else x for k, x in entry["slots"].items()}
+def _shown_slots(entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    tensors = {slot: torch.from_numpy(array) for slot, array in entry["slots"].items()}
+    return {k: torch.view_as_complex(x) if entry["complex"] else x for k, x in tensors.items()}
 
 
 def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
