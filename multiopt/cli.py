@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process if left out.
 
     Returns:
-        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, or nobody reads what
-        is printed. No figure of the bench changes it. A file that cannot be shown ends the program
-        with status 2.
+        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, if a slot in a file
+        that is shown is damaged, or if nobody reads what is printed. No figure of the bench changes
+        it. A file that cannot be shown ends the program with status 2.
     """
     parser = argparse.ArgumentParser(
         prog="multiopt",
@@ -102,19 +102,20 @@ def _add_bench(commands: "Commands") -> None:
 def _add_show(commands: "Commands") -> None:
     command = commands.add_parser(
         "show",
-        help="print what is in a checkpoint",
+        help="print what is in a checkpoint, and check it",
         description="Prints the names, rules, steps, shapes, dtypes and bytes in a file that "
-        "Optimizer.save wrote, without reading its arrays. Pending names wait for a parameter.",
+        "Optimizer.save wrote, and holds its arrays to their checksums. Pending names wait for a "
+        "parameter. Exit status: 0; 1 if an array is damaged; 2 if the file cannot be shown: it is "
+        "missing, of another kind, or damaged as a whole.",
     )
     command.add_argument("file", metavar="FILE")
 
     def run(arguments: argparse.Namespace) -> int:
         try:
-            show(arguments.file)
+            return 0 if show(arguments.file) else 1
         except BrokenPipeError:
             raise
         except (CheckpointError, OSError) as error:
             command.error(str(error))
-        return 0
 
     command.set_defaults(run=run)

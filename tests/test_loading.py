@@ -1,17 +1,22 @@
 """What is loaded, under which names, and what the report says of the rest."""
 
+import copy
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+from collections import Counter, OrderedDict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -522,7 +527,6 @@ def test_metadata_is_a_mapping(tmp_path: Path, metadata: Any) -> None:
     [
         {1: "a key that is no string"},
         {"pair": (1, 2)},
-        {"number": float("nan")},
         {"array": np.ones(2)},
         {"a set": {1}},
         {"deep": eval("[" * 80 + "]" * 80)},
@@ -532,6 +536,128 @@ def test_metadata_that_would_not_come_back_is_refused(tmp_path: Path, metadata: 
     with pytest.raises(ValueError, match="metadata must be what JSON can hold"):
         stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
     assert list(tmp_path.iterdir()) == []
+
+
+def loop() -> list[Any]:
+    made: list[Any] = []
+    made += [made, made]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"a": {"b": [1, 2, {3}]}}, "metadata['a']['b'][2] is a set; expected "),
+        ({"a": (1,)}, "metadata['a'] is a tuple; expected "),
+        ({"a": [(1,)]}, "and NumPy's numbers: make it a list"),
+        ({"a": [b"x"]}, "metadata['a'][0] is a bytes; expected None, True, False, a number, "),
+        ({"a": 1j}, "metadata['a'] is a complex; "),
+        ({"a": [{"b": {True: 1}}]}, "metadata['a'][0]['b'] has the key True; expected strings"),
+        ({"a": {None: 1}}, "metadata['a'] has the key None; expected strings"),
+        ({3: 1}, "metadata has the key 3; expected strings"),
+        ({"a": np.ones((2, 3))}, "metadata['a'] is a ndarray of shape (2, 3); "),
+        ({"a": torch.ones(())}, "and NumPy's numbers: call its tolist()"),
+        ({"a": np.datetime64("2026-01-01", "ns")}, "metadata['a'] is a datetime64; "),
+        ({"a": np.complex64(1)}, "metadata['a'] is a complex64; "),
+        ({"a": np.bytes_(b"x")}, "metadata['a'] is a bytes_; "),
+        ({"a": [10**5000]}, "metadata['a'][0] is a number of 16610 bits; "),
+        ({"a": ["\ud83d\ude00"]}, "metadata['a'][0] has two surrogates that JSON takes for one"),
+        ({"a": {"\ud83d\ude00": 1}}, "metadata['a'] has the key '\\ud83d\\ude00', with two surrog"),
+        ({"a": loop()}, "it is nested more than 64 deep"),
+        ({"a": len}, "metadata['a'] is a builtin_function_or_method; "),
+        ({"é\n": {1}}, "metadata['é\\n'] is a set; "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_of_metadata_cannot_be_kept_is_said(
+    tmp_path: Path, metadata: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    assert str(caught.value).startswith("metadata must be what JSON can hold; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal, of the same Python types, NaN equal to NaN and 0.0 not to -0.0."""
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(["nan", "inf", "-inf", "NaN", {"nan": "nan"}, {"0": None}, [None]]),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text("a0\u00e9\0"), inner),
+    max_leaves=20,
+)
+
+
+@given(metadata=st.dictionaries(st.text("a0nonfinite"), VALUES))
+def test_any_metadata_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, metadata: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "run"
+    before = copy.deepcopy(metadata)
+    mo.Optimizer(mo.Adam()).save(path, metadata=metadata)
+    assert same(metadata, before)
+    assert same(mo.Optimizer(mo.Adam()).load(path).metadata, metadata)
+    with safe_open(path, "numpy") as file:
+        json.loads(file.metadata()["multiopt"], parse_constant=lambda word: 1 / 0)
+
+
+@pytest.mark.parametrize("code", "?" + np.typecodes["AllInteger"] + "efdU")
+def test_numpy_numbers_come_back_as_those_of_python(tmp_path: Path, code: str) -> None:
+    number = np.array(1).astype(code)[()]
+    metadata = {"number": number, "0-d": np.array(number), "inside": [{"it": number}]}
+    expected = {"number": number.item(), "0-d": number.item(), "inside": [{"it": number.item()}]}
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    assert same(mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata, expected)
+
+
+def test_the_numbers_of_a_run_that_has_diverged_come_back(tmp_path: Path) -> None:
+    metadata = {
+        "loss": float("nan"),
+        "best": np.float32(3),
+        "epoch": np.int64(4),
+        "losses": [1.5, np.float32("nan"), np.inf, -np.inf],
+        "stopped": np.True_,
+    }
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    expected = {
+        "loss": float("nan"),
+        "best": 3.0,
+        "epoch": 4,
+        "losses": [1.5, float("nan"), float("inf"), float("-inf")],
+        "stopped": True,
+    }
+    found = mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata
+    assert same(found, expected)
+    # In the file, and for those who read it as releases before this did, they are null.
+    with safe_open(tmp_path / "run", "numpy") as file:
+        document = json.loads(file.metadata()["multiopt"])
+    assert document["metadata"]["losses"] == [1.5, None, None, None]
+    assert document["nonfinite"] == {"loss": "nan", "losses": {"1": "nan", "2": "inf", "3": "-inf"}}
+
+
+def test_metadata_may_have_many_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    metadata = {"l": [float("nan")] * 100_000}
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    found = mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata["l"]
+    assert len(found) == 100_000
+    assert np.isnan(found).all()
+
+
+@pytest.mark.parametrize("kind", [MappingProxyType, OrderedDict, Counter])
+def test_metadata_may_be_any_mapping(tmp_path: Path, kind: Any) -> None:
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=kind({"a": kind({"b": 1})}))
+    assert same(mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata, {"a": {"b": 1}})
 
 
 # Damage

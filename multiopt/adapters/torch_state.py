@@ -12,11 +12,12 @@ from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from inspect import signature
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import RLock
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from multiopt.backend import COMPUTE_DTYPE, named
 from multiopt.checkpoint import LAST_STEP
 from multiopt.entry import MASTER, check_slot_names, described_rule, on_host
 from multiopt.errors import CheckpointError
+from multiopt.file_objects import Source, check_readable, is_path, label
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
 from multiopt.rules.nadam import product_of_shares
@@ -80,51 +82,83 @@ DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
 REFUSED = re.compile(r"GLOBAL (\S+)|<class '(\S+)'>|unrecognized function (.+)")
 
 
-def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
+def read(file: Source, map_location: Any = None) -> Any:
     """What ``torch.save`` wrote to a file: plain data and tensors, read with ``weights_only=True``.
 
     Args:
-        path: The file.
+        file: The path of the file, or a binary file object, read from where it is.
         map_location: As in ``torch.load``; by default tensors come to the CPU.
 
     Raises:
         CheckpointError: The file is damaged, of another kind, or would run code.
-        OSError: The file cannot be opened.
+        OSError: The file cannot be read.
+        TypeError: It is neither a path nor a binary file object.
     """
-    with Path(path).open("rb") as file:
+    with _opened(file) as opened:
+        start = opened.tell()
         try:
             with _numpy_numbers():
-                found = torch.load(file, map_location or "cpu", weights_only=True)
+                found = torch.load(opened, map_location or "cpu", weights_only=True)
             return _with_arrays(found, {})
         except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
             # torch's own words advise to read the file with weights_only=False.
             advises = "weights_only" in str(error)
+            opened.seek(start)
             raise CheckpointError(
-                f"{os.fspath(path)}: expected a checkpoint that torch.load reads with "
-                f"weights_only=True, plain data and tensors; {_refusal(path, error, advises)}"
+                f"{label(file)}: expected a checkpoint that torch.load reads with "
+                f"weights_only=True, plain data and tensors; {_refusal(opened, error, advises)}"
             ) from (None if advises else error)
 
 
-def is_safetensors(path: str | os.PathLike[str]) -> bool:
+def is_safetensors(file: Source) -> bool:
     """Whether a file looks like one of safetensors, as multiopt's are.
+
+    Args:
+        file: As for ``read``; a file object must be one that can be sought.
 
     Raises:
         OSError: The file cannot be read.
+        TypeError: It is neither a path nor a binary file object.
     """
-    with Path(path).open("rb") as file:
-        # The length of the header in 8 bytes, then the header, in JSON.
-        return file.read(9)[8:] == b"{"
+    if is_path(file):
+        with Path(os.fsdecode(file)).open("rb") as opened:
+            return _begins_as_safetensors(opened)
+    source: Any = file
+    check_readable(source)
+    return _begins_as_safetensors(source)
 
 
-def _refusal(path: str | os.PathLike[str], error: Exception, advises: bool) -> str:
+def _begins_as_safetensors(opened: BinaryIO) -> bool:
+    """Whether what follows does, without moving on."""
+    start = opened.tell()
+    # The length of the header in 8 bytes, then the header, in JSON.
+    beginning = opened.read(9)
+    opened.seek(start)
+    return beginning[8:] == b"{"
+
+
+@contextmanager
+def _opened(file: Source) -> Iterator[BinaryIO]:
+    """A file that can be sought, as torch needs it."""
+    if is_path(file):
+        with Path(os.fsdecode(file)).open("rb") as opened:
+            yield opened
+        return
+    source: Any = file
+    check_readable(source)
+    can_be_sought = getattr(source, "seekable", lambda: False)()
+    yield source if can_be_sought else BytesIO(source.read())
+
+
+def _refusal(opened: BinaryIO, error: Exception, advises: bool) -> str:
     """What is wrong with a file that torch did not read.
 
     Args:
-        path: The file.
+        opened: The file.
         error: What torch raised.
         advises: Whether that gives advice that is not ours.
     """
-    if is_safetensors(path):
+    if _begins_as_safetensors(opened):
         return "got a file of safetensors: if multiopt wrote it, use Optimizer.load"
     if advises and (found := REFUSED.search(str(error))):
         what = next(filter(None, found.groups()))

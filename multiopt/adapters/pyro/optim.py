@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapp
 from dataclasses import fields, replace
 from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
-from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +56,7 @@ from multiopt.entry import (
 )
 from multiopt.errors import CheckpointError
 from multiopt.exclusive import check_free, exclusive
+from multiopt.file_objects import Source, Target
 from multiopt.interruption import uninterrupted
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
@@ -500,11 +500,11 @@ class JointOptim(PyroOptim):
         clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
         self._core.resume(max(clocks, default=0) if steps is None else steps)
 
-    def save(self, filename: str | PathLike[str]) -> None:
+    def save(self, filename: Target) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
 
         It holds what ``get_state`` lists. Tensors that are in no param store have no name to be
-        saved under; a warning says how many there are.
+        saved under; a warning says how many there are. The file may be a binary file object.
         """
         entries = {
             label: {part: stored.get(part) for part in ("rule", "step", "slots", "complex")}
@@ -513,14 +513,14 @@ class JointOptim(PyroOptim):
         state = {"version": checkpoint.VERSION, "steps": self._core.steps}
         checkpoint.write(filename, {**state, "entries": entries, "pending": {}})
 
-    def load(self, filename: str | PathLike[str], map_location: Any = None) -> None:
+    def load(self, filename: Source, map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
 
         A file of ``multiopt.Optimizer.save`` may have averages, master copies and counts of skips.
         They are left out, with a warning.
 
         Args:
-            filename: The file.
+            filename: The file; or a binary file object that can be sought, from where it is.
             map_location: For a Pyro checkpoint, as in ``torch.load``; by default its tensors come
                 by way of the CPU. State goes to its parameter's device in any case.
 
