@@ -31,6 +31,7 @@ from multiopt.file_objects import Source, Target, label
 from multiopt.inputs import as_dict, check_known
 from multiopt.interruption import uninterrupted
 from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
+from multiopt.plateaus import warn_of_plateaus
 from multiopt.registry import Loaded, Registry, Undo, shown
 from multiopt.report import Report, report_of, updated_names
 from multiopt.rules import Rule
@@ -511,7 +512,14 @@ class Optimizer(Registry):
         >>> mo.Optimizer(mo.SGD()).state_dict()
         {'version': 2, 'steps': 0, 'entries': {}, 'pending': {}}
         """
+        self._warn_of_plateaus()
         return self._state_dict(copied=True)
+
+    def _warn_of_plateaus(self) -> None:
+        """Warn of what the state has no place for."""
+        for registry in (self, self._averages):
+            if registry is not None:
+                warn_of_plateaus({name: entry.rule for name, entry in registry._seen.items()})
 
     def _state_dict(self, copied: bool) -> dict[str, Any]:
         """The state: to be shown, with copies, or to be written, with the slots themselves."""
@@ -604,7 +612,12 @@ class Optimizer(Registry):
         steps = state_dict.get("steps")
         if (is_part and self._steps > 0) or (have and not taken):
             steps = self._steps
+        rules = {name: entry.rule for name, entry in loaded.entries.items()}
+        if isinstance(self._rule, Rule):
+            rules |= dict.fromkeys(loaded.pending, self._rule)
+        warn_of_plateaus(rules)
         with_averages = averages.entries.keys() | averages.pending.keys()
+        warn_of_plateaus({name: self._choices[name] for name in with_averages})
         without = (loaded.entries.keys() | loaded.pending.keys()) - with_averages
         with uninterrupted():
             # From here on nothing fails.
@@ -674,6 +687,7 @@ class Optimizer(Registry):
         >>> mo.Optimizer(mo.Adam()).load(file).metadata
         {'epoch': 7, 'loss': nan}
         """
+        self._warn_of_plateaus()
         checkpoint.write(path, self._state_dict(copied=False), metadata)
 
     @exclusive

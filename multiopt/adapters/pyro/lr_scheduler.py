@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping, MutableMapping
 from copy import deepcopy
 from inspect import signature
-from os import PathLike
 from typing import Any
 
 import pyro.optim
@@ -13,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from multiopt.adapters.pyro.optim import JointOptim, PyroOptim, Settings, _Tracked, has_rule
 from multiopt.errors import CheckpointError
 from multiopt.exclusive import check_free
+from multiopt.file_objects import Target
 
 __all__ = ["PyroLRScheduler"]
 
@@ -89,10 +89,11 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         finally:
             self._take_changes()
 
-    def save(self, filename: str | PathLike[str]) -> None:
+    def save(self, filename: Target) -> None:
         """Write ``get_state()`` to a file in Pyro's format; a schedule is torch's own state."""
         self._stored_or_warn()
-        torch.save(self.get_state(), filename)
+        file: Any = filename
+        torch.save(self.get_state(), file)
 
     def _arguments(self) -> tuple[Any, ...]:
         constructor, optim_args, clip_args = super()._arguments()

@@ -59,6 +59,7 @@ from multiopt.exclusive import check_free, exclusive
 from multiopt.file_objects import Source, Target
 from multiopt.interruption import uninterrupted
 from multiopt.optimizer import Optimizer
+from multiopt.plateaus import warn_of_plateaus
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.step import Step
@@ -510,6 +511,7 @@ class JointOptim(PyroOptim):
             label: {part: stored.get(part) for part in ("rule", "step", "slots", "complex")}
             for label, stored in self._stored_or_warn().items()
         }
+        warn_of_plateaus({key: self._core.entry(key).rule for key in self._core})
         state = {"version": checkpoint.VERSION, "steps": self._core.steps}
         checkpoint.write(filename, {**state, "entries": entries, "pending": {}})
 
@@ -535,6 +537,8 @@ class JointOptim(PyroOptim):
             parts = {**document["pending"], **document["entries"]}
             loaded = {label: _in_parts(stored) for label, stored in parts.items()}
             leave_out(document, loaded, stacklevel=3)
+            if isinstance(self.pt_optim_args, dict):
+                warn_of_plateaus(dict.fromkeys(loaded, self._make_rule(self.pt_optim_args)))
             self._wait(loaded, document.get("steps"))
         else:
             self.set_state(read(filename, map_location))
