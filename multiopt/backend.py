@@ -649,6 +649,10 @@ class Backend:
         """A slot as a user gets it: a copy in the parameter's library."""
         return import_module(self.library).asarray(array, copy=True)
 
+    def copied(self, array: np.ndarray) -> Array:
+        """A NumPy array as a user gets it: a copy in this library, where it puts new arrays."""
+        return import_module(self.library).asarray(array, copy=True)
+
 
 class DaskBackend(Backend):
     """Dask arrays, computed at every step.

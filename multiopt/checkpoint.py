@@ -2,13 +2,13 @@
 
 import json
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,10 @@ from xxhash import xxh3_64
 from multiopt.backend import Array, Layout, backend_of, named
 from multiopt.durable import replacing
 from multiopt.errors import CheckpointError
+from multiopt.file_objects import Source, Target, is_path, label, on_disk, write_whole
+from multiopt.metadata import PAIR, check_nesting
+from multiopt.metadata import described as described_metadata
+from multiopt.metadata import restored as restored_metadata
 from multiopt.schedules import check_description
 
 __all__ = ["PARTS", "VERSION", "Contents", "Listed", "check_state_dict", "listed", "read", "write"]
@@ -43,12 +47,6 @@ MAPPING, LIST = 7, 3
 #: What a header of any length may count for: 10 000 mappings.
 MANY = 10_000 * MAPPING
 
-#: How deep a description of a rule, or metadata, may be nested.
-DEEPEST = 64
-
-#: Two surrogates that JSON takes for one character. Alone, each comes back as it is.
-PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
-
 #: What files of ``torch.save`` begin with, new ones and old ones.
 PICKLES = b"PK\x03\x04", b"\x80"
 
@@ -72,11 +70,11 @@ class Contents(NamedTuple):
     metadata: Mapping[str, Any] = MappingProxyType({})
     damaged: Mapping[str, str] = MappingProxyType({})
 
-    def check_whole(self, path: str | os.PathLike[str]) -> None:
+    def check_whole(self, file: Source) -> None:
         """Refuse what is not whole.
 
         Args:
-            path: The file, for the message.
+            file: The file, for the message.
 
         Raises:
             CheckpointError: Something is damaged.
@@ -84,7 +82,7 @@ class Contents(NamedTuple):
         if self.damaged:
             what = "; ".join(f"{name!r}, {why}" for name, why in self.damaged.items())
             raise CheckpointError(
-                f"{os.fsdecode(path)}: the state of {what}. Nothing was loaded; strict=False loads "
+                f"{label(file)}: the state of {what}. Nothing was loaded; strict=False loads "
                 "the rest"
             )
 
@@ -96,18 +94,22 @@ class Listed(NamedTuple):
         state_dict: A state dict that has the shape and the dtype of each slot in its place.
         metadata: What the user saved with it.
         size: The bytes of the file.
+        checked: Whether there are checksums, to which the slots were held.
+        damaged: The name and the slot of each that is damaged, and what is wrong.
     """
 
     state_dict: dict[str, Any]
     metadata: dict[str, Any]
     size: int
+    checked: bool
+    damaged: list[tuple[str, str, str]]
 
 
 # Writing
 
 
 def write(
-    path: str | os.PathLike[str],
+    file: Target,
     state_dict: Mapping[str, Any],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
@@ -116,18 +118,19 @@ def write(
     No more than one slot is copied at a time, and none that is in the memory of the CPU.
 
     Args:
-        path: The file, replaced if it exists.
+        file: The path of the file, replaced if it exists; or a binary file object, to which all
+            bytes are handed over, from where it is.
         state_dict: As ``Optimizer.state_dict`` gives it, with arrays of any library. An entry whose
             slots are the parts of complex ones has a true ``"complex"``.
-        metadata: What else to keep.
+        metadata: What else to keep: see ``multiopt.metadata``.
 
     Raises:
         OSError: The file cannot be written.
-        TypeError: The metadata is no mapping.
+        TypeError: The metadata is no mapping, or the file neither a path nor a binary file object.
         ValueError: The metadata or a name is not what JSON can hold, a rule is nested too deep, or
             there is too much for a header.
     """
-    metadata = _checked_metadata({} if metadata is None else metadata)
+    plain, nonfinite = described_metadata({} if metadata is None else metadata)
     for part in (*PARTS, "skips"):
         for name in filter(PAIR.search, state_dict.get(part, ())):
             raise ValueError(
@@ -149,7 +152,7 @@ def write(
         rule = entry["rule"]
         if id(rule) not in known:
             try:
-                _check_nesting(rule)
+                check_nesting(rule)
             except ValueError as error:
                 raise ValueError(f"the rule in the state of {name!r}: {error}") from error
             known[id(rule)] = rules.setdefault(json.dumps(rule, allow_nan=False), len(rules))
@@ -163,23 +166,27 @@ def write(
         else value
         for key, value in state_dict.items()
     }
-    document |= {"version": VERSION, "rules": list(map(json.loads, rules)), "metadata": metadata}
+    document |= {"version": VERSION, "rules": list(map(json.loads, rules)), "metadata": plain}
+    if nonfinite:
+        document["nonfinite"] = nonfinite
     text = json.dumps(document, allow_nan=False)
     # float64 first: readers that map the file find numbers at multiples of their size.
     order = sorted(range(len(slots)), key=lambda i: layouts[i].dtype, reverse=True)
-    words = ["0" * 16] * (1 + len(slots))
-    header, place = _header(text, words, {str(i): layouts[i] for i in order})
-    words[0] = xxh3_64(text.encode()).hexdigest()
-    with replacing(path) as file:
-        file.write(header)
-        for i in order:
-            words[1 + i] = _written(file, slots[i])
-        file.seek(place)
-        file.write(" ".join(words).encode())
+    words = [xxh3_64(text.encode()).hexdigest(), *(_checksum(_on_host(slot)) for slot in slots)]
+    header = _header(text, words, {str(i): layouts[i] for i in order})
+    # Not every file object can be sought, so that the checksums, which come first, are made first.
+    parts: Iterator[bytes | memoryview] = chain(
+        [header], (_bytes(_on_host(slots[i])) for i in order)
+    )
+    if is_path(file):
+        with replacing(file) as opened:
+            opened.writelines(parts)
+    else:
+        write_whole(file, parts)
 
 
-def _header(text: str, words: Sequence[str], layouts: Mapping[str, Layout]) -> tuple[bytes, int]:
-    """The header of a file, with its length, and where in the file the words stand."""
+def _header(text: str, words: Sequence[str], layouts: Mapping[str, Layout]) -> bytes:
+    """The header of a file, with its length."""
     tensors, end = {}, 0
     for key, (_, shape, dtype, *_) in layouts.items():
         kind = np.dtype(dtype)
@@ -190,30 +197,7 @@ def _header(text: str, words: Sequence[str], layouts: Mapping[str, Layout]) -> t
     header += b" " * (-len(header) % 8)
     if why := _too_much(header):
         raise ValueError(f"{why}: save fewer names in one file, or less metadata")
-    return len(header).to_bytes(8, "little") + header, 8 + header.index(words[0].encode())
-
-
-def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata, if it comes back from JSON as it is.
-
-    Raises:
-        TypeError: It is no mapping.
-        ValueError: It does not.
-    """
-    if not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata must be a mapping; got {metadata!r}")
-    metadata = dict(metadata)
-    try:
-        again = json.loads(json.dumps(metadata, allow_nan=False))
-        _check_nesting(metadata)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"metadata must be what JSON can hold; {error}") from error
-    if again != metadata:
-        raise ValueError(
-            f"metadata must be what JSON can hold; it would come back as {again!r}, not as "
-            f"{metadata!r}"
-        )
-    return metadata
+    return len(header).to_bytes(8, "little") + header
 
 
 def _on_host(slot: Array) -> np.ndarray:
@@ -224,13 +208,6 @@ def _on_host(slot: Array) -> np.ndarray:
     if np.iscomplexobj(array):
         array = named("numpy").parts(array)
     return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-
-
-def _written(file: BinaryIO, slot: Array) -> str:
-    """Write a slot; return its checksum."""
-    array = _on_host(slot)
-    file.write(_bytes(array))
-    return _checksum(array)
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -248,11 +225,11 @@ def _checksum(array: np.ndarray) -> str:
 # Reading
 
 
-def read(path: str | os.PathLike[str], names: Collection[str] | None = None) -> Contents:
+def read(file: Source, names: Collection[str] | None = None) -> Contents:
     """Read a state dict with NumPy slots from a file.
 
     Args:
-        path: The file.
+        file: The path of the file, or a binary file object, read from where it is to its end.
         names: Those whose slots are wanted; by default all.
 
     Raises:
@@ -261,7 +238,7 @@ def read(path: str | os.PathLike[str], names: Collection[str] | None = None) -> 
     """
     damaged: dict[str, str] = {}
     wanted = None if names is None else set(names)
-    with _opened(path) as (file, document, words):
+    with _opened(file) as (_, opened, document, words):
         for part in PARTS:
             entries = document.get(part, {})
             for name, entry in entries.items():
@@ -271,7 +248,7 @@ def read(path: str | os.PathLike[str], names: Collection[str] | None = None) -> 
                 entry["slots"] = {}
                 for slot, key in keys.items():
                     try:
-                        array = _slot(file, key, words, is_complex)
+                        array = _slot(opened, key, words, is_complex)
                     except MALFORMED as error:
                         damaged[name] = f"its slot {slot!r} is damaged: {error}"
                     else:
@@ -281,55 +258,59 @@ def read(path: str | os.PathLike[str], names: Collection[str] | None = None) -> 
     return Contents(document, document.pop("metadata"), damaged)
 
 
-def listed(path: str | os.PathLike[str]) -> Listed:
-    """What is in a file, without reading the slots.
+def listed(file: Source) -> Listed:
+    """What is in a file, and whether its slots are damaged; one at a time is in memory.
 
     Args:
-        path: The file.
+        file: As for ``read``.
 
     Raises:
-        CheckpointError: The file is damaged or not ours.
+        CheckpointError: The file is damaged as a whole, or not ours.
         OSError: The file cannot be read.
     """
-    with _opened(path) as (file, document, _):
+    damaged = []
+    with _opened(file) as (path, opened, document, words):
         for part in PARTS:
-            for entry in document.get(part, {}).values():
+            for name, entry in document.get(part, {}).items():
                 is_complex = entry.pop("complex", False)
                 for slot, key in entry["slots"].items():
-                    view = file.get_slice(key)
+                    view = opened.get_slice(key)
                     shape, dtype = tuple(view.get_shape()), _dtype_name(view.get_dtype())
                     if is_complex:
                         whole = Layout("numpy", shape, dtype, "cpu", is_complex=True)
                         shape, dtype = whole.own_shape, whole.own_dtype
                     entry["slots"][slot] = shape, dtype
-    return Listed(document, document.pop("metadata"), Path(os.fsdecode(path)).stat().st_size)
+                    try:
+                        _slot(opened, key, words, is_complex)
+                    except MALFORMED as error:
+                        damaged.append((name, slot, str(error)))
+        size = Path(path).stat().st_size
+    return Listed(document, document.pop("metadata"), size, words is not None, damaged)
 
 
 @contextmanager
-def _opened(
-    path: str | os.PathLike[str],
-) -> Iterator[tuple[Any, dict[str, Any], list[str] | None]]:
-    """A file, its state dict with the keys of tensors as slots, and their checksums, if any.
+def _opened(file: Source) -> Iterator[tuple[str, Any, dict[str, Any], list[str] | None]]:
+    """A file on the disk: its path, its tensors, its state dict with their keys, and checksums.
 
     Raises:
         CheckpointError: The file is damaged or not ours, as far as can be seen without the slots.
     """
-    path = os.fsdecode(path)
-    try:
-        _check_header(path)
-        # Not mapped: a file that somebody cuts short would be the end of the process.
-        with safe_open(path, framework="numpy", backend="pread") as file:
-            document, words = _document(file.metadata() or {})
-            check_state_dict(document)
-            _check_keys(document, file.keys(), words)
-            yield file, document, words
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except MALFORMED as error:
-        raise CheckpointError(
-            f"{path}: expected a multiopt checkpoint; it is damaged or another kind of "
-            f"file ({type(error).__name__}: {error})"
-        ) from error
+    with on_disk(file) as path:
+        try:
+            _check_header(path)
+            # Not mapped: a file that somebody cuts short would be the end of the process.
+            with safe_open(path, framework="numpy", backend="pread") as opened:
+                document, words = _document(opened.metadata() or {})
+                check_state_dict(document)
+                _check_keys(document, opened.keys(), words)
+                yield path, opened, document, words
+        except CheckpointError as error:
+            raise CheckpointError(f"{label(file)}: {error}") from error
+        except MALFORMED as error:
+            raise CheckpointError(
+                f"{label(file)}: expected a multiopt checkpoint; it is damaged or another "
+                f"kind of file ({type(error).__name__}: {error})"
+            ) from error
 
 
 def _check_header(path: str) -> None:
@@ -387,14 +368,14 @@ def _document(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str] | No
     metadata = document.setdefault("metadata", {})
     if not isinstance(metadata, dict):
         raise CheckpointError(f"expected a mapping under 'metadata'; got {metadata!r}")
-    _check_nesting(metadata)
+    restored_metadata(metadata, document.pop("nonfinite", {}))
     if document["version"] == 1:
         return document, None
     if words is None:
         raise CheckpointError("it has no checksums; expected them, of version 2 and later")
     rules = document.pop("rules")
     for rule in rules:
-        _check_nesting(rule)
+        check_nesting(rule)
     for part in PARTS:
         for name, entry in document.get(part, {}).items():
             number = entry["rule"]
@@ -413,25 +394,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
-
-
-def _check_nesting(value: Any) -> None:
-    """Refuse plain data that is nested too deep for the functions that go through it.
-
-    Raises:
-        ValueError: It is.
-    """
-    level = [value]
-    for _ in range(DEEPEST):
-        inside: list[Iterable[Any]] = [
-            part.values() if isinstance(part, dict) else part
-            for part in level
-            if isinstance(part, dict | list)
-        ]
-        if not inside:
-            return
-        level = [part for parts in inside for part in parts]
-    raise ValueError(f"a description is nested more than {DEEPEST} deep")
 
 
 def _check_keys(

@@ -29,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process if left out.
 
     Returns:
-        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, or nobody reads what
-        is printed, or 130 after Ctrl-C. No figure of the bench changes it. Wrong arguments and a
-        file that cannot be shown end the program with status 2.
+        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, if a slot in a file
+        that is shown is damaged, or if nobody reads what is printed, or 130 after Ctrl-C. No figure
+        of the bench changes it. Wrong arguments and a file that cannot be shown end the program
+        with status 2.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         # A name may have letters that the terminal has not.
@@ -130,20 +131,21 @@ def _add_bench(commands: "Commands") -> None:
 def _add_show(commands: "Commands") -> None:
     command = commands.add_parser(
         "show",
-        help="print what is in a checkpoint",
+        help="print what is in a checkpoint, and check it",
         description="Prints the names, rules, steps, shapes, dtypes and bytes in a file that "
-        "Optimizer.save wrote, without reading its arrays. Pending names wait for a parameter. "
-        "What is too wide for the terminal is cut; COLUMNS=200 in the environment makes room.",
+        "Optimizer.save wrote, and holds its arrays to their checksums. Pending names wait for a "
+        "parameter. What is too wide for the terminal is cut; COLUMNS=200 in the environment makes "
+        "room. Exit status: 0; 1 if an array is damaged; 2 if the file cannot be shown: it is "
+        "missing, of another kind, or damaged as a whole.",
     )
     command.add_argument("file", metavar="FILE")
 
     def run(arguments: argparse.Namespace) -> int:
         try:
-            show(arguments.file)
+            return 0 if show(arguments.file) else 1
         except BrokenPipeError:
             raise
         except (CheckpointError, OSError) as error:
             command.error(str(error))
-        return 0
 
     command.set_defaults(run=run)

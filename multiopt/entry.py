@@ -1,8 +1,10 @@
 """What the registry holds for one name, and its forms outside: plain data and loaded state."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -28,6 +30,7 @@ __all__ = [
     "chosen_clip",
     "described",
     "described_rule",
+    "described_waiting",
     "in_parts",
     "new_entry",
     "on_host",
@@ -228,7 +231,7 @@ class Changed:
 
 
 def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry of a state dict with NumPy slots of its own.
+    """One entry of a state dict with NumPy slots of its own, and the libraries they came from.
 
     Args:
         name: That of the parameter.
@@ -238,7 +241,7 @@ def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: A slot is no array that a rule could have, or the rule's description no plain
             data.
     """
-    slots = {}
+    slots, libraries = {}, {}
     for slot, array in stored["slots"].items():
         try:
             backend = backend_of(array, f"slot {slot!r}")
@@ -250,13 +253,29 @@ def on_host(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
             host = backend.to_host(array)
             # Compiled code knows the byte order of the machine only.
             slots[slot] = host.astype(host.dtype.newbyteorder("="), copy=False)
+            libraries[slot] = backend.library
         except (TypeError, ValueError) as error:
             raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
     try:
         rule = json.loads(json.dumps(dict(stored["rule"]), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the rule in the state of {name!r} is no plain data: {error}") from error
-    return {"rule": rule, "step": stored["step"], "slots": slots}
+    return {"rule": rule, "step": stored["step"], "slots": slots, "libraries": libraries}
+
+
+def described_waiting(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Loaded state that waits, as plain data: copies, slots of the libraries that they came from.
+
+    One that nothing has imported, in a process that has unpickled the state, is not imported for
+    it: those are NumPy arrays, like all that came from a file.
+    """
+    libraries = stored.get("libraries", {})
+    slots = {}
+    for slot, array in stored["slots"].items():
+        library = libraries.get(slot, "numpy")
+        is_there = library.partition(".")[0] in sys.modules
+        slots[slot] = named(library if is_there else "numpy").copied(array)
+    return {"rule": deepcopy(stored["rule"]), "step": stored["step"], "slots": slots}
 
 
 def in_parts(slots: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

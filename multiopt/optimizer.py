@@ -1,6 +1,5 @@
 """The optimizer that users see: ``spec/registry.md``."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -28,9 +27,11 @@ from multiopt.entry import (
 )
 from multiopt.errors import CheckpointError, brief
 from multiopt.exclusive import exclusive, in_the_middle
+from multiopt.file_objects import Source, Target, label
 from multiopt.inputs import as_dict, check_known
 from multiopt.interruption import uninterrupted
 from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
+from multiopt.plateaus import warn_of_plateaus
 from multiopt.registry import Loaded, Registry, Undo, shown
 from multiopt.report import Report, report_of, updated_names
 from multiopt.rules import Rule
@@ -508,15 +509,23 @@ class Optimizer(Registry):
         Returns:
             ``{"version", "steps", "entries": {name: {"rule", "step", "slots"}}, "pending"}``: the
             rule as a dict of its name, its hyperparameters at that step and its schedules, slots as
-            arrays of the parameter's library; under ``"pending"`` likewise, slots as NumPy arrays.
-            With averages also ``"averages"`` and ``"pending_averages"``, of the same form. With
-            skips also ``"skips"``: by name, how many in all and how many in a row.
+            arrays of the parameter's library; under ``"pending"`` likewise, slots as arrays of the
+            library in which they came, NumPy arrays if they came from a file. With averages also
+            ``"averages"`` and ``"pending_averages"``, of the same form. With skips also
+            ``"skips"``: by name, how many in all and how many in a row.
 
         >>> import multiopt as mo
         >>> mo.Optimizer(mo.SGD()).state_dict()
         {'version': 2, 'steps': 0, 'entries': {}, 'pending': {}}
         """
+        self._warn_of_plateaus()
         return self._state_dict(copied=True)
+
+    def _warn_of_plateaus(self) -> None:
+        """Warn of what the state has no place for."""
+        for registry in (self, self._averages):
+            if registry is not None:
+                warn_of_plateaus({name: entry.rule for name, entry in registry._seen.items()})
 
     def _state_dict(self, copied: bool) -> dict[str, Any]:
         """The state: to be shown, with copies, or to be written, with the slots themselves."""
@@ -609,7 +618,12 @@ class Optimizer(Registry):
         steps = state_dict.get("steps")
         if (is_part and self._steps > 0) or (have and not taken):
             steps = self._steps
+        rules = {name: entry.rule for name, entry in loaded.entries.items()}
+        if isinstance(self._rule, Rule):
+            rules |= dict.fromkeys(loaded.pending, self._rule)
+        warn_of_plateaus(rules)
         with_averages = averages.entries.keys() | averages.pending.keys()
+        warn_of_plateaus({name: self._choices[name] for name in with_averages})
         without = (loaded.entries.keys() | loaded.pending.keys()) - with_averages
         with uninterrupted():
             # From here on nothing fails.
@@ -647,7 +661,7 @@ class Optimizer(Registry):
         loaded = self._averages._loaded(rest, options, self._entries)
         return loaded._replace(refused=odd | loaded.refused)
 
-    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: Target, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the state, pending state included, to a file that any backend can load.
 
         When it returns, the file is whole and on the disk. A crash at any moment leaves the old
@@ -655,22 +669,37 @@ class Optimizer(Registry):
 
         Args:
             path: The file; if it exists it is replaced, whole or not at all. By custom it ends in
-                ``.safetensors``.
-            metadata: What else to keep in the file: a mapping of what JSON can hold. ``load``
-                returns it, and ``multiopt show`` prints it.
+                ``.safetensors``. Or a binary file object, such as an ``io.BytesIO`` or what
+                ``gzip.open`` gives: all bytes are handed over to its ``write``, in order, and what
+                becomes of them is its affair; it is neither flushed nor closed.
+            metadata: What else to keep in the file: a mapping of what JSON can hold, numbers that
+                are not finite, and NumPy's numbers, which come back as Python's. ``load`` returns
+                it, and ``multiopt show`` prints it.
 
         Raises:
             OSError: The file cannot be written; the old one is untouched.
-            TypeError: The metadata is no mapping.
+            TypeError: The metadata is no mapping, or ``path`` neither a path nor a binary file
+                object.
             ValueError: The metadata or a name is not what JSON can hold, a schedule is nested too
                 deep, or there are too many names for one file (some 300 000).
+
+        >>> import io
+        >>> import numpy as np, multiopt as mo
+        >>> opt = mo.Optimizer(mo.Adam())
+        >>> _ = opt.step({"w": np.zeros(2)}, {"w": np.ones(2)})
+        >>> file = io.BytesIO()
+        >>> opt.save(file, metadata={"epoch": np.int64(7), "loss": float("nan")})
+        >>> _ = file.seek(0)
+        >>> mo.Optimizer(mo.Adam()).load(file).metadata
+        {'epoch': 7, 'loss': nan}
         """
+        self._warn_of_plateaus()
         checkpoint.write(path, self._state_dict(copied=False), metadata)
 
     @exclusive
     def load(
         self,
-        path: str | os.PathLike[str],
+        path: Source,
         *,
         strict: bool = True,
         names: Iterable[str] | str | None = None,
@@ -680,7 +709,8 @@ class Optimizer(Registry):
         """Take over the state in a file, as ``load_state_dict`` does.
 
         Args:
-            path: The file. What is not wanted is not read.
+            path: The file. What is not wanted is not read. Or a binary file object, which is read
+                from where it is to its end, by way of a temporary file.
             strict: As for ``load_state_dict``. State with a checksum that is wrong does not fit
                 either.
             names: As for ``load_state_dict``.
@@ -694,7 +724,7 @@ class Optimizer(Registry):
             CheckpointError: The file is damaged, is not ours or does not fit; nothing has changed.
             KeyError: The file has none of a name in ``names`` or ``rename``.
             OSError: The file cannot be read.
-            TypeError: A new name is no string.
+            TypeError: A new name is no string, or ``path`` neither a path nor a binary file object.
             ValueError: Two names would become one.
         """
         wanted = wanted_names(names)
@@ -705,4 +735,4 @@ class Optimizer(Registry):
         try:
             return self._load(contents, new, Options(strict, cast, own=True))
         except ValueError as error:
-            raise CheckpointError(f"{os.fsdecode(path)}: {error}") from error
+            raise CheckpointError(f"{label(path)}: {error}") from error

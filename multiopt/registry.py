@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import compress
@@ -20,6 +19,7 @@ from multiopt.entry import (
     chosen_clip,
     described,
     described_rule,
+    described_waiting,
     new_entry,
     on_host,
     restored,
@@ -529,14 +529,7 @@ class Registry:
         if copied:
             return {
                 "entries": {n: described(entry, shown(entry), self.steps) for n, entry in entries},
-                "pending": {
-                    name: {
-                        "rule": deepcopy(stored["rule"]),
-                        "step": stored["step"],
-                        "slots": {slot: array.copy() for slot, array in stored["slots"].items()},
-                    }
-                    for name, stored in self._pending.items()
-                },
+                "pending": {n: described_waiting(stored) for n, stored in self._pending.items()},
             }
         rules: dict[tuple[int, int], dict[str, Any]] = {}
         for entry in self._seen.values():

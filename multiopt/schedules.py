@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from multiopt.errors import brief
+from multiopt.reached import reached
 from multiopt.rules.rule import FINITE, FRACTION, NONNEGATIVE, Range, is_shared
 
 __all__ = [
@@ -736,6 +737,40 @@ def plateaus(value: Any, description: Any) -> Iterator[tuple[Plateau, Mapping[st
             yield value, description["state"]
         for name, part in _arguments(value).items():
             yield from plateaus(part, description.get(name))
+
+
+def left_behind(value: Any) -> list[Plateau]:
+    """Each ``Plateau`` that a hyperparameter reaches, and no description of it has the state of.
+
+    A description has those that are schedules, or parts of some; not those inside of a callable of
+    the user's.
+
+    >>> plateau = Plateau(0.1)
+    >>> left_behind(Shared(plateau))
+    []
+    >>> left_behind(lambda step: plateau(step) / step) == [plateau]
+    True
+    """
+    saved, others = list[Plateau](), list[Any]()
+    waiting = [(value, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        is_opaque = depth == DEEPEST or not isinstance(part, Schedule | tuple | list)
+        if not is_opaque and isinstance(part, Plateau):
+            saved.append(part)
+        inside = _arguments(part).values() if isinstance(part, Schedule) else part
+        if is_opaque:
+            others.append(part)
+        else:
+            waiting += [(inner, depth + 1) for inner in inside]
+            # A class of the user's may hold more than its fields.
+            if isinstance(part, Schedule) and type(part).__module__ != __name__:
+                others.append(type(part).__call__.__get__(part))
+    # One of somebody else may have a state that cannot be loaded: then there is no description.
+    if not all(_is_observed(plateau.state()) for plateau in saved):
+        return list(reached([*saved, *others], Plateau))
+    known = {id(plateau) for plateau in saved}
+    return [plateau for plateau in reached(others, Plateau) if id(plateau) not in known]
 
 
 def _arguments(schedule: Any) -> dict[str, Any]:

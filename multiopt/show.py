@@ -18,22 +18,28 @@ HEADINGS = ("name", "state", "rule", "step", "slots", "shape", "dtype", "bytes")
 NUMBERS = {HEADINGS.index("step"), HEADINGS.index("bytes")}
 
 
-def show(path: str | os.PathLike[str]) -> None:
-    """Print what is in a file, without reading the arrays.
+def show(path: str | os.PathLike[str]) -> bool:
+    """Print what is in a file, and whether its slots are as they were written.
 
     Args:
         path: The file.
 
+    Returns:
+        Whether they are, as far as there are checksums.
+
     Raises:
-        CheckpointError: It is damaged, or no checkpoint of multiopt.
+        CheckpointError: It is damaged as a whole, or no checkpoint of multiopt.
         OSError: It cannot be read.
     """
-    state, metadata, size = listed(path)
+    state, metadata, size, checked, damaged = listed(path)
     seen, pending = len(state["entries"]), len(state["pending"])
+    found = "damaged" if damaged else "checked" if checked else "without checksums"
     print(
         f"{_shown(os.fspath(path))}: multiopt checkpoint, version {state['version']}, {size} bytes,"
-        f" {state.get('steps', 'unknown')} steps, {seen} names seen, {pending} pending"
+        f" {state.get('steps', 'unknown')} steps, {seen} names seen, {pending} pending, {found}"
     )
+    for name, slot, why in damaged:
+        print(f"damaged: {_shown(name)}, its slot {_shown(slot)}: {why}")
     if metadata:
         print(f"metadata: {json.dumps(metadata)}")
     rules: dict[tuple[str, str], str] = {}
@@ -48,6 +54,7 @@ def show(path: str | os.PathLike[str]) -> None:
         print()
         for name, (total, run) in skips.items():
             print(f"skipped: {_shown(name)}, {total} in all, {run} in a row")
+    return not damaged
 
 
 def _rows(

@@ -44,7 +44,7 @@ def written(path: Path) -> dict[str, Any]:
     resumed.load_state_dict(opt.state_dict())
     del here["waits"]
     resumed.step(here, here)
-    resumed.save(path, metadata={"epoch": [1, 2]})
+    resumed.save(path, metadata={"epoch": [1, 2], "loss": [float("nan"), float("inf")]})
     return resumed.state_dict()
 
 
@@ -89,6 +89,8 @@ def hostile(raw: bytes) -> Iterator[bytes]:
     for value in odd:
         for key in document:
             yield changed(value, key)
+        yield changed(value, "nonfinite", "loss")
+        yield changed(value, "nonfinite", "loss", "0")
         for key in ("rule", "step", "slots", "complex"):
             yield changed(value, "entries", "a", key)
         yield changed(value, "entries", "a", "slots", "exp_avg")
@@ -329,6 +331,17 @@ def test_damaged_files_are_refused_or_load_as_they_were() -> None:
         (lambda d, h: d["rules"][0].update(x=[[]] * 2 + [nested(70)]), "more than 64 deep"),
         (lambda d, h: d.update(metadata=nested(70)), "more than 64 deep"),
         (lambda d, h: d.update(metadata=[]), "expected a mapping under 'metadata'"),
+        (lambda d, h: d.update(nonfinite=nested(70)), "more than 64 deep"),
+        (lambda d, h: d.update(nonfinite=[]), r"expected a mapping or one of .* got \[\]"),
+        (
+            lambda d, h: d["nonfinite"].update(loss="NaN"),
+            "expected a mapping or one of .* got 'NaN'",
+        ),
+        (lambda d, h: d["nonfinite"].update(more="nan"), "has 'more', a place that .* not have"),
+        (lambda d, h: d["nonfinite"]["loss"].update({"2": "nan"}), "has '2', a place that"),
+        (lambda d, h: d["nonfinite"]["loss"].update({"-1": "nan"}), "has '-1', a place that"),
+        (lambda d, h: d["nonfinite"].update(epoch={"0": "nan"}), "has 'nan' for 1; expected null"),
+        (lambda d, h: d["nonfinite"].update(epoch={"0": {"0": "nan"}}), "has '0', a place that"),
         (lambda d, h: h["2"].update(shape=h["2"]["shape"][::-1]), "the checksum differs"),
         (lambda d, h: h["__metadata__"].update(checksums="0 1"), "2 checksums; expected 16"),
     ],

@@ -1,14 +1,22 @@
 """What is loaded, under which names, and what the report says of the rest."""
 
+import copy
 import json
 import os
+import pickle
 import re
+import subprocess
+import sys
+from collections import Counter, OrderedDict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -352,6 +360,106 @@ def test_complex_state_in_a_file_is_complex_when_it_waits(tmp_path: Path) -> Non
     assert_equal(again.state_dict()["pending"]["a"]["slots"]["exp_avg"], waiting["exp_avg"])
 
 
+# State that waits, as it is shown
+
+
+def waiting(library: Library, average: bool = True) -> tuple[mo.Optimizer, dict[str, Any]]:
+    """An optimizer with state of some names that waits, and the state that it came from."""
+    mean = mo.Average() if average else None
+    source, target = (mo.Optimizer(mo.Adam(), average=mean) for _ in range(2))
+    arrays = {"a": ones(2), "b": np.ones(()), "z": ones(3, dtype="complex64"), "e": ones(0, 2)}
+    params = {name: library.param(array) for name, array in arrays.items()}
+    source.step(params, {name: library.grad(array) for name, array in arrays.items()})
+    state = source.state_dict()
+    target.load_state_dict(state)
+    target.step({"a": params["a"]}, {"a": library.grad(arrays["a"])})
+    return target, state
+
+
+@pytest.mark.parametrize("library", LOCAL, ids=lambda one: one.id)
+def test_what_waits_is_shown_as_arrays_of_the_library_it_came_from(library: Library) -> None:
+    opt, state = waiting(library)
+    for _ in range(2):
+        shown = opt.state_dict()
+        assert set(shown["pending"]) == set(shown["pending_averages"]) == {"b", "z", "e"}
+        for part, was in (("pending", "entries"), ("pending_averages", "averages")):
+            for name, entry in shown[part].items():
+                for slot, array in state[was][name]["slots"].items():
+                    found = entry["slots"][slot]
+                    assert type(found) is type(array)
+                    assert_equal(library.numpy(found), library.numpy(array))
+        # Also when it has waited somewhere else in the meantime.
+        opt = mo.Optimizer(mo.Adam(), average=mo.Average())
+        opt.load_state_dict(shown)
+        opt.step({"a": library.param(ones(2))}, {"a": library.grad(ones(2))})
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_torch_loads_a_state_dict_with_state_that_waits(tmp_path: Path, average: bool) -> None:
+    opt, _ = waiting(TORCH, average)
+    torch.save({"opt": opt.state_dict()}, tmp_path / "run.pt")
+    again = mo.Optimizer(mo.Adam(), average=mo.Average())
+    again.load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True)["opt"])
+    assert set(again.pending) == {"a", "b", "z", "e"}
+
+
+def test_torch_loads_a_state_dict_with_state_of_torch_that_waits(tmp_path: Path) -> None:
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    adam = torch.optim.Adam(params)
+    for param in params:
+        param.grad = torch.ones(2)
+    adam.step()
+    opt = mo.Optimizer(mo.Adam())
+    opt.load_state_dict(torch_optim.from_torch(adam.state_dict(), torch.optim.Adam, ["a", "b"]))
+    opt.step({"a": params[0]})
+    torch.save(opt.state_dict(), tmp_path / "run.pt")
+    assert set(torch.load(tmp_path / "run.pt", weights_only=True)["pending"]) == {"b"}
+
+
+def test_what_waits_and_came_from_a_file_is_shown_as_numpy_arrays(tmp_path: Path) -> None:
+    opt, _ = waiting(TORCH)
+    opt.save(tmp_path / "run")
+    again = mo.Optimizer(mo.Adam(), average=mo.Average())
+    again.load(tmp_path / "run")
+    for part in ("pending", "pending_averages"):
+        for entry in again.state_dict()[part].values():
+            assert all(type(array) is np.ndarray for array in entry["slots"].values())
+    # ``torch.load`` does not take those, ``read`` does.
+    torch.save(again.state_dict(), tmp_path / "run.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "run.pt", weights_only=True)
+    last = mo.Optimizer(mo.Adam(), average=mo.Average())
+    last.load_state_dict(torch_optim.read(tmp_path / "run.pt"))
+    assert last.pending == again.pending
+
+
+def test_what_is_shown_of_what_waits_is_a_copy() -> None:
+    opt, _ = waiting(TORCH)
+    for _ in range(2):
+        slot = opt.state_dict()["pending"]["b"]["slots"]["exp_avg"]
+        assert slot != 9.0
+        slot.fill_(9.0)
+
+
+def test_no_library_is_imported_to_show_what_waits(tmp_path: Path) -> None:
+    opt, _ = waiting(TORCH)
+    opt.forget("a")
+    (tmp_path / "opt").write_bytes(pickle.dumps(opt))
+    program = (
+        "import pathlib, pickle, sys\n"
+        f"opt = pickle.loads(pathlib.Path({str(tmp_path / 'opt')!r}).read_bytes())\n"
+        "print(type(opt.state_dict()['pending']['b']['slots']['exp_avg']), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "<class 'numpy.ndarray'> False\n"
+
+
 def test_arguments_of_another_kind_are_said(loaded: Any) -> None:
     for option in ("names", "rename"):
         with pytest.raises(TypeError, match=f"{option} must be .*; got 3"):
@@ -419,7 +527,6 @@ def test_metadata_is_a_mapping(tmp_path: Path, metadata: Any) -> None:
     [
         {1: "a key that is no string"},
         {"pair": (1, 2)},
-        {"number": float("nan")},
         {"array": np.ones(2)},
         {"a set": {1}},
         {"deep": eval("[" * 80 + "]" * 80)},
@@ -429,6 +536,128 @@ def test_metadata_that_would_not_come_back_is_refused(tmp_path: Path, metadata: 
     with pytest.raises(ValueError, match="metadata must be what JSON can hold"):
         stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
     assert list(tmp_path.iterdir()) == []
+
+
+def loop() -> list[Any]:
+    made: list[Any] = []
+    made += [made, made]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"a": {"b": [1, 2, {3}]}}, "metadata['a']['b'][2] is a set; expected "),
+        ({"a": (1,)}, "metadata['a'] is a tuple; expected "),
+        ({"a": [(1,)]}, "and NumPy's numbers: make it a list"),
+        ({"a": [b"x"]}, "metadata['a'][0] is a bytes; expected None, True, False, a number, "),
+        ({"a": 1j}, "metadata['a'] is a complex; "),
+        ({"a": [{"b": {True: 1}}]}, "metadata['a'][0]['b'] has the key True; expected strings"),
+        ({"a": {None: 1}}, "metadata['a'] has the key None; expected strings"),
+        ({3: 1}, "metadata has the key 3; expected strings"),
+        ({"a": np.ones((2, 3))}, "metadata['a'] is a ndarray of shape (2, 3); "),
+        ({"a": torch.ones(())}, "and NumPy's numbers: call its tolist()"),
+        ({"a": np.datetime64("2026-01-01", "ns")}, "metadata['a'] is a datetime64; "),
+        ({"a": np.complex64(1)}, "metadata['a'] is a complex64; "),
+        ({"a": np.bytes_(b"x")}, "metadata['a'] is a bytes_; "),
+        ({"a": [10**5000]}, "metadata['a'][0] is a number of 16610 bits; "),
+        ({"a": ["\ud83d\ude00"]}, "metadata['a'][0] has two surrogates that JSON takes for one"),
+        ({"a": {"\ud83d\ude00": 1}}, "metadata['a'] has the key '\\ud83d\\ude00', with two surrog"),
+        ({"a": loop()}, "it is nested more than 64 deep"),
+        ({"a": len}, "metadata['a'] is a builtin_function_or_method; "),
+        ({"é\n": {1}}, "metadata['é\\n'] is a set; "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_of_metadata_cannot_be_kept_is_said(
+    tmp_path: Path, metadata: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    assert str(caught.value).startswith("metadata must be what JSON can hold; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal, of the same Python types, NaN equal to NaN and 0.0 not to -0.0."""
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(["nan", "inf", "-inf", "NaN", {"nan": "nan"}, {"0": None}, [None]]),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text("a0\u00e9\0"), inner),
+    max_leaves=20,
+)
+
+
+@given(metadata=st.dictionaries(st.text("a0nonfinite"), VALUES))
+def test_any_metadata_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, metadata: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "run"
+    before = copy.deepcopy(metadata)
+    mo.Optimizer(mo.Adam()).save(path, metadata=metadata)
+    assert same(metadata, before)
+    assert same(mo.Optimizer(mo.Adam()).load(path).metadata, metadata)
+    with safe_open(path, "numpy") as file:
+        json.loads(file.metadata()["multiopt"], parse_constant=lambda word: 1 / 0)
+
+
+@pytest.mark.parametrize("code", "?" + np.typecodes["AllInteger"] + "efdU")
+def test_numpy_numbers_come_back_as_those_of_python(tmp_path: Path, code: str) -> None:
+    number = np.array(1).astype(code)[()]
+    metadata = {"number": number, "0-d": np.array(number), "inside": [{"it": number}]}
+    expected = {"number": number.item(), "0-d": number.item(), "inside": [{"it": number.item()}]}
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    assert same(mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata, expected)
+
+
+def test_the_numbers_of_a_run_that_has_diverged_come_back(tmp_path: Path) -> None:
+    metadata = {
+        "loss": float("nan"),
+        "best": np.float32(3),
+        "epoch": np.int64(4),
+        "losses": [1.5, np.float32("nan"), np.inf, -np.inf],
+        "stopped": np.True_,
+    }
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    expected = {
+        "loss": float("nan"),
+        "best": 3.0,
+        "epoch": 4,
+        "losses": [1.5, float("nan"), float("inf"), float("-inf")],
+        "stopped": True,
+    }
+    found = mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata
+    assert same(found, expected)
+    # In the file, and for those who read it as releases before this did, they are null.
+    with safe_open(tmp_path / "run", "numpy") as file:
+        document = json.loads(file.metadata()["multiopt"])
+    assert document["metadata"]["losses"] == [1.5, None, None, None]
+    assert document["nonfinite"] == {"loss": "nan", "losses": {"1": "nan", "2": "inf", "3": "-inf"}}
+
+
+def test_metadata_may_have_many_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    metadata = {"l": [float("nan")] * 100_000}
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=metadata)
+    found = mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata["l"]
+    assert len(found) == 100_000
+    assert np.isnan(found).all()
+
+
+@pytest.mark.parametrize("kind", [MappingProxyType, OrderedDict, Counter])
+def test_metadata_may_be_any_mapping(tmp_path: Path, kind: Any) -> None:
+    stepped(a=ones(2)).save(tmp_path / "run", metadata=kind({"a": kind({"b": 1})}))
+    assert same(mo.Optimizer(mo.Adam()).load(tmp_path / "run").metadata, {"a": {"b": 1}})
 
 
 # Damage

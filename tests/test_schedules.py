@@ -1,10 +1,13 @@
 """Schedules against those of optax and torch; their clocks, their state, and changes mid-run."""
 
 import copy
+import functools
 import json
 import math
 import pickle
+import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -859,6 +862,320 @@ def test_a_plateau_of_somebody_else_does_not_keep_a_file_from_loading(tmp_path: 
     other.load(tmp_path / "run")
     schedules = other.state_dict()["pending"]["w"]["rule"]["schedules"]
     assert schedules == {"eps": {"name": "Constant", "value": 0.5}}
+
+
+# A Plateau inside of a callable
+
+
+GLOBAL: Any = None
+
+
+class Held:
+    """A callable object, of which only some attributes are used."""
+
+    def __init__(self, plateau: Plateau) -> None:
+        self.plateau, self.unused = plateau, Plateau(0.1)
+        self.parts = {"lr": [plateau]}
+
+    def __call__(self, step: int) -> float:
+        return self.plateau(step)
+
+    def at(self, step: int) -> float:
+        return self._inner(step)
+
+    def _inner(self, step: int) -> float:
+        return self.parts["lr"][0](step)
+
+    @property
+    def now(self) -> Plateau:
+        return self.plateau
+
+    def by_property(self, step: int) -> float:
+        return self.now(step)
+
+    def as_told(self, step: int) -> float:
+        return float(getattr(self, "plateau")(step))  # noqa: B009
+
+
+class Slotted:
+    __slots__ = ("empty", "plateau")
+
+    def __init__(self, plateau: Plateau) -> None:
+        self.plateau = plateau
+
+    def __call__(self, step: int) -> float:
+        return self.plateau(step)
+
+
+class InClass:
+    plateau: ClassVar[Any] = None
+
+    @classmethod
+    def at(cls, step: int) -> float:
+        return float(cls.plateau(step))
+
+
+class NoDataclass(Schedule):
+    def __init__(self, plateau: Plateau) -> None:
+        self.plateau = plateau
+
+    def __call__(self, step: int) -> float:
+        return self.plateau(step)
+
+
+class TwoPlateaus(Plateau):
+    """Its own state is saved, not that of the other."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "other", Plateau(0.1))
+
+    def __call__(self, step: int) -> float:
+        other: Plateau = self.other  # type: ignore[attr-defined]
+        return other(step) * super().__call__(step)
+
+
+class OddState(Plateau):
+    def state(self) -> dict[str, Any]:
+        return {"of": "somebody"}
+
+
+def of_default(plateau: Plateau) -> Any:
+    def lr(step: int, plateau: Plateau = plateau) -> float:
+        return plateau(step)
+
+    return lr
+
+
+def of_keyword(plateau: Plateau) -> Any:
+    def lr(step: int, *, plateau: Plateau = plateau) -> float:
+        return plateau(step)
+
+    return lr
+
+
+def of_global(plateau: Plateau) -> Any:
+    global GLOBAL
+    GLOBAL = plateau
+    return lambda step: GLOBAL(step)
+
+
+def of_module(plateau: Plateau) -> Any:
+    global GLOBAL
+    GLOBAL = plateau
+    module = sys.modules[__name__]
+    return lambda step: module.GLOBAL(step)
+
+
+def of_class(plateau: Plateau) -> Any:
+    InClass.plateau = plateau
+    return InClass.at
+
+
+def of_wrapper(plateau: Plateau) -> Any:
+    return functools.lru_cache(lambda step: plateau(step))
+
+
+def of_decorator(plateau: Plateau) -> Any:
+    @functools.wraps(plateau.__call__)
+    def lr(*args: Any) -> Any:
+        return lr.__wrapped__(*args)  # type: ignore[attr-defined]
+
+    return lr
+
+
+def of_functions(plateau: Plateau) -> Any:
+    def inner(step: int) -> float:
+        return plateau(step)
+
+    return lambda step: min(inner(step), 0.5)
+
+
+REACHING: dict[str, Callable[[Plateau], Any]] = {
+    "closure": lambda plateau: lambda step: min(1.0, step / 10) * plateau(step),
+    "function in a function": of_functions,
+    "list in a closure": lambda plateau: lambda step, parts=[1, [plateau]]: parts[1][0](step),
+    "dict": lambda plateau: {"lr": plateau}.__getitem__("lr").__call__,
+    "default": of_default,
+    "keyword": of_keyword,
+    "global": of_global,
+    "module": of_module,
+    "class": of_class,
+    "bound method": lambda plateau: plateau.__call__,
+    "partial": lambda plateau: functools.partial(lambda p, step: p(step), plateau),
+    "partial by keyword": lambda plateau: functools.partial(lambda s, p: p(s), p=plateau),
+    "partial of an object": lambda p: functools.partial(lambda h, step: h.plateau(step), Held(p)),
+    "callable object": Held,
+    "method": lambda plateau: Held(plateau).at,
+    "property": lambda plateau: Held(plateau).by_property,
+    "getattr": lambda plateau: Held(plateau).as_told,
+    "object in a closure": lambda p: (lambda held: lambda step: held.plateau(step))(Held(p)),
+    "slots": Slotted,
+    "wrapper": of_wrapper,
+    "decorator": of_decorator,
+    "schedule of a callable": lambda plateau: Join([lambda step: plateau(step), Constant(1)], [9]),
+    "shared": lambda plateau: Shared(lambda step: plateau(step)),
+    "schedule that is no dataclass": NoDataclass,
+    "field that is a dict": lambda plateau: Odd({"lr": plateau}),
+    "more than the fields": lambda plateau: TwoPlateaus(0.1),
+    "a state of somebody": lambda plateau: OddState(0.1),
+}
+
+
+def given(values: Any) -> mo.Optimizer:
+    opt = mo.Optimizer(mo.Adam(**values))
+    opt.step({"w": ones(), "v": ones()}, {"w": ones(), "v": ones()})
+    return opt
+
+
+def warned(act: Callable[[], object], message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        act()
+    (only,) = caught
+    assert only.filename == __file__
+
+
+@pytest.mark.parametrize("way", REACHING)
+def test_a_plateau_inside_of_a_callable_is_warned_of(tmp_path: Path, way: str) -> None:
+    opt = given({"lr": REACHING[way](Plateau(0.1))})
+    message = "Plateau inside, in the schedule of lr of parameters 'w', 'v'"
+    warned(lambda: opt.save(tmp_path / "run"), message)
+    warned(opt.state_dict, message)
+    for load in (
+        lambda opt: opt.load(tmp_path / "run"),
+        lambda opt: opt.load_state_dict(given({}).state_dict()),
+    ):
+        fresh = mo.Optimizer(mo.Adam(lr=REACHING[way](Plateau(0.1))))
+        warned(lambda load=load, fresh=fresh: load(fresh), message)
+        assert fresh.pending == ("w", "v")
+        warned(lambda load=load: load(opt), message)
+
+
+class Trainer:
+    """Somebody with a Plateau for something else."""
+
+    def __init__(self) -> None:
+        self.plateau, self.rate = Plateau(0.1), 0.5
+
+    def lr(self, step: int) -> float:
+        return self.rate / step
+
+    def other(self, step: int) -> float:
+        return self.plateau(step)
+
+
+@dataclass(frozen=True)
+class WarmUp(Schedule):
+    schedule: Schedule
+
+    def __call__(self, step: int) -> float:
+        return self.schedule(step) / step
+
+
+QUIET: dict[str, Callable[[Plateau], Any]] = {
+    "a Plateau": lambda plateau: {"lr": plateau},
+    "parts": lambda plateau: {"lr": Shared(Join([plateau, Constant(0.1)], [9]))},
+    "a pair": lambda plateau: {"betas": (plateau, 0.999)},
+    "a field": lambda plateau: {"lr": WarmUp(plateau)},
+    "a field of a field": lambda plateau: {"lr": WarmUp(Join([plateau, WarmUp(plateau)], [9]))},
+    "a plain function": lambda plateau: {"lr": lambda step: 1.0 / step},
+    "NumPy": lambda plateau: {"lr": np.vectorize(lambda step: np.cos(step) ** 2)},
+    "optax": lambda plateau: {"lr": optax.cosine_decay_schedule(0.1, 10)},
+    "a Plateau for something else": lambda plateau: {"lr": Trainer().lr},
+    "an object that answers for itself": lambda plateau: {"lr": answering()},
+    "one that is saved elsewhere": lambda p: {"lr": Join([p, lambda step: p(step)], [9])},
+}
+
+
+def answering() -> Any:
+    class Answering:
+        def __getattribute__(self, name: str) -> Any:
+            raise AssertionError("it was asked")
+
+    held, gone = Answering(), weakref.proxy(Trainer())
+    return lambda step: (held, gone) and 0.1 / step
+
+
+@pytest.mark.parametrize("way", QUIET)
+def test_callables_without_a_plateau_are_nobody_s_affair(tmp_path: Path, way: str) -> None:
+    """Warnings are errors here."""
+    values = QUIET[way](Plateau(0.1))
+    opt = given(values)
+    opt.save(tmp_path / "run")
+    opt.state_dict()
+    mo.Optimizer(mo.Adam(**values)).load(tmp_path / "run")
+    opt.load(tmp_path / "run")
+
+
+def test_a_plateau_in_a_pair_and_in_an_average_is_warned_of(tmp_path: Path) -> None:
+    plateau = Plateau(0.5)
+
+    def decay(step: int) -> float:
+        return plateau(step)
+
+    opt = given({"betas": (decay, 0.9), "eps": decay})
+    warned(opt.state_dict, "schedule of betas of parameters 'w', 'v'; eps of parameters 'w', 'v'. ")
+    for average in (mo.Average(decay=decay), lambda name: mo.Average(decay=decay)):
+        opt = mo.Optimizer(mo.SGD(), average=average)
+        opt.step({"w": ones()}, {"w": ones()})
+        warned(lambda opt=opt: opt.save(tmp_path / "run"), "schedule of decay of parameter 'w'. ")
+        fresh = mo.Optimizer(mo.SGD(), average=average)
+        warned(lambda opt=fresh: opt.load(tmp_path / "run"), "schedule of decay of parameter 'w'. ")
+
+
+def test_only_names_that_have_such_a_callable_are_warned_of(tmp_path: Path) -> None:
+    held = Held(Plateau(0.1))
+    opt = mo.Optimizer(lambda name: mo.SGD(lr=held.at if name == "w" else 0.1))
+    opt.step({"w": ones(), "v": ones()}, {"w": ones(), "v": ones()})
+    warned(lambda: opt.save(tmp_path / "run"), "schedule of lr of parameter 'w'. ")
+    warned(lambda: opt.load(tmp_path / "run"), "schedule of lr of parameter 'w'. ")
+    opt.load(tmp_path / "run", names="v")
+    # Which rule a name will have is not known yet.
+    fresh = mo.Optimizer(lambda name: mo.SGD(lr=held.at if name == "w" else 0.1))
+    assert fresh.load(tmp_path / "run").pending == ("w", "v")
+
+
+def test_a_warning_that_is_an_error_changes_nothing(tmp_path: Path) -> None:
+    opt = given({"lr": Held(Plateau(0.1))})
+    with pytest.raises(UserWarning, match="Plateau inside"):
+        opt.save(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    fresh = mo.Optimizer(mo.Adam(lr=Held(Plateau(0.1))))
+    with pytest.raises(UserWarning, match="Plateau inside"):
+        fresh.load_state_dict(given({}).state_dict())
+    assert (fresh.pending, fresh.steps) == ((), 0)
+
+
+def test_a_search_for_a_plateau_has_an_end() -> None:
+    def chain(rest: Any) -> Any:
+        return lambda step: rest and 1.0 / step
+
+    lr = chain(None)
+    for _ in range(100_000):
+        lr = chain(lr)
+    loop: list[Any] = [*range(10**6)]
+    loop.append(loop)
+    begin = time.perf_counter()
+    given({"lr": lr, "eps": chain(loop)}).state_dict()
+    assert time.perf_counter() - begin < 10
+    # Deep objects must not be torn down by recursion.
+    while lr.__closure__ is not None and lr.__closure__[0].cell_contents is not None:
+        cell = lr.__closure__[0]
+        lr, cell.cell_contents = cell.cell_contents, None
+
+
+def test_the_drop_in_warns_of_a_plateau_inside_of_a_callable(tmp_path: Path) -> None:
+    pyro.clear_param_store()
+    loc = pyro.param("loc", torch.zeros(2)).unconstrained()
+    opt = drop_in.Adam({"lr": Held(Plateau(0.1))})
+    loc.grad = torch.ones(2)
+    opt([loc])
+    warned(lambda: opt.save(tmp_path / "run"), "schedule of lr of parameter 'loc'. ")
+    warned(
+        lambda: drop_in.Adam({"lr": Held(Plateau(0.1))}).load(tmp_path / "run"),
+        "schedule of lr of parameter 'loc'. ",
+    )
+    drop_in.Adam({"lr": 0.1}).load(tmp_path / "run")
 
 
 class Mine(Plateau):

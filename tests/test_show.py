@@ -30,7 +30,8 @@ def test_a_file_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     head, *rest = capsys.readouterr().out.replace(str(path), "FILE").splitlines()
     size = path.stat().st_size
     assert head == (
-        f"FILE: multiopt checkpoint, version 2, {size} bytes, 13 steps, 2 names seen, 2 pending"
+        f"FILE: multiopt checkpoint, version 2, {size} bytes, 13 steps, 2 names seen, 2 pending, "
+        "checked"
     )
     rules = [
         "AdamW 1: lr=0.5, betas=[0.9, 0.999], eps=1e-08, weight_decay=0.01, amsgrad=false",
@@ -70,20 +71,57 @@ def test_the_example_in_the_documents_is_what_is_printed(
     assert example.startswith(capsys.readouterr().out + "```\n")
 
 
-def test_the_slots_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slot_that_is_rotten_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opt = mo.Optimizer(mo.Adam(), average=mo.Average())
+    params = {name: np.arange(1.0, size) for name, size in (("w", 10), ("a\nb", 20), ("c", 30))}
+    opt.step(params, {name: w + 0.5 for name, w in params.items()})
+    path = tmp_path / "run"
+    opt.save(path, metadata={"loss": float("nan")})
+    assert main(["show", str(path)]) == 0
+    whole = capsys.readouterr().out.splitlines()
+    assert whole[0].endswith(", 0 pending, checked")
+    raw = bytearray(path.read_bytes())
+    for name, slot in (("a\nb", "exp_avg_sq"), ("c", "exp_avg")):
+        raw[raw.index(opt.state(name).slots[slot].tobytes()) + 3] ^= 1
+    raw[raw.index(np.asarray(opt.average("w")).tobytes())] ^= 1
+    path.write_bytes(raw)
+    assert main(["show", str(path)]) == 1
+    head, *rest = capsys.readouterr().out.splitlines()
+    assert head == whole[0].removesuffix("checked") + "damaged"
+    assert rest[:3] == [
+        r"damaged: 'a\nb', its slot exp_avg_sq: the checksum differs",
+        "damaged: c, its slot exp_avg: the checksum differs",
+        "damaged: w, its slot average: the checksum differs",
+    ]
+    # The rest is shown all the same.
+    assert rest[3:] == whole[1:]
+    assert rest[3] == 'metadata: {"loss": NaN}'
+
+
+def test_slots_that_a_disk_has_lost_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     opt = mo.Optimizer(mo.Adam())
     opt.step({"w": np.ones(1000)}, {"w": np.ones(1000)})
     path = tmp_path / "run.safetensors"
     opt.save(path)
-    # A file whose slots are holes: there is nothing to read.
+    # A file whose slots are holes.
     with path.open("rb+") as file:
         header = int.from_bytes(file.read(8), "little")
         file.truncate(8 + header)
         file.truncate(8 + header + 16000)
     with pytest.raises(mo.CheckpointError, match="'w'"):
         mo.Optimizer(mo.Adam()).load(path)
+    assert main(["show", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "16000" in out
+    assert "damaged: w, its slot exp_avg_sq: the checksum differs" in out
+
+
+def test_a_file_without_checksums_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parent / "checkpoints" / "version_1.safetensors"
     assert main(["show", str(path)]) == 0
-    assert "16000" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[0].endswith(" pending, without checksums")
 
 
 @pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "", " ", "\x9b1m", "\u202ea", "\ud800"])

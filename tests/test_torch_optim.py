@@ -15,6 +15,7 @@ import torch
 import multiopt as mo
 from multiopt import checkpoint
 from multiopt.adapters.torch_optim import from_torch, read, rules_of, to_torch
+from multiopt.adapters.torch_state import parameter_from_torch
 
 #: Options for which an optimizer keeps all that it may keep, and some that are only torch's.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -340,7 +341,30 @@ def broken(change: Any) -> Any:
         (lambda s: s["state"][1].update(step=torch.tensor(-1.0)), "'b' .* a step >= 0; got -1"),
         (lambda s: s["state"][1].update(step=torch.tensor(float("nan"))), "'b' is no state of SGD"),
         (lambda s: s["state"][1].update(step=torch.tensor(float("inf"))), "'b' is no state of SGD"),
-        (lambda s: s["state"][1].update(momentum_buffer="x"), "'b' is no state of SGD"),
+        (
+            lambda s: s["state"][1].update(momentum_buffer="x"),
+            "'b' is no state of SGD .*expected a tensor under 'momentum_buffer'; got a str",
+        ),
+        (
+            lambda s: s["state"][1].update(momentum_buffer=np.ones(2)),
+            "expected a tensor under 'momentum_buffer'; got a ndarray",
+        ),
+        (
+            lambda s: s["state"][1].update(momentum_buffer=torch.ones(2).to_sparse()),
+            "'b' is no state of SGD",
+        ),
+        (
+            lambda s: s["state"][1].update(momentum_buffer=torch.ones(2, device="meta")),
+            "'b' is no state of SGD",
+        ),
+        (
+            lambda s: s["param_groups"][0].update(lr=float("nan")),
+            "'a' .* SGD: lr must be a finite number",
+        ),
+        (
+            lambda s: s["param_groups"][0].update(nesterov=float("nan")),
+            "'a' .* SGD: nesterov must be",
+        ),
         (
             lambda s: s["state"][1].update(momentum_buffer=torch.ones(2, dtype=torch.int8)),
             "'b' is no state of SGD",
@@ -366,6 +390,114 @@ def test_a_state_dict_of_another_form_is_refused(change: Any, message: str) -> N
         from_torch(broken(change), torch.optim.SGD, ["a", "b"])
 
 
+COUNTING = sorted(SETTINGS.keys() - {"SGD", "Muon"})
+#: What is no number of steps.
+NO_CLOCKS = [
+    *(1.5, -1, -1.0, float("nan"), float("inf"), 2.0**54, True, "3", None, [3], {}, 1 + 0j),
+    *(np.float64(0.5), np.array([1, 2]), np.bool_(True), np.array("3")),
+    *(torch.tensor(2.5), torch.tensor(float("nan")), torch.tensor(-float("inf"))),
+    *(
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([]),
+        torch.tensor(True),
+        torch.ones((), device="meta"),
+    ),
+]
+
+
+def of_one(name: str, steps: int = 5) -> tuple[dict[str, Any], Any, torch.Tensor]:
+    """The state dict of an optimizer of torch of one matrix, that optimizer, and the matrix."""
+    w = torch.ones((2, 2), requires_grad=True)
+    theirs = getattr(torch.optim, name)([("w", w)], **SETTINGS[name][-1])
+    for _ in range(steps):
+        w.grad = torch.ones_like(w)
+        theirs.step()
+    return theirs.state_dict(), theirs, w
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_state_without_a_clock_is_refused_as_in_torch(name: str) -> None:
+    state, theirs, _ = of_one(name)
+    del state["state"][0]["step"]
+    with pytest.raises(mo.CheckpointError, match=r"'w' .* under 'step', .*; got none, beside \["):
+        from_torch(state, type(theirs))
+    with pytest.raises(KeyError):
+        theirs.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+@pytest.mark.parametrize("clock", NO_CLOCKS, ids=repr)
+def test_a_clock_is_a_whole_number(name: str, clock: Any) -> None:
+    state, theirs, _ = of_one(name)
+    state["state"][0]["step"] = clock
+    if name == "SGD" and clock is None:
+        assert from_torch(state, type(theirs))["entries"]["w"]["step"] == 1
+        return
+    with pytest.raises(mo.CheckpointError, match="the state of 'w' is no state"):
+        from_torch(state, type(theirs))
+
+
+@pytest.mark.parametrize(
+    "clock", [3, 3.0, np.int32(3), np.float64(3), np.array(3), torch.tensor(3), torch.ones(1) * 3]
+)
+def test_a_clock_may_be_any_number_that_is_whole(clock: Any) -> None:
+    for name in ("Adam", "SGD"):
+        state, theirs, _ = of_one(name)
+        state["state"][0]["step"] = clock
+        assert from_torch(state, type(theirs))["entries"]["w"]["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["Muon", "SGD"])
+def test_torch_counts_no_steps_of_some(name: str) -> None:
+    for steps in (0, 5):
+        state, theirs, _ = of_one(name, steps)
+        assert from_torch(state, type(theirs))["entries"]["w"]["step"] == min(steps, 1)
+
+
+def test_the_state_of_two_parameters_is_not_that_of_one() -> None:
+    state = sgd()[0].state_dict()
+    for odd in (state, {**state, "param_groups": [{**state["param_groups"][0], "params": [1]}]}):
+        with pytest.raises(mo.CheckpointError, match="expected the state of one parameter; got a"):
+            parameter_from_torch("a", mo.SGD, odd)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", COUNTING)
+def test_clocks_and_the_like_have_the_dtype_that_torch_gives_them(
+    name: str, default: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(torch.set_default_dtype, torch.get_default_dtype()))
+    state, theirs, _ = of_one(name)
+    ours = from_torch(state, type(theirs))
+    ours["entries"]["w"]["step"] = 70_001
+    torch.set_default_dtype(default)
+    expected = of_one(name, 1)[0]["state"][0]
+    found = to_torch(ours, theirs)["state"][0]
+    assert found["step"] == 70_001
+    for key in ("step", *COMPUTED, "mu"):
+        if key in expected and not theirs.param_groups[0].get("fused"):
+            assert found[key].dtype == expected[key].dtype, key
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_clock_that_float32_has_not_is_not_rounded(name: str, foreach: bool) -> None:
+    """And torch goes on counting, beside a parameter with a short clock."""
+    step = 2**24 + 1
+    params = {n: torch.ones((2, 2), requires_grad=True) for n in ("long", "short")}
+    theirs = getattr(torch.optim, name)(params.items(), lr=0.1, foreach=foreach)
+    for number in range(2):
+        for w in params.values():
+            w.grad = torch.ones_like(w)
+        theirs.step()
+        if number == 0:
+            state = from_torch(theirs.state_dict(), type(theirs))
+            state["entries"]["long"]["step"] = step
+            theirs.load_state_dict(to_torch(state, theirs))
+    state = from_torch(theirs.state_dict(), type(theirs))
+    assert [entry["step"] for entry in state["entries"].values()] == [step + 1, 2]
+
+
 def test_a_long_clock_costs_nothing() -> None:
     w = torch.ones(2, requires_grad=True)
     theirs = torch.optim.NAdam([("w", w)])
@@ -380,11 +512,12 @@ def test_a_long_clock_costs_nothing() -> None:
 def test_settings_may_be_tensors_in_torch() -> None:
     w = torch.ones(2, requires_grad=True)
     betas = (torch.tensor(0.5), torch.tensor([0.25]).squeeze())
-    theirs = torch.optim.Adam([("w", w)], lr=torch.tensor(0.125), betas=betas, foreach=False)
-    state = from_torch(theirs.state_dict(), torch.optim.Adam)
-    assert rules_of(state) == {"w": mo.Adam(lr=0.125, betas=(0.5, 0.25))}
-    (group,) = to_torch(state, theirs)["param_groups"]
-    assert (group["lr"], group["betas"]) == (0.125, (0.5, 0.25))
+    for lr in (torch.tensor(0.125), torch.tensor([0.125])):
+        theirs = torch.optim.Adam([("w", w)], lr=lr, betas=betas, foreach=False)
+        state = from_torch(theirs.state_dict(), torch.optim.Adam)
+        assert rules_of(state) == {"w": mo.Adam(lr=0.125, betas=(0.5, 0.25))}
+        (group,) = to_torch(state, theirs)["param_groups"]
+        assert (group["lr"], group["betas"]) == (0.125, (0.5, 0.25))
 
 
 @pytest.mark.parametrize("value", [0, 1, np.True_, torch.tensor(False)])

@@ -117,6 +117,11 @@ class JaxBackend(Backend):
         """A JAX array, on the first of the parameter's devices."""
         return _put(np.array(array), layout)
 
+    def copied(self, array: np.ndarray) -> Array:
+        """A JAX array; a NumPy array where JAX makes none of its dtype now."""
+        is_known = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+        return (jax.numpy if is_known else np).array(array)
+
 
 def _put(array: np.ndarray, layout: Layout) -> Array:
     platform, _, index = layout.device.partition(",")[0].partition(":")

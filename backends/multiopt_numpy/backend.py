@@ -98,6 +98,10 @@ class NumpyBackend(Backend):
         """A copy."""
         return np.array(array)
 
+    def copied(self, array: np.ndarray) -> Array:
+        """A copy."""
+        return np.array(array)
+
 
 @cache
 def _look() -> Look | None:

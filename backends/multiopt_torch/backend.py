@@ -256,6 +256,10 @@ class TorchBackend(Backend):
         """A clone."""
         return array.clone()
 
+    def copied(self, array: np.ndarray) -> Array:
+        """A tensor on the CPU."""
+        return torch.from_numpy(array.copy())
+
 
 #: By their addresses, the types of tensors that compiled code looks at.
 KINDS = tuple(map(id, PLAIN))

@@ -18,7 +18,6 @@ torch numbers parameters, so it takes their names to know them here.
 >>> adam.load_state_dict(to_torch(opt.state_dict(), adam))
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -42,16 +41,17 @@ from multiopt.adapters.torch_state import (
 )
 from multiopt.entry import check_slot_names, in_parts
 from multiopt.errors import CheckpointError
+from multiopt.file_objects import Source
 from multiopt.rules import Rule
 
 __all__ = ["from_torch", "read", "rules_of", "to_torch"]
 
 
-def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
+def read(path: Source, map_location: Any = None) -> Any:
     """Read a file of ``torch.save``: plain data and tensors, never code (``weights_only=True``).
 
     Args:
-        path: The file.
+        path: The file, or a binary file object, which is read from where it is.
         map_location: As in ``torch.load``; by default tensors come to the CPU.
 
     Returns:
@@ -59,7 +59,8 @@ def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
 
     Raises:
         CheckpointError: The file is damaged, of another kind, or would run code.
-        OSError: The file cannot be opened.
+        OSError: The file cannot be read.
+        TypeError: It is neither a path nor a binary file object.
 
     >>> import torch
     >>> from multiopt.adapters.torch_optim import read
@@ -87,7 +88,7 @@ def from_torch(
             those that torch keeps of an optimizer made from ``named_parameters()``.
 
     Returns:
-        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter.
+        The state dict, its slots tensors on the CPU, copies; float32 for a 16-bit parameter.
 
     Raises:
         CheckpointError: It has another form, is that of another optimizer, or a setting is out of
@@ -102,7 +103,10 @@ def from_torch(
     for group in groups:
         for number in group["params"]:
             # A parameter that never had a gradient has no state.
-            one = {"state": {0: states.get(number, {})}, "param_groups": [group]}
+            one = {
+                "state": {number: states.get(number, {})},
+                "param_groups": [{**group, "params": [number]}],
+            }
             entries[names_of[number]] = parameter_from_torch(names_of[number], rule_class, one)
     return state_dict_of(entries)
 

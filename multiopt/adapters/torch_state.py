@@ -12,24 +12,27 @@ from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from inspect import signature
+from io import BytesIO
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import RLock
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from multiopt import checkpoint, rules
 from multiopt.backend import COMPUTE_DTYPE, named
+from multiopt.checkpoint import LAST_STEP
 from multiopt.entry import MASTER, check_slot_names, described_rule, on_host
-from multiopt.errors import CheckpointError
+from multiopt.errors import CheckpointError, brief
+from multiopt.file_objects import Source, check_readable, is_path, label
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
 from multiopt.rules.nadam import product_of_shares
 
 __all__ = [
-    "clock_tensor",
     "derived_numbers",
     "for_torch",
     "fresh_state",
@@ -47,6 +50,7 @@ __all__ = [
     "rule_class_of",
     "rule_of",
     "rule_settings",
+    "scalar",
     "state_dict_of",
     "whole_number",
     "without_clock",
@@ -70,6 +74,9 @@ OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"
 #: Settings that are True or False; one of them may be a word as well.
 SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules.__all__))
 
+#: Optimizers of torch that count no steps.
+CLOCKLESS = ("SGD", "Muon")
+
 #: What torch keeps beside slots, though the step and the settings say it.
 DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
 
@@ -77,51 +84,83 @@ DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
 REFUSED = re.compile(r"GLOBAL (\S+)|<class '(\S+)'>|unrecognized function (.+)")
 
 
-def read(path: str | os.PathLike[str], map_location: Any = None) -> Any:
+def read(file: Source, map_location: Any = None) -> Any:
     """What ``torch.save`` wrote to a file: plain data and tensors, read with ``weights_only=True``.
 
     Args:
-        path: The file.
+        file: The path of the file, or a binary file object, read from where it is.
         map_location: As in ``torch.load``; by default tensors come to the CPU.
 
     Raises:
         CheckpointError: The file is damaged, of another kind, or would run code.
-        OSError: The file cannot be opened.
+        OSError: The file cannot be read.
+        TypeError: It is neither a path nor a binary file object.
     """
-    with Path(path).open("rb") as file:
+    with _opened(file) as opened:
+        start = opened.tell()
         try:
             with _numpy_numbers():
-                found = torch.load(file, map_location or "cpu", weights_only=True)
+                found = torch.load(opened, map_location or "cpu", weights_only=True)
             return _with_arrays(found, {})
         except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
             # torch's own words advise to read the file with weights_only=False.
             advises = "weights_only" in str(error)
+            opened.seek(start)
             raise CheckpointError(
-                f"{os.fspath(path)}: expected a checkpoint that torch.load reads with "
-                f"weights_only=True, plain data and tensors; {_refusal(path, error, advises)}"
+                f"{label(file)}: expected a checkpoint that torch.load reads with "
+                f"weights_only=True, plain data and tensors; {_refusal(opened, error, advises)}"
             ) from (None if advises else error)
 
 
-def is_safetensors(path: str | os.PathLike[str]) -> bool:
+def is_safetensors(file: Source) -> bool:
     """Whether a file looks like one of safetensors, as multiopt's are.
+
+    Args:
+        file: As for ``read``; a file object must be one that can be sought.
 
     Raises:
         OSError: The file cannot be read.
+        TypeError: It is neither a path nor a binary file object.
     """
-    with Path(path).open("rb") as file:
-        # The length of the header in 8 bytes, then the header, in JSON.
-        return file.read(9)[8:] == b"{"
+    if is_path(file):
+        with Path(os.fsdecode(file)).open("rb") as opened:
+            return _begins_as_safetensors(opened)
+    source: Any = file
+    check_readable(source)
+    return _begins_as_safetensors(source)
 
 
-def _refusal(path: str | os.PathLike[str], error: Exception, advises: bool) -> str:
+def _begins_as_safetensors(opened: BinaryIO) -> bool:
+    """Whether what follows does, without moving on."""
+    start = opened.tell()
+    # The length of the header in 8 bytes, then the header, in JSON.
+    beginning = opened.read(9)
+    opened.seek(start)
+    return beginning[8:] == b"{"
+
+
+@contextmanager
+def _opened(file: Source) -> Iterator[BinaryIO]:
+    """A file that can be sought, as torch needs it."""
+    if is_path(file):
+        with Path(os.fsdecode(file)).open("rb") as opened:
+            yield opened
+        return
+    source: Any = file
+    check_readable(source)
+    can_be_sought = getattr(source, "seekable", lambda: False)()
+    yield source if can_be_sought else BytesIO(source.read())
+
+
+def _refusal(opened: BinaryIO, error: Exception, advises: bool) -> str:
     """What is wrong with a file that torch did not read.
 
     Args:
-        path: The file.
+        opened: The file.
         error: What torch raised.
         advises: Whether that gives advice that is not ours.
     """
-    if is_safetensors(path):
+    if _begins_as_safetensors(opened):
         return "got a file of safetensors: if multiopt wrote it, use Optimizer.load"
     if advises and (found := REFUSED.search(str(error))):
         what = next(filter(None, found.groups()))
@@ -289,9 +328,9 @@ def parameter_to_torch(
         slots = {slot: torch.view_as_complex(tensor) for slot, tensor in slots.items()}
     state = {}
     if step:
-        # Pyro's optimizers count in an int, torch's in a tensor of the default dtype.
+        # Pyro's optimizers count in an int, torch's in a tensor.
         in_pyro = constructor.__module__.startswith("pyro.")
-        clock = step if in_pyro else clock_tensor(step)
+        clock = step if in_pyro else scalar(step)
         state[0] = {"step": clock, **derived_numbers(rule, step), **slots}
     elif slots:
         fresh = fresh_state(constructor, group, next(iter(slots.values())))
@@ -324,25 +363,20 @@ def without_clock(
     constructor: type[torch.optim.Optimizer], state: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The state of a parameter in torch, without a clock where torch keeps none."""
-    clockless = constructor in (torch.optim.SGD, getattr(torch.optim, "Muon", None))
+    clockless = constructor.__name__ in CLOCKLESS
     return {key: value for key, value in state.items() if not (clockless and key == "step")}
 
 
-def clock_tensor(step: int) -> torch.Tensor:
-    """A clock as torch's optimizers keep it."""
-    return torch.tensor(float(step))
+def scalar(value: float) -> torch.Tensor:
+    """A number as torch keeps it beside slots.
 
-
-def whole_number(value: Any) -> int:
-    """A clock in torch's terms as an int.
-
-    Raises:
-        ValueError: It is no whole number >= 0.
+    That is in float32, whatever the default dtype is, or in float64 if that is the default. A clock
+    above 2^24 that float32 does not have comes in float64 too, which torch goes on with.
     """
-    step = value.item() if isinstance(value, torch.Tensor) else value
-    if isinstance(step, bool) or not isinstance(step, int | float) or step < 0 or step % 1:
-        raise ValueError(f"expected a whole number as a step >= 0; got {step!r}")
-    return int(step)
+    double = torch.tensor(value, dtype=torch.float64)
+    single = double.to(torch.float32)
+    is_rounded = isinstance(value, int) and single.item() != value
+    return double if is_rounded or torch.get_default_dtype() == torch.float64 else single
 
 
 def derived_numbers(rule: Mapping[str, Any], step: int) -> dict[str, torch.Tensor]:
@@ -352,7 +386,7 @@ def derived_numbers(rule: Mapping[str, Any], step: int) -> dict[str, torch.Tenso
         rule: The description of the rule in a state dict.
         step: How many steps were taken.
     """
-    return {name: torch.tensor(value) for name, value in _derived(rule, step).items()}
+    return {name: scalar(value) for name, value in _derived(rule, step).items()}
 
 
 def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
@@ -427,25 +461,31 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
     (group,) = inner["param_groups"]
     refuse_subsamples(group)
     _check_settings(rule_class, group)
-    kept = {}
-    for values in inner["state"].values():
-        kept.update({key: value for key, value in values.items() if value is not None})
+    numbers, states = list(group["params"]), inner["state"]
+    if len(numbers) != 1 or not states.keys() <= set(numbers):
+        raise ValueError(
+            f"expected the state of one parameter; got a group of {numbers} and the state of "
+            f"{list(states)}"
+        )
+    values = states.get(numbers[0], {})
+    step = _clock(rule_class, values)
+    kept = {key: value for key, value in values.items() if value is not None and key != "step"}
     if rule_class is rules.Adam and group.get("decoupled_weight_decay"):
         rule_class = rules.AdamW
     known = {f.name for f in fields(rule_class)}
-    # torch's SGD counts no steps; what matters is whether the first one is past.
-    step = whole_number(kept.pop("step", 1 if kept else 0))
     settings = {k: v for k, v in rule_settings(group, step).items() if k in known}
     rule = described_rule(rule_class(**settings), step)
     for name in DERIVED.get(rule["name"], ()):
         kept.pop(name, None)
     slots = {}
+    for slot, tensor in kept.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"expected a tensor under {slot!r}; got a {type(tensor).__name__}")
     is_complex = any(tensor.is_complex() for tensor in kept.values())
     for slot, tensor in kept.items():
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        tensor = torch.view_as_real(tensor) if is_complex else tensor
+        tensor = torch.view_as_real(tensor.resolve_conj()) if is_complex else tensor
         dtype = getattr(torch, COMPUTE_DTYPE[str(tensor.dtype).removeprefix("torch.")])
-        slots[slot] = tensor.cpu().to(dtype).numpy().copy()
+        slots[slot] = named("torch").to_host(tensor.to(dtype))
         if not step:
             # Slots are zero before the first step; Adagrad's sum in torch may not be.
             slots[slot] = np.zeros_like(slots[slot])
@@ -460,6 +500,41 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
     if "scheduler" in state:
         loaded["scheduler"] = deepcopy(state["scheduler"])
     return loaded
+
+
+def _clock(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
+    """The clock in the state of a parameter in torch.
+
+    SGD and Muon of torch count no steps; what matters there is whether the first one is past.
+
+    Raises:
+        ValueError: There is none where one is counted, or it is no number of steps.
+    """
+    given = values.get("step")
+    if given is None and (not values or rule_class.__name__ in CLOCKLESS):
+        return 1 if any(value is not None for value in values.values()) else 0
+    if "step" not in values:
+        raise ValueError(
+            "expected a whole number up to 2^53 under 'step', a step >= 0; got none, beside "
+            f"{sorted(map(str, values))}"
+        )
+    return whole_number(given)
+
+
+def whole_number(given: Any) -> int:
+    """A clock in torch's terms as an int.
+
+    Raises:
+        ValueError: It is no number of steps.
+    """
+    step = number(given)
+    is_number = isinstance(step, int | float) and not isinstance(step, bool)
+    if not (is_number and 0 <= step <= LAST_STEP and step == int(step)):
+        raise ValueError(
+            "expected a whole number up to 2^53 under 'step', a step >= 0; got "
+            f"{brief(step if is_number else given)}"
+        )
+    return int(step)
 
 
 def _check_settings(rule_class: type[Rule], group: Mapping[str, Any]) -> None:
@@ -499,7 +574,7 @@ def plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 def number(value: Any) -> Any:
     """A setting as rules have it: torch allows tensors, arrays and lists for numbers and pairs."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        value = value.tolist()
+        value = value.item() if prod(value.shape) == 1 else value.tolist()
     return tuple(number(part) for part in value) if isinstance(value, list | tuple) else value
 
 
@@ -577,9 +652,9 @@ def state_dict_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _shown_slots(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    whole = named("numpy").whole
-    return {k: whole(x) if entry["complex"] else x for k, x in entry["slots"].items()}
+def _shown_slots(entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    tensors = {slot: torch.from_numpy(array) for slot, array in entry["slots"].items()}
+    return {k: torch.view_as_complex(x) if entry["complex"] else x for k, x in tensors.items()}
 
 
 def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

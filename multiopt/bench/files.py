@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 from unittest.mock import patch
 from weakref import finalize
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import multiopt as mo
@@ -63,7 +64,7 @@ def slots(opt: mo.Optimizer) -> Arrays:
     file.load_state_dict(opt.state_dict())
     pending = file.state_dict()["pending"]
     return {
-        f"{name}.{slot}": array
+        f"{name}.{slot}": np.asarray(array)
         for name, entry in pending.items()
         for slot, array in entry["slots"].items()
     }

@@ -1,6 +1,7 @@
 """Checkpoints of Pyro's own optimizers, from and to the core."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import constraints
 
 import multiopt as mo
+import multiopt.adapters.pyro as optim
 from multiopt.adapters.pyro.checkpoints import from_pyro, to_pyro
 from multiopt.adapters.torch_optim import read, rules_of
-from tests.pyro_drop_in.tensors import RULED, SETTINGS, give, param
+from tests.pyro_drop_in.tensors import RULED, SETTINGS, give, param, steps_of
 
 STEPS = 9
 #: torch's Muon orthogonalizes in bfloat16.
@@ -249,6 +251,70 @@ def test_complex_state_goes_over_and_back(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_form_is_refused(states: Any, message: str) -> None:
     with pytest.raises(mo.CheckpointError, match=message):
         from_pyro(states, pyro.optim.Adam)
+
+
+def stepped(name: str, steps: int = 3) -> tuple[Any, torch.Tensor]:
+    """An optimizer of Pyro after some steps of a matrix of the store."""
+    theirs, loc = getattr(pyro.optim, name)(dict(SETTINGS[name])), param("loc", size=(2, 3))
+    for _ in range(steps):
+        theirs([give(loc)])
+    return theirs, loc
+
+
+@pytest.mark.parametrize("name", sorted({*RULED} - {"SGD", "Muon"}))
+def test_state_without_a_clock_is_refused_as_in_pyro(name: str) -> None:
+    theirs, loc = stepped(name)
+    state = theirs.get_state()
+    del state["loc"]["state"][0]["step"]
+    with pytest.raises(mo.CheckpointError, match=r"'loc' .* under 'step', .*; got none, beside"):
+        from_pyro(state, getattr(pyro.optim, name))
+    ours = getattr(optim, name)(dict(SETTINGS[name]))
+    with pytest.raises(mo.CheckpointError, match=r"'loc' .* under 'step', .*; got none, beside"):
+        ours.set_state(state)
+    assert ours.get_state() == {}
+    back = getattr(pyro.optim, name)(dict(SETTINGS[name]))
+    back.set_state(state)
+    with pytest.raises(KeyError):
+        back([give(loc)])
+
+
+@pytest.mark.parametrize("name", ["Adam", "ClippedAdam", "AdagradRMSProp", "SGD"])
+@pytest.mark.parametrize("clock", [1.5, -1, float("nan"), True, "3", torch.tensor([1.0, 2.0])])
+def test_a_clock_is_a_whole_number(name: str, clock: Any) -> None:
+    state = stepped(name)[0].get_state()
+    state["loc"]["state"][0]["step"] = clock
+    with pytest.raises(mo.CheckpointError, match=r"'loc' .* a whole number up to 2"):
+        from_pyro(state, getattr(pyro.optim, name))
+    ours = getattr(optim, name)(dict(SETTINGS[name]))
+    with pytest.raises(mo.CheckpointError, match=r"'loc' .* a whole number up to 2"):
+        ours.set_state(state)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [601, 70_001, 2**24 + 1, 2**53 - 1])
+@pytest.mark.parametrize("name", RULED)
+def test_clocks_are_whole_whatever_the_default_dtype(
+    name: str, steps: int, default: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    """Through the drop-in, the core and Pyro."""
+    theirs, loc = stepped(name)
+    state = theirs.get_state()
+    state["loc"]["state"][0]["step"] = steps
+    request.addfinalizer(partial(torch.set_default_dtype, torch.get_default_dtype()))
+    torch.set_default_dtype(default)
+    ours = getattr(optim, name)(dict(SETTINGS[name]))
+    ours.set_state(state)
+    resumed = getattr(optim, name)(dict(SETTINGS[name]))
+    resumed.set_state(ours.get_state())
+    assert steps_of(resumed, "loc") == steps
+    core = from_pyro(resumed.get_state(), getattr(pyro.optim, name))
+    assert core["entries"]["loc"]["step"] == steps
+    if name in ("SGD", "Muon"):
+        return
+    back = getattr(pyro.optim, name)(dict(SETTINGS[name]))
+    back.set_state(to_pyro(core))
+    back([give(loc)])
+    assert steps_of(back, "loc") == steps + 1
 
 
 def test_an_optimizer_without_a_rule_is_refused() -> None:

@@ -254,6 +254,21 @@ def test_a_group_keeps_keys_of_users_and_of_schedulers(module: Any, tmp_path: Pa
         del group["tag"]
 
 
+def test_a_file_says_what_of_a_group_it_does_not_hold(tmp_path: Path) -> None:
+    opt, loc = optim.Adam({"lr": 0.1}), param("loc")
+    opt([give(loc)])
+    opt.optim_objs[loc].param_groups[0].update(tag={1, 2}, worst=float("inf"))
+    with pytest.warns(UserWarning, match="left out 'tag' in the param_groups of 'loc', a set") as n:
+        opt.save(tmp_path / "state")
+    assert n[0].filename == __file__
+    other = optim.Adam({"lr": 0.1})
+    other.load(tmp_path / "state")
+    other([give(loc)])
+    group = other.optim_objs[loc].param_groups[0]
+    assert group["worst"] == float("inf")
+    assert "tag" not in group
+
+
 @pytest.mark.parametrize("name", ["capturable", "foreach", "fused"])
 def test_how_torch_would_run_can_be_set_and_read(name: str) -> None:
     opt, loc = optim.Adam({"lr": 0.1}), param("loc")
@@ -442,7 +457,7 @@ def test_what_is_no_state_is_refused() -> None:
     opt([give(loc)])
     before = {k: v.tolist() for k, v in state.items()}
     wrong: list[tuple[str, Any, type[Exception], str]] = [
-        ("step", 1.5, ValueError, "a whole number as a step >= 0; got 1.5"),
+        ("step", 1.5, ValueError, "a step >= 0; got 1.5"),
         ("step", -1, ValueError, "got -1"),
         ("exp_avg", torch.zeros(3), ValueError, r"'exp_avg' would have shape \(3,\)"),
         ("exp_avg", torch.zeros(2, dtype=torch.complex64), ValueError, "and dtype torch.complex64"),
@@ -458,7 +473,7 @@ def test_what_is_no_state_is_refused() -> None:
         del state["mine"]
     clock = state["step"]
     clock.fill_(0.5)
-    with pytest.raises(ValueError, match=r"a whole number as a step >= 0; got 0.5"):
+    with pytest.raises(ValueError, match=r"a step >= 0; got 0.5"):
         opt([give(loc)])
     clock.fill_(1)
     assert {k: v.tolist() for k, v in state.items()} == before

@@ -49,7 +49,7 @@ def from_pyro(states: Mapping[str, Any], optimizer_class: Any) -> dict[str, Any]
             rule of that name.
 
     Returns:
-        The state dict, its slots NumPy arrays, copies; float32 for a 16-bit parameter.
+        The state dict, its slots tensors on the CPU, copies; float32 for a 16-bit parameter.
 
     Raises:
         CheckpointError: They have another form, are of another optimizer, or a setting is out of

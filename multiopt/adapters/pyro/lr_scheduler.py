@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from inspect import signature
-from os import PathLike
 from typing import Any, Literal
 
 import pyro.optim
@@ -15,6 +14,7 @@ from multiopt.adapters.pyro.tracking import Tracked
 from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
 from multiopt.exclusive import check_free
+from multiopt.file_objects import Target
 
 __all__ = ["PyroLRScheduler"]
 
@@ -99,10 +99,11 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         finally:
             self._take_changes()
 
-    def save(self, filename: str | PathLike[str]) -> None:
+    def save(self, filename: Target) -> None:
         """Write ``get_state()`` to a file in Pyro's format; a schedule is torch's own state."""
         self._stored_or_warn()
-        torch.save(self.get_state(), filename)
+        file: Any = filename
+        torch.save(self.get_state(), file)
 
     def _made(self) -> str:
         return f"{self.pt_scheduler_constructor.__name__} over {super()._made()}"

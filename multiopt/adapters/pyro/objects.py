@@ -12,7 +12,7 @@ import torch
 
 from multiopt.adapters.pyro.settings import EXECUTION
 from multiopt.adapters.pyro.tracking import Tracked
-from multiopt.adapters.torch_state import clock_tensor, parameter_to_torch, whole_number
+from multiopt.adapters.torch_state import parameter_to_torch, scalar, whole_number
 
 if TYPE_CHECKING:
     from multiopt.adapters.pyro.optim import JointOptim
@@ -349,7 +349,7 @@ class Clocks:
         known = self._shown.get(tracked)
         clock = None if known is None else known[0]()
         if clock is None:
-            clock = clock_tensor(step)
+            clock = scalar(step)
             self._shown[tracked] = ref(clock), step
         return clock
 

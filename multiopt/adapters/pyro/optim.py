@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
 from copy import deepcopy
 from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
-from os import PathLike
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -64,6 +63,9 @@ from multiopt.entry import (
 )
 from multiopt.errors import CheckpointError, brief
 from multiopt.exclusive import check_free, exclusive
+from multiopt.file_objects import Source, Target
+from multiopt.metadata import described as describe_metadata
+from multiopt.plateaus import warn_of_plateaus
 from multiopt.report import Report
 from multiopt.rules import Rule
 from multiopt.skipping import Skips
@@ -721,11 +723,12 @@ class JointOptim(PyroOptim):
         clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
         self._core.resume(max(clocks, default=0) if steps is None else steps)
 
-    def save(self, filename: str | PathLike[str]) -> None:
+    def save(self, filename: Target) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
 
         It holds what ``get_state`` lists, averages and counts of skips. Tensors that neither a
-        param store nor a module names cannot be saved; a warning says how many there are.
+        param store nor a module names cannot be saved; a warning says how many there are. The file
+        may be a binary file object.
         """
         stored = self._stored_or_warn()
         parts = "rule", "step", "slots", "complex"
@@ -739,17 +742,21 @@ class JointOptim(PyroOptim):
             },
             "pending": {},
         }
+        warn_of_plateaus({key: self._core.entry(key).rule for key in self._core})
         more = {"averages": averages, "skips": skips}
-        checkpoint.write(filename, document | {name: part for name, part in more.items() if part})
+        document |= {name: part for name, part in more.items() if part}
+        groups = {label: _plain_group(label, one.get("group", {})) for label, one in stored.items()}
+        groups = {label: group for label, group in groups.items() if group}
+        checkpoint.write(filename, document, {"param_groups": groups} if groups else None)
 
-    def load(self, filename: str | PathLike[str], map_location: Any = None) -> None:
+    def load(self, filename: Source, map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
 
         A file of ``multiopt.Optimizer.save`` may have master copies, and averages that are kept
         nowhere here. They are left out, with a warning.
 
         Args:
-            filename: The file.
+            filename: The file; or a binary file object that can be sought, from where it is.
             map_location: For a Pyro checkpoint, as in ``torch.load``; by default its tensors come
                 by way of the CPU. State goes to its parameter's device in any case.
 
@@ -772,7 +779,12 @@ class JointOptim(PyroOptim):
         for label, counts in document.pop("skips", {}).items():
             if label in loaded:
                 loaded[label]["skips"] = counts
+        for label, group in _groups_of(contents.metadata).items():
+            if label in loaded:
+                loaded[label]["group"] = group
         leave_out(document, loaded, stacklevel=3)
+        if isinstance(self.pt_optim_args, dict):
+            warn_of_plateaus(dict.fromkeys(loaded, self._rule(self.pt_optim_args)))
         self._wait(loaded, document.get("steps"))
 
     def _stored(self) -> dict[str, dict[str, Any]]:
@@ -848,3 +860,27 @@ def _in_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
     slots = stored["slots"]
     is_complex = any(map(np.iscomplexobj, slots.values()))
     return {**stored, "slots": in_parts(slots), "complex": is_complex}
+
+
+def _plain_group(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file can hold of the keys that schedulers and users have put into a group."""
+    kept = {}
+    for name, value in group.items():
+        try:
+            describe_metadata({name: value})
+        except ValueError:
+            warnings.warn(
+                f"left out {name!r} in the param_groups of {label!r}, a {type(value).__name__}: a "
+                "file holds numbers, strings, lists and mappings of them",
+                stacklevel=4,
+            )
+        else:
+            kept[name] = value
+    return kept
+
+
+def _groups_of(metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The groups in the metadata of a file, which may be somebody else's."""
+    groups = metadata.get("param_groups")
+    known = groups if isinstance(groups, dict) else {}
+    return {label: group for label, group in known.items() if isinstance(group, dict)}

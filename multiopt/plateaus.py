@@ -1,0 +1,59 @@
+"""Plateaus of which saved state has no description: ``docs/schedules.md``, "Saving"."""
+
+import sys
+import warnings
+from collections.abc import Mapping
+
+from multiopt.report import abridged
+from multiopt.rules import Rule
+from multiopt.rules.rule import is_schedule
+from multiopt.schedules import left_behind
+
+__all__ = ["warn_of_plateaus"]
+
+
+def warn_of_plateaus(rules: Mapping[str, Rule]) -> None:
+    """Warn of each ``Plateau`` inside of a callable of the user's.
+
+    Args:
+        rules: By name, rules whose state is saved, or loaded.
+    """
+    found: dict[str, list[str]] = {}
+    # Many names have one rule, and many rules one schedule.
+    known: dict[int, bool] = {}
+    hyperparameters: dict[int, list[str]] = {}
+    for name, rule in rules.items():
+        if id(rule) not in hyperparameters:
+            hyperparameters[id(rule)] = []
+            for hyperparameter in rule.ranges:
+                value = getattr(rule, hyperparameter)
+                if is_schedule(value):
+                    if id(value) not in known:
+                        known[id(value)] = bool(left_behind(value))
+                    if known[id(value)]:
+                        hyperparameters[id(rule)].append(hyperparameter)
+        for hyperparameter in hyperparameters[id(rule)]:
+            found.setdefault(hyperparameter, []).append(name)
+    if found:
+        which = "; ".join(
+            f"{what} of parameter{'s'[: len(names) > 1]} {abridged(names)}"
+            for what, names in found.items()
+        )
+        warnings.warn(
+            f"a callable of yours has a Plateau inside, in the schedule of {which}. What that has "
+            "seen is not in saved state, and does not come back with it. Make the callable a "
+            "dataclass derived from multiopt.schedules.Schedule, with the Plateau in a field, or "
+            "keep the state() of the Plateau yourself",
+            stacklevel=_level(),
+        )
+
+
+def _level() -> int:
+    """How far above the caller of this the first frame is that is not ours, nor torch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "multiopt",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    return level
