@@ -13,11 +13,9 @@ the last bit, on NumPy, PyTorch and JAX arrays.
 
 from multiopt import schedules
 from multiopt.averaging import Average
-from multiopt.clipping import Clip
 from multiopt.errors import CheckpointError
 from multiopt.loading import LoadReport
 from multiopt.optimizer import Optimizer, State
-from multiopt.report import Report
 from multiopt.rules import (
     ASGD,
     LAMB,
@@ -41,6 +39,8 @@ from multiopt.rules import (
     Rule,
 )
 from multiopt.skipping import Skips
+from multiopt.step.clip import Clip
+from multiopt.step.report import Report
 
 __all__ = [
     "ASGD",

@@ -14,10 +14,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_64
 
-from multiopt.backend import Array, Layout, backend_of, named
+from multiopt.backend import backend_of, named
 from multiopt.durable import replacing
+from multiopt.engine import Array
 from multiopt.errors import CheckpointError
 from multiopt.file_objects import Source, Target, is_path, label, on_disk, write_whole
+from multiopt.layout import Layout
 from multiopt.metadata import PAIR, check_nesting
 from multiopt.metadata import described as described_metadata
 from multiopt.metadata import restored as restored_metadata

@@ -5,18 +5,20 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from multiopt.averaging import Average
-from multiopt.backend import Array, Layout, backend_of, named
-from multiopt.clipping import Clip
+from multiopt.backend import Array, backend_of, named
+from multiopt.engine import MASTER
 from multiopt.errors import brief
+from multiopt.layout import Layout
 from multiopt.rules import Rule
 from multiopt.schedules import Plateau, Schedule, check_description, plain, plateaus
 from multiopt.schedules import described as described_schedule
+from multiopt.step.clip import Clip
 
 __all__ = [
     "Changed",
@@ -32,36 +34,35 @@ __all__ = [
     "described_rule",
     "described_waiting",
     "in_parts",
-    "new_entry",
     "on_host",
     "restored",
     "restored_plateaus",
+    "slot_shapes",
     "with_rule",
 ]
 
 
-#: The name of the slot that is no rule's.
-MASTER = "master_param"
+class Entry(NamedTuple):
+    """What is held of one name, as a record.
 
-
-@dataclass(slots=True)
-class Entry:
-    """One parameter of the registry. A step changes its clock and its slots, and nothing else."""
+    Attributes:
+        rule: Its rule.
+        clip: Its clip.
+        step: Its clock.
+        slots: Its slots by name, the master copy of a 16-bit parameter among them; empty for slots
+            that are all zero.
+        layout: The layout of its parameter.
+    """
 
     rule: Rule
     clip: Clip | None
     step: int
-    slots: tuple[Array, ...]
+    slots: dict[str, Array]
     layout: Layout
-    #: What a 16-bit parameter is rounded from, in float32, if that is kept; zero at first.
-    master: Array | None = None
 
-    def named_slots(self, convert: Callable[[Array], Array]) -> dict[str, Array]:
-        """The slots by name, each converted."""
-        named = dict(zip(self.rule.slot_shapes(self.layout.shape), self.slots, strict=True))
-        if self.master is not None:
-            named[MASTER] = self.master
-        return {name: convert(slot) for name, slot in named.items()}
+    def converted(self, convert: Callable[[Array], Array]) -> dict[str, Array]:
+        """The slots, each converted."""
+        return {name: convert(slot) for name, slot in self.slots.items()}
 
 
 def check_rule(rule: Any) -> None:
@@ -119,29 +120,12 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
     return choice
 
 
-def new_entry(
-    name: str, rule: Rule, clip: Clip | None, layout: Layout, masters: bool = False
-) -> Entry:
-    """An entry before its first step, every slot zero.
-
-    Args:
-        name: That of the parameter.
-        rule: Its rule.
-        clip: Its clip.
-        layout: Its layout.
-        masters: Whether 16-bit parameters have master copies.
+def slot_shapes(name: str, rule: Rule, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The slots of a parameter, with their shapes.
 
     Raises:
-        ValueError: The rule is not for parameters of this shape.
+        ValueError: The rule is not for it.
     """
-    zeros = named(layout.library).zeros
-    shapes = _slot_shapes(name, rule, layout)
-    slots = tuple(zeros(layout._replace(shape=shape)) for shape in shapes.values())
-    master = zeros(layout) if _keeps_master(masters, layout) else None
-    return Entry(rule, clip, 0, slots, layout, master)
-
-
-def _slot_shapes(name: str, rule: Rule, layout: Layout) -> dict[str, tuple[int, ...]]:
     if layout.is_complex and not rule.elementwise:
         raise ValueError(
             f"parameter {name!r} is complex; expected a real one, for {type(rule).__name__} treats "
@@ -162,18 +146,17 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
     Raises:
         ValueError: The rule is not for parameters of this shape.
     """
-    old = entry.rule.slot_shapes(entry.layout.shape)
-    new = _slot_shapes(name, rule, entry.layout)
+    layout = entry.layout
+    old = entry.rule.slot_shapes(layout.shape)
+    new = slot_shapes(name, rule, layout)
     if list(new.items()) == list(old.items()):
-        return replace(entry, rule=rule)
-    fresh = new_entry(name, rule, entry.clip, entry.layout)
-    kept = {
-        name: slot
-        for (name, shape), slot in zip(old.items(), entry.slots, strict=True)
-        if new.get(name) == shape
-    }
-    slots = tuple(kept.get(name, zero) for name, zero in zip(new, fresh.slots, strict=True))
-    return replace(entry, rule=rule, slots=slots, step=0 if new and not kept else entry.step)
+        return entry._replace(rule=rule)
+    zeros = named(layout.library).zeros
+    kept = {slot: entry.slots[slot] for slot, shape in old.items() if new.get(slot) == shape}
+    slots = {slot: zeros(layout.with_shape(shape)) for slot, shape in new.items()} | kept
+    if MASTER in entry.slots:
+        slots[MASTER] = entry.slots[MASTER]
+    return entry._replace(rule=rule, slots=slots, step=0 if new and not kept else entry.step)
 
 
 def changed(name: str | None, rule: Rule, values: Mapping[str, Any]) -> Rule:
@@ -284,10 +267,6 @@ def in_parts(slots: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: parts(x) if np.iscomplexobj(x) else x for name, x in slots.items()}
 
 
-def _keeps_master(masters: bool, layout: Layout) -> bool:
-    return masters and layout.dtype != layout.compute_dtype
-
-
 def restored(
     name: str,
     stored: Mapping[str, Any],
@@ -298,19 +277,27 @@ def restored(
 ) -> Entry:
     """An entry from loaded state, of whose slots, NumPy arrays, it takes possession.
 
-    The arguments are those of ``new_entry``. State without a master copy may begin to have one, and
+    State without a master copy may begin to have one, and
     that of step 0 may have no slots.
+
+    Args:
+        name: The name.
+        stored: The state.
+        rule: Its rule.
+        clip: Its clip.
+        layout: The layout of its parameter.
+        masters: Whether 16-bit parameters have master copies.
 
     Raises:
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
-    shapes = _slot_shapes(name, rule, layout)
-    keeps_master = _keeps_master(masters, layout)
+    shapes = slot_shapes(name, rule, layout)
+    keeps_master = masters and layout.dtype != layout.compute_dtype
     if keeps_master and MASTER in stored["slots"]:
         shapes[MASTER] = layout.shape
     check_slot_names(name, stored, rule, shapes)
     if is_unstepped(stored):
-        return new_entry(name, rule, clip, layout, masters)
+        return Entry(rule, clip, 0, {}, layout)
     arrays = stored["slots"]
     if layout.is_complex:
         arrays = in_parts(arrays)
@@ -330,10 +317,9 @@ def restored(
             )
     from_host = named(layout.library).from_host
     slots = {slot: from_host(arrays[slot], layout) for slot in shapes}
-    master = slots.pop(MASTER, None)
-    if keeps_master and master is None:
-        master = named(layout.library).zeros(layout)
-    return Entry(rule, clip, stored["step"], tuple(slots.values()), layout, master)
+    if keeps_master and MASTER not in slots:
+        slots[MASTER] = named(layout.library).zeros(layout)
+    return Entry(rule, clip, stored["step"], slots, layout)
 
 
 def _misfit(array: np.ndarray, given: np.ndarray, shape: tuple[int, ...], layout: Layout) -> str:
@@ -434,7 +420,7 @@ def described(
     return {
         "rule": described_rule(entry.rule, entry.step, count),
         "step": entry.step,
-        "slots": entry.named_slots(convert),
+        "slots": entry.converted(convert),
     }
 
 

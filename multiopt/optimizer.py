@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -12,9 +11,8 @@ import numpy as np
 
 from multiopt import checkpoint
 from multiopt.averaging import Average, Choices
-from multiopt.backend import Array, Layout
 from multiopt.checkpoint import Contents
-from multiopt.clipping import Clip
+from multiopt.engine import Array
 from multiopt.entry import (
     Changed,
     changed,
@@ -22,20 +20,21 @@ from multiopt.entry import (
     check_clip,
     check_rule,
     chosen,
-    chosen_clip,
-    with_rule,
 )
 from multiopt.errors import CheckpointError, brief
-from multiopt.exclusive import exclusive, in_the_middle
 from multiopt.file_objects import Source, Target, label
-from multiopt.inputs import as_dict, check_known
-from multiopt.interruption import uninterrupted
+from multiopt.guard import Guard, exclusive
+from multiopt.layout import Layout
 from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
 from multiopt.plateaus import warn_of_plateaus
-from multiopt.registry import Loaded, Registry, Undo, shown
-from multiopt.report import Report, report_of, updated_names
+from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.skipping import Skips, check_limit
+from multiopt.step.checks import as_dict, check_known
+from multiopt.step.clip import Clip
+from multiopt.step.report import Report, abridged
+from multiopt.step.run import Step
+from multiopt.stored import Loaded, entries, loaded_state, shown, stored_state, take_over
 from multiopt.untraced import untraced
 
 __all__ = ["Optimizer", "State"]
@@ -57,7 +56,7 @@ class State(NamedTuple):
     slots: dict[str, Array]
 
 
-class Optimizer(Registry):
+class Optimizer:
     """Optimizes named parameters that may appear at any time, on any array library.
 
     Args:
@@ -100,9 +99,7 @@ class Optimizer(Registry):
     """
 
     # Without a dict, a misspelt attribute is an error instead of a setting without effect.
-    __slots__ = ("_average", "_averages")
-
-    _needs_gradients = True
+    __slots__ = ("__weakref__", "_average", "_averages", "_guard", "_registry")
 
     def __init__(
         self,
@@ -126,29 +123,47 @@ class Optimizer(Registry):
         if threads is not None and not (type(threads) is int and threads >= 1):
             raise ValueError(f"threads must be an integer >= 1 or None; got {brief(threads)}")
         check_limit(max_consecutive_skips, on_nonfinite)
-        super().__init__(rule, clip, on_nonfinite, max_consecutive_skips, threads, master_weights)
+        self._guard = Guard()
+        self._registry = Registry(
+            *(rule, clip, on_nonfinite, max_consecutive_skips, threads, master_weights), self._guard
+        )
+        self._registry.needs_gradients = True
         # Averages are slots of a rule that looks at each new parameter.
         self._average = average
-        self._averages = None if average is None else Registry(Choices(), threads=threads)
+        self._averages: Registry | None = None
+        if average is not None:
+            self._averages = Registry(Choices(), threads=threads, guard=self._guard)
+            self._registry.met = self._meet
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what guards it."""
+        return {name: getattr(self, name) for name in ("_average", "_averages", "_registry")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin under a guard of its own."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._guard = self._registry.guard
+        if self._averages is not None:
+            self._averages.guard, self._registry.met = self._guard, self._meet
 
     # Looking
 
     @property
     def last(self) -> Report:
         """What the last step did."""
-        if self._outcome is None:
-            return Report()
-        return report_of(*self._outcome)
+        outcome = self._registry.outcome
+        return Report() if outcome is None else outcome.report()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names seen so far, oldest first."""
-        return tuple(self._seen)
+        return self._registry.names
 
     @property
     def pending(self) -> tuple[str, ...]:
         """The names whose loaded state waits for the parameter."""
-        return tuple(self._pending)
+        return tuple(self._registry.pending)
 
     @property
     def skips(self) -> dict[str, Skips]:
@@ -160,7 +175,7 @@ class Optimizer(Registry):
         >>> opt.skips
         {'w': Skips(total=1, consecutive=1)}
         """
-        return dict(self._skips)
+        return dict(self._registry.skips)
 
     def state(self, name: str) -> State:
         """A snapshot of a parameter's clock and slots.
@@ -168,8 +183,8 @@ class Optimizer(Registry):
         Raises:
             KeyError: The name has not been seen.
         """
-        entry = self._entry(name)
-        return State(entry.step, entry.named_slots(shown(entry)))
+        entry = self._registry.entry(name)
+        return State(entry.step, entry.converted(shown(entry.layout)))
 
     def hyperparameters(self, name: str) -> dict[str, Any]:
         """The hyperparameters that the next step of a parameter will use, schedules as numbers.
@@ -184,7 +199,7 @@ class Optimizer(Registry):
         >>> opt.hyperparameters("w")["lr"]
         0.25
         """
-        entry = self._entry(name)
+        entry = self._registry.entry(name)
         try:
             now = entry.rule.at(entry.step + 1, self.steps + 1)
         except ValueError as error:
@@ -197,15 +212,24 @@ class Optimizer(Registry):
         Raises:
             KeyError: None is kept, or there was no step yet.
         """
-        if self._averages is None or name not in self._averages._seen:
-            why = "its loaded state is pending" if name in self._pending else "none is kept"
+        if self._averages is None or name not in self._averages:
+            is_pending = name in self._registry.pending
+            why = "its loaded state is pending" if is_pending else "none is kept"
             raise KeyError(f"no average of parameter {name!r}: {why}")
-        entry = self._averages._entry(name)
-        return entry.named_slots(shown(entry))["average"]
+        entry = self._averages.entry(name)
+        return shown(entry.layout)(entry.slots["average"])
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has taken in which anything was updated.
+
+        Schedules count the steps of their parameter instead, but for ``schedules.Shared``.
+        """
+        return self._registry.steps
 
     def __len__(self) -> int:
         """The number of names seen."""
-        return len(self._seen)
+        return len(self._registry)
 
     def __bool__(self) -> bool:
         """True, also before the first step."""
@@ -217,7 +241,7 @@ class Optimizer(Registry):
 
     def __contains__(self, name: object) -> bool:
         """Whether a name has been seen."""
-        return name in self._seen
+        return name in self._registry
 
     def __iter__(self) -> Iterator[str]:
         """The names seen so far, oldest first."""
@@ -225,12 +249,13 @@ class Optimizer(Registry):
 
     def __repr__(self) -> str:
         """The rule, the clip and how many names there are."""
-        parts = [repr(self._rule)]
-        if self._clip is not None:
-            parts.append(f"clip={self._clip!r}")
-        if self._on_nonfinite != "propagate":
-            parts.append(f"on_nonfinite={self._on_nonfinite!r}")
-        pending = f", {len(self._pending)} pending" if self._pending else ""
+        known = self._registry
+        parts = [repr(known.rule)]
+        if known.clip is not None:
+            parts.append(f"clip={known.clip!r}")
+        if known.on_nonfinite != "propagate":
+            parts.append(f"on_nonfinite={known.on_nonfinite!r}")
+        pending = f", {len(known.pending)} pending" if known.pending else ""
         return f"<Optimizer({', '.join(parts)}): {len(self)} names{pending}>"
 
     # Changing
@@ -243,18 +268,13 @@ class Optimizer(Registry):
         start at zero. Clocks go on, but where the new rule has slots and none of them was kept, the
         clock starts again with them, for it is their bias that is corrected.
         """
-        return self._rule
+        return self._registry.rule
 
     @rule.setter
     @exclusive
     def rule(self, rule: Rule | Callable[[str], Rule]) -> None:
         check_rule(rule)
-        entries = {
-            name: with_rule(name, entry, chosen(rule, name, Rule, "rule"))
-            for name, entry in self._entries.items()
-        }
-        with uninterrupted():
-            self._entries, self._rule = entries, rule
+        self._registry.set_rules(rule)
 
     @exclusive
     def set_hyperparameters(self, names: Iterable[str] | str | None = None, **values: Any) -> None:
@@ -279,27 +299,18 @@ class Optimizer(Registry):
         >>> opt.rule.lr, opt.hyperparameters("w")["lr"], opt.state("w").step
         (0.25, 0.25, 1)
         """
-        entries, rule = self._entries, self._rule
-        if names is None:
-            touched = dict(entries)
+        known, rule = self._registry, None
+        if names is not None:
+            names = [names] if isinstance(names, str) else list(names)
+            for name in names:
+                known.row_of(name)
+        elif isinstance(known.rule, Rule):
+            rule = changed(None, known.rule, values)
+        elif isinstance(known.rule, Changed):
+            rule = Changed(known.rule.given, {**known.rule.values, **values})
         else:
-            listed = [names] if isinstance(names, str) else names
-            touched = {name: self._entry(name) for name in listed}
-        # Names that share a rule go on sharing one: the numbers of a step are computed once for it.
-        made: dict[int, Rule] = {}
-        for name, entry in touched.items():
-            if id(entry.rule) not in made:
-                made[id(entry.rule)] = changed(name, entry.rule, values)
-            touched[name] = with_rule(name, entry, made[id(entry.rule)])
-        if names is None:
-            if isinstance(rule, Rule):
-                rule = made.get(id(rule)) or changed(None, rule, values)
-            elif isinstance(rule, Changed):
-                rule = Changed(rule.given, {**rule.values, **values})
-            else:
-                rule = Changed(rule, values)
-        with uninterrupted():
-            self._entries, self._rule = {**entries, **touched}, rule
+            rule = Changed(known.rule, values)
+        known.set_numbers(names, values, rule)
 
     @property
     def clip(self) -> Clip | Callable[[str], Clip | None] | None:
@@ -307,18 +318,13 @@ class Optimizer(Registry):
 
         Assigning changes the clip of all names.
         """
-        return self._clip
+        return self._registry.clip
 
     @clip.setter
     @exclusive
     def clip(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
         check_clip(clip)
-        entries = {
-            name: replace(entry, clip=chosen_clip(clip, name))
-            for name, entry in self._entries.items()
-        }
-        with uninterrupted():
-            self._entries, self._clip = entries, clip
+        self._registry.set_clips(clip)
 
     @exclusive
     def forget(self, name: str) -> None:
@@ -327,13 +333,13 @@ class Optimizer(Registry):
         Raises:
             KeyError: The name is neither seen nor pending, and was never skipped.
         """
-        if name not in self._known():
+        if name not in self._registry.known():
             raise KeyError(f"cannot forget parameter {name!r}: it is neither seen nor pending")
-        with uninterrupted():
+        with self._guard:
             if self._averages is not None:
-                self._averages._drop({name})
+                self._averages.forget([name])
                 self._choices.pop(name, None)
-            self._drop({name})
+            self._registry.forget([name])
 
     @exclusive
     def rename(self, names: Mapping[str, str]) -> None:
@@ -350,7 +356,7 @@ class Optimizer(Registry):
         if not isinstance(names, Mapping):
             raise TypeError(f"expected a mapping of old names to new ones; got {brief(names)}")
         names = dict(names)
-        known = self._known()
+        known = self._registry.known()
         for old, new in names.items():
             if old not in known:
                 raise KeyError(f"cannot rename parameter {old!r}: it is neither seen nor pending")
@@ -362,16 +368,16 @@ class Optimizer(Registry):
         for new in names.values():
             if renamed[new] > 1:
                 raise ValueError(f"cannot rename: two parameters would be called {new!r}")
-        with uninterrupted():
+        with self._guard:
             if self._averages is not None:
-                self._averages._move(names)
+                self._averages.rename(names)
                 # A step that failed may have left a choice for a name of which nothing is held.
                 made = {
                     names.get(n, n): choice for n, choice in self._choices.items() if n in known
                 }
                 self._choices.clear()
                 self._choices.update(made)
-            self._move(names)
+            self._registry.rename(names)
 
     # The step
 
@@ -386,9 +392,8 @@ class Optimizer(Registry):
         is left alone, and its clock stands still. Everything is checked and made before anything is
         changed.
 
-        An exception that a signal raises meanwhile, such as ``KeyboardInterrupt``, leaves each name
-        as it was before the step or after it, and a note of the exception says which; so does
-        ``last``. A name whose array cannot be written is then as before, for the new array is lost.
+        Ctrl-C waits until a step that has begun to write has ended; a note of the
+        ``KeyboardInterrupt`` says whether it did.
 
         Args:
             params: Arrays by name: float16, bfloat16, float32, float64, complex64 or complex128, of
@@ -410,13 +415,12 @@ class Optimizer(Registry):
             RuntimeError: A signal handler, a schedule, a callable or another thread calls it in the
                 middle of a step or another change of this optimizer.
         """
-        if self._changing:
-            raise in_the_middle("step")
-        undo: Undo = []
-        before = self._outcome
+        guard, known = self._guard, self._registry
+        guard.check("step")
+        before = known.outcome
         try:
             # As ``exclusive`` does, in 0.1 us less.
-            self._changing = True
+            guard.busy = True
             params = as_dict("params", params)
             count, gradients = len(params), None
             if grads is not None:
@@ -424,68 +428,50 @@ class Optimizer(Registry):
                 check_known(grads, params)
                 gradients = np.fromiter(map(grads.get, params), object, count)
             arrays = np.fromiter(params.values(), object, count)
-            advance = (
-                Optimizer._advance if self._averages is None else Optimizer._advance_and_average
-            )
-            if replaced := untraced(advance)(self, list(params), arrays, gradients, undo):
-                params.update(replaced)
-            self._changing = False
+            names = list(params)
+            after = None if self._averages is None else self._follow
+            replaced = untraced(Registry.step)(known, names, arrays, gradients, after)
+            if replaced:
+                params.update((names[place], array) for place, array in replaced.items())
+            guard.busy = False
             return params
         except BaseException as error:
-            self._changing = False
-            with uninterrupted():
-                for take_back in undo:
-                    take_back()
-                self._explain(error, before)
+            guard.busy = False
+            self._explain(error, before is not known.outcome)
             raise
 
-    def _advance_and_average(
-        self,
-        names: list[str],
-        params: np.ndarray,
-        grads: np.ndarray | None,
-        undo: Undo,
-    ) -> dict[str, Array]:
-        """``_advance``, and then the averages."""
-        assert self._averages is not None
-        more: Undo = []
-        try:
-            # Handlers find the averages where the parameters are.
-            with ExitStack() as held:
-                replaced = self._advance(names, params, grads, undo, held)
-                if averaged := self._averaged():
-                    if replaced or averaged != names:
-                        place = dict(zip(names, range(len(names)), strict=True))
-                        where = [place[name] for name in averaged]
-                        now = (replaced.get(names[i], params[i]) for i in where)
-                        params = np.fromiter(now, object, len(where))
-                        grads = None if grads is None else grads[where]
-                    # A schedule that is shared counts the steps of the whole.
-                    self._averages._steps = self._steps - 1
-                    self._averages._advance(averaged, params, grads, more)
-        finally:
-            undo += more
-        return replaced
+    def _explain(self, error: BaseException, ended: bool) -> None:
+        """Add a note that says what a step has done after which something was raised."""
+        outcome = self._registry.outcome
+        if ended and outcome is not None:
+            error.add_note(f"multiopt: the step was whole; it updated {abridged(outcome.updated)}")
+        elif not isinstance(error, KeyError | TypeError | ValueError):
+            # The checks say it in words of their own, or it goes without saying.
+            error.add_note("multiopt: nothing was changed by this step")
 
-    def _meet(self, name: str, layout: Layout, undo: Undo) -> None:
+    def _follow(self, step: Step) -> None:
+        """Take the averages along."""
+        assert self._averages is not None
+        names, params, grads = step.updated()
+        if not isinstance(self._average, Average):
+            kept = [k for k, name in enumerate(names) if self._average_of(name) is not None]
+            names, params, grads = [names[k] for k in kept], params[kept], grads[kept]
+        if names:
+            # A schedule that is shared counts the steps of the whole.
+            self._averages.steps = self._registry.steps
+            self._averages.step(names, params, grads)
+
+    def _meet(self, name: str, layout: Layout, undo: list[Callable[[], object]]) -> None:
         """Choose the average of a name that is seen for the first time."""
-        if self._averages is None:
-            return
+        assert self._averages is not None
         if name not in self._choices:
             self._average_of(name)
             undo.append(partial(self._choices.pop, name, None))
-        if name in self._averages._pending:
+        if name in self._averages.pending:
             # If its average does not fit, nothing is to be changed yet.
-            self._averages._settled(name, layout, undo)
-
-    def _averaged(self) -> list[str]:
-        """The names that the last step updated, and of which an average is kept."""
-        assert self._outcome is not None
-        names, _, outcome = self._outcome
-        names = updated_names(names, outcome)
-        if isinstance(self._average, Average):
-            return names
-        return [name for name in names if self._average_of(name) is not None]
+            waiting = {name: self._averages.pending[name]}
+            options = Options(strict=True, cast=False, own=True)
+            loaded_state(self._averages, waiting, options, {name: layout})
 
     def _average_of(self, name: str) -> Average | None:
         """What average is kept of a name; asked once."""
@@ -498,8 +484,8 @@ class Optimizer(Registry):
     def _choices(self) -> Choices:
         """The averages that were chosen, by name."""
         assert self._averages is not None
-        assert isinstance(self._averages._rule, Choices)
-        return self._averages._rule
+        assert isinstance(self._averages.rule, Choices)
+        return self._averages.rule
 
     # State
 
@@ -523,25 +509,23 @@ class Optimizer(Registry):
 
     def _warn_of_plateaus(self) -> None:
         """Warn of what the state has no place for."""
-        for registry in (self, self._averages):
+        for registry in (self._registry, self._averages):
             if registry is not None:
-                warn_of_plateaus({name: entry.rule for name, entry in registry._seen.items()})
+                warn_of_plateaus({name: entry.rule for name, entry in entries(registry)})
 
     def _state_dict(self, copied: bool) -> dict[str, Any]:
         """The state: to be shown, with copies, or to be written, with the slots themselves."""
         averages = {}
         if self._averages is not None:
-            averages = {AVERAGES[part]: x for part, x in self._averages._stored(copied).items()}
+            found = stored_state(self._averages, copied)
+            averages = {AVERAGES[part]: states for part, states in found.items()}
+        skips = {name: list(counts) for name, counts in self._registry.skips.items()}
         return {
             "version": checkpoint.VERSION,
             "steps": self.steps,
-            **self._stored(copied),
+            **stored_state(self._registry, copied),
             **averages,
-            **(
-                {"skips": {n: list(counts) for n, counts in self._skips.items()}}
-                if self._skips
-                else {}
-            ),
+            **({"skips": skips} if skips else {}),
         }
 
     @exclusive
@@ -600,7 +584,8 @@ class Optimizer(Registry):
             states = [state for part in parts for state in state_dict.get(part, {}).items()]
             return {new[name]: stored for name, stored in states if name in new}
 
-        loaded = self._loaded(wanted("pending", "entries"), options)
+        known = self._registry
+        loaded = loaded_state(known, wanted("pending", "entries"), options)
         states = wanted(*AVERAGES.values())
         averages = self._loaded_averages(
             {name: stored for name, stored in states.items() if name not in loaded.refused}, options
@@ -610,28 +595,27 @@ class Optimizer(Registry):
         have = [*names_of(state_dict), *contents.damaged]
         lost = {new[name] for name in contents.damaged} | loaded.refused.keys()
         taken = set(new.values()) - lost
-        skips = {name: count for name, count in self._skips.items() if name not in taken}
+        skips = {name: count for name, count in known.skips.items() if name not in taken}
         for name, counts in state_dict.get("skips", {}).items():
             if new.get(name) in taken:
                 skips[new[name]] = Skips(*counts)
         is_part = len(new) < len(have)
         steps = state_dict.get("steps")
-        if (is_part and self._steps > 0) or (have and not taken):
-            steps = self._steps
+        if (is_part and self.steps > 0) or (have and not taken):
+            steps = self.steps
         rules = {name: entry.rule for name, entry in loaded.entries.items()}
-        if isinstance(self._rule, Rule):
-            rules |= dict.fromkeys(loaded.pending, self._rule)
+        if isinstance(known.rule, Rule):
+            rules |= dict.fromkeys(loaded.pending, known.rule)
         warn_of_plateaus(rules)
         with_averages = averages.entries.keys() | averages.pending.keys()
         warn_of_plateaus({name: self._choices[name] for name in with_averages})
         without = (loaded.entries.keys() | loaded.pending.keys()) - with_averages
-        with uninterrupted():
-            # From here on nothing fails.
-            self._take_over(loaded, steps, ahead=is_part)
+        with self._guard:
+            take_over(known, loaded, steps, ahead=is_part)
             if self._averages is not None:
-                self._averages._drop(without)
-                self._averages._take_over(averages, self._steps, ahead=is_part)
-            self._skips = skips
+                self._averages.forget(without)
+                take_over(self._averages, averages, self.steps, ahead=is_part)
+            known.skips = skips
         found = {new.get(name, name) for name in have}
         return LoadReport(
             restored=tuple(loaded.entries),
@@ -639,7 +623,7 @@ class Optimizer(Registry):
             unused={**contents.damaged}
             | {name: "it was not asked for" for name in have if name not in new}
             | {old: why[name] for old, name in new.items() if name in why},
-            missing=tuple(name for name in self._seen if name not in found),
+            missing=tuple(name for name in known.names if name not in found),
             metadata=dict(contents.metadata),
         )
 
@@ -658,7 +642,8 @@ class Optimizer(Registry):
         if self._averages is None:
             return Loaded({}, {}, [], odd)
         rest = {name: stored for name, stored in states.items() if name not in odd}
-        loaded = self._averages._loaded(rest, options, self._entries)
+        layouts = {name: entry.layout for name, entry in entries(self._registry)}
+        loaded = loaded_state(self._averages, rest, options, layouts)
         return loaded._replace(refused=odd | loaded.refused)
 
     def save(self, path: Target, metadata: Mapping[str, Any] | None = None) -> None:

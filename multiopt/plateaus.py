@@ -4,10 +4,10 @@ import sys
 import warnings
 from collections.abc import Mapping
 
-from multiopt.report import abridged
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.schedules import left_behind
+from multiopt.step.report import abridged
 
 __all__ = ["warn_of_plateaus"]
 

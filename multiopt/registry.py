@@ -1,55 +1,93 @@
-"""What is known by name, and the steps of it: ``spec/registry.md``."""
+"""Names are rows: what is known by name, and the steps of it (``spec/registry.md``).
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+The registry knows for every name which row of which group it has; all else stands in the columns of
+the group. A step looks its names up, in any order and any selection, and hands the rows over:
+
+    names -> rows     a look-up a name; names never seen get rows, all at once
+    rows  -> groups   the parts of a step, one for each engine
+    Step              looks, checks, clips, prepares and runs all parts (``multiopt.step``)
+
+>>> import numpy as np
+>>> from multiopt.registry import Registry
+>>> from multiopt.rules import SGD
+>>> known = Registry(SGD(lr=1.0))
+>>> w, b = np.zeros(2), np.zeros(1)
+>>> for names, params in ((["w"], [w]), (["b", "w"], [b, w])):
+...     grads = [np.ones_like(param) for param in params]
+...     _ = known.step(names, *(np.fromiter(x, object, len(x)) for x in (params, grads)))
+>>> w.tolist(), b.tolist(), known.clock("w")
+([-2.0, -2.0], [-1.0], 2)
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import compress
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
-from multiopt.backend import Array, Layout, Now, backend_of, named, objects
-from multiopt.clipping import Clip
+from multiopt.backend import backend_of, identities, named
+from multiopt.engine import Array, Arrays, Group, Numbered, Part, kind_of
 from multiopt.entry import (
     Entry,
-    check_slot_names,
+    changed,
     chosen,
     chosen_clip,
-    described,
-    described_rule,
-    described_waiting,
-    new_entry,
-    on_host,
     restored,
     restored_plateaus,
+    slot_shapes,
+    with_rule,
 )
-from multiopt.inputs import check_gradients, check_names, own_gradient
-from multiopt.interruption import uninterrupted
-from multiopt.loading import Options
-from multiopt.plan import Outcome, Plan
-from multiopt.report import abridged, updated_names
+from multiopt.guard import Guard
+from multiopt.layout import Layout
 from multiopt.rules import Rule
+from multiopt.rules.rule import is_shared
 from multiopt.skipping import Skips, counted
-from multiopt.step import Step
+from multiopt.step.checks import check_gradients, check_name, own_gradient
+from multiopt.step.clip import Clip
+from multiopt.step.report import Outcome
+from multiopt.step.run import Step
 
-__all__ = ["Loaded", "Registry", "Undo", "shown"]
+__all__ = ["Registry"]
 
-#: How many plans are remembered: lists of names that take turns.
-PLANS = 8
+#: A code is the number of a group times this, plus a row.
+GROUP = 1 << 40
 
-#: What takes back what a step has changed.
+#: A name that is not known, in the place of its code.
+MISSING = -1
+
 Undo: TypeAlias = list[Callable[[], object]]
 
-#: Of a step: its names, which of them were new, and what became of them.
-_Outcome: TypeAlias = tuple[list[str], tuple[str, ...], Outcome]
+
+class _Codes(dict[str, int]):
+    """Names with their codes; a name that is not known has one too, and is not added."""
+
+    def __missing__(self, name: object) -> int:
+        return MISSING
+
+
+class _Rows(NamedTuple):
+    """A list of names with their rows: what is remembered of the last one.
+
+    Attributes:
+        names: The names.
+        codes: Their codes.
+        parts: By group, the rows, and the places of their names in the list.
+        scheduled: Whether a row may have schedules.
+        is_whole: Whether every name has a row.
+    """
+
+    names: list[str]
+    codes: np.ndarray
+    parts: list[tuple[Group, np.ndarray, np.ndarray]]
+    scheduled: bool
+    is_whole: bool
+
+
+NOTHING = _Rows([], np.empty(0, np.int64), [], scheduled=False, is_whole=True)
 
 
 class Registry:
-    """Names with their entries, the state that waits for names, and their steps.
-
-    ``Optimizer`` is one that users see; the averages of its parameters are another.
+    """Names with their rows, the state that waits for names, and their steps.
 
     Args:
         rule: A rule for all names, or a callable ``name -> rule``.
@@ -58,34 +96,47 @@ class Registry:
         max_skips: In how many steps in a row a name may be skipped; None for no limit.
         threads: The largest number of threads, or None.
         masters: Whether 16-bit parameters have master copies.
+        guard: That of the optimizer.
+
+    Attributes:
+        rule: The rule for names to come.
+        clip: The clip for names to come.
+        pending: Loaded state of names not seen yet, as a state dict has it, slots NumPy arrays.
+        skips: How often names were skipped, for those that ever were.
+        steps: How many steps updated anything.
+        outcome: What became of the last step; every step that ended has an object of its own here.
     """
 
     __slots__ = (
         "__weakref__",
-        "_changing",
-        "_clip",
-        "_masters",
+        "_clips",
+        "_codes",
+        "_everything",
+        "_groups",
+        "_kinds",
+        "_last",
         "_max_skips",
-        "_on_nonfinite",
-        "_outcome",
-        "_pending",
-        "_plan",
-        "_plans",
-        "_rule",
-        "_seen",
-        "_skips",
-        "_steps",
-        "_threads",
-        "_under_way",
+        "_order",
+        "clip",
+        "guard",
+        "leave_clipped",
+        "masters",
+        "met",
+        "needs_gradients",
+        "on_nonfinite",
+        "outcome",
+        "pending",
+        "rule",
+        "skips",
+        "steps",
+        "threads",
     )
 
-    #: Those that a copy begins anew.
-    _anew: ClassVar = ("__weakref__", "_changing", "_plan", "_plans", "_under_way")
-
-    #: Whether a step writes clipped gradients over the gradients.
-    _leave_clipped: ClassVar[bool] = False
-    #: Whether it is an error if no parameter has a gradient of its own, nor will have one.
-    _needs_gradients: ClassVar[bool] = False
+    #: What a copy makes anew.
+    ANEW: ClassVar = {
+        *("__weakref__", "_clips", "_codes", "_everything", "_groups", "_kinds", "guard"),
+        *("_last", "_order", "met"),
+    }
 
     def __init__(
         self,
@@ -95,593 +146,604 @@ class Registry:
         max_skips: int | None = None,
         threads: int | None = None,
         masters: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         """Know no name yet."""
-        self._rule = rule
-        self._clip = clip
-        self._on_nonfinite = on_nonfinite
-        self._max_skips = max_skips
-        self._threads = threads
-        self._masters = masters
-        self._seen: dict[str, Entry] = {}
-        self._steps = 0
-        # The plan of the last step, which has the clocks of its entries, and some earlier ones.
-        self._plan: Plan | None = None
-        self._plans: dict[tuple[str, ...], Plan] = {}
-        # Loaded state of names not seen yet, as a state dict has it, the slots NumPy arrays.
-        self._pending: dict[str, Mapping[str, Any]] = {}
-        # How often names were skipped, for those that ever were.
-        self._skips: dict[str, Skips] = {}
-        # Of the last step: its names, which of them were new, and what became of them. Every whole
-        # step has an object of its own here.
-        self._outcome: _Outcome | None = None
-        # Whether a step or another change has begun that has not ended.
-        self._changing = False
-        # A step in which one call changes all: its plan, the first clock before it, and the number
-        # of steps after it.
-        self._under_way: tuple[Plan, int, int] | None = None
+        self.rule, self.clip = rule, clip
+        self.pending: dict[str, Mapping[str, Any]] = {}
+        self.skips: dict[str, Skips] = {}
+        self.steps = 0
+        self.outcome: Outcome | None = None
+        #: Whether a step writes clipped gradients over the gradients.
+        self.leave_clipped = False
+        #: Whether it is an error if no parameter has a gradient of its own, nor will have one.
+        self.needs_gradients = False
+        #: Asked for each name that is seen for the first time; it may add what takes it back.
+        self.met: Callable[[str, Layout, Undo], object] | None = None
+        self.on_nonfinite, self._max_skips = on_nonfinite, max_skips
+        self.threads, self.masters = threads, masters
+        self.guard = Guard() if guard is None else guard
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
+        self._codes = _Codes()
+        self._groups: dict[int, Group] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._clips: Numbered[Clip | None] = Numbered(None, None)
+        self._last = NOTHING
+        # The order of the memory of the last step: most often it is that of the next one.
+        self._order: np.ndarray | None = None
+        self._everything = np.arange(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the plans."""
-        self._settle_clocks()
-        slots = (slot for kind in type(self).__mro__ for slot in getattr(kind, "__slots__", ()))
-        names = (*slots, *getattr(self, "__dict__", ()))
-        state = {name: getattr(self, name) for name in names if name not in self._anew}
-        return {**state, "_steps": self.steps}
+        """All that is held, by name."""
+        state = {name: getattr(self, name) for name in self.__slots__ if name not in self.ANEW}
+        entries = {}
+        for name in self._codes:
+            entry = self.entry(name)
+            to_host = named(entry.layout.library).to_host
+            entries[name] = entry._replace(slots=entry.converted(to_host))
+        return {**state, "entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin without plans."""
-        self._plan, self._plans = None, {}
-        self._changing, self._under_way = False, None
+        """Give all names rows."""
+        entries = state.pop("entries")
         for name, value in state.items():
             setattr(self, name, value)
+        self.guard, self.met = Guard(), None
+        self._begin_empty()
+        for name, entry in entries.items():
+            from_host = partial(named(entry.layout.library).from_host, layout=entry.layout)
+            self.put({name: entry._replace(slots=entry.converted(from_host))})
 
-    # What is held
+    # What is known
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a name has been seen."""
+        return name in self._codes
+
+    def __len__(self) -> int:
+        """The number of names seen."""
+        return len(self._codes)
 
     @property
-    def steps(self) -> int:
-        """How many steps it has taken in which anything was updated.
+    def names(self) -> tuple[str, ...]:
+        """The names seen so far, oldest first."""
+        return tuple(self._codes)
 
-        Schedules count the steps of their parameter instead, but for ``schedules.Shared``.
-        """
-        under_way = self._under_way
-        if self._changing and under_way is not None:
-            # A signal handler asks, and the call may have been made.
-            plan, first, count = under_way
-            if plan.steps[0] != first:
-                return count
-        return self._steps
-
-    @property
-    def _entries(self) -> dict[str, Entry]:
-        """The entries by name, their clocks up to date; to be replaced, never changed."""
-        self._settle_clocks()
-        return self._seen
-
-    @_entries.setter
-    def _entries(self, entries: dict[str, Entry]) -> None:
-        with uninterrupted():
-            self._seen = entries
-            self._plan = None
-            self._plans = {}
-
-    def _entry(self, name: str) -> Entry:
-        entry = self._entries.get(name)
-        if entry is None:
-            why = "its loaded state is pending" if name in self._pending else "it was never stepped"
-            raise KeyError(f"no state for parameter {name!r}: {why}")
-        return entry
-
-    def _known(self) -> dict[str, None]:
+    def known(self) -> dict[str, None]:
         """The names of which anything is held."""
-        return dict.fromkeys([*self._entries, *self._pending, *self._skips])
+        return dict.fromkeys([*self._codes, *self.pending, *self.skips])
 
-    def _drop(self, names: Collection[str]) -> None:
-        """Forget names; nothing comes between."""
-        self._entries = {n: entry for n, entry in self._entries.items() if n not in names}
-        self._pending = {n: entry for n, entry in self._pending.items() if n not in names}
-        self._skips = {n: count for n, count in self._skips.items() if n not in names}
+    def row_of(self, name: str) -> tuple[Group, int]:
+        """The group of a name, and its row.
 
-    def _move(self, names: Mapping[str, str]) -> None:
-        """Give names new names; nothing comes between."""
-        self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
-        self._pending = {names.get(name, name): entry for name, entry in self._pending.items()}
-        self._skips = {names.get(name, name): count for name, count in self._skips.items()}
+        Raises:
+            KeyError: The name has not been seen.
+        """
+        if name not in self._codes:
+            why = "its loaded state is pending" if name in self.pending else "it was never stepped"
+            raise KeyError(f"no state for parameter {name!r}: {why}")
+        number, row = divmod(self._codes[name], GROUP)
+        return self._groups[number], row
+
+    def clock(self, name: str) -> int:
+        """How many steps a name has taken."""
+        group, row = self.row_of(name)
+        return int(group.steps[row])
+
+    def entry(self, name: str) -> Entry:
+        """What is held of a name, its slots as they are in memory."""
+        group, row = self.row_of(name)
+        slots = group.slots_at(row)
+        clip = self._clips[int(group.clip[row])]
+        layout = group.layout_at(row)
+        return Entry(group.rule_at(row), clip, int(group.steps[row]), slots, layout)
 
     # The step
 
-    def _advance(
+    def step(
         self,
         names: list[str],
         params: np.ndarray,
         grads: np.ndarray | None,
-        undo: Undo,
-        held: ExitStack | None = None,
-    ) -> dict[str, Array]:
-        """Step; return the arrays that take the place of parameters that cannot be written.
+        after: Callable[[Step], object] | None = None,
+    ) -> dict[int, Array]:
+        """Step; return, by place, the arrays that take the place of parameters not written.
 
         Args:
-            names: Their names.
-            params: The parameters.
+            names: The names of the parameters.
+            params: The parameters, an array of objects.
             grads: Their gradients; None for their own.
-            undo: Takes what takes back what is not to stay if the step does not end.
-            held: Holds signals back from the first change on, until its owner closes it; None to
-                hold them back no longer than the changes take.
+            after: Called when parameters, slots and clocks have been updated. It may not fail.
         """
-        plan = self._plan_of(names)
-        own, leaves = grads is None, False
-        if grads is None and plan is not None and plan.whole is not None:
-            grads = plan.whole.backend.gradients(params)
-            leaves = grads is not None
+        rows = self._last if names == self._last.names else self._find(names)
+        own = grads is None
         if grads is None:
-            grads = objects(map(own_gradient, names, params))
-        if plan is not None:
-            # The way of nearly every step.
-            now = None
-            is_plain = self._on_nonfinite == "propagate" and not (
-                self._skips and self._skips_in_a_row()
-            )
-            if is_plain and plan.takes_all(params, grads):
-                # A schedule is the caller's code: the arrays are looked at when it has run.
-                now = self._rules_now(plan) if plan.scheduled else ()
-                count, first = self._steps + 1, plan.steps[0]
-                if held is not None:
-                    held.enter_context(uninterrupted())
-                self._under_way = plan, first, count
-                try:
-                    outcome = plan.advance_all(
-                        params, grads, leaves, now, self._leave_clipped, self._threads
-                    )
-                    if outcome is not None:
-                        self._steps = count
-                        self._outcome = plan.names, (), outcome
-                        return {}
-                except BaseException:
-                    # Parameters, slots and clocks change in one.
-                    if plan.steps[0] != first:
-                        with uninterrupted():
-                            self._steps = count
-                            self._outcome = plan.names, (), plan.told()
-                    raise
-                finally:
-                    self._under_way = None
-            if own and self._needs_gradients:
-                check_gradients(names, params, grads)
-            # Overflow and NaN are values here; np.seterr(all="raise") must not tear a step apart.
-            with np.errstate(all="ignore"):
-                return self._take(plan, params, grads, undo, held, own=own, leaves=leaves, now=now)
-        if own and self._needs_gradients:
+            grads = self._own_gradients(rows, params)
+        fresh: dict[int, int] = {}
+        undo: Undo = []
+        step: Step | None = None
+        committed = False
+        try:
+            if not rows.is_whole:
+                rows = self._begin(rows, params, grads, fresh, undo)
+            if rows.scheduled:
+                # A schedule is the caller's code: arrays are looked at when it has run.
+                self._ask_schedules(rows, grads)
+            while step is None or (moved := step.look()):
+                if step is not None:
+                    step.forget()
+                    rows = self._move(rows, moved, fresh)
+                step = self._step_of(rows, Arrays(params, grads, own), fresh)
+            with step.quiet():
+                self._order = step.check_apart(self._order)
+                if self.on_nonfinite != "propagate":
+                    step.check_finite(self.on_nonfinite)
+                step.clip(self._clips)
+                step.prepare()
+                outcome = self._outcome_of(step, names, fresh)
+                skips = self._counted(outcome)
+                with self.guard:
+                    # From here on nothing fails.
+                    step.run()
+                    if after is not None:
+                        after(step)
+                    self._commit(rows, fresh, outcome, skips)
+                    committed = True
+            return step.replaced
+        except BaseException:
+            if not committed:
+                self._take_back(fresh, undo)
+            raise
+        finally:
+            if step is not None:
+                step.forget()
+
+    def _step_of(self, rows: _Rows, arrays: Arrays, fresh: Mapping[int, int]) -> Step:
+        parts = [Part(*part) for part in rows.parts]
+        if fresh:
+            new = np.fromiter(fresh, np.int64, len(fresh))
+            for part in parts:
+                part.fresh = np.flatnonzero(np.isin(part.places, new))
+        return Step(rows.names, arrays, parts, self.threads, self.leave_clipped)
+
+    def _find(self, names: list[str]) -> _Rows:
+        """The rows of a list of names; those that are not known have none."""
+        codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
+        return self._parted(names, codes)
+
+    def _parted(self, names: list[str], codes: np.ndarray) -> _Rows:
+        """A list of names with their rows by group."""
+        count = len(names)
+        if len(self._everything) < count:
+            self._everything = np.arange(2 * count)
+        is_whole = bool(codes.min(initial=0) >= 0)
+        if len(self._groups) == 1 and is_whole and count:
+            ((number, group),) = self._groups.items()
+            rows = codes - number * GROUP if number else codes
+            parts = [(group, rows, self._everything[:count])]
+        else:
+            numbers, parts = codes // GROUP, []
+            for number, group in self._groups.items():
+                places = np.flatnonzero(numbers == number)
+                if places.size:
+                    parts.append((group, codes[places] - number * GROUP, places))
+        scheduled = any(group.scheduled for group, _, _ in parts)
+        return _Rows(names, codes, parts, scheduled, is_whole)
+
+    def _own_gradients(self, rows: _Rows, params: np.ndarray) -> np.ndarray:
+        """The gradients that parameters carry themselves."""
+        names, grads = rows.names, None
+        # At first sight each is asked by itself whether it can have one.
+        missing = np.flatnonzero(rows.codes < 0).tolist()
+        asked = {k: own_gradient(names[k], params[k]) for k in missing}
+        backends = {group.backend for group, _, _ in rows.parts}
+        if len(backends) == 1 and len(missing) < len(names):
+            grads = backends.pop().gradients(params)
+        if grads is None:
+            found = [
+                asked[k] if k in asked else own_gradient(name, params[k])
+                for k, name in enumerate(names)
+            ]
+            grads = np.fromiter(found, object, len(found))
+        if self.needs_gradients:
             check_gradients(names, params, grads)
-        # A name is seen for the first time with its first gradient.
-        has = np.array([grad is not None for grad in grads], bool)
-        if not has.all():
-            some = [name for name, here in zip(names, has, strict=True) if here]
-            return self._advance(some, params[has], grads[has], undo, held)
-        fresh = {}
-        for name, param in zip(names, params, strict=True):
-            if name not in self._seen:
-                label = f"parameter {name!r}"
-                layout = backend_of(param, label).layout(param, label)
-                fresh[name] = self._settled(name, layout, undo)
-        with np.errstate(all="ignore"):
-            return self._take(self._made(names, fresh), params, grads, undo, held, fresh, own=own)
+        return grads
 
-    def _skips_in_a_row(self) -> bool:
-        """Whether an update would end a run of skips, a loaded one if nothing is skipped here."""
-        return any(count.consecutive for count in self._skips.values())
+    def _ask_schedules(self, rows: _Rows, grads: np.ndarray) -> None:
+        """Write the numbers of this step into the columns of schedules.
 
-    def _rules_now(self, plan: Plan) -> Sequence[Now]:
-        with np.errstate(all="ignore"):
-            return plan.rules_now(None, self._steps + 1)
-
-    def _take(
-        self,
-        plan: Plan,
-        params: np.ndarray,
-        grads: np.ndarray,
-        undo: Undo,
-        held: ExitStack | None,
-        fresh: Mapping[str, Entry] = MappingProxyType({}),
-        *,
-        own: bool,
-        leaves: bool = False,
-        now: Sequence[Now] | None = None,
-    ) -> dict[str, Array]:
-        """Take a step of a plan.
-
-        Args:
-            plan: The plan.
-            params: Its parameters.
-            grads: Their gradients.
-            undo: As for ``_advance``.
-            held: Likewise.
-            fresh: The entries that are not registered yet: of new names, and of parameters that
-                moved.
-            own: Whether the gradients are the parameters' own.
-            leaves: Whether it is known that the parameters may have gradients of their own.
-            now: The rules at this step, if the schedules were asked already.
-        """
-        count = self._steps + 1
-        step = Step(
-            plan,
-            params,
-            grads,
-            own=own,
-            leaves=leaves,
-            count=count,
-            now=now,
-            threads=self._threads,
-        )
-        # What is new is looked at in Python, which knows more.
-        new = [i for i, name in enumerate(plan.names) if name in fresh] if fresh else []
-        moved = step.look(new)
-        if moved:
-            names = plan.names
-            self._settle_clocks()
-            moved_to = {names[i]: self._settled(names[i], x, undo) for i, x in moved.items()}
-            fresh = {**fresh, **moved_to}
-            made = self._made(names, fresh)
-            return self._take(made, params, grads, undo, held, fresh, own=own, now=now)
-        step.check(self._on_nonfinite, self._leave_clipped)
-        names, active = plan.names, step.outcome.active
-        skips = self._skips
-        if step.outcome.skipped or skips:
-            skipped = [names[i] for i in step.outcome.skipped]
-            skips = counted(skips, skipped, updated_names(names, step.outcome), self._max_skips)
-        born = tuple(
-            names[i] for i in new if names[i] not in self._seen and (active is None or active[i])
-        )
-        if not (names and (active is None or active.any())):
-            count = self._steps
-        outcome = names, born, step.outcome
-        before: Undo = []
-        if step.replaced:
-            before = [partial(self._take_back, self._before(plan, fresh, step.replaced))]
-        replaced = {names[i]: array for i, array in step.replaced.items()}
-        if held is not None:
-            held.enter_context(uninterrupted())
-        with uninterrupted() if held is None else nullcontext():
-            # From here on nothing fails: the step is whole.
-            undo[:] = before
-            step.run()
-            self._steps, self._outcome, self._skips = count, outcome, skips
-            if plan is not self._plan:
-                self._take_up(plan, fresh, step.outcome)
-            step.tell(self._leave_clipped)
-            self._after(step)
-        return replaced
-
-    def _after(self, step: Step) -> None:
-        """For hosts that expect to find the clipped gradients; here nothing."""
-
-    # A step that did not end
-
-    def _before(
-        self, plan: Plan, fresh: Mapping[str, Entry], positions: Iterable[int]
-    ) -> "_Before":
-        """What some positions have before a step."""
-        steps, held = plan.steps.tolist(), []
-        for i in positions:
-            name, entry = plan.names[i], plan.entries[i]
-            registered = self._seen.get(name) if name in fresh else entry
-            pending = self._pending.get(name)
-            held.append(
-                _Held(name, entry, entry.slots, entry.master, steps[i], registered, pending)
-            )
-        return _Before(self._steps, self._outcome, self._skips, held)
-
-    def _take_back(self, before: "_Before") -> None:
-        """Let names be as they were before the step: their new arrays did not reach the caller."""
-        self._settle_clocks()
-        for name, entry, slots, master, step, registered, pending in before.held:
-            entry.slots, entry.master, entry.step = slots, master, step
-            if registered is None:
-                self._seen.pop(name, None)
-            else:
-                self._seen[name] = registered
-            if pending is not None:
-                self._pending[name] = pending
-        self._plan = None
-        self._plans.clear()
-        if self._outcome is before.outcome or self._outcome is None:
-            return
-        names, born, outcome = self._outcome
-        back = {held.name for held in before.held}
-        active = [name not in back for name in names]
-        if outcome.active is not None:
-            active = [a and bool(b) for a, b in zip(active, outcome.active, strict=True)]
-        if not (any(active) or outcome.skipped):
-            self._steps, self._outcome, self._skips = before.steps, before.outcome, before.skips
-            return
-        if not any(active):
-            self._steps = before.steps
-        for name in back & self._skips.keys():
-            self._skips = {**self._skips, name: before.skips[name]}
-        stays = np.array(active)
-        self._outcome = (
-            names,
-            tuple(name for name in born if name not in back),
-            outcome._replace(
-                active=stays,
-                clipped=None if outcome.clipped is None else outcome.clipped & stays,
-                on_devices={i: x for i, x in outcome.on_devices.items() if stays[i]},
-            ),
-        )
-
-    def _explain(self, error: BaseException, before: _Outcome | None) -> None:
-        """Add a note that says what a step has done that did not end."""
-        if self._outcome is before or self._outcome is None:
-            # The checks say it in words of their own, or it goes without saying.
-            if not isinstance(error, KeyError | TypeError | ValueError):
-                error.add_note("multiopt: nothing was changed by this step")
-            return
-        names, _, outcome = self._outcome
-        updated = updated_names(names, outcome)
-        error.add_note(f"multiopt: the step was whole; it updated {abridged(updated)}")
-
-    # Plans
-
-    def _plan_of(self, names: list[str]) -> Plan | None:
-        """The plan of a list of names; None if one of them was never seen."""
-        plan = self._plan
-        if plan is not None and plan.names == names:
-            return plan
-        check_names("params", names)
-        plan = self._plans.pop(tuple(names), None)
-        self._settle_clocks()
-        if plan is not None and plan.is_current():
-            plan.resume()
-        elif all(name in self._seen for name in names):
-            plan = self._made(names, {})
-        else:
-            return None
-        self._keep(plan)
-        return plan
-
-    def _made(self, names: list[str], fresh: Mapping[str, Entry]) -> Plan:
-        """A new plan, for a step that may still fail."""
-        self._settle_clocks()
-        # The new one may move slots that the current one knows.
-        current, self._plan = self._plan, None
-        plan = Plan(names, [fresh[n] if n in fresh else self._seen[n] for n in names])
-        if current is not None and current.is_current():
-            self._plan = current
-        return plan
-
-    def _keep(self, plan: Plan) -> None:
-        """Make a plan the current one, and remember it for the next time."""
-        self._plan = plan
-        self._plans[tuple(plan.names)] = plan
-        if len(self._plans) > PLANS:
-            del self._plans[next(iter(self._plans))]
-
-    def _take_up(self, plan: Plan, fresh: Mapping[str, Entry], outcome: Outcome) -> None:
-        """Register the entries that a new plan began with, but for those that were left alone."""
-        active = outcome.active
-        stepped = plan.names if active is None else list(compress(plan.names, active))
-        plan.settle()
-        for name in stepped:
-            if name in fresh:
-                self._pending.pop(name, None)
-        if not self._seen.keys().isdisjoint(fresh):
-            # They moved, and other plans know their old slots.
-            self._plans.clear()
-        self._seen.update((name, fresh[name]) for name in stepped if name in fresh)
-        if all(self._seen.get(name) is entry for name, entry in fresh.items()):
-            self._keep(plan)
-        else:
-            self._plan = None
-
-    def _settle_clocks(self) -> None:
-        """Bring the clocks of the current plan back to the entries."""
-        if self._plan is not None:
-            self._plan.settle()
-
-    def _settled(self, name: str, layout: Layout, undo: Undo) -> Entry:
-        """The entry a step of this parameter starts from; nothing is registered yet.
-
-        Args:
-            name: That of the parameter.
-            layout: Its layout.
-            undo: As for ``_advance``.
-        """
-        entry = self._seen.get(name)
-        if entry is None:
-            self._meet(name, layout, undo)
-            rule = chosen(self._rule, name, Rule, "rule")
-            clip = chosen_clip(self._clip, name)
-            if name in self._pending:
-                stored = self._pending[name]
-                made = restored(name, stored, rule, clip, layout, self._masters)
-                # The first step asks them.
-                seen = restored_plateaus(rule, stored["rule"], ahead=True)
-                undo += [partial(plateau.load_state, before) for plateau, before in seen]
-                return made
-            return new_entry(name, rule, clip, layout, self._masters)
-        old = entry.layout
-        if layout.own_shape != old.own_shape:
-            raise ValueError(
-                f"parameter {name!r} has shape {layout.own_shape}; expected {old.own_shape}, that "
-                "of its state: forget the name to start anew"
-            )
-        if layout.own_dtype != old.own_dtype:
-            raise TypeError(
-                f"parameter {name!r} has dtype {layout.own_dtype}; expected {old.own_dtype}, that "
-                "of its state: forget the name to start anew"
-            )
-        if layout == entry.layout:
-            return entry
-        to_host, from_host = named(entry.layout.library).to_host, named(layout.library).from_host
-
-        def moved(slot: Array | None) -> Array | None:
-            return None if slot is None else from_host(to_host(slot), layout)
-
-        slots = tuple(map(moved, entry.slots))
-        return replace(entry, slots=slots, layout=layout, master=moved(entry.master))
-
-    def _meet(self, name: str, layout: Layout, undo: Undo) -> None:
-        """For those who keep more of a name that is seen for the first time; here nothing."""
-
-    # State
-
-    def _stored(self, copied: bool) -> dict[str, Any]:
-        entries = self._entries.items()
-        if copied:
-            return {
-                "entries": {n: described(entry, shown(entry), self.steps) for n, entry in entries},
-                "pending": {n: described_waiting(stored) for n, stored in self._pending.items()},
-            }
-        rules: dict[tuple[int, int], dict[str, Any]] = {}
-        for entry in self._seen.values():
-            key = id(entry.rule), entry.step
-            if key not in rules:
-                rules[key] = described_rule(entry.rule, entry.step, self.steps)
-        return {
-            "entries": {
-                name: {
-                    "rule": rules[id(entry.rule), entry.step],
-                    "step": entry.step,
-                    "slots": entry.named_slots(lambda slot: slot),
-                    "complex": entry.layout.is_complex,
-                }
-                for name, entry in entries
-            },
-            "pending": self._pending,
-        }
-
-    def _loaded(
-        self,
-        states: Mapping[str, Mapping[str, Any]],
-        options: Options,
-        known: Mapping[str, Entry] = MappingProxyType({}),
-    ) -> "Loaded":
-        """What to take over of loaded state, if it fits.
-
-        Args:
-            states: The state by name.
-            options: How it is taken over.
-            known: Entries that others have of the same parameters.
-        """
-        loaded = Loaded({}, {}, [], {})
-        for name, stored in states.items():
-            try:
-                host = stored if options.own else on_host(name, stored)
-                stored = {**host, "cast": True} if options.cast else host
-                self._admit(name, stored, loaded, known.get(name))
-            except ValueError as error:
-                if options.strict:
-                    raise
-                loaded.refused[name] = str(error)
-        return loaded
-
-    def _admit(
-        self, name: str, stored: Mapping[str, Any], loaded: "Loaded", known: Entry | None
-    ) -> None:
-        """Add the state of a name to what is taken over.
-
-        Args:
-            name: The name.
-            stored: The state.
-            loaded: What is taken over.
-            known: The entry that another has of the parameter.
+        Each schedule is asked once for each number of a step.
 
         Raises:
-            ValueError: It does not fit.
+            ValueError: A schedule gave no number, or one out of range.
         """
-        entry = self._entries.get(name)
-        if entry is None and known is not None:
-            rule = chosen(self._rule, name, Rule, "rule")
-            entry = replace(known, rule=rule, clip=None, slots=(), master=None)
-        if entry is not None:
-            loaded.entries[name] = restored(
-                *(name, stored, entry.rule, entry.clip, entry.layout), self._masters
-            )
-            loaded.reached.append((entry.rule, stored["rule"]))
-            return
-        if isinstance(self._rule, Rule):
-            check_slot_names(name, stored, self._rule)
-            loaded.reached.append((self._rule, stored["rule"]))
-        loaded.pending[name] = stored
+        has = np.frombuffer(identities(grads), np.uintp) != id(None)
+        known: dict[tuple[int, int], float] = {}
+        for group, mine, places in rows.parts:
+            if not group.scheduled:
+                continue
+            which = np.flatnonzero(has[places] & (group.schedule[mine] != 0))
+            numbers, steps = group.schedule[mine[which]], group.steps[mine[which]]
+            while which.size:
+                alike = (numbers == numbers[0]) & (steps == steps[0])
+                first, step = which[0], int(steps[0]) + 1
+                try:
+                    values = [
+                        (column, self._asked(group.rule, name, schedule, step, known))
+                        for column, name, schedule in zip(
+                            *group.schedules[int(numbers[0])], strict=True
+                        )
+                    ]
+                except ValueError as error:
+                    raise ValueError(f"parameter {rows.names[places[first]]!r}: {error}") from error
+                target = mine[which[alike]]
+                for column, value in values:
+                    group.numbers[target, column] = value
+                which, numbers, steps = (x[~alike] for x in (which, numbers, steps))
 
-    def _take_over(self, loaded: "Loaded", steps: int | None, ahead: bool) -> None:
-        """Take over loaded state.
+    def _asked(
+        self, rule: Rule, name: str, schedule: Any, step: int, known: dict[tuple[int, int], float]
+    ) -> float:
+        """The number of a schedule at a step of a name."""
+        if is_shared(schedule):
+            step = self.steps + 1
+        key = id(schedule), step
+        if key not in known:
+            known[key] = rule.asked(name, schedule, step)
+        return rule.in_range(name, known[key], step)
+
+    # Names that are new, or have moved
+
+    def _begin(
+        self,
+        rows: _Rows,
+        params: np.ndarray,
+        grads: np.ndarray,
+        fresh: dict[int, int],
+        undo: Undo,
+    ) -> _Rows:
+        """Rows for names that are seen for the first time, with a gradient; nothing is registered.
 
         Args:
-            loaded: The state.
-            steps: How many steps were taken; if unknown, the largest clock.
-            ahead: Whether a ``Plateau`` only takes over what is more than it has seen.
+            rows: The names, some of them without a row.
+            params: The parameters.
+            grads: Their gradients.
+            fresh: By place, the new codes; filled as they are made.
+            undo: Takes what takes back what else has been done.
         """
-        self._entries = {**self._entries, **loaded.entries}
-        self._pending = {
-            name: stored
-            for name, stored in {**self._pending, **loaded.pending}.items()
-            if name not in loaded.entries
-        }
-        for rule, words in loaded.reached:
-            restored_plateaus(rule, words, ahead)
-        clocks = [entry.step for entry in self._seen.values()]
-        clocks += [entry["step"] for entry in self._pending.values()]
-        self._steps = max(clocks, default=0) if steps is None else steps
+        names, codes = rows.names, rows.codes.copy()
+        kinds: dict[Hashable, tuple[Group, Rule, list[int]]] = {}
+        shapes: dict[int, tuple[int, ...]] = {}
+        for place in np.flatnonzero(codes < 0).tolist():
+            check_name("params", names[place])
+            if grads[place] is None:
+                continue
+            name, param = names[place], params[place]
+            label = f"parameter {name!r}"
+            backend = backend_of(param, label)
+            alike = backend.alike(param)
+            rule = (
+                self.rule if isinstance(self.rule, Rule) else chosen(self.rule, name, Rule, "rule")
+            )
+            key = id(rule), type(param), alike
+            if alike is None or key not in kinds:
+                layout = backend.layout(param, label)
+                if alike is None:
+                    key = id(rule), layout.with_shape(())
+                if key not in kinds:
+                    kinds[key] = self._group_for(rule, layout), rule, []
+                shapes[place] = layout.shape
+            else:
+                group = kinds[key][0]
+                shape = tuple(param.shape)
+                shapes[place] = (*shape, 2) if group.layout.is_complex else shape
+            layout = kinds[key][0].layout.with_shape(shapes[place])
+            if self.met is not None:
+                self.met(name, layout, undo)
+            if name not in self.pending:
+                kinds[key][2].append(place)
+            else:
+                self._resume(name, rule, layout, place, fresh, undo)
+        for group, rule, places in kinds.values():
+            if not places:
+                continue
+            self._check_shapes(group, rule, [(names[k], shapes[k]) for k in places])
+            made = group.add([shapes[k] for k in places])
+            fresh.update(zip(places, (made + group.number * GROUP).tolist(), strict=True))
+            group.set_rules(made, rule)
+            self._choose_clips(group, made, [names[k] for k in places])
+        for place, code in fresh.items():
+            codes[place] = code
+        return self._parted(names, codes)
+
+    def _resume(
+        self,
+        name: str,
+        rule: Rule,
+        layout: Layout,
+        place: int,
+        fresh: dict[int, int],
+        undo: Undo,
+    ) -> None:
+        """A row from the loaded state that waits for a name."""
+        stored = self.pending[name]
+        entry = restored(name, stored, rule, chosen_clip(self.clip, name), layout, self.masters)
+        fresh[place] = self._placed({name: entry})[name]
+        # The first step asks them.
+        seen = restored_plateaus(rule, stored["rule"], ahead=True)
+        undo += [partial(plateau.load_state, before) for plateau, before in seen]
+
+    def _choose_clips(self, group: Group, rows: np.ndarray, names: Sequence[str]) -> None:
+        """Give new rows their clips."""
+        if self.clip is None:
+            return
+        if isinstance(self.clip, Clip):
+            group.set_clips(rows, self.clip, self._number_of_clip(self.clip))
+            return
+        for row, name in zip(rows, names, strict=True):
+            clip = chosen_clip(self.clip, name)
+            group.set_clips(row[np.newaxis], clip, self._number_of_clip(clip))
+
+    def _number_of_clip(self, clip: Clip | None) -> int:
+        def used() -> np.ndarray:
+            return np.concatenate([group.clip for group in self._groups.values()])
+
+        return self._clips.number(clip, clip, used)
+
+    def _check_shapes(
+        self, group: Group, rule: Rule, shapes: Iterable[tuple[str, tuple[int, ...]]]
+    ) -> None:
+        """Refuse shapes that a rule is not for.
+
+        Raises:
+            ValueError: There is one.
+        """
+        known: set[tuple[int, ...]] = set()
+        for name, shape in shapes:
+            if shape not in known:
+                slot_shapes(name, rule, group.layout.with_shape(shape))
+                known.add(shape)
+
+    def _group_for(self, rule: Rule, layout: Layout) -> Group:
+        """The group of a kind of rule and of parameters."""
+        backend = named(layout.library)
+        has_masters = self.masters and layout.dtype != layout.compute_dtype
+        kind = kind_of(rule)
+        key = kind or id(rule), layout.with_shape(()), has_masters, backend.wanted(layout)
+        if key not in self._kinds:
+            group = backend.group(rule, layout, has_masters)
+            group.number = max(self._groups, default=-1) + 1
+            self._kinds[key], self._groups[group.number] = group.number, group
+        return self._groups[self._kinds[key]]
+
+    def _drop_empty(self) -> None:
+        """Let go of groups without rows."""
+        for key, number in list(self._kinds.items()):
+            if not len(self._groups[number]):
+                del self._kinds[key], self._groups[number]
+
+    def _move(self, rows: _Rows, moved: Mapping[int, Layout], fresh: dict[int, int]) -> _Rows:
+        """Rows in other groups for parameters whose library or device is another one now."""
+        codes = rows.codes.copy()
+        for place, layout in moved.items():
+            name = rows.names[place]
+            old = self.entry(name)
+            to_host, from_host = named(old.layout.library).to_host, named(layout.library).from_host
+            slots = {slot: from_host(to_host(array), layout) for slot, array in old.slots.items()}
+            entry = old._replace(slots=slots, layout=layout)
+            fresh[place] = codes[place] = self._placed({name: entry})[name]
+        return self._parted(rows.names, codes)
+
+    # What a step leaves behind
+
+    def _outcome_of(self, step: Step, names: list[str], fresh: Mapping[int, int]) -> Outcome:
+        """What becomes of a step that nothing stops any more."""
+        born: tuple[str, ...] = ()
+        if fresh:
+            taken = step.places()
+            born = tuple(
+                names[place]
+                for place in sorted(fresh)
+                if place in taken and names[place] not in self._codes
+            )
+        return Outcome(names, born, step.parts, step.skipped, step.global_norms)
+
+    def _counted(self, outcome: Outcome) -> dict[str, Skips]:
+        """The counts of skips after a step.
+
+        Raises:
+            ValueError: A name would be skipped too often in a row.
+        """
+        if not (outcome.skipped or self.skips):
+            return self.skips
+        skipped = [outcome.names[place] for place in outcome.skipped]
+        return counted(self.skips, skipped, outcome.updated, self._max_skips)
+
+    def _commit(
+        self, rows: _Rows, fresh: Mapping[int, int], outcome: Outcome, skips: dict[str, Skips]
+    ) -> None:
+        """Register what a step has begun, and count it."""
+        self.outcome, self.skips = outcome, skips
+        self.steps += outcome.count > 0
+        if fresh:
+            self._register(rows, fresh, outcome)
+        elif rows.is_whole:
+            self._last = rows
+
+    def _register(self, rows: _Rows, fresh: Mapping[int, int], outcome: Outcome) -> None:
+        """Give names the rows that a step has begun."""
+        taken = {place for part in outcome.parts for place in part.places.tolist()}
+        left = [place for place in fresh if place not in taken]
+        # Who is skipped at first sight has not been seen.
+        free = [fresh[place] for place in left]
+        for place in sorted(fresh.keys() - set(left)):
+            name = rows.names[place]
+            if name in self._codes:
+                free.append(self._codes[name])
+            self._codes[name] = fresh[place]
+            self.pending.pop(name, None)
+        self._free(free)
+        self._last = rows if rows.is_whole and not left else NOTHING
+
+    def _take_back(self, fresh: Mapping[int, int], undo: Undo) -> None:
+        """Let go of what a step has begun that did not end."""
+        for take_back in undo:
+            take_back()
+        self._free(fresh.values())
+        self._drop_empty()
+
+    def _free(self, codes: Iterable[int]) -> None:
+        """Let go of rows."""
+        by_group: dict[int, list[int]] = {}
+        for code in codes:
+            by_group.setdefault(code // GROUP, []).append(code % GROUP)
+        for number, rows in by_group.items():
+            self._groups[number].remove(np.array(rows, np.int64))
+        if by_group:
+            self._drop_empty()
+
+    # What changes between steps
+
+    def _placed(self, entries: Mapping[str, Entry]) -> dict[str, int]:
+        """New rows with what is held of some names, by name; nothing is registered.
+
+        Raises:
+            ValueError: A rule is not for parameters of a shape.
+        """
+        codes: dict[str, int] = {}
+        try:
+            for name, entry in entries.items():
+                group = self._group_for(entry.rule, entry.layout)
+                rows = group.add([entry.layout.shape])
+                codes[name] = group.number * GROUP + int(rows[0])
+                group.set_rules(rows, entry.rule)
+                group.set_clips(rows, entry.clip, self._number_of_clip(entry.clip))
+                group.steps[rows] = entry.step
+                if entry.slots:
+                    slots = [entry.slots[slot] for slot in group.slot_names(entry.layout.shape)]
+                    group.set_slots(int(rows[0]), slots)
+        except BaseException:
+            self._free(codes.values())
+            self._drop_empty()
+            raise
+        return codes
+
+    def put(self, entries: Mapping[str, Entry]) -> None:
+        """Hold this of some names from now on, in the place of what is held of them.
+
+        Raises:
+            ValueError: A rule is not for parameters of a shape; nothing has changed.
+        """
+        placed = self._placed(entries)
+        with self.guard:
+            old = [self._codes[name] for name in entries if name in self._codes]
+            self._codes.update(placed)
+            self._free(old)
+            self._last = NOTHING
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop all that is held of some names."""
+        gone = dict.fromkeys(names)
+        with self.guard:
+            codes = [self._codes.pop(name) for name in gone if name in self._codes]
+            self.pending = {n: stored for n, stored in self.pending.items() if n not in gone}
+            self.skips = {n: count for n, count in self.skips.items() if n not in gone}
+            self._free(codes)
+            self._last = NOTHING
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give names new names, in their places."""
+        with self.guard:
+            self._codes = _Codes({names.get(n, n): code for n, code in self._codes.items()})
+            self.pending = {names.get(n, n): stored for n, stored in self.pending.items()}
+            self.skips = {names.get(n, n): count for n, count in self.skips.items()}
+            self._last = NOTHING
+
+    def set_rules(self, rule: Rule | Callable[[str], Rule]) -> None:
+        """Change the rules of all names, and of those to come.
+
+        Raises:
+            TypeError: The callable gives something else.
+            ValueError: A rule is not for parameters of a shape; nothing has changed.
+        """
+        entries = {}
+        for name in self._codes:
+            entries[name] = with_rule(name, self.entry(name), chosen(rule, name, Rule, "rule"))
+        placed = self._placed(entries)
+        with self.guard:
+            old = list(self._codes.values())
+            self._codes.update(placed)
+            self._free(old)
+            self._last, self.rule = NOTHING, rule
+
+    def set_clips(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
+        """Change the clips of all names, and of those to come.
+
+        Raises:
+            TypeError: The callable gives something else; nothing has changed.
+        """
+        clips = {name: chosen_clip(clip, name) for name in self._codes}
+        with self.guard:
+            for name, one in clips.items():
+                group, row = self.row_of(name)
+                group.set_clips(np.array([row]), one, self._number_of_clip(one))
+            self._last, self.clip = NOTHING, clip
+
+    def set_numbers(
+        self, names: Iterable[str] | None, values: Mapping[str, Any], rule: Any = None
+    ) -> None:
+        """Change some hyperparameters of some names.
+
+        Args:
+            names: The names; None for all.
+            values: The hyperparameters.
+            rule: If all names are meant, the rule for names to come.
+
+        Raises:
+            TypeError: The rule of a name has no such hyperparameter.
+            ValueError: A value is out of range; nothing has changed.
+        """
+        labels = list(self._codes) if names is None else list(dict.fromkeys(names))
+        codes = np.fromiter(map(self._codes.__getitem__, labels), np.int64, len(labels))
+        writes: list[tuple[Group, np.ndarray, Rule]] = []
+        others: dict[str, Entry] = {}
+        for number, group in self._groups.items():
+            places = np.flatnonzero(codes // GROUP == number)
+            rows = codes[places] - number * GROUP
+            for which in _alike(group, rows):
+                first = int(which[0])
+                new = changed(labels[places[first]], group.rule_at(int(rows[first])), values)
+                if group.takes(new):
+                    writes.append((group, rows[which], new))
+                else:
+                    mine = [labels[place] for place in places[which].tolist()]
+                    others |= {name: with_rule(name, self.entry(name), new) for name in mine}
+        placed = self._placed(others)
+        with self.guard:
+            for group, rows, new in writes:
+                group.change_numbers(rows, new, values)
+            old = [self._codes[name] for name in others]
+            self._codes.update(placed)
+            self._free(old)
+            self._last = self._parted(self._last.names, self._last.codes) if not others else NOTHING
+            if rule is not None:
+                self.rule = rule
 
 
-class Loaded(NamedTuple):
-    """Loaded state that fits.
-
-    Attributes:
-        entries: The new entries of names that were seen.
-        pending: The state of others, which is to wait.
-        reached: Rules with the descriptions of the rules that were saved in their place.
-        refused: Names whose state does not fit, and why not.
-    """
-
-    entries: dict[str, Entry]
-    pending: dict[str, Mapping[str, Any]]
-    reached: list[tuple[Rule, Mapping[str, Any]]]
-    refused: dict[str, str]
-
-
-class _Held(NamedTuple):
-    """What is held of a name before a step.
-
-    Attributes:
-        name: The name.
-        entry: The entry that the step changes.
-        slots: Its slots.
-        master: Its master copy.
-        step: Its clock.
-        registered: The entry that is registered, which is another one where a parameter moved.
-        pending: Its pending state.
-    """
-
-    name: str
-    entry: Entry
-    slots: tuple[Array, ...]
-    master: Array | None
-    step: int
-    registered: Entry | None
-    pending: Mapping[str, Any] | None
-
-
-class _Before(NamedTuple):
-    """What it takes to take a step back, for names whose arrays cannot be written.
-
-    Attributes:
-        steps: How many steps it had taken.
-        outcome: What it had to tell of its last step.
-        skips: Its counts of skips.
-        held: What it held of each name.
-    """
-
-    steps: int
-    outcome: _Outcome | None
-    skips: dict[str, Skips]
-    held: list[_Held]
-
-
-def shown(entry: Entry) -> Callable[[Array], Array]:
-    """How a slot of an entry is shown."""
-    backend = named(entry.layout.library)
-    shown = partial(backend.shown, layout=entry.layout)
-    if entry.layout.is_complex:
-        return lambda slot: backend.whole(shown(slot))
-    return shown
+def _alike(group: Group, rows: np.ndarray) -> list[np.ndarray]:
+    """Positions of rows that have the same rule, schedules included."""
+    if not rows.size:
+        return []
+    numbers, schedule = group.numbers[rows], group.schedule[rows]
+    if group.scheduled:
+        # Those of schedules are of the last step.
+        for number in np.unique(schedule).tolist():
+            columns = list(group.schedules[number].columns)
+            numbers[np.ix_(schedule == number, columns)] = 0.0
+    if (numbers == numbers[0]).all() and (schedule == schedule[0]).all():
+        return [np.arange(len(rows))]
+    table = np.column_stack([numbers, schedule])
+    which = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
+    return [np.flatnonzero(which == number) for number in range(which.max() + 1)]

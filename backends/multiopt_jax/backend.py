@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from multiopt.backend import Array, Backend, Batch, Layout, Member, Task, require_dtype
+from multiopt.backend import Array, Backend
+from multiopt.engine import Group, Member
+from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines
 
@@ -55,23 +57,23 @@ class JaxBackend(Backend):
         """A NumPy view of a CPU array; float32 if it has 16 bits."""
         return self.namespace(layout).asarray(array).astype(layout.compute_dtype, copy=False)
 
-    def all_ready(self, tasks: Sequence[Task], computed: Sequence[Array]) -> list[Array]:
+    def all_ready(self, members: Sequence[Member], computed: Sequence[Array]) -> list[Array]:
         """New arrays of the parameters' dtypes, where the parameters are, put there all at once."""
         made: dict[int, Array] = {}
         places: dict[tuple[bool, Any], list[int]] = {}
-        for i, task in enumerate(tasks):
-            places.setdefault((task.param.committed, task.param.sharding), []).append(i)
+        for i, member in enumerate(members):
+            places.setdefault((member.param.committed, member.param.sharding), []).append(i)
         for (committed, sharding), indices in places.items():
-            arrays = [computed[i].astype(tasks[i].param.dtype, copy=False) for i in indices]
+            arrays = [computed[i].astype(members[i].param.dtype, copy=False) for i in indices]
             # An uncommitted array stays on its device, whatever the default is.
             with jax.default_device(next(iter(sharding.device_set))):
                 put = jax.device_put(arrays, sharding if committed else None)
             made.update(zip(indices, put, strict=True))
-        return [made[i] for i in range(len(tasks))]
+        return [made[i] for i in range(len(members))]
 
-    def ready(self, task: Task, computed: Array) -> Array:
+    def ready(self, member: Member, computed: Array) -> Array:
         """As ``all_ready``, for one."""
-        (array,) = self.all_ready([task], [computed])
+        (array,) = self.all_ready([member], [computed])
         return array
 
     def closed(self, computed: Array, param: Array) -> Array:
@@ -95,13 +97,15 @@ class JaxBackend(Backend):
             return None
         return np.asarray(array)
 
-    def kind(self, rule: Rule, layout: Layout) -> Hashable | None:
-        """See ``Backend``."""
-        return engines.kind(rule, layout) if _on_cpu(layout) else None
-
-    def batch(self, kind: Hashable, members: Sequence[Member]) -> Batch:
+    def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``; all arrays are lent, for none can be written."""
-        return engines.batch(kind, members, lambda: None)
+        if not _on_cpu(layout):
+            return super().group(rule, layout, has_masters)
+        return engines.group(self, layout, rule, has_masters, lambda: None)
+
+    def wanted(self, layout: Layout) -> Hashable:
+        """See ``Backend``."""
+        return engines.wanted() if _on_cpu(layout) else None
 
     # Slots. Those of CPU arrays are NumPy arrays, for JAX takes 20 us to make one of its own.
 

@@ -1,15 +1,17 @@
 """NumPy arrays, computed by the rule as it stands and updated in place: the reference."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from multiopt.backend import PARTS_OF, Array, Backend, Batch, Layout, Member, Task, require_dtype
+from multiopt.backend import Array, Backend
+from multiopt.engine import Group, Member
+from multiopt.layout import PARTS_OF, Layout, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines
-from multiopt_numpy.compiled.batch import Look
+from multiopt_numpy.compiled.group import Look
 from multiopt_numpy.compiled.kernels import look_kernel
 
 __all__ = ["NumpyBackend"]
@@ -62,25 +64,29 @@ class NumpyBackend(Backend):
         """The array, subclasses stripped, for reading; a float32 copy if it has 16 bits."""
         return read_only(np.asarray(array).astype(layout.compute_dtype, copy=False))
 
-    def ready(self, task: Task, computed: Array) -> Array:
+    def ready(self, member: Member, computed: Array) -> Array:
         """The values; ``write`` rounds them to the parameter's dtype."""
         return np.asarray(computed)
 
-    def write(self, task: Task, ready: Array) -> None:
+    def write(self, member: Member, ready: Array) -> None:
         """Copy the values into the parameter."""
-        np.copyto(np.asarray(task.param), ready, casting="unsafe")
+        np.copyto(np.asarray(member.param), ready, casting="unsafe")
 
     def closed(self, computed: Array, param: Array) -> Array:
         """An array: what NumPy computes of arrays without dimensions is a scalar."""
         return np.asarray(computed)
 
-    def kind(self, rule: Rule, layout: Layout) -> Hashable | None:
+    def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``."""
-        return engines.kind(rule, layout)
+        return engines.group(self, layout, rule, has_masters, _look, numpy_arrays=True)
 
-    def batch(self, kind: Hashable, members: Sequence[Member]) -> Batch:
+    def wanted(self, layout: Layout) -> Hashable:
         """See ``Backend``."""
-        return engines.batch(kind, members, _look, numpy_arrays=True)
+        return engines.wanted()
+
+    def alike(self, array: Array) -> Hashable | None:
+        """See ``Backend``."""
+        return array.dtype if type(array) is np.ndarray else None
 
     def memory_of(self, array: Array) -> np.ndarray | None:
         """The array."""

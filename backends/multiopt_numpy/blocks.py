@@ -1,131 +1,145 @@
-"""Batches without Numba: large parameters in cache-sized blocks, small ones packed together."""
+"""Groups without Numba: large parameters in cache-sized blocks, small ones packed together."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from math import inf, nan, prod
+from math import inf
 from operator import attrgetter, is_
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multiopt.backend import Batch, Limits, Member, Now, Scaling, identities
-from multiopt.interruption import fails_again, uninterrupted
-from multiopt.rules import Rule
+from multiopt.engine import Arrays, Part
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
-from multiopt_numpy.forms import are_uniform, distinct, other_fields, replaced
+from multiopt_numpy.forms import are_uniform, other_fields
+from multiopt_numpy.host import LARGE, HostGroup, Loan
 from multiopt_numpy.tape import Tape
 
-__all__ = ["BlockedBatch"]
+if TYPE_CHECKING:
+    from multiopt.backend import Backend
+    from multiopt.layout import Layout
+    from multiopt.rules import Rule
 
-#: Elements of a parameter from which on it runs by itself. Copying less into a pack costs less
-#: than the calls that it spares.
-LARGE = 4096
+__all__ = ["BlockedGroup"]
 
 #: Elements in a block of a clipped gradient: whole blocks of the summation tree.
 CHUNK = 8 * BLOCK
 
-#: NumPy takes a third less for its own number than for Python's.
-ONE = np.int64(1)
-
-SHAPE, WRITEABLE, BASE = attrgetter("shape"), attrgetter("flags.writeable"), attrgetter("base")
+SHAPE, DTYPE, BASE = attrgetter("shape"), attrgetter("dtype"), attrgetter("base")
+WRITEABLE, CONTIGUOUS = attrgetter("flags.carray"), attrgetter("flags.c_contiguous")
 
 
-class _Pack:
-    """Parameters side by side: room for them and their gradients, and copies of their slots.
+class _Places:
+    """Where the slots of some small rows are, in the order in which they are packed.
 
     Args:
-        where: Their positions.
-        shapes: By position.
-        slots: By position.
-        dtype: Of all.
+        group: Their group.
+        rows: The rows.
+    """
+
+    def __init__(self, group: "BlockedGroup", rows: np.ndarray) -> None:
+        """Order the rows by their places."""
+        self.rows = rows
+        chunk, offset = group.chunk[rows], group.offset[rows]
+        order = np.lexsort((offset, chunk))
+        #: The order, None if it is that of the rows.
+        self.order = None if (order[1:] > order[:-1]).all() else order.tolist()
+        chunk, offset, self.sizes = chunk[order], offset[order], group.size[rows][order]
+        ends = np.cumsum(self.sizes)
+        self.total = int(ends[-1]) if len(ends) else 0
+        shapes = [group.shapes[row] for row in rows[order].tolist()]
+        self._shapes = list(zip((ends - self.sizes).tolist(), ends.tolist(), shapes, strict=True))
+        #: The chunks, each with the elements in it and those in the pack.
+        self.segments: list[tuple[np.ndarray, slice | np.ndarray, slice]] = []
+        borders = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
+        for begin, end in zip(borders, borders[1:], strict=False):
+            array = group.chunk_array(int(chunk[begin])) if end > begin else np.empty((0, 0))
+            starts, sizes = offset[begin:end], self.sizes[begin:end]
+            packed = np.cumsum(sizes) - sizes
+            where: slice | np.ndarray
+            if (starts - starts[:1] == packed).all():
+                first = int(starts[0]) if len(starts) else 0
+                where = slice(first, first + int(sizes.sum()))
+            else:
+                where = np.repeat(starts - packed, sizes) + np.arange(int(sizes.sum()))
+            low = int(ends[begin - 1]) if begin else 0
+            self.segments.append((array, where, slice(low, low + int(sizes.sum()))))
+
+    def parts(self, pack: np.ndarray) -> list[np.ndarray]:
+        """Of an array as long as the pack, the part of each row, in its shape."""
+        return [pack[low:high].reshape(shape) for low, high, shape in self._shapes]
+
+    def ordered(self, things: list[Any]) -> list[Any]:
+        """Things in the order of the pack."""
+        return things if self.order is None else [things[i] for i in self.order]
+
+    def spread(self, scalars: Sequence[Any]) -> list[Any]:
+        """Scalars with a number for each row as numbers for each element."""
+        values = (x[self.order] if np.ndim(x) and self.order is not None else x for x in scalars)
+        return [np.repeat(x, self.sizes) if np.ndim(x) else x for x in values]
+
+
+class _Packed:
+    """A run of a tape over small parameters side by side.
+
+    Args:
+        places: Where their slots are.
+        tape: The tape.
+        params: The parameters, in the order of the pack, as the following.
+        grad: Their gradients in one.
+        scalars: The coefficients, for all elements or for each.
+        slots: By parameter, copies of its slots that are to be used; None for the slots themselves.
+        slot_count: How many slots the rule has.
+        room: What the tape made for so many elements.
     """
 
     def __init__(
         self,
-        where: np.ndarray,
-        shapes: Sequence[tuple[int, ...]],
-        slots: Sequence[tuple[np.ndarray, ...]],
-        dtype: np.dtype,
-    ) -> None:
-        """Copy the slots in."""
-        mine = [slots[i] for i in where.tolist()]
-        self._shapes = [shapes[i] for i in where.tolist()]
-        self.sizes = np.array([prod(shape) for shape in self._shapes], np.int64)
-        ends = np.cumsum(self.sizes)
-        self._places = list(map(slice, (ends - self.sizes).tolist(), ends.tolist()))
-        self.param, self.grad = (np.empty(self.sizes.sum(), dtype) for _ in range(2))
-        self.kept = [np.concatenate(arrays, axis=None) for arrays in zip(*mine, strict=True)]
-        self.params = self.parts(self.param)
-        self._tape: Tape | None = None
-        self._room: list[np.ndarray] = []
-        #: By parameter, its slots as parts of the pack.
-        self.slots = (
-            list(zip(*map(self.parts, self.kept), strict=True)) if self.kept else [()] * len(mine)
-        )
-
-    def parts(self, pack: np.ndarray) -> list[np.ndarray]:
-        """Of an array as long as the pack, the part of each parameter, in its shape."""
-        pairs = zip(self._places, self._shapes, strict=True)
-        return [pack[place].reshape(shape) for place, shape in pairs]
-
-    def take(self, params: list[np.ndarray], grads: list[np.ndarray]) -> None:
-        """Copy parameters and gradients in.
-
-        Raises:
-            TypeError: One is of another dtype.
-        """
-        if params:
-            np.concatenate(params, axis=None, out=self.param, casting="no")
-            np.concatenate(grads, axis=None, out=self.grad, casting="no")
-
-    def __len__(self) -> int:
-        """The number of elements."""
-        return len(self.param)
-
-    def room(self, tape: Tape) -> list[np.ndarray]:
-        """The memory for a run of a tape, which stays: its pages are there already."""
-        if tape is not self._tape:
-            self._tape, self._room = tape, tape.room(len(self))
-        return self._room
-
-    def give(self, params: list[np.ndarray]) -> None:
-        """Copy the parameters back."""
-        _copy(self.params, params)
-
-    def spread(self, scalars: Sequence[Any]) -> list[Any]:
-        """Scalars with a number for each parameter as numbers for each element."""
-        return [np.repeat(x, self.sizes) if np.ndim(x) else x for x in scalars]
-
-
-class _Packed:
-    """A run of a tape over a pack."""
-
-    def __init__(
-        self,
+        places: _Places,
         tape: Tape,
-        pack: _Pack,
+        params: list[np.ndarray],
         grad: np.ndarray,
         scalars: list[Any],
+        slots: list[tuple[np.ndarray, ...]] | None,
+        slot_count: int,
+        room: list[np.ndarray],
     ) -> None:
-        """Nothing is computed yet."""
-        self.pack = pack
-        self._tape, self._grad, self._scalars, self._room = tape, grad, scalars, pack.room(tape)
-        # Where the results go, beside the parameters.
-        self._pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
-
-    def compute(self) -> None:
-        """Run the tape."""
-        pack = self.pack
-        self._tape.run(pack.param, self._grad, pack.kept, self._scalars, self._room)
+        """Copy the parameters; nothing is computed yet."""
+        self._places, self._tape, self._slot_count = places, tape, slot_count
+        self._grad, self._scalars, self._room = grad, scalars, room
+        self._param = _joined(params, places.total, grad.dtype)
+        self._pairs = [(places.parts(self._param), params)]
+        self._kept: list[np.ndarray] = []
+        self._segments = places.segments
+        if slots is not None:
+            self._segments = []
+            for copies in zip(*slots, strict=True):
+                self._kept.append(_joined(list(copies), places.total, grad.dtype))
+                self._pairs.append((places.parts(self._kept[-1]), list(copies)))
+        elif len(places.segments) != 1 or not isinstance(places.segments[0][1], slice):
+            # Slots that stand side by side are updated where they are, others in a copy.
+            self._kept = [np.empty(places.total, grad.dtype) for _ in range(slot_count)]
 
     def goes(self, sources: list[np.ndarray], targets: list[np.ndarray]) -> None:
-        """Let ``run`` copy some arrays."""
+        """Let ``run`` copy some arrays too."""
         self._pairs.append((sources, targets))
 
     def run(self) -> None:
-        """Copy what was computed."""
+        """Compute, and copy what was computed."""
+        slots = self._kept
+        if slots:
+            for array, where, packed in self._segments:
+                for j, slot in enumerate(slots):
+                    slot[packed] = array[j, where]
+        elif self._slot_count:
+            ((array, where, _),) = self._segments
+            slots = [array[j, where] for j in range(self._slot_count)]
+        self._tape.run(self._param, self._grad, slots, self._scalars, self._room)
+        if self._kept:
+            for array, where, packed in self._segments:
+                for j, slot in enumerate(self._kept):
+                    array[j, where] = slot[packed]
         for sources, targets in self._pairs:
             _copy(sources, targets)
 
@@ -189,335 +203,253 @@ class _Alone:
                 grad[...] = clipped
 
 
-class BlockedBatch(Batch):
+class BlockedGroup(HostGroup):
     """Parameters that the tape of one rule updates, on one thread.
 
     Args:
-        members: The parameters, of one compute dtype.
+        backend: As for ``Group``.
+        layout: Likewise.
+        rule: Likewise.
+        has_masters: Likewise.
         itself: Whether their arrays are NumPy's, and not to be lent.
     """
 
-    def __init__(self, members: Sequence[Member], itself: bool) -> None:
-        """Nothing is packed yet."""
-        self._members, self._itself = members, itself
-        self._dtype = np.dtype(members[0].layout.compute_dtype)
-        self._shapes = [member.layout.shape for member in members]
-        self._sizes = np.array([prod(shape) for shape in self._shapes])
-        self._everything = np.arange(len(members))
-        self._small = np.flatnonzero(self._sizes < LARGE)
-        self._params: list[Any] = []
-        self._grads: list[Any] = []
-        self._slots: list[Any] = [member.slots for member in members]
-        self._pack = _Pack(self._small, self._shapes, self._slots, self._dtype) if itself else None
-        if self._pack is not None:
-            for i, slots in zip(self._small.tolist(), self._pack.slots, strict=True):
-                self._slots[i] = slots
-        self._homes = list(self._slots)
+    def __init__(
+        self, backend: "Backend", layout: "Layout", rule: "Rule", has_masters: bool, itself: bool
+    ) -> None:
+        """Have no row yet."""
+        super().__init__(backend, layout, rule, has_masters)
+        self._itself = itself
         self._tapes: dict[tuple[bool, ...], Tape] = {}
-        self._owned = False
-        # The identities of arrays that were each another.
-        self._different = b""
-        self._unclipped = np.zeros(len(members), bool)
-        # What is to run, and whether it clipped.
+        # The memory that the last run of small parameters took: its pages are there already.
+        self._room: tuple[Tape | None, int, list[np.ndarray]] = (None, 0, [])
         self._runs: list[Any] = []
-        self._clipped = self._unclipped
-        self._vectorized = are_uniform(members[0].rule)
-        self._rules, self._which = distinct([member.rule for member in members])
-        self._columns = _columns(self._rules)
+        self._vectorized = are_uniform(rule)
+        # Of the last step: its rows, their shapes, and where its small rows are.
+        self._known: tuple[np.ndarray, list[tuple[int, ...]]] = (np.empty(0, np.int64), [])
+        self._places = _Places(self, np.empty(0, np.int64))
 
-    def homes(self) -> Sequence[tuple[np.ndarray, ...]]:
-        """See ``Batch``: parts of the pack for small parameters."""
-        return self._homes if self._itself else ()
+    def chunk_array(self, number: int) -> np.ndarray:
+        """The slots in a chunk."""
+        return self._chunks[number].array
+
+    def _drop_slots(self, rows: np.ndarray) -> None:
+        # Rows that are taken again have other shapes and places.
+        self._known = (np.empty(0, np.int64), [])
+        self._places = _Places(self, np.empty(0, np.int64))
+        super()._drop_slots(rows)
 
     # Looking
 
-    def look(self, params: np.ndarray, grads: np.ndarray, leaves: bool) -> np.ndarray:
-        """See ``Batch``."""
-        self._params, self._grads = params.tolist(), grads.tolist()
-        self._slots = list(self._homes)
-        self._owned = False
+    def look(self, part: Part, arrays: Arrays) -> None:
+        """See ``Group``."""
+        grads = arrays.grads[part.places].tolist()
+        if None in set(map(type, grads)) or any(grad is None for grad in grads):
+            part.keep(np.array([grad is not None for grad in grads], bool))
+            grads = arrays.grads[part.places].tolist()
+        part.params, part.grads = arrays.params[part.places].tolist(), grads
         if not self._itself:
-            return self._everything
-        if self._are_regular(self._params, "carray") and self._are_regular(
-            self._grads, "c_contiguous"
+            part.odd = range(len(grads))
+            return
+        known, shapes = self._known
+        if known is not part.rows:
+            shapes = [self.shapes[row] for row in part.rows.tolist()]
+            self._known = part.rows, shapes
+        if self._are_regular(part.params, shapes, WRITEABLE) and self._are_regular(
+            grads, shapes, CONTIGUOUS
         ):
-            arrays = self._params + self._grads
-            self._owned = len(set(map(id, arrays))) == len(arrays) and _own_their_memory(arrays)
-            return self._everything[:0]
-        pairs = zip(self._shapes, self._params, self._grads, strict=True)
-        return np.flatnonzero(
-            [
-                not (_is_regular(p, "carray", *facts) and _is_regular(g, "c_contiguous", *facts))
-                for shape, p, g in pairs
-                for facts in [(shape, self._dtype)]
-            ]
-        )
+            part.owned = _own_their_memory(part.params) and _own_their_memory(grads)
+            return
+        part.odd = [
+            k
+            for k, (shape, param, grad) in enumerate(zip(shapes, part.params, grads, strict=True))
+            if not (
+                self._are_regular([param], [shape], WRITEABLE)
+                and self._are_regular([grad], [shape], CONTIGUOUS)
+            )
+        ]
 
-    def _are_regular(self, arrays: list[Any], flag: str) -> bool:
-        if set(map(type, arrays)) != {np.ndarray}:
-            return False
+    def _are_regular(self, arrays: list[Any], shapes: list[tuple[int, ...]], flag: Any) -> bool:
         return (
-            list(map(attrgetter("shape"), arrays)) == self._shapes
-            and set(map(id, map(attrgetter("dtype"), arrays))) == {id(self._dtype)}
-            and all(map(attrgetter(f"flags.{flag}"), arrays))
+            set(map(type, arrays)) <= {np.ndarray}
+            and list(map(SHAPE, arrays)) == shapes
+            and set(map(id, map(DTYPE, arrays))) <= {id(self.dtype)}
+            and all(map(flag, arrays))
         )
 
-    def ready(
-        self,
-        params: np.ndarray,
-        grads: np.ndarray,
-        leaves: bool,
-        steps: np.ndarray,
-        now: Sequence[Now],
-        limits: Limits | None,
-        writes_grads: bool,
-    ) -> bool:
-        """See ``Batch``."""
-        pack = self._pack
-        if limits is not None or pack is None or len(self._small) < len(self._members):
-            return False
-        given, their_grads = params.tolist(), grads.tolist()
-        # Gradients may be of any strides and may overlap with anything, for they are copied.
-        if not (
-            set(map(type, given)) == set(map(type, their_grads)) == {np.ndarray}
-            and list(map(SHAPE, given)) == list(map(SHAPE, their_grads)) == self._shapes
-            and all(map(WRITEABLE, given))
-            and _own_their_memory(given)
-            and self._are_different(params)
-        ):
-            return False
-        try:
-            pack.take(given, their_grads)
-        except TypeError:
-            return False  # another dtype
-        with np.errstate(all="ignore"):
-            (_, tape, scalars), *others = self._scalars_now(self._everything, steps, now)
-        if others:
-            return False
-        self._runs = [_Packed(tape, pack, pack.grad, pack.spread(scalars))]
-        self._params = given
-        return True
+    def locate(self, part: Part, arrays: Arrays) -> None:
+        """See ``Group``."""
+        starts, ends = arrays.spans
+        odd, count = set(part.odd), len(arrays.params)
+        for k, place in enumerate(part.places.tolist()):
+            if k not in odd:
+                size = int(self.size[part.rows[k]]) * self.dtype.itemsize
+                for where, array in ((place, part.params[k]), (count + place, part.grads[k])):
+                    starts[where] = low = array.ctypes.data
+                    ends[where] = low + size
 
-    def advance(
-        self,
-        steps: np.ndarray,
-        limits: Limits | None,
-        leave_clipped: bool,
-        threads: int | None,
-    ) -> np.ndarray:
-        """See ``Batch``."""
-        (run,) = self._runs
-        with uninterrupted():
-            with np.errstate(all="ignore"):
-                run.compute()
-            run.pack.give(self._params)
-            np.add(steps, ONE, out=steps)
-        self._runs, self._params = [], []
-        return self._unclipped
+    def _take(self, part: Part, position: int, loan: Loan) -> None:
+        part.params[position], part.grads[position] = loan.param, loan.grad
 
-    def clipped(self) -> np.ndarray:
-        """See ``Batch``."""
-        return self._unclipped
+    # Measuring
 
-    def _are_different(self, arrays: np.ndarray) -> bool:
-        """Whether each is another array; asked again only about others than the last time."""
-        ids = identities(arrays)
-        if ids != self._different and len(set(map(id, arrays))) == len(arrays):
-            self._different = ids
-        return ids == self._different
-
-    def lend(
-        self, position: int, param: np.ndarray, grad: np.ndarray, slots: tuple[np.ndarray, ...]
-    ) -> None:
-        """See ``Batch``."""
-        self._params[position], self._grads[position] = param, grad
-        self._slots[position] = slots
-
-    def slots_of(self, position: int) -> tuple[np.ndarray, ...] | None:
-        """See ``Batch``."""
-        slots: tuple[np.ndarray, ...] | None = self._homes[position]
-        return slots
-
-    def is_apart(self, writes_grads: bool) -> bool:
-        """See ``Batch``."""
-        return self._owned
-
-    def spans(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Batch``."""
-        sizes = self._sizes[index] * self._dtype.itemsize
-        params, grads = (
-            np.array([arrays[i].ctypes.data for i in index.tolist()], np.int64)
-            for arrays in (self._params, self._grads)
-        )
-        return np.array([params, params + sizes]), np.array([grads, grads + sizes])
-
-    # Computing
-
-    def finite(self, index: np.ndarray, threads: int | None) -> np.ndarray:
-        """See ``Batch``."""
+    def finite(self, part: Part, threads: int | None) -> np.ndarray:
+        """See ``Group``."""
         return np.array(
-            [all(np.isfinite(x).all() for x in _chunks(self._grads[i])) for i in index.tolist()],
-            bool,
+            [all(np.isfinite(x).all() for x in _blocks(grad)) for grad in part.grads], bool
         )
 
-    def sums_of_squares(
-        self, index: np.ndarray, own: np.ndarray, factor: float, threads: int | None
+    def squares(
+        self, part: Part, which: np.ndarray, factor: float, threads: int | None
     ) -> np.ndarray:
-        """See ``Batch``."""
+        """See ``Group``."""
         totals = []
-        for i in index.tolist():
-            scale = self._dtype.type(own[i])
+        for k in which.tolist():
+            scale = self.dtype.type(self.own[part.rows[k]])
             sums = [
                 block_sums(np, factor * (scale * x).astype(np.float64))
-                for x in _chunks(self._grads[i])
+                for x in _blocks(part.grads[k])
             ]
             totals.append(float(tree_sum(np, np.concatenate(sums))) if sums else 0.0)
         return np.array(totals)
 
-    def prepare(
-        self,
-        index: np.ndarray,
-        steps: np.ndarray,
-        now: Sequence[Now],
-        scaling: Scaling | None,
-        leave_clipped: bool,
-        threads: int | None,
-    ) -> None:
-        """See ``Batch``. What is small is computed here, in copies, and ``run`` moves it."""
-        self._clipped = np.zeros(len(self._members), bool)
+    # Updating
+
+    def _prepare(self, part: Part, leave_clipped: bool, threads: int | None, counts: bool) -> None:
+        rows = part.rows
+        self._counts = counts
+        if self.clipping:
+            part.clipped = np.zeros(len(rows), bool)
         self._runs = []
-        for where, tape, scalars in self._scalars_now(index, steps, now):
-            small = self._sizes[where] < LARGE
+        for which, tape, scalars in self._scalars_now(rows):
+            small = self.size[rows[which]] < LARGE
             if small.any():
-                values = [_at(x, small) for x in scalars]
-                self._runs.append(self._packed(where[small], tape, values, scaling, leave_clipped))
-            room = tape.room(int(self._sizes[where].max()))
+                values = [x[small] if np.ndim(x) else x for x in scalars]
+                self._runs.append(self._packed(part, which[small], tape, values, leave_clipped))
+            room = tape.room(int(self.size[rows[which]].max())) if len(which) else []
             for k in np.flatnonzero(~small).tolist():
                 values = [x if np.ndim(x) == 0 else float(x[k]) for x in scalars]
-                alone = self._alone(int(where[k]), tape, values, room, scaling, leave_clipped)
-                self._runs.append(alone)
+                run = self._alone(part, int(which[k]), tape, values, room, leave_clipped)
+                self._runs.append(run)
 
-    def _scalars_now(
-        self, index: np.ndarray, steps: np.ndarray, now: Sequence[Now]
-    ) -> list[tuple[np.ndarray, Tape, list[Any]]]:
+    def _scalars_now(self, rows: np.ndarray) -> list[tuple[np.ndarray, Tape, list[Any]]]:
         """Positions with the tape and the coefficients that they have at this step."""
-        if not index.size:
+        if not rows.size:
             return []
-        rules, which = replaced(self._rules, self._which, now)
-        if index is not self._everything:
-            which, steps = which[index], steps[index]
-        counts = steps + 1
-        rule = rules[which[0]]
-        if (which == which[0]).all() and (counts == counts[0]).all():
-            scalars = rule.coefficients(int(counts[0]), self._dtype.name)
-            return [(index, self._tape(rule, scalars), list(scalars))]
+        numbers, counts, everything = self.numbers[rows], self.steps[rows] + 1, np.arange(len(rows))
+        if (counts == counts[0]).all() and (numbers == numbers[0]).all():
+            rule = self.rule_now(int(rows[0]))
+            scalars = rule.coefficients(int(counts[0]), self.dtype.name)
+            return [(everything, self._tape(scalars), list(scalars))]
         # The same functions on arrays: one call for all names.
-        by_name = _columns(rules) if now else self._columns
-        h = SimpleNamespace(
-            **{name: _picked(column, which) for name, column in by_name.items()},
-            **other_fields(rule),
-        )
-        scalars = self._scalars_of([rules[i] for i in which.tolist()], counts, h)
+        scalars = self._scalars_of(rows, numbers, counts)
         columns = [np.asarray(x) for x in scalars]
         # Switches that differ by name: each of their patterns has a tape of its own.
         patterns = [column for column in columns if column.dtype == bool and column.ndim]
-        kinds = np.zeros(len(index), np.intp)
+        kinds = np.zeros(len(rows), np.intp)
         if patterns:
             kinds = np.unique(np.array(patterns), axis=1, return_inverse=True)[1].reshape(-1)
         jobs = []
         for pattern in range(kinds.max() + 1):
             mine = np.flatnonzero(kinds == pattern) if patterns else slice(None)
-            values = [_same(x[mine] if x.ndim else x, self._dtype) for x in columns]
-            tape = self._tape(rule, scalars._make(values))
-            jobs.append((index[mine], tape, values))
+            values = [_same(x[mine] if x.ndim else x, self.dtype) for x in columns]
+            jobs.append((everything[mine], self._tape(scalars._make(values)), values))
         return jobs
 
-    def _scalars_of(self, rules: list[Rule], counts: np.ndarray, h: Any) -> Any:
-        """The coefficients of each of some rules at its step, as a named tuple of arrays."""
+    def _scalars_of(self, rows: np.ndarray, numbers: np.ndarray, counts: np.ndarray) -> Any:
+        """The coefficients of each of some rows at its step, as a named tuple of arrays."""
         if self._vectorized:
+            by_name: dict[str, Any] = {}
+            for (name, place), column in zip(self.columns, numbers.T, strict=True):
+                same = column[0].item() if (column == column[0]).all() else column
+                by_name[name] = same if place is None else (*by_name.get(name, ()), same)
             try:
-                return type(rules[0]).scalars(h, counts)
+                h = SimpleNamespace(**by_name, **other_fields(self.rule))
+                return type(self.rule).scalars(h, counts)
             except (TypeError, ValueError):
-                if not fails_again(type(rules[0]).scalars, h, counts):
-                    raise
                 self._vectorized = False  # somebody's scalars that take no arrays
-        pairs = zip(rules, counts.tolist(), strict=True)
-        each = [rule.coefficients(count) for rule, count in pairs]
+        each = [
+            self.rule_now(row).coefficients(count)
+            for row, count in zip(rows.tolist(), counts.tolist(), strict=True)
+        ]
         return each[0]._make(map(np.array, zip(*each, strict=True)))
 
-    def _tape(self, rule: Rule, scalars: Any) -> Tape:
+    def _tape(self, scalars: Any) -> Tape:
         switches = tuple(x for x in scalars if isinstance(x, bool))
         if switches not in self._tapes:
-            self._tapes[switches] = Tape(rule.update, scalars, len(rule.slots), self._dtype.name)
+            self._tapes[switches] = Tape(
+                self.rule.update, scalars, len(self.rule.slots), self.dtype.name
+            )
         return self._tapes[switches]
 
-    def run(self) -> np.ndarray:
-        """See ``Batch``."""
-        for run in self._runs:
-            run.run()
-        # Nobody's arrays are held from one step to the next.
-        self._params, self._grads, self._slots = [], [], list(self._homes)
-        self._runs = []
-        return self._clipped
-
     def _packed(
-        self,
-        where: np.ndarray,
-        tape: Tape,
-        scalars: list[Any],
-        scaling: Scaling | None,
-        leave_clipped: bool,
+        self, part: Part, which: np.ndarray, tape: Tape, scalars: list[Any], leave_clipped: bool
     ) -> _Packed:
-        """Compute small parameters side by side, in copies."""
-        positions = where.tolist()
-        params, grads = ([arrays[i] for i in positions] for arrays in (self._params, self._grads))
-        pack = _Pack(where, self._shapes, self._slots, self._dtype)
-        pack.take(params, grads)
-        grad = pack.grad
-        if scaling is not None:
-            mine = scaling.at(where)
-            grad, beyond = _clipped(grad, *pack.spread([x.astype(self._dtype) for x in mine]))
-            limited = [part.any() for part in pack.parts(beyond)]
-            self._clipped[where] = mine.scales() | np.array(limited, bool)
-        run = _Packed(tape, pack, grad, pack.spread(scalars))
-        run.compute()
-        run.goes(pack.params, params)
-        for parts, i in zip(pack.slots, positions, strict=True):
-            run.goes(list(parts), list(self._slots[i]))
-        if scaling is not None and leave_clipped:
-            run.goes(pack.parts(grad), grads)
+        """Small parameters side by side, in copies."""
+        rows = part.rows if len(which) == len(part.rows) else part.rows[which]
+        if self._places.rows is not rows:
+            self._places = _Places(self, rows)
+        places, positions = self._places, which.tolist()
+        params = places.ordered([part.params[k] for k in positions])
+        grads = places.ordered([part.grads[k] for k in positions])
+        grad = _joined(grads, places.total, self.dtype)
+        if part.clipped is not None:
+            columns = [self.own[rows], self.shared[rows], self.bound[rows]]
+            grad, beyond = _clipped(grad, *places.spread([x.astype(self.dtype) for x in columns]))
+            limited = np.empty(len(rows), bool)
+            found = [piece.any() for piece in places.parts(beyond)]
+            limited[slice(None) if places.order is None else places.order] = found
+            part.clipped[which] = (columns[0] != 1) | (columns[1] != 1) | limited
+        slots = None
+        if not self.backend.in_place:
+            lent = [self._loans[row].slots or () for row in rows.tolist()]
+            slots = places.ordered(lent)
+        if self._room[:2] != (tape, places.total):
+            self._room = tape, places.total, tape.room(places.total)
+        spread, slot_count = places.spread(scalars), len(self.rule.slots)
+        run = _Packed(places, tape, params, grad, spread, slots, slot_count, self._room[2])
+        if part.clipped is not None and leave_clipped:
+            run.goes(places.parts(grad), grads)
         return run
 
     def _alone(
         self,
+        part: Part,
         position: int,
         tape: Tape,
         scalars: list[Any],
         room: list[np.ndarray],
-        scaling: Scaling | None,
         leave_clipped: bool,
     ) -> _Alone:
-        arrays = [
-            x.reshape(-1)
-            for x in (self._params[position], self._grads[position], *self._slots[position])
-        ]
-        numbers = None
-        if scaling is not None:
-            numbers = [self._dtype.type(x[position]) for x in scaling]
-            self._clipped[position] = numbers[0] != 1 or numbers[1] != 1
-            if not self._clipped[position] and numbers[2] == inf:
+        row = int(part.rows[position])
+        slots = self._views(row)
+        if row in self._loans and (lent := self._loans[row].slots) is not None:
+            slots = lent
+        slots = slots[: len(self.rule.slots)]
+        arrays = [x.reshape(-1) for x in (part.params[position], part.grads[position], *slots)]
+        told, numbers = np.zeros(1, bool), None
+        if part.clipped is not None:
+            columns = (self.own[row], self.shared[row], self.bound[row])
+            numbers = [self.dtype.type(x) for x in columns]
+            part.clipped[position] = numbers[0] != 1 or numbers[1] != 1
+            if not part.clipped[position] and numbers[2] == inf:
                 numbers = None
-        told = self._clipped[position : position + 1]
+            told = part.clipped[position : position + 1]
         return _Alone(tape, arrays, scalars, room, numbers, leave_clipped, told)
 
+    def _run(self, part: Part) -> None:
+        for run in self._runs:
+            run.run()
+        if self._counts:
+            self.steps[part.rows] += 1
 
-def _is_regular(array: Any, flag: str, shape: tuple[int, ...], dtype: np.dtype) -> bool:
-    if type(array) is not np.ndarray or array.dtype is not dtype:
-        return False
-    return bool(array.shape == shape and getattr(array.flags, flag))
+    def forget(self, part: Part) -> None:
+        """See ``Group``."""
+        super().forget(part)
+        self._runs = []
 
 
-def _chunks(array: np.ndarray) -> Iterable[np.ndarray]:
+def _blocks(array: np.ndarray) -> Iterable[np.ndarray]:
     flat = array.reshape(-1)
     return (flat[low : low + CHUNK] for low in range(0, len(flat), CHUNK))
 
@@ -529,29 +461,17 @@ def _clipped(grad: np.ndarray, own: Any, shared: Any, bound: Any) -> tuple[np.nd
     return clamp(np, grad, bound), np.abs(grad) > bound
 
 
+def _joined(arrays: list[np.ndarray], total: int, dtype: np.dtype) -> np.ndarray:
+    """A copy of arrays of one dtype, one after the other."""
+    pack = np.empty(total, dtype)
+    if arrays:
+        np.concatenate(arrays, axis=None, out=pack, casting="no")
+    return pack
+
+
 def _copy(sources: Iterable[np.ndarray], targets: Iterable[np.ndarray]) -> None:
     """Copy arrays into others of their shapes."""
     deque(map(np.ndarray.__setitem__, targets, repeat(...), sources), 0)
-
-
-def _columns(rules: Sequence[Rule]) -> dict[str, Any]:
-    """The hyperparameters of rules by name; schedules have none yet."""
-    return {name: _column([getattr(rule, name) for rule in rules]) for name in rules[0].ranges}
-
-
-def _column(values: list[Any]) -> Any:
-    """One number if all are the same, or else an array; a tuple of them where values are tuples."""
-    if isinstance(values[0], tuple):
-        return tuple(_column(list(place)) for place in zip(*values, strict=True))
-    numbers = np.array([nan if callable(value) else value for value in values])
-    return values[0] if (numbers == numbers[0]).all() else numbers
-
-
-def _picked(column: Any, index: np.ndarray) -> Any:
-    """A column at some positions."""
-    if isinstance(column, tuple):
-        return tuple(_picked(part, index) for part in column)
-    return column[index] if isinstance(column, np.ndarray) else column
 
 
 def _same(column: np.ndarray, dtype: np.dtype) -> Any:
@@ -567,7 +487,3 @@ def _same(column: np.ndarray, dtype: np.dtype) -> Any:
 def _own_their_memory(arrays: list[np.ndarray]) -> bool:
     """Whether no array is a view; then no two of them overlap, if they are two."""
     return all(map(is_, map(BASE, arrays), repeat(None)))
-
-
-def _at(value: Any, which: np.ndarray) -> Any:
-    return value[which] if np.ndim(value) else value

@@ -2,28 +2,27 @@
 
 import os
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from multiopt.backend import Batch, Layout, Member
+from multiopt.engine import Group, kind_of
+from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
-from multiopt_numpy.blocks import BlockedBatch
-from multiopt_numpy.compiled.batch import CompiledBatch, Look
+from multiopt_numpy.blocks import BlockedGroup
+from multiopt_numpy.compiled.group import CompiledGroup, Look
 from multiopt_numpy.compiled.kernels import update_kernel
 from multiopt_numpy.compiled.team import Kernel
-from multiopt_numpy.forms import (
-    NotCompilable,
-    are_uniform,
-    number_fields,
-    other_fields,
-    sample_scalars,
-)
+from multiopt_numpy.forms import NotCompilable, are_uniform, sample_scalars
 from multiopt_numpy.tape import NotTraceable, Tape
 
-__all__ = ["batch", "kind"]
+if TYPE_CHECKING:
+    from multiopt.backend import Backend
+    from multiopt.layout import Layout
+
+__all__ = ["group", "wanted"]
 
 #: The environment variable that asks for an engine: "compiled" (the default), "blocks" or "plain".
 VARIABLE = "MULTIOPT_ENGINE"
@@ -40,45 +39,49 @@ class _Compiled(NamedTuple):
 _engines: dict[Hashable, _Compiled | str | None] = {}
 
 
-def kind(rule: Rule, layout: Layout) -> Hashable | None:
-    """What rules must have in common to share a batch; None if only the rule itself can run."""
-    if not rule.elementwise:
-        return None
-    wanted = os.environ.get(VARIABLE, "compiled")
-    choices = tuple(other_fields(rule).items())
-    form = rule.update, rule.slots, tuple(number_fields(rule)), choices
-    key = wanted, type(rule), *form, layout.dtype
-    try:
-        known = key in _engines
-    except TypeError:
-        return None  # a choice that cannot be looked up, such as a list
-    if not known:
-        _engines[key] = _engine(wanted, rule, layout.compute_dtype)
-    return None if _engines[key] is None else key
+def wanted() -> str:
+    """The engine that is asked for."""
+    return os.environ.get(VARIABLE, "compiled")
 
 
-def batch(
-    kind: Hashable,
-    members: Sequence[Member],
+def group(
+    backend: "Backend",
+    layout: "Layout",
+    rule: Rule,
+    has_masters: bool,
     look: Callable[[], Look | None],
     *,
     numpy_arrays: bool = False,
-) -> Batch:
-    """A batch of parameters of one kind.
+) -> Group:
+    """A group for parameters of this kind of rule and of this layout, whatever their shapes.
 
     Args:
-        kind: What ``kind`` gave for them.
-        members: The parameters.
+        backend: That of their library.
+        layout: The layout.
+        rule: The rule.
+        has_masters: Whether they have master copies.
         look: How compiled code looks at the arrays of their library, if it can.
         numpy_arrays: Whether their library is NumPy, which blocks need not be lent.
     """
-    engine = _engines[kind]
-    layout = members[0].layout
+    engine = _engine_of(rule, layout.compute_dtype)
     # 16-bit arrays are computed in float32: copies of them are lent.
     directly = layout.dtype == layout.compute_dtype
     if isinstance(engine, _Compiled):
-        return CompiledBatch(*engine, look() if directly else None, members)
-    return BlockedBatch(members, numpy_arrays and directly)
+        found = look() if directly else None
+        return CompiledGroup(backend, layout, rule, has_masters, *engine, found)
+    if engine == "blocks":
+        return BlockedGroup(backend, layout, rule, has_masters, numpy_arrays and directly)
+    return ReferenceGroup(backend, layout, rule, has_masters)
+
+
+def _engine_of(rule: Rule, dtype: str) -> _Compiled | str | None:
+    kind = kind_of(rule)
+    if not rule.elementwise or kind is None:
+        return None
+    key = wanted(), kind, dtype
+    if key not in _engines:
+        _engines[key] = _engine(wanted(), rule, dtype)
+    return _engines[key]
 
 
 def _engine(wanted: str, rule: Rule, dtype: str) -> _Compiled | str | None:

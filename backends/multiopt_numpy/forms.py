@@ -4,26 +4,21 @@ import copy
 import dis
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any
 
-import numpy as np
-
-from multiopt.backend import Now
+from multiopt.engine import number_fields, other_fields
 from multiopt.rules import Rule
 
 __all__ = [
     "NotCompilable",
     "are_uniform",
     "check_scalars",
-    "distinct",
     "global_names",
     "number_fields",
     "other_fields",
     "reached",
-    "replaced",
     "sample_scalars",
     "scalars_of",
 ]
@@ -31,18 +26,6 @@ __all__ = [
 
 class NotCompilable(Exception):  # noqa: N818 -- an answer, to which the caller has another way
     """A rule that Numba cannot compile, or would compile into other numbers."""
-
-
-def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
-    """The numbers among the hyperparameters: field, and place in it where the field is a tuple."""
-    fields: list[tuple[str, int | None]] = []
-    for name in rule.ranges:
-        value = getattr(rule, name)
-        if isinstance(value, tuple):
-            fields += [(name, place) for place in range(len(value))]
-        else:
-            fields.append((name, None))
-    return fields
 
 
 def sample_scalars(rule: Rule, dtype: str) -> Any:
@@ -56,30 +39,6 @@ def sample_scalars(rule: Rule, dtype: str) -> Any:
             numbers = 0.5 if callable(value) else value
         object.__setattr__(sample, name, numbers)
     return sample.coefficients(1, dtype)
-
-
-def distinct(rules: Sequence[Rule]) -> tuple[list[Rule], np.ndarray]:
-    """The rules of a batch, each object once, and for each position which one it has."""
-    places: dict[int, int] = {}
-    which = np.array([places.setdefault(id(rule), len(places)) for rule in rules], np.intp)
-    return list({id(rule): rule for rule in rules}.values()), which
-
-
-def replaced(
-    rules: list[Rule], which: np.ndarray, now: Sequence[Now]
-) -> tuple[list[Rule], np.ndarray]:
-    """What ``distinct`` gave, with the rules of this step in their places."""
-    if not now:
-        return rules, which
-    which = which.copy()
-    for place, (_, where) in enumerate(now, len(rules)):
-        which[where] = place
-    return [*rules, *(rule for rule, _ in now)], which
-
-
-def other_fields(rule: Rule) -> dict[str, Any]:
-    """The hyperparameters that are no numbers: switches, and choices of other kinds."""
-    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in rule.ranges}
 
 
 def scalars_of(rule: Rule) -> FunctionType:

@@ -14,8 +14,6 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from multiopt.interruption import uninterrupted
-
 __all__ = ["NotTraceable", "Tape"]
 
 #: Bytes of one array in a block. Longer blocks leave the second-level cache, shorter ones pay more
@@ -103,14 +101,12 @@ class _Recorder:
         # A switch is itself; its number keeps the place.
         pairs = [(x, _Number(self, 1.0)) for x in scalars]
         c = scalars._make(x if isinstance(x, bool | np.bool_) else n for x, n in pairs)
-        # What a signal handler raises is no fault of the update's.
-        with uninterrupted():
-            try:
-                new_param, new_slots = update(np, param, grad, tuple(slots), c)
-            except NotTraceable:
-                raise
-            except Exception as error:
-                raise NotTraceable(f"the update fails on stand-ins for arrays: {error}") from error
+        try:
+            new_param, new_slots = update(np, param, grad, tuple(slots), c)
+        except NotTraceable:
+            raise
+        except Exception as error:
+            raise NotTraceable(f"the update fails on stand-ins for arrays: {error}") from error
         if not isinstance(new_slots, tuple) or len(new_slots) != slot_count:
             raise NotTraceable(f"the update returns {new_slots!r} as {slot_count} slots")
         for result in (new_param, *new_slots):

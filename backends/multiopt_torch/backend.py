@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from multiopt.backend import Array, Backend, Batch, Layout, Member, Result, Task, require_dtype
-from multiopt.interruption import fails_again
+from multiopt.backend import Array, Backend, Result
+from multiopt.engine import Group, Member
+from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines
 from multiopt_numpy.backend import check_places, read_only
-from multiopt_numpy.compiled.batch import Look
+from multiopt_numpy.compiled.group import Look
 from multiopt_numpy.compiled.kernels import look_kernel
 
 __all__ = ["TorchBackend"]
@@ -173,29 +174,35 @@ class TorchBackend(Backend):
         tensor = tensor.to(_DTYPES[layout.compute_dtype])
         return read_only(tensor.numpy()) if _on_cpu(layout) else tensor
 
-    def rounded(self, master: Array, task: Task) -> Array:
+    def rounded(self, master: Array, member: Member) -> Array:
         """A master copy rounded to the dtype of its parameter."""
-        return master.to(getattr(torch, task.layout.dtype))
+        return master.to(getattr(torch, member.layout.dtype))
 
     def closed(self, computed: Array, param: Array) -> Array:
         """The computed array as a tensor over the same memory."""
         return computed if isinstance(computed, torch.Tensor) else _from_numpy(computed)
 
-    def kind(self, rule: Rule, layout: Layout) -> Hashable | None:
+    def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``."""
-        return engines.kind(rule, layout) if _on_cpu(layout) else None
+        if not _on_cpu(layout):
+            return super().group(rule, layout, has_masters)
+        return engines.group(self, layout, rule, has_masters, _look)
 
-    def batch(self, kind: Hashable, members: Sequence[Member]) -> Batch:
+    def wanted(self, layout: Layout) -> Hashable:
         """See ``Backend``."""
-        return engines.batch(kind, members, _look)
+        return engines.wanted() if _on_cpu(layout) else None
+
+    def alike(self, array: Array) -> Hashable | None:
+        """See ``Backend``."""
+        if type(array) not in PLAIN or array.is_nested:
+            return None
+        return array.dtype, array.device, array.layout
 
     def gradients(self, params: np.ndarray) -> np.ndarray | None:
         """See ``Backend``."""
         try:
             return _gradients(params)
         except Exception:
-            if not fails_again(_gradients, params):
-                raise
             # Some are no tensors, or no leaves, of which torch warns. Python asks one by one.
             return None
 
@@ -211,32 +218,32 @@ class TorchBackend(Backend):
         _increment_version(arrays)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def sums_of_squares(self, tasks: Sequence[Task], factor: float) -> list[float]:
-        """See ``Backend``; one transfer for all tasks of a device."""
-        return _fetched([self._sum_of_squares(task, factor) for task in tasks])
+    def sums_of_squares(self, members: Sequence[Member], factor: float) -> list[float]:
+        """See ``Backend``; one transfer for all members of a device."""
+        return _fetched([self._sum_of_squares(member, factor) for member in members])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def finite(self, tasks: Sequence[Task]) -> list[bool]:
-        """See ``Backend``; one transfer for all tasks of a device."""
-        return [bool(x) for x in _fetched([self._finite(task) for task in tasks])]
+    def finite(self, members: Sequence[Member]) -> list[bool]:
+        """See ``Backend``; one transfer for all members of a device."""
+        return [bool(x) for x in _fetched([self._finite(member) for member in members])]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def run(self, tasks: Sequence[Task]) -> list[Result]:
+    def run(self, members: Sequence[Member]) -> list[Result]:
         """See ``Backend``; outside of the graph of a compiler, which would change the rounding."""
-        return super().run(tasks)
+        return super().run(members)
 
-    def ready(self, task: Task, computed: Array) -> Array:
+    def ready(self, member: Member, computed: Array) -> Array:
         """The values as a tensor; the copy rounds them to the parameter's dtype."""
-        tensor = self.closed(computed, task.param)
+        tensor = self.closed(computed, member.param)
         # It has its parts there, or is what its memory does not hold.
-        is_whole = task.layout.is_complex and task.param.is_complex()
+        is_whole = member.layout.is_complex and member.param.is_complex()
         return self.whole(tensor) if is_whole else tensor
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def write(self, task: Task, ready: Array) -> None:
+    def write(self, member: Member, ready: Array) -> None:
         """Copy the values into the tensor; its version counter moves."""
         with torch.no_grad():
-            task.param.copy_(ready)
+            member.param.copy_(ready)
 
     # Slots outside a step
 
@@ -299,26 +306,24 @@ def _found_look() -> Look | None:
     codes = {"float32": 2 | 32 << 8 | 1 << 16, "float64": 2 | 64 << 8 | 1 << 16}
     facts = {name: (*KINDS, code, call) for name, code in codes.items()}
     kernel = look_kernel("look_torch")
-    return None if kernel is None else Look(kernel, facts, _are_plain, _increment_version)
+    return None if kernel is None else Look(kernel, facts, _are_plain)
 
 
 def _increment_version(tensors: np.ndarray) -> None:
     torch.autograd.graph.increment_version(tensors.tolist())
 
 
-def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool, scalars: np.ndarray) -> bool:
+def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool) -> bool:
     """Whether tensors may be updated, and their memory holds their values, as far as is not known.
 
     DLPack gives the memory of a tensor with the negative bit, such as ``x.conj().imag``, which
     holds the negatives. Strides tell such views, but for those without dimensions.
     """
+    if any(map(_IS_NEGATIVE, (*params, *grads))):
+        return False
     if leaves:
-        # A tensor with a gradient of its own was a leaf when its name was first seen. To ask all
-        # of them again takes 60 ns a tensor and a question, a quarter of a step.
-        if not scalars.size:
-            return True
-        return not any(map(_IS_NEGATIVE, (*params[scalars], *grads[scalars])))
-    if not all(map(_IS_LEAF, params)) or any(map(_IS_NEGATIVE, (*params, *grads))):
+        return True
+    if not all(map(_IS_LEAF, params)):
         return False
     if any(map(torch.Tensor.is_inference, params)) or torch.is_inference_mode_enabled():
         return False

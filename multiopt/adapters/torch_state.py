@@ -23,11 +23,13 @@ import numpy as np
 import torch
 
 from multiopt import checkpoint, rules
-from multiopt.backend import COMPUTE_DTYPE, named
+from multiopt.backend import named
 from multiopt.checkpoint import LAST_STEP
-from multiopt.entry import MASTER, check_slot_names, described_rule, on_host
+from multiopt.engine import MASTER
+from multiopt.entry import check_slot_names, described_rule, on_host
 from multiopt.errors import CheckpointError, brief
 from multiopt.file_objects import Source, check_readable, is_path, label
+from multiopt.layout import COMPUTE_DTYPE
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
 from multiopt.rules.nadam import product_of_shares

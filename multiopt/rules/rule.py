@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf, nan, nextafter
 from numbers import Real
@@ -25,6 +25,7 @@ __all__ = [
     "check_tuple",
     "is_schedule",
     "is_shared",
+    "with_numbers",
 ]
 
 #: A number, or a schedule: a callable that gives the number for each step (1, 2, ...).
@@ -194,16 +195,37 @@ class Rule(ABC):
             step = count
         if np.ndim(step):
             return np.vectorize(lambda s: self._scheduled(name, value, int(s), None), [float])(step)
+        return self.in_range(name, self.asked(name, value, step), step)
+
+    def asked(self, name: str, schedule: Callable[[int], float], step: int) -> Any:
+        """What a schedule gives.
+
+        Args:
+            name: The hyperparameter.
+            schedule: The schedule.
+            step: The number of the step.
+
+        Raises:
+            ValueError: It is no number.
+        """
         refusal = f"{type(self).__name__}: the schedule of {name} gave no number at step {step}"
         try:
-            given = value(step)
+            given = schedule(step)
         except Exception as error:
             raise ValueError(f"{refusal}: {error}") from error
         try:
-            number = _number(given)
+            return _number(given)
         except Exception as error:  # of any kind: it may be an array of any library
             raise ValueError(f"{refusal}: got {brief(given)}") from error
-        return self._checked(name, number, f" at step {step}")
+
+    def in_range(self, name: str, number: Any, step: int) -> float:
+        """What a schedule gave, if it is in the range of its hyperparameter.
+
+        Raises:
+            ValueError: It is not.
+        """
+        checked: float = self._checked(name, number, f" at step {step}")
+        return checked
 
     def _checked(self, name: str, value: Any, when: str = "") -> Any:
         if callable(value):
@@ -229,6 +251,25 @@ def _number(given: Any) -> Any:
     """
     value = given.item() if hasattr(given, "item") else given
     return value if isinstance(value, bool | str | bytes | bytearray) else float(value)
+
+
+def with_numbers(
+    rule: Rule, fields: Sequence[tuple[str, int | None]], values: Sequence[Any]
+) -> Rule:
+    """A rule with other numbers, or schedules, which are known to be in range.
+
+    Args:
+        rule: The rule.
+        fields: The hyperparameters, with the place in those that are tuples, in their order.
+        values: The value of each.
+    """
+    made = copy.copy(rule)
+    found: dict[str, Any] = {}
+    for (name, place), value in zip(fields, values, strict=True):
+        found[name] = value if place is None else (*found.get(name, ()), value)
+    for name, value in found.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def check_tuple(rule: Rule, name: str, length: int) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 
-from multiopt.interruption import uninterrupted
 from multiopt.rules import Rule
 from multiopt_numpy.compiled import look, norms, rows, toolbox, update
 from multiopt_numpy.compiled.identity import norms_identity, update_identity
@@ -20,7 +19,7 @@ __all__ = ["look_kernel", "norm_kernels", "update_kernel"]
 
 @cache
 def look_kernel(name: str) -> Kernel | None:
-    """How to look at the arrays of a library: ``"look_numpy"`` or ``"look_torch"``.
+    """How to look at the arrays of a library, ``"look_numpy"`` or ``"look_torch"``; ``"overlap"``.
 
     None where objects are laid out in other ways than this code reads them. All arrays are then
     looked at in Python, with equal results.
@@ -43,14 +42,12 @@ def update_kernel(rule: Rule, dtype: str, given: bool) -> Kernel:
         NotCompilable: There is none.
     """
     label = f"{type(rule).__name__}-{dtype}"
-    # What a signal handler raises is no fault of the rule's. It waits a second or two at most.
-    with uninterrupted():
-        try:
-            identity = [str(given), *update_identity(rule, dtype)]
-        except Exception as error:
-            raise NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
-        make = partial(update.compile_update, rule, dtype, given)
-        return _loaded(label, identity, make, update)["update"]
+    try:
+        identity = [str(given), *update_identity(rule, dtype)]
+    except Exception as error:
+        raise NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
+    make = partial(update.compile_update, rule, dtype, given)
+    return _loaded(label, identity, make, update)["update"]
 
 
 @cache

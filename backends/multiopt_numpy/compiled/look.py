@@ -8,44 +8,29 @@ __all__ = ["compile_look"]
 
 
 def compile_look() -> ObjectCode:
-    """What arrays are, where they are, and whether two parameters overlap, read at every step.
+    """What arrays are, where they are, and whether what is written overlaps with anything.
 
     ``look_numpy`` reads the fields of NumPy's public C structure (``PyArrayObject_fields``),
     ``look_torch`` asks torch through DLPack's table of C functions (DLPack 1.3,
-    ``dltensor_from_py_object_no_sync``). Each fills the addresses into the table, marks the rows
-    whose parameter or gradient is not exactly what the row says, and returns how many there are;
-    or, if all are regular, -1 if a parameter overlaps with anything, or may, in the order given,
-    and else -2 if gradients overlap with each other.
+    ``dltensor_from_py_object_no_sync``). Each goes through some rows: it passes over those without
+    a gradient, fills the addresses of the others into the table and into the spans of the step, and
+    lists those whose parameter or gradient is not exactly what the row says. It returns how many
+    rows have a gradient, and 2^32 times how many are listed.
+
+    ``overlap`` goes through the spans of a step in an order that is to be that of their beginnings.
+    It returns -1 if a parameter overlaps with anything, or may, since the order is another one;
+    else -2 if gradients overlap with each other, and else 0.
     """
     tools = toolbox()
-    njit, words, halves, flags = tools.njit, tools.words, tools.halves, tools.bytes
+    njit, words, halves = tools.njit, tools.words, tools.halves
     call, prefetch = tools.call, tools.prefetch
 
     @njit
-    def overlap(order, n, table_at, width, itemsize):  # type: ignore[no-untyped-def]
-        """-1 if a parameter overlaps with anything, or the order is not that of the addresses.
-
-        Else -2 if gradients overlap, and 0 if nothing does.
-        """
-        last, reached, reached_by_params, found = 0, 0, 0, 0
-        for k in range(2 * n):
-            writes = order[k] < n
-            row = words(table_at + (order[k] if writes else order[k] - n) * width * 8)
-            if row[SIZE] > 0:
-                low = row[PARAM] if writes else row[GRAD]
-                high = low + row[SIZE] * itemsize
-                if low < last or low < (reached if writes else reached_by_params):
-                    return -1
-                if low < reached:
-                    found = -2
-                last, reached = low, max(reached, high)
-                if writes:
-                    reached_by_params = max(reached_by_params, high)
-        return found
-
-    @njit
-    def numpy_address(o, row, needed, kind, descr):  # type: ignore[no-untyped-def]
+    def numpy_address(o, row, writes, facts):  # type: ignore[no-untyped-def]
         """The address of the elements, or -1."""
+        kind, descr = facts[0], facts[1]
+        # C-contiguous and aligned; a parameter writeable as well.
+        needed = 0x501 if writes else 0x101
         if words(o + 8)[0] != kind:
             return -1
         # data, number of dimensions (an int), dimensions, strides, base, descr, flags (an int)
@@ -59,29 +44,10 @@ def compile_look() -> ObjectCode:
                 return -1
         return a[0]
 
-    def look_numpy(arguments_at):  # type: ignore[no-untyped-def]
-        a = words(arguments_at)
-        # The object arrays are NumPy arrays too: their first field is where the pointers stand.
-        params, grads, n = words(words(a[0] + 16)[0]), words(words(a[1] + 16)[0]), a[2]
-        table_at, width, irregular, order, itemsize = a[3], a[4], flags(a[5]), words(a[6]), a[7]
-        kind, descr, count = a[9], a[10], 0
-        for k in range(n):
-            row = words(table_at + k * width * 8)
-            if k + 4 < n:
-                prefetch(params[k + 4] + 16)
-                prefetch(grads[k + 4] + 16)
-            # C-contiguous and aligned; the parameter writeable as well.
-            p = numpy_address(params[k], row, 0x501, kind, descr)
-            g = numpy_address(grads[k], row, 0x101, kind, descr)
-            odd = p == -1 or g == -1
-            irregular[k] = odd
-            count += odd
-            row[PARAM], row[GRAD] = p, g
-        return overlap(order, n, table_at, width, itemsize) if count == 0 else count
-
     @njit
-    def torch_address(o, row, call_at, kind, other, dtype, tensor_at):  # type: ignore[no-untyped-def]
+    def torch_address(o, row, writes, facts):  # type: ignore[no-untyped-def]
         """The address of the elements, or -1."""
+        kind, other, dtype, call_at, tensor_at = facts[0], facts[1], facts[2], facts[3], facts[4]
         if words(o + 8)[0] != kind and words(o + 8)[0] != other:
             return -1
         if call(call_at, o, tensor_at) != 0:
@@ -102,22 +68,77 @@ def compile_look() -> ObjectCode:
             return -1
         return t[0] + t[5]
 
-    def look_torch(arguments_at):  # type: ignore[no-untyped-def]
-        a = words(arguments_at)
-        params, grads, n = words(words(a[0] + 16)[0]), words(words(a[1] + 16)[0]), a[2]
-        table_at, width, irregular, order, itemsize = a[3], a[4], flags(a[5]), words(a[6]), a[7]
-        tensor_at, kind, other, dtype, call_at, count = a[8], a[9], a[10], a[11], a[12], 0
-        for k in range(n):
-            row = words(table_at + k * width * 8)
-            if k + 8 < n:
-                prefetch(params[k + 8] + 16)
-                prefetch(grads[k + 8] + 16)
-            p = torch_address(params[k], row, call_at, kind, other, dtype, tensor_at)
-            g = torch_address(grads[k], row, call_at, kind, other, dtype, tensor_at)
-            odd = p == -1 or g == -1
-            irregular[k] = odd
-            count += odd
-            row[PARAM], row[GRAD] = p, g
-        return overlap(order, n, table_at, width, itemsize) if count == 0 else count
+    @njit
+    def numpy_ahead(o, facts):  # type: ignore[no-untyped-def]
+        """Ask for what the object refers to; what has no such type has no address there."""
+        if words(o + 8)[0] == facts[0]:
+            prefetch(words(o + 16)[2])
 
-    return object_code(look_numpy=njit(look_numpy), look_torch=njit(look_torch))
+    @njit
+    def torch_ahead(o, facts):  # type: ignore[no-untyped-def]
+        """Likewise: the tensor that the object holds."""
+        if words(o + 8)[0] == facts[0] or words(o + 8)[0] == facts[1]:
+            inner = words(o + 16)[0]
+            prefetch(inner)
+            prefetch(inner + 64)
+            prefetch(inner + 128)
+
+    def looking(address, ahead):  # type: ignore[no-untyped-def]
+        def look(arguments_at):  # type: ignore[no-untyped-def]
+            a = words(arguments_at)
+            # The object arrays are NumPy arrays too: their first field is where the pointers are.
+            params, grads, n = words(words(a[0] + 16)[0]), words(words(a[1] + 16)[0]), a[2]
+            rows, places, table_at, width = words(a[3]), words(a[4]), a[5], a[6] * 8
+            found, found_places, odd = words(a[7]), words(a[8]), words(a[9])
+            starts, ends, total, nothing, itemsize = words(a[10]), words(a[11]), a[12], a[13], a[14]
+            facts, count, odds = words(arguments_at + 8 * 15), 0, 0
+            for k in range(n):
+                i, row = places[k], words(table_at + rows[k] * width)
+                if k + 16 < n:
+                    prefetch(params[places[k + 16]] + 16)
+                    prefetch(grads[places[k + 16]] + 16)
+                    prefetch(table_at + rows[k + 16] * width)
+                if k + 8 < n:
+                    ahead(params[places[k + 8]], facts)
+                    ahead(grads[places[k + 8]], facts)
+                if grads[i] == nothing:
+                    starts[i] = ends[i] = starts[total + i] = ends[total + i] = 0
+                    continue
+                p, g = address(params[i], row, True, facts), address(grads[i], row, False, facts)
+                found[count], found_places[count] = rows[k], i
+                if p == -1 or g == -1:
+                    odd[odds] = count
+                    odds += 1
+                    starts[i] = ends[i] = starts[total + i] = ends[total + i] = 0
+                else:
+                    row[PARAM], row[GRAD] = p, g
+                    size = row[SIZE] * itemsize
+                    starts[i], ends[i] = p, p + size
+                    starts[total + i], ends[total + i] = g, g + size
+                count += 1
+            return count + (odds << 32)
+
+        return njit(look)
+
+    def overlap(arguments_at):  # type: ignore[no-untyped-def]
+        a = words(arguments_at)
+        order, n, starts, ends = words(a[0]), a[1], words(a[2]), words(a[3])
+        last, reached, reached_by_params, found = 0, 0, 0, 0
+        for k in range(2 * n):
+            j = order[k]
+            low, high, writes = starts[j], ends[j], j < n
+            if high > low:
+                if low < last or low < (reached if writes else reached_by_params):
+                    return -1
+                if low < reached:
+                    found = -2
+                last, reached = low, max(reached, high)
+                if writes:
+                    reached_by_params = max(reached_by_params, high)
+        return found
+
+    return object_code(
+        look_numpy=looking(numpy_address, numpy_ahead),
+        look_torch=looking(torch_address, torch_ahead),
+        overlap=njit(overlap),
+    )

@@ -107,14 +107,15 @@ def compile_norms(dtype: str) -> ObjectCode:
         return fold(sums, blocks) if blocks > 0 else 0.0
 
     def measure(arguments_at):  # type: ignore[no-untyped-def]
-        """The norms of all rows, and what they scale the gradients by."""
+        """The norms of those rows that have a bound, and what they scale the gradients by."""
         a = words(arguments_at)
-        n, table_at, width = a[0], a[1], a[2]
-        bounds, eps, norms, own = doubles(a[3]), doubles(a[4]), doubles(a[5]), doubles(a[6])
-        scratch, sums = doubles(a[7]), doubles(a[7] + BLOCK * 8)
-        for r in range(n):
-            if r + 8 < n:
-                prefetch(words(table_at + (r + 8) * width * 8)[GRAD])
+        index, n, table_at, width = words(a[0]), a[1], a[2], a[3]
+        bounds, eps, norms, own = doubles(a[4]), doubles(a[5]), doubles(a[6]), doubles(a[7])
+        scratch, sums = doubles(a[8]), doubles(a[8] + BLOCK * 8)
+        for k in range(n):
+            r = index[k]
+            if k + 8 < n:
+                prefetch(words(table_at + index[k + 8] * width * 8)[GRAD])
             bound = bounds[r]
             if not math.isnan(bound):
                 row = words(table_at + r * width * 8)

@@ -13,7 +13,6 @@ from multiopt.adapters.pyro.optim import JointOptim, PyroOptim
 from multiopt.adapters.pyro.tracking import Tracked
 from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
-from multiopt.exclusive import check_free
 from multiopt.file_objects import Target
 
 __all__ = ["PyroLRScheduler"]
@@ -92,7 +91,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             *args: What torch's scheduler takes: the loss, for ``ReduceLROnPlateau``.
             **kwargs: Likewise.
         """
-        check_free(self, "a scheduler's step")
+        self._guard.check("a scheduler's step")
         self._collects = True
         try:
             super().step(*args, **kwargs)

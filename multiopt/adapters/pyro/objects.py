@@ -33,7 +33,7 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
     def __getitem__(self, tensor: torch.Tensor) -> Any:
         """What stands for the torch optimizer of a tensor, or its scheduler, loaded state taken."""
         tracked = self._tracked(tensor)
-        if not self._owner._changing:
+        if not self._owner._guard.busy:
             self._owner._settle([tracked])
         return self._owner._object(tracked)
 

@@ -53,7 +53,8 @@ from multiopt.adapters.torch_state import (
     whole_number,
 )
 from multiopt.averaging import Average
-from multiopt.backend import Array, identities, named
+from multiopt.backend import identities, named
+from multiopt.engine import Array
 from multiopt.entry import (
     check_slot_names,
     described,
@@ -62,13 +63,13 @@ from multiopt.entry import (
     restored_plateaus,
 )
 from multiopt.errors import CheckpointError, brief
-from multiopt.exclusive import check_free, exclusive
 from multiopt.file_objects import Source, Target
+from multiopt.guard import Guard, exclusive
 from multiopt.metadata import described as describe_metadata
 from multiopt.plateaus import warn_of_plateaus
-from multiopt.report import Report
 from multiopt.rules import Rule
 from multiopt.skipping import Skips
+from multiopt.step.report import Report
 
 __all__ = ["JointOptim", "PyroOptim"]
 
@@ -212,8 +213,7 @@ class JointOptim(PyroOptim):
         # changed. Most parameters are alike.
         self._read = lru_cache(SHARED)(partial(settings_now, constructor))
         self._write = lru_cache(SHARED, typed=True)(partial(with_setting, constructor))
-        # Whether a call has begun that has not ended.
-        self._changing = False
+        self._guard = Guard()
         # New rules by tensor, while they are collected.
         self._changes: dict[Tracked, Rule] = {}
         self._collects = False
@@ -470,7 +470,7 @@ class JointOptim(PyroOptim):
 
     def _forget_abandoned(self) -> None:
         """Drop the entries of tensors that nobody else holds, but not in the middle of a call."""
-        if not self._changing and (abandoned := self._tensors.abandoned()):
+        if not self._guard.busy and (abandoned := self._tensors.abandoned()):
             self._ids = b""
             self._forget(abandoned)
 
@@ -479,7 +479,7 @@ class JointOptim(PyroOptim):
 
         What fits waits on, as in Pyro, where only new tensors take it.
         """
-        check_free(self, "deleting a tensor")
+        self._guard.check("deleting a tensor")
         label = self._names_now()(tracked.alive) or tracked.label
         waiting = dict(self._state_waiting_to_be_consumed)
         try:
@@ -508,7 +508,7 @@ class JointOptim(PyroOptim):
 
     def _follow_if_free(self) -> None:
         """The same for who looks, but not in the middle of a call."""
-        if not self._changing:
+        if not self._guard.busy:
             self._follow()
 
     def _group(self, tracked: Tracked) -> Mapping[str, Any]:
@@ -522,7 +522,7 @@ class JointOptim(PyroOptim):
     def _change(self, tracked: Tracked, name: str, value: Any) -> None:
         """Change one setting of a tensor, in torch's terms."""
         # Schedulers change settings when they are made, in the middle of a call.
-        check_free(self._core, f"changing {name!r}")
+        self._core.check_free(f"changing {name!r}")
         rule = self._changes.get(tracked, self._core.entry(tracked.key).rule)
         rule = self._with_setting(tracked, rule, name, number(value))
         if changeable(value) or name in tracked.given:
@@ -583,7 +583,7 @@ class JointOptim(PyroOptim):
             TypeError: It cannot be written.
             ValueError: The value does not fit.
         """
-        check_free(self._core, f"changing {name!r}")
+        self._core.check_free(f"changing {name!r}")
         entry = self._core.entry(tracked.key)
         slots = self._core.slots(tracked.key)
         label = f"the state of {tracked.key!r}"
@@ -615,7 +615,7 @@ class JointOptim(PyroOptim):
 
     def _clear_state(self, tracked: Tracked) -> None:
         """Let a tensor begin again, its settings as they are."""
-        check_free(self._core, "clearing the state")
+        self._core.check_free("clearing the state")
         rate = self._group(tracked).get("lr")
         self._core.start_anew(tracked.key)
         self._keep_rate(tracked, rate)
@@ -670,7 +670,7 @@ class JointOptim(PyroOptim):
             CheckpointError: It has another form.
             ValueError: It does not fit; nothing has changed.
         """
-        check_free(self, "loading")
+        self._guard.check("loading")
         self._take([(tracked, parameter_from_torch(tracked.key, self._rule_class, state))])
 
     def _restore_beside(self, tracked: Tracked, stored: Mapping[str, Any]) -> None:
@@ -708,7 +708,7 @@ class JointOptim(PyroOptim):
             loaded: The state by label.
             steps: How many steps the optimizer has taken; if unknown, the largest clock.
         """
-        check_free(self, "loading")
+        self._guard.check("loading")
         if isinstance(self.pt_optim_args, dict):
             rule = self._rule(self.pt_optim_args)
             for label, stored in loaded.items():

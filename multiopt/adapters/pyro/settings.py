@@ -20,10 +20,10 @@ from multiopt.adapters.torch_state import (
     refuse_subsamples,
     rule_settings,
 )
-from multiopt.clipping import Clip
 from multiopt.entry import described_rule
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
+from multiopt.step.clip import Clip
 
 __all__ = [
     "EXECUTION",

@@ -1,23 +1,26 @@
-"""What comes into a step: each name with its array and its gradient, checked before any use."""
+"""What comes into a step: names, arrays and gradients, checked before any use."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from multiopt.backend import Array, Layout, Task, backend_of
+from multiopt.backend import backend_of
+from multiopt.engine import Array, Member
 from multiopt.errors import brief
+from multiopt.layout import Layout
 
 __all__ = [
-    "apart",
     "as_dict",
     "check_gradients",
     "check_known",
-    "check_names",
+    "check_layout",
+    "check_name",
     "check_no_shared_memory",
     "checked_gradient",
     "own_gradient",
+    "refuse_shared",
 ]
 
 
@@ -57,8 +60,8 @@ def check_known(grads: Mapping[str, Array | None], params: Mapping[str, Array]) 
     """
     if grads.keys() <= params.keys():
         return
-    check_names("grads", grads)
     for name, grad in grads.items():
+        check_name("grads", name)
         if grad is not None and name not in params:
             near = ", ".join(map(repr, get_close_matches(name, params))) or "none like it"
             raise KeyError(
@@ -81,15 +84,41 @@ def as_dict(what: str, arrays: Any) -> dict[str, Any]:
     return arrays.copy() if type(arrays) is dict else dict(arrays.items())
 
 
-def check_names(what: str, names: Iterable[Any]) -> None:
+def check_name(what: str, name: Any) -> None:
     """Refuse what is no name.
 
+    Args:
+        what: Where it stands, for the message.
+        name: It.
+
     Raises:
-        TypeError: One is no string.
+        TypeError: It is no string.
     """
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"{what} has the name {brief(name)}; expected a string")
+    if not isinstance(name, str):
+        raise TypeError(f"{what} has the name {brief(name)}; expected a string")
+
+
+def check_layout(name: str, layout: Layout, expected: Layout) -> None:
+    """Refuse a parameter of another shape or dtype than its state has.
+
+    Args:
+        name: Its name.
+        layout: Its layout.
+        expected: That of its state.
+
+    Raises:
+        TypeError: The dtype is another one.
+        ValueError: The shape is.
+    """
+    for what, have, want, error in (
+        ("shape", layout.own_shape, expected.own_shape, ValueError),
+        ("dtype", layout.own_dtype, expected.own_dtype, TypeError),
+    ):
+        if have != want:
+            raise error(
+                f"parameter {name!r} has {what} {have}; expected {want}, that of its state: forget "
+                "the name to start anew"
+            )
 
 
 def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
@@ -121,24 +150,6 @@ def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
     return grad
 
 
-def apart(written: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> bool:
-    """Whether what is written overlaps with nothing else, be it written or read.
-
-    Args:
-        written: Arrays of two rows: where memory begins, and where it ends.
-        read: Likewise.
-    """
-    low, high = np.concatenate([*written, *read], axis=1)
-    writes = np.arange(len(low)) < sum(spans.shape[1] for spans in written)
-    order = np.argsort(low, kind="stable")
-    order = order[low[order] < high[order]]
-    low, high, writes = low[order], high[order], writes[order]
-    # How far the memory reaches that was met before, going up through the addresses.
-    reached = np.maximum.accumulate(high)[:-1]
-    reached_by_writes = np.maximum.accumulate(np.where(writes, high, 0))[:-1]
-    return not (low[1:] < np.where(writes[1:], reached, reached_by_writes)).any()
-
-
 class _Span(NamedTuple):
     """The addresses that the update of a parameter writes."""
 
@@ -149,7 +160,7 @@ class _Span(NamedTuple):
     memory: np.ndarray
 
 
-def check_no_shared_memory(tasks: Sequence[Task]) -> None:
+def check_no_shared_memory(members: Sequence[Member]) -> None:
     """Refuse two parameters that an update would write to one place.
 
     Raises:
@@ -157,29 +168,34 @@ def check_no_shared_memory(tasks: Sequence[Task]) -> None:
     """
     seen: dict[int, str] = {}
     spans = []
-    for task in tasks:
-        memory = task.backend.memory(task.param)
+    for member in members:
+        memory = member.backend.memory(member.param)
         if memory is None:
             continue
-        first = seen.setdefault(id(task.param), task.name)
-        if first != task.name:
-            raise ValueError(_shared(first, task.name))
+        first = seen.setdefault(id(member.param), member.name)
+        if first != member.name:
+            refuse_shared(first, member.name)
         if memory.size:
             bounds = np.lib.array_utils.byte_bounds(memory)
-            spans.append(_Span(task.layout.device, *bounds, task.name, memory))
+            spans.append(_Span(member.layout.device, *bounds, member.name, memory))
     reaching: list[_Span] = []
     for span in sorted(spans, key=lambda span: span[:3]):
         reaching = [s for s in reaching if s.device == span.device and s.high > span.low]
         for earlier in reaching:
             # Columns of one matrix reach into each other without sharing an element.
             if np.shares_memory(earlier.memory, span.memory):
-                raise ValueError(_shared(earlier.name, span.name))
+                refuse_shared(earlier.name, span.name)
         reaching.append(span)
 
 
-def _shared(first: str, second: str) -> str:
+def refuse_shared(first: str, second: str) -> NoReturn:
+    """Refuse two names for one array.
+
+    Raises:
+        ValueError: In any case.
+    """
     first, second = sorted((first, second))
-    return (
+    raise ValueError(
         f"parameters {first!r} and {second!r} share memory, so a step would update it twice; "
         "expected an array for each name: copy one, or pass it under one name"
     )

@@ -1,0 +1,254 @@
+"""Groups in the memory of the host: their slots side by side, and copies where arrays are odd.
+
+A new parameter's slots come from a chunk, slot by slot: all first slots of the parameters that came
+together, then all second ones. A chunk is let go when its last parameter is; its memory is never
+given to another one, so that a view of a slot shows that slot for good.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from multiopt.engine import Array, Arrays, Group, Member, Part
+
+if TYPE_CHECKING:
+    from multiopt.backend import Backend
+    from multiopt.layout import Layout
+    from multiopt.rules import Rule
+
+__all__ = ["LARGE", "HostGroup", "Loan"]
+
+#: Elements of a parameter from which on its slots are an allocation of their own.
+LARGE = 4096
+
+#: Elements of a slot in a chunk: each new chunk has twice as many as the last, between these.
+SMALLEST, LARGEST = 2**10, 2**18
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """Slots of some parameters: a row of elements for each slot.
+
+    Attributes:
+        array: The elements.
+        live: How many parameters have theirs here.
+    """
+
+    array: np.ndarray
+    live: int = 0
+
+
+@dataclass(slots=True)
+class Loan:
+    """What an engine works on in the place of a parameter's own arrays.
+
+    Attributes:
+        row: Its row.
+        member: The parameter.
+        param: The parameter's own memory, or a copy.
+        grad: The gradient's own memory, or a copy.
+        slots: Copies of the slots, where the step may still fail when they have been updated.
+        in_place: Whether ``param`` is the parameter's own memory.
+        grad_is_copy: Whether ``grad`` is a copy.
+        ready: The result as it is written to the parameter, over the memory of ``param``.
+    """
+
+    row: int
+    member: Member
+    param: np.ndarray
+    grad: np.ndarray
+    slots: tuple[np.ndarray, ...] | None
+    in_place: bool
+    grad_is_copy: bool
+    ready: Array = None
+
+
+class HostGroup(Group):
+    """A group whose slots are in the memory of the host."""
+
+    FRESH: ClassVar = {
+        **Group.FRESH,
+        "size": (np.int64, 0),
+        "chunk": (np.int32, -1),
+        "offset": (np.int64, 0),
+    }
+
+    size: np.ndarray
+    chunk: np.ndarray
+    offset: np.ndarray
+
+    def __init__(
+        self, backend: "Backend", layout: "Layout", rule: "Rule", has_masters: bool = False
+    ) -> None:
+        """Have no row yet."""
+        self.slot_count = len(rule.slots) + has_masters
+        self._chunks: dict[int, _Chunk] = {}
+        # The chunk that has room for more, and how much of it is taken.
+        self._open: _Chunk | None = None
+        self._taken = self._next = 0
+        self._loans: dict[int, Loan] = {}
+        super().__init__(backend, layout, rule, has_masters)
+
+    # Slots
+
+    def _make_slots(self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> None:
+        sizes = np.fromiter(map(prod, shapes), np.int64, len(shapes))
+        self.size[rows] = sizes
+        large = sizes >= LARGE
+        if np.count_nonzero(large):
+            for row, size in zip(rows[large].tolist(), sizes[large].tolist(), strict=True):
+                self.chunk[row] = self._new_chunk(size, 1)
+            rows, sizes = rows[~large], sizes[~large]
+        if not rows.size:
+            return
+        ends = np.cumsum(sizes)
+        need = int(ends[-1])
+        length = 0 if self._open is None else self._open.array.shape[1]
+        if self._open is None or self._taken + need > length:
+            self._open_number = self._new_chunk(max(need, min(max(2 * length, SMALLEST), LARGEST)))
+            self._open, self._taken = self._chunks[self._open_number], 0
+        self.chunk[rows] = self._open_number
+        self.offset[rows] = ends - sizes + self._taken
+        self._open.live += len(rows)
+        self._taken += need
+
+    def _new_chunk(self, length: int, live: int = 0) -> int:
+        number, self._next = self._next, self._next + 1
+        self._chunks[number] = _Chunk(np.zeros((self.slot_count, length), self.dtype), live)
+        return number
+
+    def _drop_slots(self, rows: np.ndarray) -> None:
+        numbers, counts = np.unique(self.chunk[rows], return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            chunk = self._chunks[number]
+            chunk.live -= count
+            if not chunk.live:
+                del self._chunks[number]
+                if chunk is self._open:
+                    self._open = None
+
+    def _views(self, row: int) -> tuple[np.ndarray, ...]:
+        """The slots of a row, as they are in memory."""
+        array, begin = self._chunks[int(self.chunk[row])].array, int(self.offset[row])
+        part = array[:, begin : begin + int(self.size[row])]
+        return tuple(part.reshape(self.slot_count, *self.shapes[row]))
+
+    def slots_at(self, row: int) -> dict[str, Array]:
+        """See ``Group``."""
+        from_host, layout = self.backend.from_host, self.layout_at(row)
+        names = self.slot_names(self.shapes[row])
+        views = zip(names, self._views(row), strict=True)
+        return {name: from_host(view, layout) for name, view in views}
+
+    def set_slots(self, row: int, slots: Sequence[Array]) -> None:
+        """See ``Group``."""
+        for view, slot in zip(self._views(row), slots, strict=True):
+            view[...] = slot
+
+    # A step
+
+    def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
+        """See ``Group``."""
+        row, in_place = int(part.rows[position]), False
+        member.slots = self._views(row)
+        if self.has_masters:
+            *slots, member.master = member.slots
+            member.slots = tuple(slots)
+        param = None if self.has_masters else self._own(member, member.param)
+        if param is not None and param.flags.writeable:
+            in_place = True
+        else:
+            param = np.array(member.backend.resumed(member), order="C")
+        grad = None if copy else self._own(member, member.grad)
+        grad_is_copy = grad is None
+        if grad is None:
+            grad = np.array(member.backend.opened(member.grad, member.layout), order="C")
+        slots = None
+        if not self.backend.in_place:
+            slots = tuple(slot.copy() for slot in member.slots)
+        loan = Loan(row, member, param, grad, slots, in_place, grad_is_copy)
+        self._loans[row] = loan
+        bounds = (0, 0) if grad_is_copy else _bounds(grad)
+        arrays.spans[:, len(arrays.params) + member.place] = bounds
+        self._take(part, position, loan)
+
+    def _own(self, member: Member, array: Array) -> np.ndarray | None:
+        """The array's own memory, if an engine takes it as it is."""
+        memory = member.backend.memory_of(array)
+        if memory is None or not (memory.flags.c_contiguous and memory.flags.aligned):
+            return None
+        return memory if memory.dtype == self.dtype else None
+
+    @abstractmethod
+    def _take(self, part: Part, position: int, loan: Loan) -> None:
+        """Let the engine work on what is lent."""
+
+    @abstractmethod
+    def _prepare(self, part: Part, leave_clipped: bool, threads: int | None, counts: bool) -> None:
+        """Make all that running takes; ``counts`` says whether running counts the step as well."""
+
+    @abstractmethod
+    def _run(self, part: Part) -> None:
+        """Clip and update; nothing fails."""
+
+    def prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> dict[int, Array]:
+        """See ``Group``."""
+        in_place = self.backend.in_place
+        if self._loans:
+            kept = set(part.rows.tolist())
+            self._loans = {row: loan for row, loan in self._loans.items() if row in kept}
+        self._prepare(part, leave_clipped, threads, in_place)
+        copied = [loan for loan in self._loans.values() if not loan.in_place]
+        if not in_place:
+            # It works on copies alone. New arrays of what comes out of them may fail to be made.
+            self._run(part)
+        if not copied:
+            return {}
+        members = [loan.member for loan in copied]
+        ready = self.backend.all_ready(members, [loan.param for loan in copied])
+        for loan, array in zip(copied, ready, strict=True):
+            loan.ready = array
+        if in_place:
+            return {}
+        whole = self.backend.whole if self.layout.is_complex else lambda array: array
+        return {loan.member.place: whole(loan.ready) for loan in copied}
+
+    def run(self, part: Part) -> None:
+        """See ``Group``."""
+        if self.backend.in_place:
+            self._run(part)
+        else:
+            self.steps[part.rows] += 1
+        for loan in self._loans.values():
+            if loan.slots is not None:
+                for view, slot in zip(loan.member.slots, loan.slots, strict=True):
+                    view[...] = slot
+            if loan.member.master is not None:
+                loan.member.master[...] = loan.param
+            if self.backend.in_place and not loan.in_place:
+                self.backend.write(loan.member, loan.ready)
+
+    def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
+        """See ``Group``."""
+        if part.clipped is None or not self._loans:
+            return []
+        clipped = set(part.rows[part.clipped].tolist())
+        return [
+            (loan.member, loan.grad)
+            for row, loan in self._loans.items()
+            if loan.grad_is_copy and row in clipped
+        ]
+
+    def forget(self, part: Part) -> None:
+        """See ``Group``."""
+        super().forget(part)
+        self._loans = {}
+
+
+def _bounds(array: np.ndarray) -> tuple[int, int]:
+    low, high = np.lib.array_utils.byte_bounds(array)
+    return (low, high) if array.size else (0, 0)

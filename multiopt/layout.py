@@ -1,0 +1,88 @@
+"""What is known of an array without holding it: its library, shape, dtype and device."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "require_dtype"]
+
+#: The dtypes of parameters, and the dtype in which each one is computed and keeps its slots.
+COMPUTE_DTYPE: Mapping[str, str] = {
+    "bfloat16": "float32",
+    "float16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+}
+
+#: Complex dtypes, and that of their two parts, in which each is computed.
+PARTS_OF: Mapping[str, str] = {"complex64": "float32", "complex128": "float64"}
+
+
+class Layout(NamedTuple):
+    """The form of a parameter: plain data, equal across processes.
+
+    A complex array counts as the array of its real and imaginary parts, which stand side by side
+    along one more axis.
+
+    Attributes:
+        library: Its library: a package of ours, or the module name of an Array API namespace.
+        shape: As in NumPy.
+        dtype: A key of ``COMPUTE_DTYPE``.
+        device: As the library writes it.
+        is_complex: Whether it is complex.
+
+    >>> layout = Layout.of("numpy", (3,), "complex64", "cpu")
+    >>> layout.shape, layout.dtype, layout.own_shape, layout.own_dtype
+    ((3, 2), 'float32', (3,), 'complex64')
+    """
+
+    library: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    is_complex: bool = False
+
+    @classmethod
+    def of(cls, library: str, shape: Iterable[int], dtype: str, device: str) -> "Layout":
+        """That of an array, complex or not."""
+        if dtype in PARTS_OF:
+            return cls(library, (*shape, 2), PARTS_OF[dtype], device, is_complex=True)
+        return cls(library, tuple(shape), dtype, device)
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape that the array itself has."""
+        return self.shape[:-1] if self.is_complex else self.shape
+
+    @property
+    def own_dtype(self) -> str:
+        """The dtype that the array itself has."""
+        if self.is_complex:
+            return next(name for name, part in PARTS_OF.items() if part == self.dtype)
+        return self.dtype
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of the computation and of the slots."""
+        return COMPUTE_DTYPE[self.dtype]
+
+    def with_shape(self, shape: tuple[int, ...]) -> "Layout":
+        """That of an array of the same kind with another shape, parts included."""
+        return self._replace(shape=shape)
+
+
+def require_dtype(dtype: str, label: str) -> None:
+    """Refuse a dtype that no rule can work with.
+
+    Args:
+        dtype: Its name.
+        label: What has it, for the message, as in ``parameter 'loc'``.
+
+    Raises:
+        TypeError: It is no floating dtype.
+    """
+    known = [*COMPUTE_DTYPE, *PARTS_OF]
+    if dtype not in known:
+        raise TypeError(
+            f"{label} has dtype {dtype}; expected one of {', '.join(sorted(known))}: convert it to "
+            "a floating dtype"
+        )

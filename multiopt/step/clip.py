@@ -1,0 +1,111 @@
+"""Gradient clipping, by norm, by global norm and by value: ``spec/clipping.md``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, nan
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from multiopt.engine import Part, norms
+from multiopt.errors import brief
+from multiopt.rules.arithmetic import clip_coefficient, tree_sum
+
+if TYPE_CHECKING:
+    from multiopt.engine import Numbered
+
+__all__ = ["Clip", "clip_by_global_norm"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Bounds for gradients, applied in this order: norm, global norm, value.
+
+    A norm is the Euclidean one. A gradient is multiplied by ``min(1, bound / (norm + eps))``; where
+    that is 1, not a bit changes. An infinite bound never clips.
+
+    Args:
+        norm: Bound of the norm of each parameter's gradient, >= 0, or None.
+        global_norm: Bound of the norm over the gradients, already clipped by ``norm``, of all
+            parameters of the step that carry an equal ``Clip``, >= 0, or None.
+        value: Bound of each element's magnitude, >= 0, or None.
+        eps: Added to a norm before it divides, >= 0. The default is that of
+            ``torch.nn.utils.clip_grad_norm_``, which stays a little below the bound (and far
+            below one under 1e-5); ``eps=0`` meets the bound itself, to one ulp.
+
+    Raises:
+        ValueError: A bound is negative, NaN or no number.
+
+    >>> import numpy as np, multiopt as mo
+    >>> opt = mo.Optimizer(mo.SGD(lr=1.0), clip=mo.Clip(norm=1.0, eps=0.0))
+    >>> w = np.zeros(2)
+    >>> _ = opt.step({"w": w}, {"w": np.array([-3.0, -4.0])})
+    >>> w.round(6).tolist(), opt.last.norms
+    ([0.6, 0.8], {'w': 5.0})
+    """
+
+    norm: float | None = None
+    global_norm: float | None = None
+    value: float | None = None
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check the bounds and store them as floats."""
+        for name in ("norm", "global_norm", "value", "eps"):
+            value = getattr(self, name)
+            if value is None and name != "eps":
+                continue
+            real = isinstance(value, Real) and not isinstance(value, bool)
+            number = float(value) if real else nan
+            if not number >= 0 or (name == "eps" and number == inf):
+                raise ValueError(f"Clip: {name} must be a number >= 0; got {brief(value)}")
+            object.__setattr__(self, name, number)
+
+
+def clip_by_global_norm(
+    names: Sequence[str],
+    parts: Sequence[Part],
+    clips: "Numbered[Clip | None]",
+    threads: int | None,
+) -> dict[Clip, float]:
+    """Measure the norms over all gradients of equal clips, which their own norms have scaled.
+
+    It fills the column ``shared`` of the groups.
+
+    Args:
+        names: The names of the step.
+        parts: Parts that have clips.
+        clips: The clips by the numbers in the column ``clip``.
+        threads: The largest number of threads, or None.
+
+    Returns:
+        The norms.
+    """
+    found: dict[Clip, float] = {}
+    numbers = {int(n) for part in parts for n in np.unique(part.group.clip[part.rows])}
+    for number in sorted(numbers):
+        clip = clips[number]
+        if clip is None or clip.global_norm is None:
+            continue
+        mine = [np.flatnonzero(part.group.clip[part.rows] == number) for part in parts]
+        places = np.concatenate(
+            [part.places[which] for part, which in zip(parts, mine, strict=True)]
+        )
+        order = sorted(range(len(places)), key=lambda k: names[places[k]])
+
+        def squares(_: np.ndarray, factor: float) -> np.ndarray:
+            sums = np.concatenate(
+                [
+                    part.group.squares(part, which, factor, threads)
+                    for part, which in zip(parts, mine, strict=True)
+                ]
+            )
+            return np.array([tree_sum(np, sums[order])])
+
+        (norm,) = norms(1, squares).tolist()
+        coefficient = clip_coefficient(np, clip.global_norm, norm, clip.eps)
+        for part, which in zip(parts, mine, strict=True):
+            part.group.shared[part.rows[which]] = part.group.dtype.type(coefficient)
+        found[clip] = norm
+    return found

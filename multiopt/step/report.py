@@ -1,0 +1,100 @@
+"""What a step did, as the optimizer tells it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multiopt.engine import Part
+from multiopt.step.clip import Clip
+
+__all__ = ["Outcome", "Report", "abridged"]
+
+#: How many names a note lists.
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last step did.
+
+    Attributes:
+        new: Names seen for the first time.
+        updated: Names that were updated, the new ones among them.
+        skipped: Names left alone because their gradient was not finite.
+        norms: Norm of the gradient, before clipping, of each name with ``Clip(norm=...)``.
+        global_norms: Global norm, before clipping by it, of each ``Clip(global_norm=...)``.
+    """
+
+    new: tuple[str, ...] = ()
+    updated: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    norms: Mapping[str, float] = field(default_factory=dict)
+    global_norms: Mapping[Clip, float] = field(default_factory=dict)
+    _limited: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def clipped(self) -> tuple[str, ...]:
+        """Names whose gradient a clip changed; a value clip on a device is fetched when read."""
+        return tuple(name for name, limited in self._limited.items() if bool(limited))
+
+
+def abridged(names: Sequence[str]) -> str:
+    """Names in a message, not too many."""
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(map(repr, names[:LISTED])) + more
+
+
+class Outcome(NamedTuple):
+    """What becomes of a step, from which a report is made when somebody asks.
+
+    Attributes:
+        names: The names of the step.
+        new: Those that were seen for the first time.
+        parts: The parts that were updated.
+        skipped: Those that were left alone for their gradients, by place.
+        global_norms: The norms over several gradients.
+    """
+
+    names: list[str]
+    new: tuple[str, ...]
+    parts: Sequence[Part]
+    skipped: Sequence[int]
+    global_norms: Mapping[Clip, float]
+
+    @property
+    def count(self) -> int:
+        """How many names were updated."""
+        return sum(len(part.rows) for part in self.parts)
+
+    @property
+    def updated(self) -> list[str]:
+        """The names that were updated."""
+        if self.count == len(self.names):
+            return self.names
+        places = np.concatenate([part.places for part in self.parts] or [np.empty(0, np.int64)])
+        return [self.names[place] for place in np.sort(places).tolist()]
+
+    def report(self) -> Report:
+        """The report."""
+        norms: dict[int, float] = {}
+        limited: dict[int, Any] = {}
+        for part in self.parts:
+            if part.norms is not None:
+                places, found = part.norms
+                norms.update(zip(places.tolist(), found.tolist(), strict=True))
+            if part.clipped is not None:
+                for position, value in part.limited.items():
+                    limited[int(part.places[position])] = value
+                limited |= dict.fromkeys(part.places[part.clipped].tolist(), True)
+        return Report(
+            self.new,
+            tuple(self.updated),
+            tuple(self.names[place] for place in self.skipped),
+            {self.names[place]: norms[place] for place in sorted(norms)},
+            self.global_norms,
+            {self.names[place]: limited[place] for place in sorted(limited)},
+        )

@@ -1,0 +1,274 @@
+"""One step of some rows: everything is looked at and made before anything is changed."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from multiopt.backend import backend_of
+from multiopt.engine import Array, Arrays, Member, Part
+from multiopt.layout import Layout
+from multiopt.step.checks import (
+    check_layout,
+    check_no_shared_memory,
+    checked_gradient,
+    refuse_shared,
+)
+from multiopt.step.clip import Clip, clip_by_global_norm
+
+if TYPE_CHECKING:
+    from multiopt.backend import Backend
+    from multiopt.engine import Numbered
+
+__all__ = ["Step"]
+
+
+class Step:
+    """A step of some parts, called in the order of its methods. None but ``run`` changes anything.
+
+    Args:
+        names: The names.
+        arrays: Their arrays.
+        parts: The rows of their groups.
+        threads: The largest number of threads, or None.
+        leave_clipped: Whether clipped gradients are left behind in the gradients' place.
+
+    Attributes:
+        parts: The parts; those that take no part are left out of them.
+        skipped: After ``check_finite``, the places that are left alone for their gradients.
+        global_norms: After ``clip``, those that were measured.
+        replaced: After ``prepare``, by place, the arrays that take the place of parameters that
+            cannot be written.
+    """
+
+    __slots__ = (
+        "_arrays",
+        "_clips",
+        "_leave_clipped",
+        "_members",
+        "_names",
+        "_threads",
+        "_writes_grads",
+        "global_norms",
+        "parts",
+        "replaced",
+        "skipped",
+    )
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        arrays: Arrays,
+        parts: list[Part],
+        threads: int | None,
+        leave_clipped: bool,
+    ) -> None:
+        """Nothing is looked at yet."""
+        self._names, self._arrays, self.parts = names, arrays, parts
+        self._threads, self._leave_clipped = threads, leave_clipped
+        self._clips = any(part.group.clipping for part in parts)
+        # What is left behind clipped is written, once for all who share it.
+        self._writes_grads = leave_clipped and self._clips
+        self._members: dict[int, tuple[Part, Member]] = {}
+        self.skipped: list[int] = []
+        self.global_norms: dict[Clip, float] = {}
+        self.replaced: dict[int, Array] = {}
+
+    def places(self) -> set[int]:
+        """The places of those that take part."""
+        return {place for part in self.parts for place in part.places.tolist()}
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """What lets overflow and NaN be values, also where ``np.seterr(all="raise")`` was called.
+
+        Compiled kernels know nothing of that, and the context takes 2 us.
+        """
+        if not self._members and all(part.group.quiet for part in self.parts):
+            return nullcontext()
+        return np.errstate(all="ignore")
+
+    # Looking
+
+    def look(self) -> dict[int, Layout]:
+        """Look at the arrays.
+
+        Returns:
+            By place, the layout of parameters that have moved to another library or device. If
+            there are any, the step is to be begun again with their new rows.
+
+        Raises:
+            TypeError: Something is no usable array, or cannot be used here and now.
+            ValueError: A shape does not fit, or a parameter cannot be written.
+        """
+        moved: dict[int, Layout] = {}
+        asked: set[Backend] = set()
+        for part in self.parts:
+            part.group.look(part, self._arrays)
+            for position in part.odd:
+                self._examine(part, position, moved, asked)
+        return moved
+
+    def _examine(
+        self, part: Part, position: int, moved: dict[int, Layout], asked: "set[Backend]"
+    ) -> None:
+        """Look at one parameter in Python, and lend its group what it can take."""
+        group, place = part.group, int(part.places[position])
+        name, arrays = self._names[place], self._arrays
+        param, grad = arrays.params[place], arrays.grads[place]
+        label = f"parameter {name!r}"
+        backend = backend_of(param, label)
+        layout = backend.layout(param, label)
+        grad = checked_gradient(name, grad, layout)
+        row = int(part.rows[position])
+        expected = group.layout_at(row)
+        if layout != expected:
+            check_layout(name, layout, expected)
+            moved[place] = layout
+            return
+        if backend not in asked:
+            backend.check_surroundings(label)
+            asked.add(backend)
+        backend.check_writable(param, label)
+        param, grad = backend.bare(param), backend.bare(grad)
+        if layout.is_complex:
+            param, grad = backend.parts(param), backend.parts(grad)
+        member = Member(name, place, row, backend, param, grad, layout)
+        self._members[place] = part, member
+        self._lend(part, position, member, copy=False)
+
+    def _lend(self, part: Part, position: int, member: Member, copy: bool) -> None:
+        part.group.lend(part, position, member, copy, self._arrays)
+        memory = member.backend.memory(member.param)
+        if memory is not None and memory.size and member.layout.device == "cpu":
+            bounds = np.lib.array_utils.byte_bounds(memory)
+            self._arrays.spans[:, member.place] = bounds
+
+    # Checking
+
+    def check_apart(self, order: np.ndarray | None) -> np.ndarray | None:
+        """Make sure that nothing that is written is written twice, or read by another.
+
+        Gradients that overlap with parameters are copied.
+
+        Args:
+            order: The order in which memory was the last time.
+
+        Returns:
+            The order now; None if it was not needed.
+
+        Raises:
+            ValueError: Two parameters share memory.
+        """
+        arrays = self._arrays
+        if self._members:
+            elsewhere = [
+                member
+                for _, member in self._members.values()
+                if member.layout.device != "cpu" or not arrays.spans[1, member.place]
+            ]
+            check_no_shared_memory(elsewhere)
+        elif all(part.owned for part in self.parts):
+            objects = [array for part in self.parts for array in (*part.params, *part.grads)]
+            if len(set(map(id, objects))) == len(objects):
+                return order
+        for part in self.parts:
+            part.group.locate(part, arrays)
+        self._check_empty()
+        if not self.parts:
+            return order
+        found, order = self.parts[0].group.overlap(arrays.spans, order)
+        if found == 0 or (found == -2 and not self._writes_grads):
+            return order
+        for part in self.parts:
+            known = [place in self._members for place in part.places.tolist()]
+            for position in np.flatnonzero(~np.array(known, bool)).tolist():
+                self._examine(part, position, {}, set())
+        check_no_shared_memory([member for _, member in self._members.values()])
+        for part in self.parts:
+            for position, place in enumerate(part.places.tolist()):
+                self._lend(part, position, self._members[place][1], copy=True)
+        return order
+
+    def _check_empty(self) -> None:
+        """Refuse one array without elements under two names: it has no place to be known by."""
+        count = len(self._names)
+        starts, ends = self._arrays.spans[:, :count]
+        if np.count_nonzero(ends > starts) == count:
+            return
+        seen: dict[int, str] = {}
+        for part in self.parts:
+            if not part.group.backend.in_place:
+                continue
+            for place in part.places[ends[part.places] == starts[part.places]].tolist():
+                first = seen.setdefault(id(self._arrays.params[place]), self._names[place])
+                if first != self._names[place]:
+                    refuse_shared(first, self._names[place])
+
+    def check_finite(self, policy: str) -> None:
+        """Leave out, or refuse, gradients that are not finite.
+
+        Args:
+            policy: ``"raise"`` or ``"skip"``.
+
+        Raises:
+            ValueError: There are some, and the policy is ``"raise"``.
+        """
+        skipped: list[int] = []
+        for part in self.parts:
+            finite = part.group.finite(part, self._threads)
+            if not finite.all():
+                skipped += part.places[~finite].tolist()
+                part.keep(finite)
+        if skipped and policy == "raise":
+            names = ", ".join(repr(self._names[place]) for place in sorted(skipped))
+            raise ValueError(
+                f"the gradient of {names} has infinities or NaNs; expected finite numbers, as "
+                "on_nonfinite='raise' asks: nothing was changed"
+            )
+        self.skipped = sorted(skipped)
+
+    # Clipping and updating
+
+    def clip(self, clips: "Numbered[Clip | None]") -> None:
+        """Measure norms, and what they scale the gradients by."""
+        if not self._clips:
+            return
+        clipping = [part for part in self.parts if part.group.clipping and len(part.rows)]
+        for part in clipping:
+            part.group.clip_by_norm(part, self._threads)
+        self.global_norms = clip_by_global_norm(self._names, clipping, clips, self._threads)
+
+    def prepare(self) -> None:
+        """Make everything that may fail."""
+        for part in self.parts:
+            self.replaced |= part.group.prepare(part, self._leave_clipped, self._threads)
+
+    def run(self) -> None:
+        """Update the parameters, slots and clocks."""
+        for part in self.parts:
+            part.group.run(part)
+
+    def updated(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """The names that are updated, their parameters after it, and their gradients."""
+        places = sorted(self.places())
+        params = self._arrays.params.copy()
+        for place, array in self.replaced.items():
+            params[place] = array
+        return [self._names[k] for k in places], params[places], self._arrays.grads[places]
+
+    def left_over(self) -> list[tuple[Array, Member, Array]]:
+        """The clipped gradients that could not be left in their own place, with their parameters.
+
+        They are in the namespace of the computation.
+        """
+        return [
+            (self._arrays.params[member.place], member, grad)
+            for part in self.parts
+            for member, grad in part.group.left_over(part)
+        ]
+
+    def forget(self) -> None:
+        """Hold none of the arrays any more."""
+        for part in self.parts:
+            part.group.forget(part)
