@@ -35,6 +35,9 @@ PACKAGES: Mapping[str, str] = {
     "jax": "multiopt_jax",
 }
 
+#: What DLPack calls the host.
+CPU = 1
+
 #: The namespace in which array-api-compat has Dask.
 DASK = "array_api_compat.dask.array"
 
@@ -318,7 +321,9 @@ class Backend:
     def to_host(self, array: Array) -> np.ndarray:
         """A slot as a NumPy array of its own."""
         if hasattr(array, "__dlpack__"):
-            array = np.from_dlpack(array)
+            # Older libraries cannot be asked to bring it, and need not where it is there.
+            is_there = array.__dlpack_device__()[0] == CPU
+            array = np.from_dlpack(array, device=None if is_there else "cpu")
         return np.array(array)
 
     def from_host(self, array: np.ndarray, layout: Layout) -> Array:
@@ -456,25 +461,28 @@ _backend_by_type: dict[type, Backend] = {}
 def _find_backend(array: Any, label: str) -> Backend:
     if isinstance(array, np.ndarray):
         return named("numpy")
-    if "torch" in sys.modules and array_api_compat.is_torch_array(array):
-        return named("torch")
-    if "jax" in sys.modules and array_api_compat.is_jax_array(array):
-        return named("jax")
     if isinstance(array, Number | np.generic | list | tuple | Mapping):
         raise TypeError(f"{label} is {_no_array(array)}")
     what = f"{label} is a {type(array).__name__}"
-    if not array_api_compat.is_array_api_obj(array):
+    library = answer(f"{what} of no library", _library, array)
+    if library is None:
         raise TypeError(
             f"{what}; expected an array of NumPy, PyTorch, JAX or another Array API library"
         )
-    library = answer(f"{what} of no library", _library, array)
-    if library in PACKAGES:
-        raise TypeError(f"{what}; expected an array of {library} itself: convert it")
     return named(library)
 
 
-def _library(array: Array) -> str:
+def _library(array: Any) -> str | None:
+    """The name by which ``named`` finds the backend of an array; None if it is none."""
+    if "torch" in sys.modules and array_api_compat.is_torch_array(array):
+        return "torch"
+    if "jax" in sys.modules and array_api_compat.is_jax_array(array):
+        return "jax"
+    if not array_api_compat.is_array_api_obj(array):
+        return None
     name: str = array_api_compat.array_namespace(array).__name__
+    if name in PACKAGES:
+        raise TypeError(f"it names {name}, but is none of its arrays")
     return name
 
 

@@ -27,8 +27,8 @@ PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 WORDS = ("nan", "inf", "-inf")
 
 EXPECTED = (
-    "expected None, True, False, a number, a string, or a list or a mapping by strings of these, "
-    "and NumPy's numbers"
+    "expected None, True, False, a number (NumPy's too), a string, or a list or a mapping with "
+    "strings as keys of these"
 )
 
 

@@ -74,6 +74,13 @@ class Disguised:
         return np
 
 
+class Mute:
+    """What does not even say that it is no array."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
 NAN = np.array([1.0, np.nan, 1.0], np.float32)
 
 # What comes beside the good parameter "good", the error, and what its message says.
@@ -255,7 +262,12 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
     "a library that only looks like NumPy": (
         lambda: (Disguised(), ones(1)),
         TypeError,
-        "^parameter 'bad' is a Disguised; expected an array of numpy itself: convert it$",
+        "^parameter 'bad' is a Disguised of no library: .*it names numpy, but is none of its arr",
+    ),
+    "an object that says nothing": (
+        lambda: (Mute(), ones(1)),
+        TypeError,
+        "^parameter 'bad' is a Mute of no library: RuntimeError",
     ),
     "a proxy that says yes to everything": (
         lambda: (torch.fx.Proxy(torch.fx.Graph().placeholder("x")), torch.ones(3)),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import multiopt as mo
-from multiopt.backend import Backend, named
+from multiopt.backend import CPU, Backend, named
 from tests.cases import WHOLE, Case
 from tests.libraries import assert_equal
 
@@ -147,6 +147,21 @@ def test_a_device_without_float64_has_no_norms() -> None:
     opt.clip = mo.Clip(value=0.5)
     assert np.from_dlpack(opt.step(params, {"w": w})["w"]).tolist() == [0.25, 0.25]
     assert opt.state("w").step == 2
+
+
+def test_state_comes_from_another_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    export, asked = Array.__dlpack__, []
+
+    def brought(self: Any, **how: Any) -> Any:
+        asked.append(how.pop("dl_device"))
+        return export(self, **how)
+
+    monkeypatch.setattr(Array, "__dlpack_device__", lambda self: (2, 0))
+    monkeypatch.setattr(Array, "__dlpack__", brought)
+    w, opt = strict(np.ones(2)), mo.Optimizer(mo.Adam())
+    opt.step({"w": w}, {"w": w})
+    opt.save(tmp_path / "run")
+    assert set(asked) == {(CPU, 0)}
 
 
 # Dask's arrays have no attribute ``device``, and no way to the host but ``np.asarray``.

@@ -295,7 +295,7 @@ WRONG: Wrong = {
     "of another dtype": (lambda x: x.astype(np.float64), TypeError, "float64"),
     "of 16 bits": (lambda x: x.astype(np.float16), TypeError, "float16"),
     "masked": (np.ma.masked_array, TypeError, "'b' is a masked array"),
-    "a list": (np.ndarray.tolist, TypeError, "'b' is .* a list"),
+    "a list": (np.ndarray.tolist, TypeError, "'b' is a list of"),
     "of torch": (torch.from_numpy, TypeError, "'b' has library"),
     "read-only, a parameter": (read_only, ValueError, "'b' is read-only"),
     "broadcast, a parameter": (

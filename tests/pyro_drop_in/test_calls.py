@@ -240,6 +240,16 @@ def test_a_complex_gradient_is_clipped_and_left_behind(
 
 
 @BOTH
+def test_tensors_that_never_get_a_gradient_are_passed_over(module: Any) -> None:
+    constant, loc = torch.zeros(2), give(param("loc"))
+    opt = module.SGD({"lr": 1.0})
+    for _ in range(2):
+        opt([constant])
+        opt([constant, loc])
+    assert (constant.tolist(), loc.tolist()) == ([0.0, 0.0], [-2.0, -2.0])
+
+
+@BOTH
 def test_clip_settings_of_any_arguments(module: Any) -> None:
     asked = []
 
