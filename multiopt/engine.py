@@ -447,6 +447,7 @@ class Group(ABC):
             threads: The largest number of threads, or None.
         """
 
+    @np.errstate(all="ignore")
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """Measure the gradients that have a bound of their norm: fill ``norm`` and ``own``."""
         which = np.flatnonzero(~np.isnan(self.norm_bound[part.rows]))
@@ -467,11 +468,14 @@ class Group(ABC):
         part.norms = part.places[bounded], self.norm[part.rows[bounded]]
 
     @abstractmethod
-    def prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> dict[int, Array]:
+    def prepare(
+        self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
+    ) -> dict[int, Array]:
         """Make all that may fail of a step, the memory that it needs included.
 
         Args:
             part: The part.
+            arrays: The arrays of the step.
             leave_clipped: Whether to write clipped gradients over the gradients.
             threads: The largest number of threads, or None.
 

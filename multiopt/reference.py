@@ -93,7 +93,9 @@ class ReferenceGroup(Group):
             member.scales = [float(self.own[member.row])]
         return np.array(self.backend.sums_of_squares(members, factor))
 
-    def prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> dict[int, Array]:
+    def prepare(
+        self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
+    ) -> dict[int, Array]:
         """See ``Group``."""
         members = self._members_of(part)
         for member in members:

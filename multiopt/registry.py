@@ -44,7 +44,7 @@ from multiopt.rules.rule import is_shared
 from multiopt.skipping import Skips, counted
 from multiopt.step.checks import check_gradients, check_name, own_gradient
 from multiopt.step.clip import Clip
-from multiopt.step.report import Outcome
+from multiopt.step.report import Outcome, Updated
 from multiopt.step.run import Step
 
 __all__ = ["Registry"]
@@ -268,28 +268,31 @@ class Registry:
         try:
             if not rows.is_whole:
                 rows = self._begin(rows, params, grads, fresh, undo)
+            arrays = Arrays(params, grads, own)
             if rows.scheduled:
-                # A schedule is the caller's code: arrays are looked at when it has run.
-                self._ask_schedules(rows, grads)
-            while step is None or (moved := step.look()):
-                if step is not None:
-                    step.forget()
-                    rows = self._move(rows, moved, fresh)
-                step = self._step_of(rows, Arrays(params, grads, own), fresh)
+                # A schedule is the caller's code: arrays are looked at when it has run. It is not
+                # asked for a name that takes no part.
+                parts = [Part(*part) for part in rows.parts]
+                if self.on_nonfinite != "propagate":
+                    rows, step = self._looked(rows, arrays, fresh)
+                    with step.quiet():
+                        step.check_finite(self.on_nonfinite)
+                    parts = step.parts
+                self._ask_schedules(names, parts, grads)
+            rows, step = self._looked(rows, arrays, fresh)
             with step.quiet():
                 self._order = step.check_apart(self._order)
                 if self.on_nonfinite != "propagate":
                     step.check_finite(self.on_nonfinite)
                 step.clip(self._clips)
                 step.prepare()
-                outcome = self._outcome_of(step, names, fresh)
-                skips = self._counted(outcome)
+                skips = self._counted(step)
                 with self.guard:
                     # From here on nothing fails.
                     step.run()
                     if after is not None:
                         after(step)
-                    self._commit(rows, fresh, outcome, skips)
+                    self._commit(rows, fresh, step, skips)
                     committed = True
             return step.replaced
         except BaseException:
@@ -300,13 +303,20 @@ class Registry:
             if step is not None:
                 step.forget()
 
-    def _step_of(self, rows: _Rows, arrays: Arrays, fresh: Mapping[int, int]) -> Step:
-        parts = [Part(*part) for part in rows.parts]
-        if fresh:
-            new = np.fromiter(fresh, np.int64, len(fresh))
-            for part in parts:
-                part.fresh = np.flatnonzero(np.isin(part.places, new))
-        return Step(rows.names, arrays, parts, self.threads, self.leave_clipped)
+    def _looked(self, rows: _Rows, arrays: Arrays, fresh: dict[int, int]) -> tuple[_Rows, Step]:
+        """A step that has looked at its arrays, and its rows, new ones for what has moved."""
+        while True:
+            parts = [Part(*part) for part in rows.parts]
+            if fresh:
+                new = np.fromiter(fresh, np.int64, len(fresh))
+                for part in parts:
+                    part.fresh = np.flatnonzero(np.isin(part.places, new))
+            step = Step(rows.names, arrays, parts, self.threads, self.leave_clipped)
+            moved = step.look()
+            if not moved:
+                return rows, step
+            step.forget()
+            rows = self._move(rows, moved, fresh)
 
     def _find(self, names: list[str]) -> _Rows:
         """The rows of a list of names; those that are not known have none."""
@@ -351,7 +361,9 @@ class Registry:
             check_gradients(names, params, grads)
         return grads
 
-    def _ask_schedules(self, rows: _Rows, grads: np.ndarray) -> None:
+    def _ask_schedules(
+        self, names: Sequence[str], parts: Sequence[Part], grads: np.ndarray
+    ) -> None:
         """Write the numbers of this step into the columns of schedules.
 
         Each schedule is asked once for each number of a step.
@@ -361,26 +373,26 @@ class Registry:
         """
         has = np.frombuffer(identities(grads), np.uintp) != id(None)
         known: dict[tuple[int, int], float] = {}
-        for group, mine, places in rows.parts:
+        for part in parts:
+            group, places = part.group, part.places
             if not group.scheduled:
                 continue
-            which = np.flatnonzero(has[places] & (group.schedule[mine] != 0))
-            numbers, steps = group.schedule[mine[which]], group.steps[mine[which]]
+            which = np.flatnonzero(has[places] & (group.schedule[part.rows] != 0))
+            numbers, steps = group.schedule[part.rows[which]], group.steps[part.rows[which]]
             while which.size:
                 alike = (numbers == numbers[0]) & (steps == steps[0])
                 first, step = which[0], int(steps[0]) + 1
+                schedules = zip(*group.schedules[int(numbers[0])], strict=True)
                 try:
                     values = [
                         (column, self._asked(group.rule, name, schedule, step, known))
-                        for column, name, schedule in zip(
-                            *group.schedules[int(numbers[0])], strict=True
-                        )
+                        for column, name, schedule in schedules
                     ]
                 except ValueError as error:
-                    raise ValueError(f"parameter {rows.names[places[first]]!r}: {error}") from error
-                target = mine[which[alike]]
+                    raise ValueError(f"parameter {names[places[first]]!r}: {error}") from error
+                rows = part.rows[which[alike]]
                 for column, value in values:
-                    group.numbers[target, column] = value
+                    group.numbers[rows, column] = value
                 which, numbers, steps = (x[~alike] for x in (which, numbers, steps))
 
     def _asked(
@@ -416,6 +428,7 @@ class Registry:
         names, codes = rows.names, rows.codes.copy()
         kinds: dict[Hashable, tuple[Group, Rule, list[int]]] = {}
         shapes: dict[int, tuple[int, ...]] = {}
+        clips: dict[int, Clip | None] = {}
         for place in np.flatnonzero(codes < 0).tolist():
             check_name("params", names[place])
             if grads[place] is None:
@@ -443,6 +456,7 @@ class Registry:
             if self.met is not None:
                 self.met(name, layout, undo)
             if name not in self.pending:
+                clips[place] = chosen_clip(self.clip, name)
                 kinds[key][2].append(place)
             else:
                 self._resume(name, rule, layout, place, fresh, undo)
@@ -453,7 +467,7 @@ class Registry:
             made = group.add([shapes[k] for k in places])
             fresh.update(zip(places, (made + group.number * GROUP).tolist(), strict=True))
             group.set_rules(made, rule)
-            self._choose_clips(group, made, [names[k] for k in places])
+            self._set_clips(group, made, [clips[k] for k in places])
         for place, code in fresh.items():
             codes[place] = code
         return self._parted(names, codes)
@@ -475,16 +489,13 @@ class Registry:
         seen = restored_plateaus(rule, stored["rule"], ahead=True)
         undo += [partial(plateau.load_state, before) for plateau, before in seen]
 
-    def _choose_clips(self, group: Group, rows: np.ndarray, names: Sequence[str]) -> None:
-        """Give new rows their clips."""
-        if self.clip is None:
+    def _set_clips(self, group: Group, rows: np.ndarray, clips: Sequence[Clip | None]) -> None:
+        """Give rows their clips."""
+        if all(clip is clips[0] for clip in clips):
+            group.set_clips(rows, clips[0], self._number_of_clip(clips[0]))
             return
-        if isinstance(self.clip, Clip):
-            group.set_clips(rows, self.clip, self._number_of_clip(self.clip))
-            return
-        for row, name in zip(rows, names, strict=True):
-            clip = chosen_clip(self.clip, name)
-            group.set_clips(row[np.newaxis], clip, self._number_of_clip(clip))
+        for row, clip in zip(rows.tolist(), clips, strict=True):
+            group.set_clips(np.array([row]), clip, self._number_of_clip(clip))
 
     def _number_of_clip(self, clip: Clip | None) -> int:
         def used() -> np.ndarray:
@@ -538,54 +549,50 @@ class Registry:
 
     # What a step leaves behind
 
-    def _outcome_of(self, step: Step, names: list[str], fresh: Mapping[int, int]) -> Outcome:
-        """What becomes of a step that nothing stops any more."""
-        born: tuple[str, ...] = ()
-        if fresh:
-            taken = step.places()
-            born = tuple(
-                names[place]
-                for place in sorted(fresh)
-                if place in taken and names[place] not in self._codes
-            )
-        return Outcome(names, born, step.parts, step.skipped, step.global_norms)
-
-    def _counted(self, outcome: Outcome) -> dict[str, Skips]:
+    def _counted(self, step: Step) -> dict[str, Skips]:
         """The counts of skips after a step.
 
         Raises:
             ValueError: A name would be skipped too often in a row.
         """
-        if not (outcome.skipped or self.skips):
+        if not (step.skipped or self.skips):
             return self.skips
-        skipped = [outcome.names[place] for place in outcome.skipped]
-        return counted(self.skips, skipped, outcome.updated, self._max_skips)
+        skipped = [step.names[place] for place in step.skipped]
+        updated = [step.names[place] for place in step.places()]
+        return counted(self.skips, skipped, updated, self._max_skips)
 
     def _commit(
-        self, rows: _Rows, fresh: Mapping[int, int], outcome: Outcome, skips: dict[str, Skips]
+        self, rows: _Rows, fresh: Mapping[int, int], step: Step, skips: dict[str, Skips]
     ) -> None:
         """Register what a step has begun, and count it."""
-        self.outcome, self.skips = outcome, skips
-        self.steps += outcome.count > 0
+        born: tuple[str, ...] = ()
         if fresh:
-            self._register(rows, fresh, outcome)
+            born = self._register(rows, fresh, step.places())
         elif rows.is_whole:
             self._last = rows
+        parts = [Updated.of(part) for part in step.parts]
+        self.outcome = Outcome(rows.names, born, parts, step.skipped, step.global_norms)
+        self.skips = skips
+        self.steps += self.outcome.count > 0
 
-    def _register(self, rows: _Rows, fresh: Mapping[int, int], outcome: Outcome) -> None:
-        """Give names the rows that a step has begun."""
-        taken = {place for part in outcome.parts for place in part.places.tolist()}
-        left = [place for place in fresh if place not in taken]
-        # Who is skipped at first sight has not been seen.
-        free = [fresh[place] for place in left]
-        for place in sorted(fresh.keys() - set(left)):
+    def _register(self, rows: _Rows, fresh: Mapping[int, int], taken: set[int]) -> tuple[str, ...]:
+        """Give names the rows that a step has begun; return those that were never seen before."""
+        born, free = [], []
+        for place in sorted(fresh):
             name = rows.names[place]
+            if place not in taken:
+                # Who is skipped at first sight has not been seen.
+                free.append(fresh[place])
+                continue
             if name in self._codes:
                 free.append(self._codes[name])
+            else:
+                born.append(name)
             self._codes[name] = fresh[place]
             self.pending.pop(name, None)
         self._free(free)
-        self._last = rows if rows.is_whole and not left else NOTHING
+        self._last = rows if rows.is_whole and taken >= fresh.keys() else NOTHING
+        return tuple(born)
 
     def _take_back(self, fresh: Mapping[int, int], undo: Undo) -> None:
         """Let go of what a step has begun that did not end."""

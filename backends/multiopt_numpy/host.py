@@ -91,6 +91,7 @@ class HostGroup(Group):
         self._open: _Chunk | None = None
         self._taken = self._next = 0
         self._loans: dict[int, Loan] = {}
+        self._clipped_grads: np.ndarray | None = None
         super().__init__(backend, layout, rule, has_masters)
 
     # Slots
@@ -134,8 +135,8 @@ class HostGroup(Group):
     def _views(self, row: int) -> tuple[np.ndarray, ...]:
         """The slots of a row, as they are in memory."""
         array, begin = self._chunks[int(self.chunk[row])].array, int(self.offset[row])
-        part = array[:, begin : begin + int(self.size[row])]
-        return tuple(part.reshape(self.slot_count, *self.shapes[row]))
+        end, shape = begin + int(self.size[row]), self.shapes[row]
+        return tuple(slots[begin:end].reshape(shape) for slots in array)
 
     def slots_at(self, row: int) -> dict[str, Array]:
         """See ``Group``."""
@@ -195,32 +196,46 @@ class HostGroup(Group):
     def _run(self, part: Part) -> None:
         """Clip and update; nothing fails."""
 
-    def prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> dict[int, Array]:
+    def prepare(
+        self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
+    ) -> dict[int, Array]:
         """See ``Group``."""
         in_place = self.backend.in_place
         if self._loans:
             kept = set(part.rows.tolist())
             self._loans = {row: loan for row, loan in self._loans.items() if row in kept}
         self._prepare(part, leave_clipped, threads, in_place)
+        self._clipped_grads = arrays.grads if leave_clipped and self.clipping else None
         copied = [loan for loan in self._loans.values() if not loan.in_place]
         if not in_place:
             # It works on copies alone. New arrays of what comes out of them may fail to be made.
             self._run(part)
-        if not copied:
+        if in_place and not copied:
+            self._touch(arrays.params, part.places, set())
             return {}
         members = [loan.member for loan in copied]
         ready = self.backend.all_ready(members, [loan.param for loan in copied])
         for loan, array in zip(copied, ready, strict=True):
             loan.ready = array
         if in_place:
+            self._touch(arrays.params, part.places, {loan.member.place for loan in copied})
             return {}
         whole = self.backend.whole if self.layout.is_complex else lambda array: array
         return {loan.member.place: whole(loan.ready) for loan in copied}
+
+    def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: set[int]) -> None:
+        """Let the library know which of its arrays are written."""
+        if copied:
+            places = places[[place not in copied for place in places.tolist()]]
+        self.backend.touch(arrays if len(places) == len(arrays) else arrays[places])
 
     def run(self, part: Part) -> None:
         """See ``Group``."""
         if self.backend.in_place:
             self._run(part)
+            if self._clipped_grads is not None and part.clipped is not None and part.clipped.any():
+                copied = {one.member.place for one in self._loans.values() if one.grad_is_copy}
+                self._touch(self._clipped_grads, part.places[part.clipped], copied)
         else:
             self.steps[part.rows] += 1
         for loan in self._loans.values():
@@ -246,7 +261,7 @@ class HostGroup(Group):
     def forget(self, part: Part) -> None:
         """See ``Group``."""
         super().forget(part)
-        self._loans = {}
+        self._loans, self._clipped_grads = {}, None
 
 
 def _bounds(array: np.ndarray) -> tuple[int, int]:

@@ -63,6 +63,7 @@ class Clip:
             object.__setattr__(self, name, number)
 
 
+@np.errstate(all="ignore")
 def clip_by_global_norm(
     names: Sequence[str],
     parts: Sequence[Part],

@@ -9,7 +9,7 @@ import numpy as np
 from multiopt.engine import Part
 from multiopt.step.clip import Clip
 
-__all__ = ["Outcome", "Report", "abridged"]
+__all__ = ["Outcome", "Report", "Updated", "abridged"]
 
 #: How many names a note lists.
 LISTED = 5
@@ -48,27 +48,48 @@ def abridged(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:LISTED])) + more
 
 
+class Updated(NamedTuple):
+    """What became of a part of a step.
+
+    Attributes:
+        places: The places of its parameters in the list of names.
+        norms: The places and the norms of gradients that have a bound, if they were measured.
+        clipped: By position, whether the gradient was clipped, as far as the host knows.
+        limited: By position, the same as a value on a device.
+    """
+
+    places: np.ndarray
+    norms: tuple[np.ndarray, np.ndarray] | None
+    clipped: np.ndarray | None
+    limited: Mapping[int, Any]
+
+    @classmethod
+    def of(cls, part: Part) -> "Updated":
+        """That of a part that has run."""
+        return cls(part.places, part.norms, part.clipped, part.limited)
+
+
 class Outcome(NamedTuple):
     """What becomes of a step, from which a report is made when somebody asks.
 
     Attributes:
         names: The names of the step.
         new: Those that were seen for the first time.
-        parts: The parts that were updated.
+        parts: What became of those that were updated, by group.
         skipped: Those that were left alone for their gradients, by place.
         global_norms: The norms over several gradients.
     """
 
     names: list[str]
     new: tuple[str, ...]
-    parts: Sequence[Part]
+    parts: Sequence[Updated]
     skipped: Sequence[int]
     global_norms: Mapping[Clip, float]
 
     @property
     def count(self) -> int:
         """How many names were updated."""
-        return sum(len(part.rows) for part in self.parts)
+        return sum(len(part.places) for part in self.parts)
 
     @property
     def updated(self) -> list[str]:

@@ -1,6 +1,6 @@
 """One step of some rows: everything is looked at and made before anything is changed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -47,10 +47,10 @@ class Step:
         "_clips",
         "_leave_clipped",
         "_members",
-        "_names",
         "_threads",
         "_writes_grads",
         "global_norms",
+        "names",
         "parts",
         "replaced",
         "skipped",
@@ -65,7 +65,7 @@ class Step:
         leave_clipped: bool,
     ) -> None:
         """Nothing is looked at yet."""
-        self._names, self._arrays, self.parts = names, arrays, parts
+        self.names, self._arrays, self.parts = names, arrays, parts
         self._threads, self._leave_clipped = threads, leave_clipped
         self._clips = any(part.group.clipping for part in parts)
         # What is left behind clipped is written, once for all who share it.
@@ -102,47 +102,63 @@ class Step:
             ValueError: A shape does not fit, or a parameter cannot be written.
         """
         moved: dict[int, Layout] = {}
-        asked: set[Backend] = set()
         for part in self.parts:
             part.group.look(part, self._arrays)
-            for position in part.odd:
-                self._examine(part, position, moved, asked)
+        odd = [(part, position) for part in self.parts for position in part.odd]
+        self._lend(self._examined(odd, moved), copy=False)
         return moved
 
-    def _examine(
-        self, part: Part, position: int, moved: dict[int, Layout], asked: "set[Backend]"
-    ) -> None:
-        """Look at one parameter in Python, and lend its group what it can take."""
-        group, place = part.group, int(part.places[position])
-        name, arrays = self._names[place], self._arrays
-        param, grad = arrays.params[place], arrays.grads[place]
-        label = f"parameter {name!r}"
-        backend = backend_of(param, label)
-        layout = backend.layout(param, label)
-        grad = checked_gradient(name, grad, layout)
-        row = int(part.rows[position])
-        expected = group.layout_at(row)
-        if layout != expected:
-            check_layout(name, layout, expected)
-            moved[place] = layout
-            return
-        if backend not in asked:
-            backend.check_surroundings(label)
-            asked.add(backend)
-        backend.check_writable(param, label)
-        param, grad = backend.bare(param), backend.bare(grad)
-        if layout.is_complex:
-            param, grad = backend.parts(param), backend.parts(grad)
-        member = Member(name, place, row, backend, param, grad, layout)
-        self._members[place] = part, member
-        self._lend(part, position, member, copy=False)
+    def _examined(
+        self, odd: Iterable[tuple[Part, int]], moved: dict[int, Layout]
+    ) -> list[tuple[Part, int, Member]]:
+        """Look at some parameters in Python: all are right before the first is lent anything.
 
-    def _lend(self, part: Part, position: int, member: Member, copy: bool) -> None:
-        part.group.lend(part, position, member, copy, self._arrays)
-        memory = member.backend.memory(member.param)
-        if memory is not None and memory.size and member.layout.device == "cpu":
-            bounds = np.lib.array_utils.byte_bounds(memory)
-            self._arrays.spans[:, member.place] = bounds
+        Args:
+            odd: Their parts, and their positions there.
+            moved: Takes, by place, the layouts of those that have moved.
+        """
+        found = []
+        for part, position in odd:
+            place, row = int(part.places[position]), int(part.rows[position])
+            name = self.names[place]
+            param, grad = self._arrays.params[place], self._arrays.grads[place]
+            label = f"parameter {name!r}"
+            backend = backend_of(param, label)
+            layout = backend.layout(param, label)
+            grad = checked_gradient(name, grad, layout)
+            expected = part.group.layout_at(row)
+            if layout != expected:
+                check_layout(name, layout, expected)
+                moved[place] = layout
+                continue
+            param, grad = backend.bare(param), backend.bare(grad)
+            if layout.is_complex:
+                param, grad = backend.parts(param), backend.parts(grad)
+            member = Member(name, place, row, backend, param, grad, layout)
+            self._members[place] = part, member
+            found.append((part, position, member))
+        asked: set[Backend] = set()
+        for _, _, member in found:
+            label = f"parameter {member.name!r}"
+            if member.backend not in asked:
+                member.backend.check_surroundings(label)
+                asked.add(member.backend)
+            member.backend.check_writable(self._arrays.params[member.place], label)
+        return found
+
+    def _lend(self, found: Iterable[tuple[Part, int, Member]], copy: bool) -> None:
+        """Lend groups what they take in the place of arrays that they do not.
+
+        Args:
+            found: Part, position in it, and the parameter.
+            copy: Whether gradients are copied in any case.
+        """
+        for part, position, member in found:
+            part.group.lend(part, position, member, copy, self._arrays)
+            memory = member.backend.memory(member.param)
+            if memory is not None and memory.size and member.layout.device == "cpu":
+                bounds = np.lib.array_utils.byte_bounds(memory)
+                self._arrays.spans[:, member.place] = bounds
 
     # Checking
 
@@ -180,19 +196,19 @@ class Step:
         found, order = self.parts[0].group.overlap(arrays.spans, order)
         if found == 0 or (found == -2 and not self._writes_grads):
             return order
-        for part in self.parts:
-            known = [place in self._members for place in part.places.tolist()]
-            for position in np.flatnonzero(~np.array(known, bool)).tolist():
-                self._examine(part, position, {}, set())
+        everything = [
+            (part, position, place)
+            for part in self.parts
+            for position, place in enumerate(part.places.tolist())
+        ]
+        self._examined([(a, b) for a, b, place in everything if place not in self._members], {})
         check_no_shared_memory([member for _, member in self._members.values()])
-        for part in self.parts:
-            for position, place in enumerate(part.places.tolist()):
-                self._lend(part, position, self._members[place][1], copy=True)
+        self._lend([(a, b, self._members[place][1]) for a, b, place in everything], copy=True)
         return order
 
     def _check_empty(self) -> None:
         """Refuse one array without elements under two names: it has no place to be known by."""
-        count = len(self._names)
+        count = len(self.names)
         starts, ends = self._arrays.spans[:, :count]
         if np.count_nonzero(ends > starts) == count:
             return
@@ -201,9 +217,9 @@ class Step:
             if not part.group.backend.in_place:
                 continue
             for place in part.places[ends[part.places] == starts[part.places]].tolist():
-                first = seen.setdefault(id(self._arrays.params[place]), self._names[place])
-                if first != self._names[place]:
-                    refuse_shared(first, self._names[place])
+                first = seen.setdefault(id(self._arrays.params[place]), self.names[place])
+                if first != self.names[place]:
+                    refuse_shared(first, self.names[place])
 
     def check_finite(self, policy: str) -> None:
         """Leave out, or refuse, gradients that are not finite.
@@ -221,7 +237,7 @@ class Step:
                 skipped += part.places[~finite].tolist()
                 part.keep(finite)
         if skipped and policy == "raise":
-            names = ", ".join(repr(self._names[place]) for place in sorted(skipped))
+            names = ", ".join(repr(self.names[place]) for place in sorted(skipped))
             raise ValueError(
                 f"the gradient of {names} has infinities or NaNs; expected finite numbers, as "
                 "on_nonfinite='raise' asks: nothing was changed"
@@ -237,12 +253,14 @@ class Step:
         clipping = [part for part in self.parts if part.group.clipping and len(part.rows)]
         for part in clipping:
             part.group.clip_by_norm(part, self._threads)
-        self.global_norms = clip_by_global_norm(self._names, clipping, clips, self._threads)
+        self.global_norms = clip_by_global_norm(self.names, clipping, clips, self._threads)
 
     def prepare(self) -> None:
         """Make everything that may fail."""
         for part in self.parts:
-            self.replaced |= part.group.prepare(part, self._leave_clipped, self._threads)
+            self.replaced |= part.group.prepare(
+                part, self._arrays, self._leave_clipped, self._threads
+            )
 
     def run(self) -> None:
         """Update the parameters, slots and clocks."""
@@ -255,7 +273,7 @@ class Step:
         params = self._arrays.params.copy()
         for place, array in self.replaced.items():
             params[place] = array
-        return [self._names[k] for k in places], params[places], self._arrays.grads[places]
+        return [self.names[k] for k in places], params[places], self._arrays.grads[places]
 
     def left_over(self) -> list[tuple[Array, Member, Array]]:
         """The clipped gradients that could not be left in their own place, with their parameters.

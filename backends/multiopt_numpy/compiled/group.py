@@ -95,7 +95,6 @@ class CompiledGroup(HostGroup):
         self._spans_at = address(self._spans_block)
         self._room = np.empty(BLOCK + MANY // BLOCK + 1)
         self._shares: Shares | None = None
-        self._arrays: Arrays | None = None
         super().__init__(backend, layout, rule, has_masters)
         if look is not None:
             self._tensor = np.zeros(8, np.int64)
@@ -161,7 +160,6 @@ class CompiledGroup(HostGroup):
 
     def look(self, part: Part, arrays: Arrays) -> None:
         """See ``Group``."""
-        self._arrays = arrays
         rows, places, look = part.rows, part.places, self._look
         count = len(rows)
         if look is None:
@@ -201,18 +199,17 @@ class CompiledGroup(HostGroup):
         assert holds is not None
         # A tensor with a gradient of its own was a leaf when its name was first seen. To ask all
         # of them again takes 60 ns a tensor and a question, a quarter of a step.
-        if not arrays.own:
-            positions = np.arange(len(places))
-        elif part.fresh is not None:
-            positions = part.fresh[part.fresh < len(places)]
-        else:
-            positions = places[:0]
-        if positions.size and not holds(
-            arrays.params[places[positions]], arrays.grads[places[positions]], False
-        ):
-            return False
+        count = len(places)
+        asked = np.arange(count) if not arrays.own else part.fresh
+        if asked is not None and part.odd:
+            asked = np.setdiff1d(asked, part.odd)
+        if asked is not None and asked.size:
+            mine = places[asked[asked < count]]
+            if not holds(arrays.params[mine], arrays.grads[mine], False):
+                return False
         if arrays.own and self._scalars:
-            mine = places[self._table[part.rows, NDIM] == 0]
+            mine = np.flatnonzero(self._table[part.rows, NDIM] == 0)
+            mine = places[np.setdiff1d(mine, part.odd) if part.odd else mine]
             return holds(arrays.params[mine], arrays.grads[mine], True)
         return True
 
@@ -249,7 +246,7 @@ class CompiledGroup(HostGroup):
             moved = [row for row, loan in self._loans.items() if loan.slots is not None]
             self._point(np.array(moved, np.int64))
             super().forget(part)
-        self._shares = self._arrays = None
+        self._shares = None
 
     # Measuring
 
@@ -291,8 +288,7 @@ class CompiledGroup(HostGroup):
         return self._elements > MANY and bool(self.size[rows].sum() > MANY)
 
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None, counts: bool) -> None:
-        rows, arrays = part.rows, self._arrays
-        assert arrays is not None
+        rows = part.rows
         if self._given:
             self._give(rows)
         if self.clipping:
@@ -305,14 +301,6 @@ class CompiledGroup(HostGroup):
             blocks[:, -1] = 0
             self._shares = self._kernel.shares(blocks, used)
             self._kept = rows, blocks
-        if self.backend.in_place:
-            places = part.places
-            if self._loans:
-                copied = {row for row, loan in self._loans.items() if not loan.in_place}
-                places = places[[row not in copied for row in rows.tolist()]]
-            everything = len(places) == len(arrays.params)
-            self.backend.touch(arrays.params if everything else arrays.params[places])
-        self._leave_clipped = leave_clipped
 
     def _give(self, rows: np.ndarray) -> None:
         """Put the coefficients of a step into the table."""
@@ -335,9 +323,6 @@ class CompiledGroup(HostGroup):
                 self.steps[part.rows] += 1
         if self.clipping:
             part.clipped = self.clipped[part.rows] != 0
-            if self._leave_clipped and part.clipped.any():
-                assert self._arrays is not None
-                self.backend.touch(self._arrays.grads[part.places[part.clipped]])
 
     # Running kernels
 
