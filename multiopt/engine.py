@@ -278,13 +278,13 @@ class Group(ABC):
         self.shapes.extend(shapes[len(taken) :])
         return rows
 
-    def remove(self, rows: np.ndarray) -> None:
-        """Let go of rows. Others may take their places."""
-        self.scheduled -= np.count_nonzero(self.schedule[rows])
-        self.clipping -= np.count_nonzero(self.clip[rows])
-        self.schedule[rows] = self.clip[rows] = 0
-        self._drop_slots(rows)
-        self._free += rows.tolist()
+    def remove(self, row: int) -> None:
+        """Let go of a row. Others may take its place."""
+        self.scheduled -= self.schedule[row] != 0
+        self.clipping -= self.clip[row] != 0
+        self.schedule[row] = self.clip[row] = 0
+        self._drop_slots(row)
+        self._free.append(row)
 
     def __len__(self) -> int:
         """The number of rows in use."""
@@ -301,8 +301,8 @@ class Group(ABC):
         """Give new rows slots of zero."""
 
     @abstractmethod
-    def _drop_slots(self, rows: np.ndarray) -> None:
-        """Let go of the slots of rows."""
+    def _drop_slots(self, row: int) -> None:
+        """Let go of the slots of a row; nothing of it fails."""
 
     @abstractmethod
     def slots_at(self, row: int) -> dict[str, Array]:
@@ -536,13 +536,16 @@ class Numbered(Generic[Item]):
 
 
 def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
-    """The numbers among the hyperparameters: field, and place in it where the field is a tuple."""
+    """The numbers among the hyperparameters: field, and place in it where the field is a tuple.
+
+    None in the place of a number is a choice.
+    """
     found: list[tuple[str, int | None]] = []
     for name in rule.ranges:
         value = getattr(rule, name)
         if isinstance(value, tuple):
-            found += [(name, place) for place in range(len(value))]
-        else:
+            found += [(name, place) for place, part in enumerate(value) if part is not None]
+        elif value is not None:
             found.append((name, None))
     return found
 

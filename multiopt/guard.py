@@ -9,17 +9,18 @@ nothing. Then it writes, under the guard, and nothing of that can fail:
 ...     written.append("parameters")
 ...     written.append("clocks")
 
-What a handler of another signal raises in the middle of writing tears parameters and state apart,
-and the guard remembers it. Such a handler is to set a flag.
+What the handler of another signal raises in the middle of writing tears parameters and state apart.
+The guard remembers it, and refuses everything but a load: such a handler is to set a flag.
 """
 
 # The functions of ``signal`` itself take 25 us to make an enumeration of the answer.
 import _signal  # type: ignore[import-not-found]
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast
 
+from multiopt.errors import brief
 from multiopt.untraced import untraced
 
 __all__ = ["Guard", "exclusive"]
@@ -46,7 +47,7 @@ class Guard:
         self._came: tuple[int, FrameType | None] | None = None
 
     def check(self, name: str) -> None:
-        """Refuse a change in the middle of another one.
+        """Refuse a change in the middle of another one, and of what is torn.
 
         Schedules, callables of names and signal handlers are the caller's code, and run in the
         middle of what an optimizer does; other threads may.
@@ -55,57 +56,85 @@ class Guard:
             name: That of the method.
 
         Raises:
-            RuntimeError: Another change has not ended.
+            RuntimeError: Another change has not ended, or ended in the middle.
         """
+        self.check_idle(name)
+        self.check_whole(name)
+
+    def check_idle(self, name: str) -> None:
+        """Refuse a change in the middle of another one; see ``check``."""
         if self.busy:
             raise RuntimeError(
                 f"{name}: a step, or another change of this optimizer, has not ended; expected no "
-                "change from a signal handler, a schedule, a callable or another thread: set a flag "
-                "there, and do it afterwards"
+                "change from a signal handler, a schedule, a callable or another thread: set a "
+                "flag there, and do it afterwards"
             )
+        if self._handler is not None:
+            # Another signal's handler raised on the way in or out: nothing was written, or all.
+            self._depth = 0
+            self._give_back()
+
+    def check_whole(self, name: str) -> None:
+        """Refuse to go on with what is torn; see ``check``."""
+        if self.torn is not None:
+            raise RuntimeError(
+                f"{name}: {brief(self.torn)} was raised while a step, or another change, was "
+                "writing, so parameters and state no longer belong together; expected handlers "
+                "that set a flag: load the state and the parameters of an earlier step"
+            ) from self.torn
 
     def __enter__(self) -> None:
         """Begin to write: from here on Ctrl-C waits. It takes 1 us."""
         if self._depth == 0:
+            self._came = None
             handler = _signal.getsignal(_signal.SIGINT)
             if callable(handler):
                 try:
-                    _signal.signal(_signal.SIGINT, self._wait)
                     self._handler = handler
+                    _signal.signal(_signal.SIGINT, self._wait)
                 except ValueError:
-                    pass  # not the main thread, in which alone handlers run
+                    self._handler = None  # not the main thread, in which alone handlers run
         self._depth += 1
 
     def __exit__(
         self, kind: object, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End: what has waited comes now."""
-        self._depth -= 1
-        if self._depth:
-            return
         if error is not None:
             self.torn = error
-        if self._handler is not None:
-            handler, self._handler = self._handler, None
-            _signal.signal(_signal.SIGINT, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        handler = self._handler
+        if handler is not None:
+            if _signal.getsignal(_signal.SIGINT) == self._wait:
+                _signal.signal(_signal.SIGINT, handler)
+            self._handler = None
             if self._came is not None:
-                came, self._came = self._came, None
-                handler(*came)
+                handler(*self._came)
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
         self._came = number, frame
 
 
-def exclusive(method: Method) -> Method:
+def exclusive(method: Method | None = None, *, mends: bool = False) -> Any:
     """A method that refuses to begin while another such method of its object has not ended.
 
     The object has a ``Guard`` as ``_guard``.
+
+    Args:
+        method: The method.
+        mends: Whether it is for what is torn as well.
     """
+    if method is None:
+        return partial(exclusive, mends=mends)
 
     @wraps(method)
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
         guard = self._guard
-        guard.check(method.__name__)
+        (guard.check_idle if mends else guard.check)(method.__name__)
         # No ``finally``: Ctrl-C may come before its first operation. Here either it comes within
         # the ``try``, or all is done.
         try:

@@ -137,6 +137,7 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what guards it."""
+        self._guard.check_whole("copy")
         return {name: getattr(self, name) for name in ("_average", "_averages", "_registry")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -183,6 +184,7 @@ class Optimizer:
         Raises:
             KeyError: The name has not been seen.
         """
+        self._guard.check_whole("state")
         entry = self._registry.entry(name)
         return State(entry.step, entry.converted(shown(entry.layout)))
 
@@ -212,6 +214,7 @@ class Optimizer:
         Raises:
             KeyError: None is kept, or there was no step yet.
         """
+        self._guard.check_whole("average")
         if self._averages is None or name not in self._averages:
             is_pending = name in self._registry.pending
             why = "its loaded state is pending" if is_pending else "none is kept"
@@ -445,6 +448,10 @@ class Optimizer:
         outcome = self._registry.outcome
         if ended and outcome is not None:
             error.add_note(f"multiopt: the step was whole; it updated {abridged(outcome.updated)}")
+        elif self._guard.torn is error:
+            error.add_note(
+                "multiopt: the step was writing when this was raised; load an earlier state"
+            )
         elif not isinstance(error, KeyError | TypeError | ValueError):
             # The checks say it in words of their own, or it goes without saying.
             error.add_note("multiopt: nothing was changed by this step")
@@ -504,6 +511,7 @@ class Optimizer:
         >>> mo.Optimizer(mo.SGD()).state_dict()
         {'version': 2, 'steps': 0, 'entries': {}, 'pending': {}}
         """
+        self._guard.check_whole("state_dict")
         self._warn_of_plateaus()
         return self._state_dict(copied=True)
 
@@ -528,7 +536,7 @@ class Optimizer:
             **({"skips": skips} if skips else {}),
         }
 
-    @exclusive
+    @exclusive(mends=True)
     def load_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -607,6 +615,9 @@ class Optimizer:
         if isinstance(known.rule, Rule):
             rules |= dict.fromkeys(loaded.pending, known.rule)
         warn_of_plateaus(rules)
+        if self._guard.torn is not None and not loaded.entries.keys() >= set(known.names):
+            # Names that are left alone would stay torn.
+            self._guard.check_whole("load of some names")
         with_averages = averages.entries.keys() | averages.pending.keys()
         warn_of_plateaus({name: self._choices[name] for name in with_averages})
         without = (loaded.entries.keys() | loaded.pending.keys()) - with_averages
@@ -616,6 +627,7 @@ class Optimizer:
                 self._averages.forget(without)
                 take_over(self._averages, averages, self.steps, ahead=is_part)
             known.skips = skips
+            self._guard.torn = None
         found = {new.get(name, name) for name in have}
         return LoadReport(
             restored=tuple(loaded.entries),
@@ -678,10 +690,11 @@ class Optimizer:
         >>> mo.Optimizer(mo.Adam()).load(file).metadata
         {'epoch': 7, 'loss': nan}
         """
+        self._guard.check_whole("save")
         self._warn_of_plateaus()
         checkpoint.write(path, self._state_dict(copied=False), metadata)
 
-    @exclusive
+    @exclusive(mends=True)
     def load(
         self,
         path: Source,

@@ -49,9 +49,8 @@ class ReferenceGroup(Group):
             made[row] = tuple(zeros(layout.with_shape(form)) for form in forms)
         self._slots.update(made)
 
-    def _drop_slots(self, rows: np.ndarray) -> None:
-        for row in rows.tolist():
-            del self._slots[row]
+    def _drop_slots(self, row: int) -> None:
+        del self._slots[row]
 
     def slots_at(self, row: int) -> dict[str, Array]:
         """See ``Group``."""

@@ -112,6 +112,7 @@ class Registry:
         "_clips",
         "_codes",
         "_everything",
+        "_garbage",
         "_groups",
         "_kinds",
         "_last",
@@ -134,8 +135,8 @@ class Registry:
 
     #: What a copy makes anew.
     ANEW: ClassVar = {
-        *("__weakref__", "_clips", "_codes", "_everything", "_groups", "_kinds", "guard"),
-        *("_last", "_order", "met"),
+        *("__weakref__", "_clips", "_codes", "_everything", "_garbage", "_groups", "_kinds"),
+        *("_last", "_order", "guard", "met"),
     }
 
     def __init__(
@@ -171,6 +172,8 @@ class Registry:
         self._kinds: dict[Hashable, int] = {}
         self._clips: Numbered[Clip | None] = Numbered(None, None)
         self._last = NOTHING
+        # Codes of rows that no name has any more.
+        self._garbage: list[int] = []
         # The order of the memory of the last step: most often it is that of the next one.
         self._order: np.ndarray | None = None
         self._everything = np.arange(0)
@@ -259,6 +262,8 @@ class Registry:
         """
         rows = self._last if names == self._last.names else self._find(names)
         own = grads is None
+        if self._garbage:
+            self._sweep()
         if grads is None:
             grads = self._own_gradients(rows, params)
         fresh: dict[int, int] = {}
@@ -295,13 +300,11 @@ class Registry:
                     self._commit(rows, fresh, step, skips)
                     committed = True
             return step.replaced
-        except BaseException:
-            if not committed:
-                self._take_back(fresh, undo)
-            raise
         finally:
             if step is not None:
                 step.forget()
+            if not committed:
+                self._take_back(fresh, undo)
 
     def _looked(self, rows: _Rows, arrays: Arrays, fresh: dict[int, int]) -> tuple[_Rows, Step]:
         """A step that has looked at its arrays, and its rows, new ones for what has moved."""
@@ -577,20 +580,19 @@ class Registry:
 
     def _register(self, rows: _Rows, fresh: Mapping[int, int], taken: set[int]) -> tuple[str, ...]:
         """Give names the rows that a step has begun; return those that were never seen before."""
-        born, free = [], []
+        born = []
         for place in sorted(fresh):
             name = rows.names[place]
             if place not in taken:
                 # Who is skipped at first sight has not been seen.
-                free.append(fresh[place])
+                self._garbage.append(fresh[place])
                 continue
             if name in self._codes:
-                free.append(self._codes[name])
+                self._garbage.append(self._codes[name])
             else:
                 born.append(name)
             self._codes[name] = fresh[place]
             self.pending.pop(name, None)
-        self._free(free)
         self._last = rows if rows.is_whole and taken >= fresh.keys() else NOTHING
         return tuple(born)
 
@@ -599,16 +601,18 @@ class Registry:
         for take_back in undo:
             take_back()
         self._free(fresh.values())
-        self._drop_empty()
 
     def _free(self, codes: Iterable[int]) -> None:
         """Let go of rows."""
-        by_group: dict[int, list[int]] = {}
-        for code in codes:
-            by_group.setdefault(code // GROUP, []).append(code % GROUP)
-        for number, rows in by_group.items():
-            self._groups[number].remove(np.array(rows, np.int64))
-        if by_group:
+        self._garbage += codes
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Let others take the rows that no name has any more."""
+        with self.guard:
+            for code in self._garbage:
+                self._groups[code // GROUP].remove(code % GROUP)
+            self._garbage.clear()
             self._drop_empty()
 
     # What changes between steps
@@ -633,7 +637,6 @@ class Registry:
                     group.set_slots(int(rows[0]), slots)
         except BaseException:
             self._free(codes.values())
-            self._drop_empty()
             raise
         return codes
 
@@ -645,20 +648,20 @@ class Registry:
         """
         placed = self._placed(entries)
         with self.guard:
-            old = [self._codes[name] for name in entries if name in self._codes]
+            self._garbage += [self._codes[name] for name in entries if name in self._codes]
             self._codes.update(placed)
-            self._free(old)
             self._last = NOTHING
+        self._sweep()
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop all that is held of some names."""
         gone = dict.fromkeys(names)
         with self.guard:
-            codes = [self._codes.pop(name) for name in gone if name in self._codes]
+            self._garbage += [self._codes.pop(name) for name in gone if name in self._codes]
             self.pending = {n: stored for n, stored in self.pending.items() if n not in gone}
             self.skips = {n: count for n, count in self.skips.items() if n not in gone}
-            self._free(codes)
             self._last = NOTHING
+        self._sweep()
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give names new names, in their places."""
@@ -680,10 +683,10 @@ class Registry:
             entries[name] = with_rule(name, self.entry(name), chosen(rule, name, Rule, "rule"))
         placed = self._placed(entries)
         with self.guard:
-            old = list(self._codes.values())
+            self._garbage += self._codes.values()
             self._codes.update(placed)
-            self._free(old)
             self._last, self.rule = NOTHING, rule
+        self._sweep()
 
     def set_clips(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
         """Change the clips of all names, and of those to come.
@@ -731,12 +734,12 @@ class Registry:
         with self.guard:
             for group, rows, new in writes:
                 group.change_numbers(rows, new, values)
-            old = [self._codes[name] for name in others]
+            self._garbage += [self._codes[name] for name in others]
             self._codes.update(placed)
-            self._free(old)
             self._last = self._parted(self._last.names, self._last.codes) if not others else NOTHING
             if rule is not None:
                 self.rule = rule
+        self._sweep()
 
 
 def _alike(group: Group, rows: np.ndarray) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ import torch
 
 import multiopt as mo
 import multiopt_numpy
-from multiopt_numpy.compiled import batch
+from multiopt_numpy.compiled.group import CompiledGroup
 
 #: Where interrupts come: the library, and what stands between its functions.
 OURS = (
@@ -77,13 +77,13 @@ def handling(handlers: dict[int, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def hit_once(monkeypatch: pytest.MonkeyPatch, method: str = "advance") -> None:
-    """Let SIGTERM come right before the next call of a method of a compiled batch, once."""
-    real = getattr(batch.CompiledBatch, method)
+def hit_once(monkeypatch: pytest.MonkeyPatch, method: str = "run") -> None:
+    """Let SIGTERM come right before the next call of a method of a compiled group, once."""
+    real = getattr(CompiledGroup, method)
 
-    def hit(self: batch.CompiledBatch, *arguments: Any) -> Any:
-        monkeypatch.setattr(batch.CompiledBatch, method, real)
+    def hit(self: CompiledGroup, *arguments: Any) -> Any:
+        monkeypatch.setattr(CompiledGroup, method, real)
         signal.raise_signal(signal.SIGTERM)
         return real(self, *arguments)
 
-    monkeypatch.setattr(batch.CompiledBatch, method, hit)
+    monkeypatch.setattr(CompiledGroup, method, hit)

@@ -26,6 +26,8 @@ __all__ = ["BlockedGroup"]
 #: Elements in a block of a clipped gradient: whole blocks of the summation tree.
 CHUNK = 8 * BLOCK
 
+NO_ROWS = np.empty(0, np.int64)
+
 SHAPE, DTYPE, BASE = attrgetter("shape"), attrgetter("dtype"), attrgetter("base")
 WRITEABLE, CONTIGUOUS = attrgetter("flags.carray"), attrgetter("flags.c_contiguous")
 
@@ -226,18 +228,18 @@ class BlockedGroup(HostGroup):
         self._runs: list[Any] = []
         self._vectorized = are_uniform(rule)
         # Of the last step: its rows, their shapes, and where its small rows are.
-        self._known: tuple[np.ndarray, list[tuple[int, ...]]] = (np.empty(0, np.int64), [])
-        self._places = _Places(self, np.empty(0, np.int64))
+        self._known: tuple[np.ndarray, list[tuple[int, ...]]] = NO_ROWS, []
+        self._places: _Places | None = None
 
     def chunk_array(self, number: int) -> np.ndarray:
         """The slots in a chunk."""
         return self._chunks[number].array
 
-    def _drop_slots(self, rows: np.ndarray) -> None:
+    def _drop_slots(self, row: int) -> None:
         # Rows that are taken again have other shapes and places.
-        self._known = (np.empty(0, np.int64), [])
-        self._places = _Places(self, np.empty(0, np.int64))
-        super()._drop_slots(rows)
+        self._known = NO_ROWS, []
+        self._places = None
+        super()._drop_slots(row)
 
     # Looking
 
@@ -387,9 +389,9 @@ class BlockedGroup(HostGroup):
     ) -> _Packed:
         """Small parameters side by side, in copies."""
         rows = part.rows if len(which) == len(part.rows) else part.rows[which]
-        if self._places.rows is not rows:
-            self._places = _Places(self, rows)
         places, positions = self._places, which.tolist()
+        if places is None or places.rows is not rows:
+            places = self._places = _Places(self, rows)
         params = places.ordered([part.params[k] for k in positions])
         grads = places.ordered([part.grads[k] for k in positions])
         grad = _joined(grads, places.total, self.dtype)

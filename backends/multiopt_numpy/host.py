@@ -8,6 +8,7 @@ given to another one, so that a view of a slot shows that slot for good.
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,8 +26,9 @@ __all__ = ["LARGE", "HostGroup", "Loan"]
 #: Elements of a parameter from which on its slots are an allocation of their own.
 LARGE = 4096
 
-#: Elements of a slot in a chunk: each new chunk has twice as many as the last, between these.
-SMALLEST, LARGEST = 2**10, 2**18
+#: Elements of a slot in a chunk: each new chunk has twice as many as the last, between these. What
+#: one parameter keeps of others that are gone is no more than a chunk.
+SMALLEST, LARGEST = 2**10, 2**14
 
 
 @dataclass(slots=True, eq=False)
@@ -107,30 +109,33 @@ class HostGroup(Group):
         if not rows.size:
             return
         ends = np.cumsum(sizes)
-        need = int(ends[-1])
-        length = 0 if self._open is None else self._open.array.shape[1]
-        if self._open is None or self._taken + need > length:
-            self._open_number = self._new_chunk(max(need, min(max(2 * length, SMALLEST), LARGEST)))
-            self._open, self._taken = self._chunks[self._open_number], 0
-        self.chunk[rows] = self._open_number
-        self.offset[rows] = ends - sizes + self._taken
-        self._open.live += len(rows)
-        self._taken += need
+        begins = ends - sizes
+        for first, end in pairwise((*np.flatnonzero(np.diff(begins // LARGEST, prepend=-1)), len(rows))):
+            mine, base = rows[first:end], int(begins[first])
+            need = int(ends[end - 1]) - base
+            length = 0 if self._open is None else self._open.array.shape[1]
+            if self._open is None or self._taken + need > length:
+                length = max(need, min(max(2 * length, SMALLEST), LARGEST))
+                self._open_number, self._taken = self._new_chunk(length), 0
+                self._open = self._chunks[self._open_number]
+            self.chunk[mine] = self._open_number
+            self.offset[mine] = begins[first:end] + (self._taken - base)
+            self._open.live += len(mine)
+            self._taken += need
 
     def _new_chunk(self, length: int, live: int = 0) -> int:
         number, self._next = self._next, self._next + 1
         self._chunks[number] = _Chunk(np.zeros((self.slot_count, length), self.dtype), live)
         return number
 
-    def _drop_slots(self, rows: np.ndarray) -> None:
-        numbers, counts = np.unique(self.chunk[rows], return_counts=True)
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            chunk = self._chunks[number]
-            chunk.live -= count
-            if not chunk.live:
-                del self._chunks[number]
-                if chunk is self._open:
-                    self._open = None
+    def _drop_slots(self, row: int) -> None:
+        number = int(self.chunk[row])
+        chunk = self._chunks[number]
+        chunk.live -= 1
+        if not chunk.live:
+            del self._chunks[number]
+            if chunk is self._open:
+                self._open = None
 
     def _views(self, row: int) -> tuple[np.ndarray, ...]:
         """The slots of a row, as they are in memory."""
@@ -157,8 +162,8 @@ class HostGroup(Group):
         row, in_place = int(part.rows[position]), False
         member.slots = self._views(row)
         if self.has_masters:
-            *slots, member.master = member.slots
-            member.slots = tuple(slots)
+            *slots, master = member.slots
+            member.slots, member.master = tuple(slots), self.backend.from_host(master, self.layout)
         param = None if self.has_masters else self._own(member, member.param)
         if param is not None and param.flags.writeable:
             in_place = True
@@ -242,8 +247,8 @@ class HostGroup(Group):
             if loan.slots is not None:
                 for view, slot in zip(loan.member.slots, loan.slots, strict=True):
                     view[...] = slot
-            if loan.member.master is not None:
-                loan.member.master[...] = loan.param
+            if self.has_masters:
+                self._views(loan.row)[-1][...] = loan.param
             if self.backend.in_place and not loan.in_place:
                 self.backend.write(loan.member, loan.ready)
 

@@ -264,10 +264,10 @@ def with_numbers(
         values: The value of each.
     """
     made = copy.copy(rule)
-    found: dict[str, Any] = {}
     for (name, place), value in zip(fields, values, strict=True):
-        found[name] = value if place is None else (*found.get(name, ()), value)
-    for name, value in found.items():
+        if place is not None:
+            parts = getattr(made, name)
+            value = (*parts[:place], value, *parts[place + 1 :])
         object.__setattr__(made, name, value)
     return made
 

@@ -440,11 +440,11 @@ def test_a_scheduler_that_goes_is_freed_at_once() -> None:
     scheduler, loc = made(optim, "OneCycleLR"), param("loc")
     scheduler([give(loc)])
     scheduler.step()
-    slot = weakref.ref(scheduler._core.entry("loc").slots[0])
+    group = weakref.ref(scheduler._core._registry.row_of("loc")[0])
     gc.disable()
     try:
         del scheduler
-        assert slot() is None
+        assert group() is None
     finally:
         gc.enable()
 

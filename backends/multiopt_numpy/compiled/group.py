@@ -95,6 +95,8 @@ class CompiledGroup(HostGroup):
         self._spans_at = address(self._spans_block)
         self._room = np.empty(BLOCK + MANY // BLOCK + 1)
         self._shares: Shares | None = None
+        #: By row, where its slots are while copies of them are lent.
+        self._moved: dict[int, list[int]] = {}
         super().__init__(backend, layout, rule, has_masters)
         if look is not None:
             self._tensor = np.zeros(8, np.int64)
@@ -146,15 +148,15 @@ class CompiledGroup(HostGroup):
             for j in range(self._first_number - FIRST_SLOT):
                 self._table[mine, FIRST_SLOT + j] = begins + j * array.strides[0]
 
-    def _drop_slots(self, rows: np.ndarray) -> None:
-        super()._drop_slots(rows)
-        self._elements -= int(self.size[rows].sum())
-        for shape, count in Counter(self.shapes[row] for row in rows.tolist()).items():
-            array, (used,) = self._shapes[shape]
-            self._shapes[shape] = array, [used - count]
-            if used == count:
-                del self._shapes[shape]
-            self._scalars -= 0 if shape else count
+    def _drop_slots(self, row: int) -> None:
+        super()._drop_slots(row)
+        self._elements -= int(self.size[row])
+        shape = self.shapes[row]
+        array, (used,) = self._shapes[shape]
+        self._shapes[shape] = array, [used - 1]
+        if used == 1:
+            del self._shapes[shape]
+        self._scalars -= not shape
 
     # Looking
 
@@ -238,13 +240,15 @@ class CompiledGroup(HostGroup):
         row = self._table[loan.row]
         row[PARAM], row[GRAD] = address(loan.param), address(loan.grad)
         if loan.slots is not None:
+            self._moved[loan.row] = row[FIRST_SLOT : self._first_number].tolist()
             row[FIRST_SLOT : self._first_number] = [address(slot) for slot in loan.slots]
 
     def forget(self, part: Part) -> None:
         """See ``Group``."""
         if self._loans:
-            moved = [row for row, loan in self._loans.items() if loan.slots is not None]
-            self._point(np.array(moved, np.int64))
+            for row, places in self._moved.items():
+                self._table[row, FIRST_SLOT : self._first_number] = places
+            self._moved = {}
             super().forget(part)
         self._shares = None
 
