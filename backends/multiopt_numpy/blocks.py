@@ -14,8 +14,9 @@ from multiopt.backend import Batch, Limits, Member, Now, Scaling, identities
 from multiopt.interruption import fails_again, uninterrupted
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
+from multiopt.rules.rule import named
 from multiopt_numpy.forms import are_uniform, distinct, other_fields, replaced
-from multiopt_numpy.tape import Tape
+from multiopt_numpy.tape import Tape, Tapes
 
 __all__ = ["BlockedBatch"]
 
@@ -190,15 +191,17 @@ class _Alone:
 
 
 class BlockedBatch(Batch):
-    """Parameters that the tape of one rule updates, on one thread.
+    """Parameters that the tapes of one rule update, on one thread.
 
     Args:
+        tapes: The tapes.
         members: The parameters, of one compute dtype.
         itself: Whether their arrays are NumPy's, and not to be lent.
     """
 
-    def __init__(self, members: Sequence[Member], itself: bool) -> None:
+    def __init__(self, tapes: Tapes, members: Sequence[Member], itself: bool) -> None:
         """Nothing is packed yet."""
+        self._tapes = tapes
         self._members, self._itself = members, itself
         self._dtype = np.dtype(members[0].layout.compute_dtype)
         self._shapes = [member.layout.shape for member in members]
@@ -213,7 +216,6 @@ class BlockedBatch(Batch):
             for i, slots in zip(self._small.tolist(), self._pack.slots, strict=True):
                 self._slots[i] = slots
         self._homes = list(self._slots)
-        self._tapes: dict[tuple[bool, ...], Tape] = {}
         self._owned = False
         # The identities of arrays that were each another.
         self._different = b""
@@ -410,7 +412,7 @@ class BlockedBatch(Batch):
         rule = rules[which[0]]
         if (which == which[0]).all() and (counts == counts[0]).all():
             scalars = rule.coefficients(int(counts[0]), self._dtype.name)
-            return [(index, self._tape(rule, scalars), list(scalars))]
+            return [(index, self._tape(scalars), list(scalars))]
         # The same functions on arrays: one call for all names.
         by_name = _columns(rules) if now else self._columns
         h = SimpleNamespace(
@@ -428,28 +430,24 @@ class BlockedBatch(Batch):
         for pattern in range(kinds.max() + 1):
             mine = np.flatnonzero(kinds == pattern) if patterns else slice(None)
             values = [_same(x[mine] if x.ndim else x, self._dtype) for x in columns]
-            tape = self._tape(rule, scalars._make(values))
-            jobs.append((index[mine], tape, values))
+            jobs.append((index[mine], self._tape(values), values))
         return jobs
 
-    def _scalars_of(self, rules: list[Rule], counts: np.ndarray, h: Any) -> Any:
-        """The coefficients of each of some rules at its step, as a named tuple of arrays."""
+    def _scalars_of(self, rules: list[Rule], counts: np.ndarray, h: Any) -> list[Any]:
+        """The coefficients of each of some rules at its step, as arrays."""
         if self._vectorized:
             try:
-                return type(rules[0]).scalars(h, counts)
+                return list(named(type(rules[0]).scalars(h, counts)).values())
             except (TypeError, ValueError):
                 if not fails_again(type(rules[0]).scalars, h, counts):
                     raise
                 self._vectorized = False  # somebody's scalars that take no arrays
         pairs = zip(rules, counts.tolist(), strict=True)
         each = [rule.coefficients(count) for rule, count in pairs]
-        return each[0]._make(map(np.array, zip(*each, strict=True)))
+        return list(map(np.array, zip(*each, strict=True)))
 
-    def _tape(self, rule: Rule, scalars: Any) -> Tape:
-        switches = tuple(x for x in scalars if isinstance(x, bool))
-        if switches not in self._tapes:
-            self._tapes[switches] = Tape(rule.update, scalars, len(rule.slots), self._dtype.name)
-        return self._tapes[switches]
+    def _tape(self, scalars: Iterable[Any]) -> Tape:
+        return self._tapes[tuple(x for x in scalars if isinstance(x, bool))]
 
     def run(self) -> np.ndarray:
         """See ``Batch``."""

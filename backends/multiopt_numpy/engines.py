@@ -3,9 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
-from itertools import product
 from typing import NamedTuple
 
 from multiopt.backend import Batch, Layout, Member
@@ -14,14 +12,10 @@ from multiopt_numpy.blocks import BlockedBatch
 from multiopt_numpy.compiled.batch import CompiledBatch, Look
 from multiopt_numpy.compiled.kernels import update_kernel
 from multiopt_numpy.compiled.team import Kernel
-from multiopt_numpy.forms import (
-    NotCompilable,
-    are_uniform,
-    number_fields,
-    other_fields,
-    sample_scalars,
-)
-from multiopt_numpy.tape import NotTraceable, Tape
+from multiopt_numpy.compiled.update import update_source
+from multiopt_numpy.forms import coefficient_kinds, number_fields, other_fields, traced_scalars
+from multiopt_numpy.tape import Tapes, tapes
+from multiopt_numpy.trace import NotTraceable
 
 __all__ = ["batch", "kind"]
 
@@ -36,25 +30,36 @@ class _Compiled(NamedTuple):
     given: bool
 
 
-#: By kind of rule and dtype: its compiled kernel, the word that blocks can run it, or None.
-_engines: dict[Hashable, _Compiled | str | None] = {}
+#: What runs rules of a kind.
+_engines: dict[Hashable, _Compiled | Tapes] = {}
+
+#: The kinds of multiopt's own rules, by what decides them.
+_kinds: dict[Hashable, Hashable | None] = {}
 
 
 def kind(rule: Rule, layout: Layout) -> Hashable | None:
-    """What rules must have in common to share a batch; None if only the rule itself can run."""
+    """What rules must have in common to share a batch; None if only the rule itself can run.
+
+    The formula of somebody's rule may have been edited since the last time, or a function or a
+    constant that it uses: it is traced anew. Those of multiopt are traced once.
+    """
     if not rule.elementwise:
         return None
     wanted = os.environ.get(VARIABLE, "compiled")
+    if wanted not in ("compiled", "blocks", "plain"):
+        raise ValueError(f"{VARIABLE} is {wanted!r}; expected compiled, blocks or plain")
     choices = tuple(other_fields(rule).items())
-    form = rule.update, rule.slots, tuple(number_fields(rule)), choices
-    key = wanted, type(rule), *form, layout.dtype
+    key = wanted, type(rule), rule.slots, tuple(number_fields(rule)), choices, layout.dtype
     try:
-        known = key in _engines
+        hash(key)
     except TypeError:
         return None  # a choice that cannot be looked up, such as a list
-    if not known:
-        _engines[key] = _engine(wanted, rule, layout.compute_dtype)
-    return None if _engines[key] is None else key
+    if not type(rule).__module__.startswith("multiopt."):
+        return _kind(key, rule, layout.compute_dtype)
+    mine = *key, rule.update
+    if mine not in _kinds:
+        _kinds[mine] = _kind(key, rule, layout.compute_dtype)
+    return _kinds[mine]
 
 
 def batch(
@@ -78,45 +83,43 @@ def batch(
     directly = layout.dtype == layout.compute_dtype
     if isinstance(engine, _Compiled):
         return CompiledBatch(*engine, look() if directly else None, members)
-    return BlockedBatch(members, numpy_arrays and directly)
+    return BlockedBatch(engine, members, numpy_arrays and directly)
 
 
-def _engine(wanted: str, rule: Rule, dtype: str) -> _Compiled | str | None:
-    if wanted not in ("compiled", "blocks", "plain"):
-        raise ValueError(f"{VARIABLE} is {wanted!r}; expected compiled, blocks or plain")
-    if wanted == "plain":
+def _kind(key: tuple[Hashable, ...], rule: Rule, dtype: str) -> Hashable | None:
+    """A kind with its engine, made now or known.
+
+    Args:
+        key: What rules have in common, beside what they compute.
+        rule: One of them.
+        dtype: That of the computation.
+    """
+    if key[0] == "plain":
         return None
-    sample = sample_scalars(rule, dtype)
-    switches = [isinstance(x, bool) for x in sample]
+    scalars, slots = traced_scalars(rule), len(rule.slots)
     try:
-        # With every switch on and off, for it may change from step to step.
-        for values in product(
-            *([False, True] if switch else [x] for switch, x in zip(switches, sample, strict=True))
-        ):
-            Tape(rule.update, sample._make(values), len(rule.slots), dtype)
+        kinds = coefficient_kinds(rule, scalars)
+        text = update_source(rule.update, slots, kinds, scalars)
+        found = *key, text
+        if found not in _engines:
+            name = f"{type(rule).__name__}-{dtype}"
+            compiled = _compiled(name, text, dtype, scalars is None) if key[0] == "compiled" else None
+            _engines[found] = compiled or tapes(rule.update, slots, kinds, dtype)
     except NotTraceable:
         return None  # as it may be: the rule then runs as it stands
-    if wanted == "compiled" and find_spec("numba") and find_spec("llvmlite"):
-        try:
-            return _compiled(rule, dtype)
-        except NotCompilable:
-            pass  # as it may be: the rule then runs in blocks
-        except ImportError as error:
-            warnings.warn(
-                f"Numba is installed but cannot be imported ({error}); steps are slower without it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return "blocks"
+    return found
 
 
-def _compiled(rule: Rule, dtype: str) -> _Compiled:
-    """The kernel of a rule.
-
-    Raises:
-        NotCompilable: There is none.
-    """
-    if are_uniform(rule):
-        with suppress(NotCompilable):
-            return _Compiled(update_kernel(rule, dtype, given=False), given=False)
-    return _Compiled(update_kernel(rule, dtype, given=True), given=True)
+def _compiled(name: str, text: str, dtype: str, given: bool) -> _Compiled | None:
+    """The kernel of a text; None if there is no compiler."""
+    if not (find_spec("numba") and find_spec("llvmlite")):
+        return None
+    try:
+        return _Compiled(update_kernel(name, text, dtype), given)
+    except ImportError as error:
+        warnings.warn(
+            f"Numba is installed but cannot be imported ({error}); steps are slower without it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None

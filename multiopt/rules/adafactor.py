@@ -32,7 +32,6 @@ class Scalars(NamedTuple):
     takes_machine_eps: bool
     eps2: float
     inverse_d: float
-    one: float
     shrinkage: float
     shrinks: bool
     maximizes: bool
@@ -49,7 +48,7 @@ def adafactor(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
         variance = product(xp, row_var, col_var, eps1)
     direction = grad / maximum(xp, xp.sqrt(variance), eps1)
     size = maximum(xp, root_mean_square(xp, wide(xp, param)), c.eps2)
-    excess = maximum(xp, c.inverse_d * root_mean_square(xp, wide(xp, direction)), c.one)
+    excess = maximum(xp, c.inverse_d * root_mean_square(xp, wide(xp, direction)), 1.0)
     step_size = xp.asarray(c.relative_step * size / excess, dtype=param.dtype)
     return shrunk(param, c) - step_size * direction, slots
 
@@ -169,7 +168,6 @@ class Adafactor(Rule):
             takes_machine_eps=eps1 is None,
             eps2=eps2,
             inverse_d=1.0 / h.d,
-            one=1.0,
             shrinkage=1.0 - h.lr * h.weight_decay,
             shrinks=h.weight_decay != 0,
             maximizes=h.maximize,

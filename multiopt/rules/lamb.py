@@ -26,8 +26,6 @@ class Scalars(NamedTuple):
     weight_decay: float
     penalizes: bool
     lr: float
-    zero: float
-    one: float
     maximizes: bool
 
 
@@ -43,7 +41,7 @@ def lamb(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     wide = xp.asarray(direction, dtype=xp.float64)
     size = xp.sqrt(sum_of_squares(xp, xp.asarray(param, dtype=xp.float64)))
     length = xp.sqrt(sum_of_squares(xp, wide))
-    ratio = xp.where((size == c.zero) | (length == c.zero), c.one, size / length)
+    ratio = xp.where((size == 0.0) | (length == 0.0), 1.0, size / length)
     change = xp.asarray(c.lr * ratio * wide, dtype=param.dtype)
     return param - change, (exp_avg, exp_avg_sq)
 
@@ -125,7 +123,5 @@ class LAMB(Rule):
             weight_decay=h.weight_decay,
             penalizes=h.weight_decay != 0,
             lr=h.lr,
-            zero=0.0,
-            one=1.0,
             maximizes=h.maximize,
         )

@@ -22,15 +22,13 @@ class Scalars(NamedTuple):
     weight_decay: float
     penalizes: bool
     maximizes: bool
-    zero: float
-    one: float
 
 
 def lion(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     """Chen et al., Algorithm 2."""
     (exp_avg,) = slots
     grad = descending(grad, c)
-    direction = sign(xp, first_moment(exp_avg, grad, c), c.zero, c.one)
+    direction = sign(xp, first_moment(exp_avg, grad, c))
     param = param - c.lr * penalized(param, direction, c)
     return param, (c.beta2 * exp_avg + c.one_minus_beta2 * grad,)
 
@@ -99,6 +97,4 @@ class Lion(Rule):
             weight_decay=h.weight_decay,
             penalizes=h.weight_decay != 0,
             maximizes=h.maximize,
-            zero=0.0,
-            one=1.0,
         )

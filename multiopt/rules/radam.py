@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from multiopt.rules.adam import descend, first_moment, second_moment
-from multiopt.rules.arithmetic import one_minus_power, vectorized
+from multiopt.rules.arithmetic import by_squaring, one_minus_power
 from multiopt.rules.decay import descending, penalized, shrunk
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
 
@@ -43,30 +43,25 @@ def radam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     return param - c.step_size * exp_avg, (exp_avg, exp_avg_sq)
 
 
-@vectorized
 def mean_age(beta: Any, step: Any) -> Any:
     """The mean age of the gradients in an average: of 0 to ``step - 1``, with weights ``beta^age``.
 
     Put together from blocks of 1, 2, 4, ... ages, as ``one_minus_power`` is. The difference of the
     paper, ``beta / (1 - beta) - t * beta^t / (1 - beta^t)``, loses three digits at 0.999.
     """
-    mean, mass = 0.0, 0.0
-    block, block_mean, block_mass = 1.0, 0.0, 1.0 - float(beta)
-    bits = int(step)
-    while bits:
-        if bits & 1:
-            mean, mass = _older(block, block_mean, block_mass, mean, mass)
-        block_mean, block_mass = _older(block, block_mean, block_mass, block_mean, block_mass)
-        block = block + block
-        bits >>= 1
-    return mean
+    return by_squaring(step, (0.0, 0.0), (0.0, 1.0 - beta, 1.0), _older, _doubled)
 
 
-def _older(block: Any, block_mean: Any, block_mass: Any, mean: Any, mass: Any) -> Any:
+def _older(mean: Any, mass: Any, block_mean: Any, block_mass: Any, block: Any) -> Any:
     """The mean and the mass of a block of ages and of others, made older by its length."""
     mass = (1.0 - block_mass) * mass
     total = block_mass + mass
     return (block_mass * block_mean + mass * (block + mean)) / total, total
+
+
+def _doubled(mean: Any, mass: Any, block: Any) -> Any:
+    """A block and another one like it, made older by its length."""
+    return *_older(mean, mass, mean, mass, block), block + block
 
 
 @dataclass(frozen=True)

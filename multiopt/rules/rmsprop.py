@@ -23,7 +23,6 @@ class Scalars(NamedTuple):
     weight_decay: float
     penalizes: bool
     maximizes: bool
-    zero: float
 
 
 def rmsprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -49,7 +48,7 @@ def centered(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
     grad_avg = first_moment(grad_avg, grad, c)
-    direction = scaled(xp, grad, variance(xp, square_avg, grad_avg, c), c)
+    direction = scaled(xp, grad, variance(xp, square_avg, grad_avg), c)
     return param - c.lr * direction, (square_avg, grad_avg)
 
 
@@ -59,7 +58,7 @@ def centered_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
     grad_avg = first_moment(grad_avg, grad, c)
-    direction = scaled(xp, grad, variance(xp, square_avg, grad_avg, c), c)
+    direction = scaled(xp, grad, variance(xp, square_avg, grad_avg), c)
     buffer = c.momentum * buffer + direction
     return param - c.lr * buffer, (square_avg, buffer, grad_avg)
 
@@ -69,10 +68,10 @@ def scaled(xp: Any, grad: Any, mean_square: Any, c: Any) -> Any:
     return grad / (xp.sqrt(mean_square) + c.eps)
 
 
-def variance(xp: Any, square_avg: Any, grad_avg: Any, c: Any) -> Any:
+def variance(xp: Any, square_avg: Any, grad_avg: Any) -> Any:
     """The mean square less the square of the mean, which rounding must not bring below zero."""
     difference = square_avg - grad_avg * grad_avg
-    return xp.where(difference < c.zero, c.zero, difference)
+    return xp.where(difference < 0.0, 0.0, difference)
 
 
 @dataclass(frozen=True)
@@ -150,5 +149,4 @@ class RMSprop(Rule):
             weight_decay=h.weight_decay,
             penalizes=h.weight_decay != 0,
             maximizes=h.maximize,
-            zero=0.0,
         )

@@ -19,7 +19,6 @@ class Scalars(NamedTuple):
     grow: float
     smallest: float
     largest: float
-    zero: float
     maximizes: bool
 
 
@@ -28,15 +27,15 @@ def rprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     prev, step_size = slots
     grad = descending(grad, c)
     # The gradient as seen from the previous direction. The product of the two could underflow.
-    ahead = xp.where(prev > c.zero, grad, xp.where(prev < c.zero, -grad, prev))
+    ahead = xp.where(prev > 0.0, grad, xp.where(prev < 0.0, -grad, prev))
     step_size = step_size + c.start
-    shrunk = xp.where(ahead < c.zero, c.shrink * step_size, step_size)
-    step_size = xp.where(ahead > c.zero, c.grow * step_size, shrunk)
+    shrunk = xp.where(ahead < 0.0, c.shrink * step_size, step_size)
+    step_size = xp.where(ahead > 0.0, c.grow * step_size, shrunk)
     step_size = xp.where(step_size < c.smallest, c.smallest, step_size)
     step_size = xp.where(step_size > c.largest, c.largest, step_size)
-    grad = xp.where(ahead < c.zero, c.zero, grad)
+    grad = xp.where(ahead < 0.0, 0.0, grad)
     # A gradient of zero or NaN is itself the change.
-    change = xp.where(grad > c.zero, step_size, xp.where(grad < c.zero, -step_size, grad))
+    change = xp.where(grad > 0.0, step_size, xp.where(grad < 0.0, -step_size, grad))
     return param - change, (grad, step_size)
 
 
@@ -114,6 +113,5 @@ class Rprop(Rule):
             grow=grow,
             smallest=smallest,
             largest=largest,
-            zero=0.0,
             maximizes=h.maximize,
         )

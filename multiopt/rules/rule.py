@@ -2,21 +2,20 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import inf, nan, nextafter
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
-
-from multiopt.rules.arithmetic import rounded
 
 __all__ = [
     "FINITE",
     "FRACTION",
     "NONNEGATIVE",
     "SHARE",
+    "Coefficients",
     "Hyperparameter",
     "Range",
     "Rule",
@@ -24,12 +23,17 @@ __all__ = [
     "check_tuple",
     "is_schedule",
     "is_shared",
+    "named",
 ]
 
 #: A number, or a schedule: a callable that gives the number for each step (1, 2, ...).
 Hyperparameter: TypeAlias = float | Callable[[int], float]
 #: ``update(xp, param, grad, slots, c) -> (param, slots)``: arrays in, new arrays out.
 Update: TypeAlias = Callable[[Any, Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
+
+
+#: What a switch among the coefficients is.
+SWITCH = bool | np.bool_
 
 
 class Range(NamedTuple):
@@ -49,6 +53,47 @@ FINITE = Range("a finite number", low=-np.finfo(np.float64).max.item())
 NONNEGATIVE = Range("a finite number >= 0")
 FRACTION = Range("a number >= 0 and < 1", below=1.0)
 SHARE = Range("a number >= 0 and <= 1", below=nextafter(1.0, inf))
+
+
+class Coefficients:
+    """The numbers of one step, by the names that ``scalars`` gave them: floats and bool switches.
+
+    They can be read as attributes and, in their order, by iteration, and not be changed.
+
+    >>> c = Coefficients(lr=0.5, maximizes=False)
+    >>> c.lr, list(c)
+    (0.5, [0.5, False])
+    """
+
+    def __init__(self, **numbers: Any) -> None:
+        """Take the numbers."""
+        vars(self).update(numbers)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        """Refuse to change.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError(f"coefficients cannot be changed; got {name}={value!r}")
+
+    def __iter__(self) -> Iterator[Any]:
+        """The numbers in their order."""
+        return iter(vars(self).values())
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(vars(self))
+
+    def __eq__(self, other: object) -> Any:
+        """Whether others have the same names and numbers."""
+        return vars(self) == vars(other) if isinstance(other, Coefficients) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """The call that makes them."""
+        return f"Coefficients({', '.join(f'{name}={x!r}' for name, x in vars(self).items())})"
 
 
 @dataclass(frozen=True)
@@ -139,7 +184,7 @@ class Rule(ABC):
             step: The number of the step, 1 for the first, or an integer array of such numbers.
         """
 
-    def coefficients(self, step: Any, dtype: str = "float64") -> Any:
+    def coefficients(self, step: Any, dtype: str = "float64") -> Coefficients:
         """The numbers that ``update`` needs at a step, schedules evaluated.
 
         They are computed in float64. Rounded to the dtype of the computation they are those of
@@ -152,12 +197,17 @@ class Rule(ABC):
         Raises:
             ValueError: A schedule gave a value out of range.
         """
-        scalars = self.scalars(self.at(step), step)
+        numbers = named(self.scalars(self.at(step), step))
         if np.ndim(step):
-            return scalars
-        # Python's own numbers, since an np.float64 would promote a float32 array.
-        return scalars._make(
-            bool(x) if isinstance(x, bool | np.bool_) else rounded(x, dtype) for x in scalars
+            return Coefficients(**numbers)
+        # Python's own numbers, since an np.float64 would promote a float32 array. This is
+        # ``rounded``, but for the dtype, which takes longer to find than a number to round.
+        kind = np.dtype(dtype).type
+        return Coefficients(
+            **{
+                name: bool(x) if isinstance(x, SWITCH) else float(kind(x))
+                for name, x in numbers.items()
+            }
         )
 
     def at(self, step: Any, count: int | None = None) -> Any:
@@ -215,6 +265,11 @@ class Rule(ABC):
             )
         # Not -0.0: equal rules do the same.
         return number + 0.0
+
+
+def named(c: Any) -> dict[str, Any]:
+    """What ``scalars`` gave, by name: of ``Coefficients``, or of a named tuple."""
+    return c._asdict() if isinstance(c, tuple) else vars(c)  # type: ignore[no-any-return]
 
 
 def check_tuple(rule: Rule, name: str, length: int) -> None:

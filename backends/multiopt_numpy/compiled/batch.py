@@ -310,13 +310,14 @@ class CompiledBatch(Batch):
         rules, which = replaced(self._rules, self._which, now)
         which, counts = which[index], steps[index] + 1
         if (which == which[0]).all() and (counts == counts[0]).all():
-            self._numbers[index] = rules[which[0]].coefficients(int(counts[0]), self._dtype)
+            alike = rules[which[0]].coefficients(int(counts[0]), self._dtype)
+            self._numbers[index] = list(alike)
             return
         known: dict[tuple[int, int], Any] = {}
         pairs = zip(which.tolist(), counts.tolist(), strict=True)
         for i, pair in zip(index.tolist(), pairs, strict=True):
             if pair not in known:
-                known[pair] = rules[pair[0]].coefficients(pair[1], self._dtype)
+                known[pair] = list(rules[pair[0]].coefficients(pair[1], self._dtype))
             self._numbers[i] = known[pair]
 
     def run(self) -> np.ndarray:

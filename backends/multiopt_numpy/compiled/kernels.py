@@ -8,12 +8,9 @@ from functools import cache, partial
 from types import ModuleType
 
 from multiopt.interruption import uninterrupted
-from multiopt.rules import Rule
 from multiopt_numpy.compiled import look, norms, rows, toolbox, update
-from multiopt_numpy.compiled.identity import norms_identity, update_identity
 from multiopt_numpy.compiled.object_cache import ObjectCode, cached, linked
 from multiopt_numpy.compiled.team import Kernel
-from multiopt_numpy.forms import NotCompilable
 
 __all__ = ["look_kernel", "norm_kernels", "update_kernel"]
 
@@ -31,34 +28,27 @@ def look_kernel(name: str) -> Kernel | None:
     return _loaded("look", [], look.compile_look, look)[name]
 
 
-def update_kernel(rule: Rule, dtype: str, given: bool) -> Kernel:
-    """The step of rules that have the class, the formula and the switches of this one.
+@cache
+def update_kernel(label: str, text: str, dtype: str) -> Kernel:
+    """The step of rules.
 
     Args:
-        rule: The rule.
+        label: Begins the name of its file, for people.
+        text: What ``update_source`` gave.
         dtype: That of the computation.
-        given: Whether the kernel gets coefficients and computes none.
-
-    Raises:
-        NotCompilable: There is none.
     """
-    label = f"{type(rule).__name__}-{dtype}"
-    # What a signal handler raises is no fault of the rule's. It waits a second or two at most.
+    make = partial(update.compile_update, text, dtype)
+    # What a signal handler raises waits, for a second or two.
     with uninterrupted():
-        try:
-            identity = [str(given), *update_identity(rule, dtype)]
-        except Exception as error:
-            raise NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
-        make = partial(update.compile_update, rule, dtype, given)
-        return _loaded(label, identity, make, update)["update"]
+        return _loaded(label, [text, dtype], make, update)["update"]
 
 
 @cache
 def norm_kernels(dtype: str) -> dict[str, Kernel]:
     """``squares``, ``totals``, ``measure`` and ``finite`` for a dtype."""
-    return _loaded(
-        f"norms-{dtype}", norms_identity(dtype), lambda: norms.compile_norms(dtype), norms
-    )
+    text = norms.norms_source()
+    make = partial(norms.compile_norms, text, dtype)
+    return _loaded(f"norms-{dtype}", [text, dtype], make, norms)
 
 
 def _loaded(
