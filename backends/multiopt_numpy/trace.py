@@ -234,8 +234,12 @@ def trace_scalars(
         label = name if place is None else f"{name}[{place}]"
         number = recorder.input(label, Kind.FLOAT)
         h[name] = number if place is None else (*h.get(name, ()), number)
-    found = _run("the function scalars", lambda: named(scalars(SimpleNamespace(**h), step)))
-    return recorder.trace(found.values(), list(found))
+
+    def traced() -> Trace:
+        found = named(scalars(SimpleNamespace(**h), step))
+        return recorder.trace(found.values(), list(found))
+
+    return _run("the function scalars", traced)
 
 
 def trace_function(function: Callable[..., Any], inputs: Sequence[str]) -> Trace:
