@@ -130,9 +130,7 @@ def test_the_text_of_coefficients_gives_those_of_the_host(
 ) -> None:
     rule = rule.at(step)
     found = Printed(rule, dtype, given=False).coefficients(rule, step)
-    for (name, wanted), x in zip(
-        vars(rule.coefficients(step, dtype)).items(), found, strict=True
-    ):
+    for (name, wanted), x in zip(vars(rule.coefficients(step, dtype)).items(), found, strict=True):
         assert x == wanted or (x != x and wanted != wanted), name
 
 
@@ -475,7 +473,7 @@ def test_an_update_is_refused_by_name(name: str) -> None:
     ],
 )
 def test_results_of_another_form_are_refused(result: Any) -> None:
-    with pytest.raises(NotTraceable, match="^the update returns"):
+    with pytest.raises(NotTraceable, match=r"^the update returns"):
         trace_update(lambda xp, p, g, s, c: result(p, g, s), 1, {})
 
 
@@ -564,7 +562,7 @@ UNIFORM: dict[str, Callable[..., Any]] = {
     "literals chosen": lambda h, step: np.where(step == 1, 1.0, 0.5) * np.where(step > 3, 1, 0),
     "integers": lambda h, step: (step - 1 + 3) / (step + 1) - abs(2 - step) / 7,
     "root of an integer": lambda h, step: 1.0 / np.sqrt(step),
-    "-": lambda h, step: -(-h.lr) + -step,
+    "-": lambda h, step: -(-h.lr) + -step,  # noqa: B002 -- the point
     "the step": lambda h, step: step,
     "a literal": lambda h, step: 0.1,
     "NumPy's own": lambda h, step: np.float64(0.1) * h.lr,
@@ -634,12 +632,14 @@ def direction(grad: Any) -> Any:
     return SCALE * grad
 
 
+def directed(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    return param - c.lr * direction(grad), slots
+
+
 class Edited(mo.SGD):
     """A rule that uses a function and, in it, a number of its module."""
 
-    update = property(  # type: ignore[assignment]
-        lambda self: lambda xp, p, g, s, c: (p - c.lr * direction(g), s)
-    )
+    update = property(lambda self: directed)  # type: ignore[assignment]
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> Any:

@@ -15,7 +15,7 @@ from multiopt.interruption import fails_again, uninterrupted
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
 from multiopt.rules.rule import named
-from multiopt_numpy.forms import are_uniform, distinct, other_fields, replaced
+from multiopt_numpy.forms import distinct, other_fields, replaced
 from multiopt_numpy.tape import Tape, Tapes
 
 __all__ = ["BlockedBatch"]
@@ -195,13 +195,16 @@ class BlockedBatch(Batch):
 
     Args:
         tapes: The tapes.
+        vectorized: Whether coefficients can be computed for arrays of steps.
         members: The parameters, of one compute dtype.
         itself: Whether their arrays are NumPy's, and not to be lent.
     """
 
-    def __init__(self, tapes: Tapes, members: Sequence[Member], itself: bool) -> None:
+    def __init__(
+        self, tapes: Tapes, vectorized: bool, members: Sequence[Member], itself: bool
+    ) -> None:
         """Nothing is packed yet."""
-        self._tapes = tapes
+        self._tapes, self._vectorized = tapes, vectorized
         self._members, self._itself = members, itself
         self._dtype = np.dtype(members[0].layout.compute_dtype)
         self._shapes = [member.layout.shape for member in members]
@@ -223,7 +226,6 @@ class BlockedBatch(Batch):
         # What is to run, and whether it clipped.
         self._runs: list[Any] = []
         self._clipped = self._unclipped
-        self._vectorized = are_uniform(members[0].rule)
         self._rules, self._which = distinct([member.rule for member in members])
         self._columns = _columns(self._rules)
 

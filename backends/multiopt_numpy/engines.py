@@ -30,8 +30,15 @@ class _Compiled(NamedTuple):
     given: bool
 
 
+class _Blocks(NamedTuple):
+    """The tapes of a rule, and whether its coefficients can be computed for arrays of steps."""
+
+    tapes: Tapes
+    vectorized: bool
+
+
 #: What runs rules of a kind.
-_engines: dict[Hashable, _Compiled | Tapes] = {}
+_engines: dict[Hashable, _Compiled | _Blocks] = {}
 
 #: The kinds of multiopt's own rules, by what decides them.
 _kinds: dict[Hashable, Hashable | None] = {}
@@ -83,7 +90,7 @@ def batch(
     directly = layout.dtype == layout.compute_dtype
     if isinstance(engine, _Compiled):
         return CompiledBatch(*engine, look() if directly else None, members)
-    return BlockedBatch(engine, members, numpy_arrays and directly)
+    return BlockedBatch(*engine, members, numpy_arrays and directly)
 
 
 def _kind(key: tuple[Hashable, ...], rule: Rule, dtype: str) -> Hashable | None:
@@ -103,8 +110,12 @@ def _kind(key: tuple[Hashable, ...], rule: Rule, dtype: str) -> Hashable | None:
         found = *key, text
         if found not in _engines:
             name = f"{type(rule).__name__}-{dtype}"
-            compiled = _compiled(name, text, dtype, scalars is None) if key[0] == "compiled" else None
-            _engines[found] = compiled or tapes(rule.update, slots, kinds, dtype)
+            compiled = (
+                _compiled(name, text, dtype, scalars is None) if key[0] == "compiled" else None
+            )
+            _engines[found] = compiled or _Blocks(
+                tapes(rule.update, slots, kinds, dtype), scalars is not None
+            )
     except NotTraceable:
         return None  # as it may be: the rule then runs as it stands
     return found

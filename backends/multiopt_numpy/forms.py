@@ -9,7 +9,7 @@ import numpy as np
 
 from multiopt.backend import Now
 from multiopt.rules import Rule
-from multiopt_numpy.trace import Kind, NotTraceable, Trace, trace_scalars
+from multiopt_numpy.trace import Kind, NotTraceable, Trace, attempt, trace_scalars
 
 __all__ = [
     "are_uniform",
@@ -93,13 +93,10 @@ def coefficient_kinds(rule: Rule, scalars: Trace | None) -> Mapping[str, bool | 
         scalars: The trace of the coefficients. Without one every switch may change.
 
     Raises:
-        NotTraceable: The host cannot say either.
+        NotTraceable: It fails for numbers of a sample.
     """
     if scalars is None:
-        try:
-            sample = sample_scalars(rule, "float64")
-        except Exception as error:  # somebody's code, which may fail for the numbers of a sample
-            raise NotTraceable(f"the coefficients of a sample fail: {error}") from error
+        sample = attempt("the function scalars", lambda: sample_scalars(rule, "float64"))
         return {
             name: Kind.BOOL if isinstance(x, bool) else Kind.NUMBER
             for name, x in vars(sample).items()

@@ -68,8 +68,8 @@ class Tape:
 
         for step, op in enumerate(operations):
             sources = [register[value] for value in op.inputs]
-            dying = dict.fromkeys(register[value] for value in op.inputs if last[value] == step)
-            dying = [k for k in dying if k in dtypes]
+            ended = dict.fromkeys(register[value] for value in op.inputs if last[value] == step)
+            dying = [k for k in ended if k in dtypes]
             chooses = op.function == "where"  # and reads when it has begun to write
             free += [] if chooses else dying
             kind = np.dtype(bool) if op.kind is Kind.BOOL else self._dtype
@@ -79,7 +79,7 @@ class Tape:
             target = at_home[0] if at_home else fit[-1] if fit else scratch(kind)
             register[op.output] = target
             free = [k for k in (*free, *(dying if chooses else [])) if k != target]
-            function = _select if chooses else getattr(np, op.function)
+            function = _select if chooses else getattr(np, str(op.function))
             self._program.append((function, itemgetter(*sources, target)))
 
         ends = zip(homes, (register[value] for value in trace.results), strict=True)

@@ -45,6 +45,7 @@ __all__ = [
     "NotTraceable",
     "Operation",
     "Trace",
+    "attempt",
     "trace_function",
     "trace_scalars",
     "trace_update",
@@ -52,14 +53,16 @@ __all__ = [
 
 COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
 LOGICAL = ("logical_and", "logical_or", "logical_not")
+ARITHMETIC = ("add", "subtract", "multiply", "divide", "sqrt", "negative", "abs")
 
 #: What gives an element the same bits wherever it stands in an array: IEEE 754 fixes the results.
 #: By NumPy's function the name in the Array API. A vectorized ``exp`` need not, and ``x ** 2`` is
 #: not the operation that NumPy makes of it.
-EXACT = {
-    getattr(np, name): name
-    for name in (*COMPARISONS, *LOGICAL, *"add subtract multiply divide sqrt negative abs".split())
-} | {np.bitwise_and: "logical_and", np.bitwise_or: "logical_or", np.invert: "logical_not"}
+EXACT = {getattr(np, name): name for name in (*COMPARISONS, *LOGICAL, *ARITHMETIC)} | {
+    np.bitwise_and: "logical_and",
+    np.bitwise_or: "logical_or",
+    np.invert: "logical_not",
+}
 
 #: How many switches of an update may change: with each it is traced twice as often.
 MOST_SWITCHES = 8
@@ -185,7 +188,7 @@ def trace_update(
             ]
         return outcomes[0]
 
-    results = _run("the update", every)
+    results = attempt("the update", every)
     return recorder.trace(results, ["param", *kept_names])
 
 
@@ -239,7 +242,7 @@ def trace_scalars(
         found = named(scalars(SimpleNamespace(**h), step))
         return recorder.trace(found.values(), list(found))
 
-    return _run("the function scalars", traced)
+    return attempt("the function scalars", traced)
 
 
 def trace_function(function: Callable[..., Any], inputs: Sequence[str]) -> Trace:
@@ -253,7 +256,7 @@ def trace_function(function: Callable[..., Any], inputs: Sequence[str]) -> Trace
         NotTraceable: There is no trace.
     """
     name = function.__name__
-    return _run(
+    return attempt(
         f"the function {name}", lambda: _traced(lambda *x: (function(np, *x),), inputs, [name])
     )
 
@@ -269,8 +272,12 @@ def _traced(
     return recorder.trace(results, outputs)
 
 
-def _run(what: str, function: Callable[[], _T]) -> _T:
-    """Call a function, perhaps somebody's; what it raises says why it cannot be traced."""
+def attempt(what: str, function: Callable[[], _T]) -> _T:
+    """Call a function, perhaps somebody's.
+
+    Raises:
+        NotTraceable: It raised an error, which says why there is no trace.
+    """
     # What a signal handler raises is no fault of the function's.
     with uninterrupted():
         try:
@@ -278,7 +285,7 @@ def _run(what: str, function: Callable[[], _T]) -> _T:
         except NotTraceable as refusal:
             raise NotTraceable(f"{what} {refusal}") from None
         except Exception as error:
-            raise NotTraceable(f"{what} fails on stand-ins: {error}") from error
+            raise NotTraceable(f"{what} fails: {error}") from error
 
 
 class _StandIn(NDArrayOperatorsMixin):

@@ -269,7 +269,7 @@ class Rule(ABC):
 
 def named(c: Any) -> dict[str, Any]:
     """What ``scalars`` gave, by name: of ``Coefficients``, or of a named tuple."""
-    return c._asdict() if isinstance(c, tuple) else vars(c)  # type: ignore[no-any-return]
+    return c._asdict() if isinstance(c, tuple) else vars(c)  # type: ignore[attr-defined, no-any-return]
 
 
 def check_tuple(rule: Rule, name: str, length: int) -> None:

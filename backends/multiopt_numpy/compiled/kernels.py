@@ -8,6 +8,7 @@ from functools import cache, partial
 from types import ModuleType
 
 from multiopt.interruption import uninterrupted
+from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled import look, norms, rows, toolbox, update
 from multiopt_numpy.compiled.object_cache import ObjectCode, cached, linked
 from multiopt_numpy.compiled.team import Kernel
@@ -56,5 +57,5 @@ def _loaded(
 ) -> dict[str, Kernel]:
     """Kernels by name, from the disk or compiled now by a function of a module."""
     sources = [inspect.getsource(part).encode() for part in (toolbox, rows, module)]
-    addresses = linked(cached(label, [*sources, *identity], make))
+    addresses = linked(cached(label, [*sources, str(BLOCK), *identity], make))
     return {name: Kernel(address) for name, address in addresses.items()}

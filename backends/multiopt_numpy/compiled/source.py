@@ -5,10 +5,9 @@ is called on the disk, so that a formula that was edited is never an old one.
 
 >>> from multiopt_numpy.trace import trace_function
 >>> trace = trace_function(lambda xp, x: xp.where(x > 0.5, 2.0 * x, x), ["x"])
->>> print("\\n".join(Source().lines(trace, ["x"])[0]))
-v3 = x > 0.5
-v4 = 2.0 * x
-v5 = v4 if v3 else x
+>>> lines, results = Source().lines(trace, ["x"])
+>>> lines, results
+(['v3 = x > 0.5', 'v4 = 2.0 * x', 'v5 = v4 if v3 else x'], ['v5'])
 """
 
 from collections.abc import Callable, Sequence

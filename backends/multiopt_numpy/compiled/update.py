@@ -76,9 +76,9 @@ def update_source(
     count = len(kinds) if scalars is None else len(scalars.inputs) - 1
     numbers = [f"numbers[{k}]" for k in range(count)]
     source = Source()
-    if scalars is None:
-        lines, values, switch = [], numbers, "{} != 0, "
-    else:
+    lines: list[str] = []
+    values, switch = numbers, "{} != 0, "
+    if scalars is not None:
         lines, values = source.lines(scalars, ["step", *numbers])
         switch = "{}, "
     rounded = "".join(
