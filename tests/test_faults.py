@@ -451,7 +451,7 @@ def test_what_a_handler_raises_while_a_rule_is_met_is_not_its_fault(
     class Known(mo.SGD):
         pass
 
-    def identity(*arguments: Any) -> Any:
+    def loaded(*arguments: Any) -> Any:
         if hits:
             signal.raise_signal(hits.pop())
         return real(*arguments)
@@ -460,8 +460,8 @@ def test_what_a_handler_raises_while_a_rule_is_met_is_not_its_fault(
         raise TimeoutError
 
     hits: list[int] = []
-    real = kernels.update_identity
-    monkeypatch.setattr(kernels, "update_identity", identity)
+    real = kernels._loaded
+    monkeypatch.setattr(kernels, "_loaded", loaded)
     for kind, rule in (("blocks", Met(lr=0.5)), ("compiled", Known(lr=0.5))):
         opt = mo.Optimizer(rule)
         with engine(kind), handling({signal.SIGTERM: preempt}):

@@ -22,7 +22,7 @@ from multiopt.rules.arithmetic import (
     power,
     rescaling,
 )
-from multiopt.rules.rule import Coefficients
+from multiopt.rules.rule import Coefficients, switch
 from multiopt_numpy import engines
 from multiopt_numpy.compiled import kernels
 from multiopt_numpy.compiled.source import Source
@@ -195,18 +195,14 @@ def test_the_text_of_what_norms_scale_by_is_equal(function: Any) -> None:
 class Steps(mo.SGD):
     """A rule with more switches than it uses, some of which numbers turn."""
 
-    turned: bool = False
+    turned: bool = switch()
 
-    switches: ClassVar = ("nesterov", "maximize", "turned")
-    slots: ClassVar[tuple[str, ...]] = ("last",)  # type: ignore[assignment]
-
-    @property
-    def update(self) -> Any:
-        return turning
+    slots: ClassVar = ("last",)
+    update: ClassVar = property(lambda self: turning)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Coefficients:
-        return Coefficients(
+    def scalars(cls, h: Any, step: Any) -> Any:
+        return dict(
             lr=h.lr,
             decays=h.weight_decay > 0,
             late=step >= 3,
@@ -501,7 +497,7 @@ def test_what_is_refused_runs_as_it_stands(name: str) -> None:
 
 def traced(scalars: Callable[..., Any]) -> Any:
     return trace_scalars(
-        lambda h, step: Coefficients(x=scalars(h, step)),
+        lambda h, step: {"x": scalars(h, step)},
         [("lr", None), ("betas", 0), ("betas", 1)],
         {"maximize": True, "form": "long"},
     )
@@ -600,7 +596,7 @@ def test_coefficients_are_the_same_numbers_everywhere(name: str, dtype: str) -> 
 
         @classmethod
         def scalars(cls, h: Any, step: Any) -> Any:
-            return Coefficients(x=scalars(h, step))
+            return {"x": scalars(h, step)}
 
     printed = None
     for rule in (Own(lr=0.1, betas=(0.5, 0.9)), Own(lr=0.07, betas=(0.999, 0.0))):
@@ -643,7 +639,7 @@ class Edited(mo.SGD):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> Any:
-        return Coefficients(lr=RATE * h.lr)
+        return {"lr": RATE * h.lr}
 
 
 RATE = 1.0

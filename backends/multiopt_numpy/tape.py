@@ -60,6 +60,9 @@ class Tape:
         dtypes = dict.fromkeys(homes, self._dtype)
         free: list[int] = []
 
+        # Where ``_select`` makes a mask as wide as the results, by what they are.
+        masks: dict[np.dtype, int] = {}
+
         def scratch(kind: np.dtype) -> int:
             self._scratch.append(kind)
             new = first + len(self._scratch) - 1
@@ -79,8 +82,12 @@ class Tape:
             target = at_home[0] if at_home else fit[-1] if fit else scratch(kind)
             register[op.output] = target
             free = [k for k in (*free, *(dying if chooses else [])) if k != target]
-            function = _select if chooses else getattr(np, str(op.function))
-            self._program.append((function, itemgetter(*sources, target)))
+            function, places = getattr(np, str(op.function)), [*sources, target]
+            if chooses:
+                if kind not in masks:
+                    masks[kind] = scratch(np.dtype(f"i{kind.itemsize}"))
+                function, places = _select, [*places, masks[kind]]
+            self._program.append((function, itemgetter(*places)))
 
         ends = zip(homes, (register[value] for value in trace.results), strict=True)
         moves = {end: source for end, source in ends if end != source}
@@ -127,7 +134,7 @@ class Tape:
                 function(*operands(registers))
 
     def room(self, size: int) -> list[np.ndarray]:
-        """The memory that a run on so many elements computes in."""
+        """All the memory that a run on so many elements needs: a run with it makes no array."""
         return [np.empty(self._length(size), kind) for kind in self._scratch]
 
     def _length(self, size: int) -> int:
@@ -168,19 +175,21 @@ def _copy(source: np.ndarray, out: np.ndarray) -> None:
     np.copyto(out, source)
 
 
-def _select(mask: np.ndarray, a: Any, b: Any, out: np.ndarray) -> None:
+def _select(mask: np.ndarray, a: Any, b: Any, out: np.ndarray, room: np.ndarray) -> None:
     """``numpy.where`` with a place for the result, which is none of the others.
 
     Where few elements are chosen (a clip, a NaN), a masked copy is the fastest. Where they are
     many, it mispredicts a branch for each; the bits of ``b`` then take up their difference from
-    those of ``a``, multiplied by 0 or 1.
+    those of ``a``, multiplied by 0 or 1. ``room`` has integers as wide as the numbers.
     """
     if 32 * np.count_nonzero(mask) < mask.size:
         np.copyto(out, b)
         np.copyto(out, a, where=mask)
         return
-    bits = out.view(f"i{out.itemsize}")
-    a, b = (np.asarray(x, out.dtype).view(bits.dtype) for x in (a, b))
+    bits = out.view(room.dtype)
+    a, b = (np.asarray(x, out.dtype).view(room.dtype) for x in (a, b))
+    # No ufunc casts here, for which NumPy would take memory of its own.
+    np.copyto(room, mask)
     np.bitwise_xor(a, b, out=bits)
-    np.multiply(bits, mask.astype(bits.dtype), out=bits)
+    np.multiply(bits, room, out=bits)
     np.bitwise_xor(bits, b, out=bits)

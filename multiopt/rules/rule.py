@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from math import inf, nan, nextafter
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
@@ -20,10 +20,12 @@ __all__ = [
     "Range",
     "Rule",
     "Update",
-    "check_tuple",
+    "choice",
     "is_schedule",
     "is_shared",
     "named",
+    "number",
+    "switch",
 ]
 
 #: A number, or a schedule: a callable that gives the number for each step (1, 2, ...).
@@ -53,6 +55,31 @@ FINITE = Range("a finite number", low=-np.finfo(np.float64).max.item())
 NONNEGATIVE = Range("a finite number >= 0")
 FRACTION = Range("a number >= 0 and < 1", below=1.0)
 SHARE = Range("a number >= 0 and <= 1", below=nextafter(1.0, inf))
+
+
+def number(default: Any, allowed: Range) -> Any:
+    """Declare a field of a rule that is a number, or a schedule; or a tuple of as many.
+
+    Args:
+        default: The default, a number or a tuple of numbers.
+        allowed: The range of each number.
+    """
+    return field(default=default, metadata={"range": allowed})
+
+
+def choice(*choices: Any, default: Any) -> Any:
+    """Declare a field of a rule that is one of some values.
+
+    Args:
+        choices: The values.
+        default: One of them.
+    """
+    return field(default=default, metadata={"choices": choices})
+
+
+def switch(default: bool = False) -> Any:
+    """Declare a field of a rule that is True or False."""
+    return choice(True, False, default=default)
 
 
 class Coefficients:
@@ -100,9 +127,10 @@ class Coefficients:
 class Rule(ABC):
     """An update rule: a frozen dataclass of hyperparameters with three parts.
 
-    * its fields, the hyperparameters, held to ``ranges`` when it is made;
+    * its fields, the hyperparameters, declared with ``number``, ``switch`` and ``choice`` and held
+      to that when it is made;
     * ``scalars``: from them the numbers of one step, on the host, in float64;
-    * ``update``: the mathematics, a plain function of arrays.
+    * ``update``: the mathematics, a plain function of arrays, and the names of its ``slots``.
 
     A rule holds no state and does not know the names it is used for. ``CONTRIBUTING.md`` says how
     to write one.
@@ -115,32 +143,50 @@ class Rule(ABC):
     """
 
     #: The range of each numeric hyperparameter, by name. Each may also be a schedule.
-    ranges: ClassVar[Mapping[str, Range]]
-    #: The hyperparameters that are True or False.
-    switches: ClassVar[tuple[str, ...]] = ()
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    #: What each of the others may be that is one of some values.
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     #: Whether ``update`` treats each element by itself. One that does not runs as it stands, for
     #: each parameter by itself, on arrays in row-major order.
     elementwise: ClassVar[bool] = True
 
+    def __init_subclass__(cls) -> None:
+        """Collect what the fields are declared to be, those of the parent first."""
+        super().__init_subclass__()
+        declared = {name: x.metadata for name, x in vars(cls).items() if isinstance(x, Field)}
+        for what, known in (("range", "ranges"), ("choices", "choices")):
+            own = {name: kind[what] for name, kind in declared.items() if what in kind}
+            setattr(cls, known, {**getattr(cls, known), **own})
+
     def __post_init__(self) -> None:
-        """Hold the hyperparameters to their ranges and store the numbers as floats.
+        """Hold the hyperparameters to what they are declared to be, and make numbers floats.
 
         Raises:
             ValueError: A hyperparameter is out of its range or of another kind.
         """
-        tuples = {field.name for field in fields(self) if isinstance(field.default, tuple)}
-        for name in self.ranges:
-            value = getattr(self, name)
-            if isinstance(value, tuple) and name in tuples:
-                checked: Any = tuple(self._checked(name, part) for part in value)
+        kind = type(self).__name__
+        for f in fields(self):
+            if f.name not in self.ranges:
+                continue
+            value = getattr(self, f.name)
+            if isinstance(f.default, tuple) and "range" in f.metadata:
+                length = len(f.default)
+                if not (isinstance(value, tuple | list) and len(value) == length):
+                    words = {2: "a pair", 3: "a triple"}.get(length, f"a tuple of {length}")
+                    raise ValueError(f"{kind}: {f.name} must be {words} of numbers; got {value!r}")
+                value = tuple(value)
+            if isinstance(f.default, tuple) and isinstance(value, tuple):
+                checked: Any = tuple(self._checked(f.name, part) for part in value)
             else:
-                checked = self._checked(name, value)
-            object.__setattr__(self, name, checked)
-        for name in self.switches:
+                checked = self._checked(f.name, value)
+            object.__setattr__(self, f.name, checked)
+        for name, choices in self.choices.items():
             value = getattr(self, name)
-            if not isinstance(value, bool):
+            # 1 is equal to True, but no switch.
+            if not any(isinstance(value, type(x)) and value == x for x in choices):
+                *others, last = map(repr, choices)
                 raise ValueError(
-                    f"{type(self).__name__}: {name} must be True or False; got {value!r}"
+                    f"{kind}: {name} must be {', '.join(others)} or {last}; got {value!r}"
                 )
 
     @property
@@ -169,19 +215,21 @@ class Rule(ABC):
         """The formula: ``update(xp, param, grad, slots, c) -> (param, slots)``.
 
         ``xp`` is the Array API namespace of the arrays, ``slots`` a tuple in the order of the
-        rule's ``slots``, ``c`` what ``coefficients`` gave. The function is pure, has no number
-        literal and uses only the operations of ``spec/arithmetic.md``, so it may be traced,
-        compiled or differentiated.
+        rule's ``slots``, ``c`` what ``coefficients`` gave. The function is pure and uses only the
+        operations of ``spec/arithmetic.md``, so it may be traced, compiled or differentiated.
         """
 
     @classmethod
     @abstractmethod
     def scalars(cls, h: Any, step: Any) -> Any:
-        """The numbers of a step, as a named tuple of floats (float64) and bool switches.
+        """The numbers of a step, in float64: a dict of floats and bool switches.
 
         Args:
             h: What has the hyperparameters as attributes, each a number, or an array of numbers.
             step: The number of the step, 1 for the first, or an integer array of such numbers.
+
+        Returns:
+            What ``update`` gets as attributes of ``c``, by name.
         """
 
     def coefficients(self, step: Any, dtype: str = "float64") -> Coefficients:
@@ -268,21 +316,8 @@ class Rule(ABC):
 
 
 def named(c: Any) -> dict[str, Any]:
-    """What ``scalars`` gave, by name: of ``Coefficients``, or of a named tuple."""
-    return c._asdict() if isinstance(c, tuple) else vars(c)  # type: ignore[attr-defined, no-any-return]
-
-
-def check_tuple(rule: Rule, name: str, length: int) -> None:
-    """Hold a hyperparameter to a pair or a triple, and make a list of as many a tuple.
-
-    Raises:
-        ValueError: It is none.
-    """
-    value = getattr(rule, name)
-    if not (isinstance(value, tuple | list) and len(value) == length):
-        words = {2: "a pair", 3: "a triple"}[length]
-        raise ValueError(f"{type(rule).__name__}: {name} must be {words} of numbers; got {value!r}")
-    object.__setattr__(rule, name, tuple(value))
+    """What ``scalars`` gave, by name; a named tuple has names as well."""
+    return c._asdict() if isinstance(c, tuple) else dict(c)  # type: ignore[attr-defined]
 
 
 def is_schedule(value: Any) -> bool:
