@@ -71,12 +71,7 @@ BESIDE = {"capturable", "differentiable", "foreach", "fused", "params", "subsamp
 OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"}
 
 #: Settings that are True or False; one of them may be a word as well.
-SWITCHES = {
-    field
-    for name in rules.__all__
-    for field, choices in getattr(rules, name).choices.items()
-    if True in choices
-}
+SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules.__all__))
 
 #: The switch with which torch's Adam is its AdamW.
 DECOUPLED = "decoupled_weight_decay"

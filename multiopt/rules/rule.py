@@ -146,6 +146,8 @@ class Rule(ABC):
     ranges: ClassVar[Mapping[str, Range]] = {}
     #: What each of the others may be that is one of some values.
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    #: Those of them that are True or False.
+    switches: ClassVar[tuple[str, ...]] = ()
     #: Whether ``update`` treats each element by itself. One that does not runs as it stands, for
     #: each parameter by itself, on arrays in row-major order.
     elementwise: ClassVar[bool] = True
@@ -157,6 +159,7 @@ class Rule(ABC):
         for what, known in (("range", "ranges"), ("choices", "choices")):
             own = {name: kind[what] for name, kind in declared.items() if what in kind}
             setattr(cls, known, {**getattr(cls, known), **own})
+        cls.switches = tuple(name for name, x in cls.choices.items() if x == (True, False))
 
     def __post_init__(self) -> None:
         """Hold the hyperparameters to what they are declared to be, and make numbers floats.
