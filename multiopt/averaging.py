@@ -1,21 +1,14 @@
 """Averages of the parameters over the steps: ``spec/registry.md``, "Averages"."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from multiopt.rules.arithmetic import one_minus_power
-from multiopt.rules.rule import Hyperparameter, Range, Rule, Update
+from multiopt.rules.rule import Hyperparameter, Range, Rule, number
 
 __all__ = ["Average", "Choices"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of an average."""
-
-    share: Any
-    follows: Any
 
 
 def average(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -55,13 +48,13 @@ class Average(Rule):
     ([-1.0], [0.666666666667])
     """
 
-    decay: Hyperparameter = 1.0
-    start: float = 1
+    decay: Hyperparameter = number(
+        1.0, Range("a number > 0 and <= 1", low=5e-324, below=1.0 + 2.0**-52)
+    )
+    start: float = number(1, Range("an integer >= 1", low=1.0))
 
-    ranges: ClassVar = {
-        "decay": Range("a number > 0 and <= 1", low=5e-324, below=1.0 + 2.0**-52),
-        "start": Range("an integer >= 1", low=1.0),
-    }
+    slots: ClassVar = ("average",)
+    update: ClassVar = staticmethod(average)
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
@@ -69,23 +62,13 @@ class Average(Rule):
         if callable(self.start) or self.start != int(self.start):
             raise ValueError(f"Average: start must be an integer >= 1; got {self.start!r}")
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``average``."""
-        return ("average",)
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return average
-
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step: the weight of the newest of ``count`` parameters."""
         count = np.where(step < h.start, 1.0, step - h.start + 1.0)
         plain = h.decay == 1.0
         total = np.where(plain, count, one_minus_power(h.decay, count))
-        return Scalars(
+        return dict(
             share=np.where(plain, 1.0, 1.0 - h.decay) / total,
             follows=count == 1.0,
         )

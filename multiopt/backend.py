@@ -403,8 +403,8 @@ def _check_update(member: Member, param: Array, new_param: Array, new_slots: Any
     """
     if not isinstance(new_slots, tuple) or len(new_slots) != len(member.slots):
         raise TypeError(
-            f"the rule of parameter {member.name!r} returned {brief(new_slots)} as slots; expected a "
-            f"tuple of {len(member.slots)}, as many as it has"
+            f"the rule of parameter {member.name!r} returned {brief(new_slots)} as slots; expected "
+            f"a tuple of {len(member.slots)}, as many as it has"
         )
     for old, new in zip((param, *member.slots), (new_param, *new_slots), strict=True):
         if new.dtype != param.dtype or new.shape != old.shape:

@@ -70,13 +70,24 @@ FORMATS = {"float32": (24, -149, "f"), "float64": (53, -1074, "d")}
 # The rules. Each yields the exact parameter and slots after each step, of one element.
 
 
+def decayed(param: Any, grad: Any, h: Any, rate: Any) -> tuple[Any, Any]:
+    """The parameter and the gradient after the decay of the one or the other.
+
+    Loshchilov & Hutter (2019), Algorithms 1 and 2, in torch's form: with the learning rate.
+    """
+    grad = -grad if h.maximize else grad
+    if h.decoupled_weight_decay:
+        return param - rate * h.weight_decay * param, grad
+    return param, grad + h.weight_decay * param
+
+
 def sgd(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Sutskever et al. (2013), equations 1-4, with the learning rate outside the buffer."""
     has_buffer = options["momentum"] != 0
     buffer = None
     for step, grad in enumerate(grads, start=1):
         h = at(options, step)
-        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        param, grad = decayed(param, grad, h, h.lr)
         direction = grad
         if has_buffer:
             buffer = grad if step == 1 else h.momentum * buffer + (1 - h.dampening) * grad
@@ -85,19 +96,13 @@ def sgd(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[d
         yield {"param": param, "momentum_buffer": buffer}
 
 
-def adam(
-    param: Any, grads: Iterable[Any], options: dict[str, Any], *, decoupled: bool = False
-) -> Iterator[dict[str, Any]]:
+def adam(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Kingma & Ba (2015), Algorithm 1; the AMSGrad of Reddi et al. (2018), and torch's."""
     m = v = largest = exact.zero
     for step, grad in enumerate(grads, start=1):
         h = at(options, step)
         beta1, beta2 = h.betas
-        grad = -grad if h.maximize else grad
-        if decoupled:
-            param -= h.lr * h.weight_decay * param
-        else:
-            grad += h.weight_decay * param
+        param, grad = decayed(param, grad, h, h.lr)
         m = beta1 * m + (1 - beta1) * grad
         v = beta2 * v + (1 - beta2) * grad**2
         m_hat = m / (1 - beta1**step)
@@ -114,7 +119,7 @@ def adam(
 
 def adamw(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Loshchilov & Hutter (2019), Algorithm 2."""
-    return adam(param, grads, options, decoupled=True)
+    return adam(param, grads, {**options, "decoupled_weight_decay": True})
 
 
 def clipped_adam(
@@ -141,9 +146,9 @@ def adagrad(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterat
         h = at(options, step)
         if step == 1:
             total = h.initial_accumulator_value
-        grad = (-grad if h.maximize else grad) + h.weight_decay * param
-        total += grad**2
         rate = h.lr / (1 + (step - 1) * h.lr_decay)
+        param, grad = decayed(param, grad, h, rate)
+        total += grad**2
         param -= rate * grad / (exact.sqrt(total) + h.eps)
         yield {"param": param, "sum": total}
 
@@ -153,7 +158,7 @@ def adadelta(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Itera
     square = change = exact.zero
     for step, grad in enumerate(grads, start=1):
         h = at(options, step)
-        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        param, grad = decayed(param, grad, h, h.lr)
         square = h.rho * square + (1 - h.rho) * grad**2
         delta = exact.sqrt(change + h.eps) / exact.sqrt(square + h.eps) * grad
         change = h.rho * change + (1 - h.rho) * delta**2
@@ -195,7 +200,7 @@ def rmsprop(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterat
     mean_square = mean = buffer = exact.zero
     for step, grad in enumerate(grads, start=1):
         h = at(options, step)
-        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        param, grad = decayed(param, grad, h, h.lr)
         mean_square = h.alpha * mean_square + (1 - h.alpha) * grad**2
         mean = h.alpha * mean + (1 - h.alpha) * grad
         divisor = exact.sqrt(mean_square - mean**2 if h.centered else mean_square) + h.eps
@@ -235,19 +240,11 @@ def adamax(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterato
     for step, grad in enumerate(grads, start=1):
         h = at(options, step)
         beta1, beta2 = h.betas
-        grad = (-grad if h.maximize else grad) + h.weight_decay * param
+        param, grad = decayed(param, grad, h, h.lr)
         m = beta1 * m + (1 - beta1) * grad
         u = max(beta2 * u, abs(grad) + h.eps)
         param -= h.lr / (1 - beta1**step) * m / u
         yield {"param": param, "exp_avg": m, "exp_inf": u}
-
-
-def decayed(param: Any, grad: Any, h: Any) -> tuple[Any, Any]:
-    """The parameter and the gradient after the decay of the one or the other."""
-    grad = -grad if h.maximize else grad
-    if h.decoupled_weight_decay:
-        return param - h.lr * h.weight_decay * param, grad
-    return param, grad + h.weight_decay * param
 
 
 def nadam(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -256,7 +253,7 @@ def nadam(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator
     for step, grad in enumerate(grads, start=1):
         h = at(options, step)
         beta1, beta2 = h.betas
-        param, grad = decayed(param, grad, h)
+        param, grad = decayed(param, grad, h, h.lr)
         factor = exact.mpf(0.96)
         *mus, mu, mu_next = (
             beta1 * (1 - factor ** (i * h.momentum_decay) / 2) for i in range(1, step + 2)
@@ -275,7 +272,7 @@ def radam(param: Any, grads: Iterable[Any], options: dict[str, Any]) -> Iterator
     for step, grad in enumerate(grads, start=1):
         h = at(options, step)
         beta1, beta2 = h.betas
-        param, grad = decayed(param, grad, h)
+        param, grad = decayed(param, grad, h, h.lr)
         m = beta1 * m + (1 - beta1) * grad
         v = beta2 * v + (1 - beta2) * grad**2
         m_hat = m / (1 - beta1**step)
@@ -296,7 +293,7 @@ def adabelief(
     for step, grad in enumerate(grads, start=1):
         h = at(options, step)
         beta1, beta2 = h.betas
-        param, grad = decayed(param, grad, h)
+        param, grad = decayed(param, grad, h, h.lr)
         m = beta1 * m + (1 - beta1) * grad
         s = beta2 * s + (1 - beta2) * (grad - m) ** 2 + h.eps
         m_hat, s_hat = m / (1 - beta1**step), s / (1 - beta2**step)

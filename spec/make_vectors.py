@@ -126,6 +126,16 @@ CASES = {
                 weight_decay=DECAY,
             ),
         ),
+        Case(
+            "decoupled_weight_decay",
+            mo.SGD(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
+        Case(
+            "momentum, decoupled_weight_decay, maximize",
+            mo.SGD(
+                lr=0.1, momentum=0.9, weight_decay=0.3, maximize=True, decoupled_weight_decay=True
+            ),
+        ),
         Case("not finite", mo.SGD(lr=0.1), NONFINITE),
         Case("not finite, momentum", mo.SGD(lr=0.1, momentum=0.9), NONFINITE),
     ],
@@ -140,6 +150,10 @@ CASES = {
         Case(
             "amsgrad, weight_decay, maximize",
             mo.Adam(lr=0.1, weight_decay=0.3, amsgrad=True, maximize=True),
+        ),
+        Case(
+            "decoupled_weight_decay",
+            mo.Adam(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
         ),
         Case("schedules", mo.Adam(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
         Case("huge gradients", mo.Adam(lr=0.1), HUGE),
@@ -199,6 +213,10 @@ CASES = {
         Case("initial_accumulator_value", mo.Adagrad(lr=0.1, initial_accumulator_value=0.1)),
         Case("maximize", mo.Adagrad(lr=0.1, weight_decay=0.3, maximize=True)),
         Case(
+            "decoupled_weight_decay",
+            mo.Adagrad(lr=0.1, lr_decay=0.3, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
+        Case(
             "schedules",
             mo.Adagrad(
                 lr=LR,
@@ -218,6 +236,10 @@ CASES = {
         Case("rho of one", mo.Adadelta(lr=0.1, rho=1.0)),
         Case("weight_decay", mo.Adadelta(weight_decay=0.01)),
         Case("maximize", mo.Adadelta(weight_decay=0.3, maximize=True)),
+        Case(
+            "decoupled_weight_decay",
+            mo.Adadelta(lr=0.5, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
         Case(
             "schedules",
             mo.Adadelta(lr=LR, rho=Schedule(0.5, 1.0, 0.9, 0.0, 0.7), eps=EPS, weight_decay=DECAY),
@@ -271,6 +293,20 @@ CASES = {
         Case("momentum", mo.RMSprop(momentum=0.9)),
         Case("centered", mo.RMSprop(centered=True)),
         Case("maximize", mo.RMSprop(maximize=True)),
+        Case(
+            "decoupled_weight_decay",
+            mo.RMSprop(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
+        Case(
+            "momentum, centered, decoupled_weight_decay",
+            mo.RMSprop(
+                alpha=0.9,
+                weight_decay=0.3,
+                momentum=0.5,
+                centered=True,
+                decoupled_weight_decay=True,
+            ),
+        ),
         Case(
             "momentum, centered, weight_decay, maximize",
             mo.RMSprop(alpha=0.9, weight_decay=0.3, momentum=0.5, centered=True, maximize=True),
@@ -330,6 +366,10 @@ CASES = {
         Case("betas of zero", mo.Adamax(lr=0.1, betas=(0.0, 0.0))),
         Case("eps of zero", mo.Adamax(lr=0.1, eps=0.0), NO_EPS),
         Case("weight_decay, maximize", mo.Adamax(lr=0.1, weight_decay=0.01, maximize=True)),
+        Case(
+            "decoupled_weight_decay",
+            mo.Adamax(lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+        ),
         Case("schedules", mo.Adamax(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)),
         Case("twenty steps", mo.Adamax(lr=0.1), LONG),
         Case("not finite", mo.Adamax(lr=0.1), NONFINITE),

@@ -87,13 +87,7 @@ MOMENTS = {
     "weight_decay": DECAY,
 }
 DECOUPLED = {"decoupled_weight_decay": st.booleans(), "maximize": st.booleans()}
-ADAM = st.fixed_dictionaries(
-    {
-        **MOMENTS,
-        "amsgrad": st.sampled_from([False, True, "corrected"]),
-        "maximize": st.booleans(),
-    }
-)
+AMSGRAD = {"amsgrad": st.sampled_from([False, True, "corrected"])}
 OPTIONS = {
     "SGD": st.fixed_dictionaries(
         {
@@ -102,11 +96,11 @@ OPTIONS = {
             "dampening": st.floats(0.0, 0.5),
             "weight_decay": DECAY,
             "nesterov": st.booleans(),
-            "maximize": st.booleans(),
+            **DECOUPLED,
         }
     ).map(accepted),
-    "Adam": ADAM,
-    "AdamW": ADAM,
+    "Adam": st.fixed_dictionaries({**MOMENTS, **AMSGRAD, **DECOUPLED}),
+    "AdamW": st.fixed_dictionaries({**MOMENTS, **AMSGRAD, "maximize": st.booleans()}),
     "ClippedAdam": st.fixed_dictionaries(
         {
             **MOMENTS,
@@ -122,7 +116,7 @@ OPTIONS = {
             "weight_decay": DECAY,
             "initial_accumulator_value": st.just(0.0) | st.floats(1e-3, 1.0),
             "eps": st.floats(1e-10, 1e-3),
-            "maximize": st.booleans(),
+            **DECOUPLED,
         }
     ),
     "Adadelta": st.fixed_dictionaries(
@@ -131,7 +125,7 @@ OPTIONS = {
             "rho": st.floats(0.5, 1.0),
             "eps": st.floats(1e-10, 1e-3),
             "weight_decay": DECAY,
-            "maximize": st.booleans(),
+            **DECOUPLED,
         }
     ),
     "Rprop": st.fixed_dictionaries(
@@ -153,7 +147,7 @@ OPTIONS = {
             "weight_decay": DECAY,
             "momentum": st.just(0.0) | st.floats(0.1, 0.95),
             "centered": st.booleans(),
-            "maximize": st.booleans(),
+            **DECOUPLED,
         }
     ),
     "ASGD": st.fixed_dictionaries(
@@ -174,7 +168,7 @@ OPTIONS = {
             "maximize": st.booleans(),
         }
     ),
-    "Adamax": st.fixed_dictionaries({**MOMENTS, "maximize": st.booleans()}),
+    "Adamax": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
     "NAdam": st.fixed_dictionaries(
         {**MOMENTS, **DECOUPLED, "momentum_decay": st.just(0.0) | st.floats(1e-3, 10.0)}
     ),

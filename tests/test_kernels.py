@@ -14,22 +14,32 @@ import pytest
 import torch
 
 import multiopt as mo
+from multiopt.backend import named
 from multiopt_numpy import engines
-from multiopt_numpy.compiled import batch, kernels, team
-from multiopt_numpy.compiled.identity import update_identity
-from multiopt_numpy.compiled.update import compile_update
-from multiopt_numpy.forms import NotCompilable
+from multiopt_numpy.compiled import batch, team
 from tests.cases import CASES, Case
 from tests.libraries import assert_equal, engine
 
 ROOT = Path(__file__).parent.parent
 
 
+def engine_of(rule: mo.Rule, dtype: str) -> Any:
+    """What updates NumPy arrays by a rule; None if the rule itself does."""
+    backend = named("numpy")
+    kind = backend.kind(rule, backend.layout(np.zeros(1, dtype), "w"))
+    return None if kind is None else engines._engines[kind]
+
+
+#: Those whose coefficients need a function of the host.
+GIVEN = (mo.NAdam, mo.ASGD, mo.AdagradRMSProp)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_rule_has_a_kernel(case: Case, dtype: str) -> None:
-    given = not engines.are_uniform(case.rule)
-    assert isinstance(kernels.update_kernel(case.rule, dtype, given=given), team.Kernel)
+    found = engine_of(case.rule, dtype)
+    assert isinstance(found.kernel, team.Kernel)
+    assert found.given == isinstance(case.rule, GIVEN)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -38,8 +48,9 @@ def test_coefficients_of_the_host_are_those_of_the_kernel(
 ) -> None:
     results = []
     for uniform in (True, False):
-        monkeypatch.setattr(engines, "are_uniform", lambda rule, uniform=uniform: uniform)
-        monkeypatch.setattr(engines, "_engines", {})
+        if not uniform:
+            monkeypatch.setattr(engines, "traced_scalars", lambda rule: None)
+        monkeypatch.setattr(engines, "_kinds", {})
         opt = mo.Optimizer(case.rule)
         params = {name: np.linspace(-1, 1, 9, dtype=np.float32) for name in "abc"}
         with engine("compiled"):
@@ -60,19 +71,18 @@ def with_update(update: Any) -> mo.Rule:
     return rule
 
 
-def literal(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    return param - c.lr * (0.1 * grad), slots
+def halved(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    return param - c.lr * (grad / 2.0), slots
 
 
 def not_elementwise(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     return param - c.lr * (grad - xp.mean(grad)), slots
 
 
-@pytest.mark.parametrize("update", [literal, not_elementwise])
-def test_what_cannot_be_compiled_alike_runs_otherwise(update: Any) -> None:
+@pytest.mark.parametrize("update", [halved, not_elementwise])
+def test_what_cannot_be_traced_runs_as_it_stands(update: Any) -> None:
     rule = with_update(update)
-    with pytest.raises(NotCompilable):
-        compile_update(rule, "float32", given=True)
+    assert engine_of(rule, "float32") is None
     results = []
     for name in ("compiled", "blocks", "plain"):
         w, opt = np.linspace(-1, 1, 5000, dtype=np.float32), mo.Optimizer(rule)
@@ -84,16 +94,15 @@ def test_what_cannot_be_compiled_alike_runs_otherwise(update: Any) -> None:
     assert_equal(results[1], results[2])
 
 
-def test_literals_and_names_tell_updates_apart() -> None:
-    def one(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-        return param - c.lr * grad, slots
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_formulas_are_told_apart_and_equal_ones_share_a_kernel(dtype: str) -> None:
+    def scaled_by(number: float) -> mo.Rule:
+        return with_update(lambda xp, p, g, s, c: (p - c.lr * (number * g), s))
 
-    def other(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-        return param + c.lr * grad, slots
-
-    assert update_identity(with_update(one), "float32") != update_identity(
-        with_update(other), "float32"
-    )
+    first = engine_of(scaled_by(0.5), dtype)
+    assert engine_of(scaled_by(0.25), dtype).kernel is not first.kernel
+    assert engine_of(scaled_by(-0.5), dtype).kernel is not first.kernel
+    assert engine_of(scaled_by(0.5), dtype).kernel is first.kernel
 
 
 PROGRAM = """
@@ -108,16 +117,18 @@ PROGRAM = """
 
 RULE = """
     import multiopt as mo
-    from my_helper import direction
+    from my_helper import ONE, direction
 
     def update(xp, param, grad, slots, c):
-        return param - c.lr * direction(grad), slots
+        return param - c.lr * (ONE * direction(grad)), slots
 
     class Mine(mo.SGD):
         update = property(lambda self: update)
 """
 
 HELPER = """
+    ONE = NUMBER
+
     def direction(grad):
         return EXPRESSION
 """
@@ -126,9 +137,10 @@ HELPER = """
 def test_an_edited_rule_is_compiled_anew_and_ten_runs_leave_one_file(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
 
-    def run(expression: str) -> list[str]:
+    def run(expression: str, number: str = "1.0") -> list[str]:
         for name, text in (("my_rule", RULE), ("my_helper", HELPER), ("program", PROGRAM)):
             source = textwrap.dedent(text).replace("EXPRESSION", expression)
+            source = source.replace("NUMBER", number)
             (tmp_path / f"{name}.py").write_text(source)
         path = os.pathsep.join(map(str, (ROOT, ROOT / "backends", tmp_path)))
         environment = {
@@ -149,8 +161,9 @@ def test_an_edited_rule_is_compiled_anew_and_ten_runs_leave_one_file(tmp_path: P
         # From the disk, without Numba.
         assert run("grad") == ["0.0", "False"]
     assert sorted(cache.iterdir()) == files
-    # The rule's own file stays as it is; a function that it calls is another.
+    # The rule's own file stays as it is; a function that it calls is another, or a number.
     assert run("grad + grad") == ["-1.0", "True"]
+    assert run("grad", number="3.0") == ["-2.0", "True"]
     assert run("grad") == ["0.0", "False"]
 
 

@@ -94,8 +94,8 @@ def test_looking() -> None:
     assert "a" not in other
     assert repr(other) == (
         "<Optimizer(SGD(lr=0.001, momentum=0.5, dampening=0.0, weight_decay=0.0, nesterov=False, "
-        "maximize=False), clip=Clip(norm=1.0, global_norm=None, value=None, eps=1e-06), "
-        "on_nonfinite='skip'): 0 names, 2 pending>"
+        "maximize=False, decoupled_weight_decay=False), clip=Clip(norm=1.0, global_norm=None, "
+        "value=None, eps=1e-06), on_nonfinite='skip'): 0 names, 2 pending>"
     )
 
 

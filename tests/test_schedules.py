@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import optax
@@ -25,7 +25,7 @@ from torch.optim import lr_scheduler
 import multiopt as mo
 import multiopt.adapters.pyro as drop_in
 from multiopt import checkpoint, schedules
-from multiopt.rules.rule import NONNEGATIVE
+from multiopt.rules.rule import NONNEGATIVE, number
 from multiopt.schedules import (
     Constant,
     Cosine,
@@ -372,30 +372,18 @@ def test_equal_rules_are_asked_together_and_others_not(name: str) -> None:
     assert {n: w[0] for n, w in params.items()} == {"a": -1.5, "b": -1.5, "c": -3.0, "d": -3.0}
 
 
-class Scalars(NamedTuple):
-    lr: float
-    shrinks: bool
-
-
 @dataclass(frozen=True)
 class HostOnly(mo.Rule):
     """A rule whose coefficients only the host computes, with a switch that a schedule turns."""
 
-    lr: Any = 0.1
+    lr: Any = number(0.1, NONNEGATIVE)
 
-    ranges: ClassVar = {"lr": NONNEGATIVE}
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def update(self) -> Any:
-        return shrinking
+    slots: ClassVar = ()
+    update: ClassVar = property(lambda self: shrinking)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
-        return Scalars(h.lr**1.5, h.lr > 0.3)
+    def scalars(cls, h: Any, step: Any) -> Any:
+        return dict(lr=h.lr**1.5, shrinks=h.lr > 0.3)
 
 
 def shrinking(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:

@@ -38,6 +38,7 @@ def test_a_file_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
         "Adafactor 2: lr=0.01, beta2_decay=-0.8, eps=[null, 0.001], d=1.0, weight_decay=0.0",
         "Adam 3: lr=0.5, betas=[0.9, 0.999], eps=1e-08, weight_decay=0.0, amsgrad=false",
     ]
+    more = ["", "", ", decoupled_weight_decay=false"]
     assert rest == [
         'metadata: {"epoch": 3}',
         "",
@@ -52,7 +53,7 @@ def test_a_file_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
         "waits  pending  Average 4       1  average              (2,)    float64       16",
         "z      pending  Average 4       1  average              ()      complex64      8",
         "",
-        *(f"{rule}, maximize=false" for rule in rules),
+        *(f"{rule}, maximize=false{end}" for rule, end in zip(rules, more, strict=True)),
         "Average 4: decay=1.0, start=1.0",
     ]
 

@@ -302,10 +302,17 @@ def test_adam_with_decoupled_decay_is_adamw() -> None:
     w = torch.ones(2, requires_grad=True)
     theirs = torch.optim.Adam([w], weight_decay=0.5, decoupled_weight_decay=True)
     state = from_torch(theirs.state_dict(), torch.optim.Adam, ["w"])
-    assert rules_of(state) == {"w": mo.AdamW(weight_decay=0.5)}
-    for other in (torch.optim.Adam([w]), torch.optim.AdamW([w])):
-        (group,) = to_torch(state, other, ["w"])["param_groups"]
-        assert (group["weight_decay"], group["decoupled_weight_decay"]) == (0.5, True)
+    assert rules_of(state) == {"w": mo.Adam(weight_decay=0.5, decoupled_weight_decay=True)}
+    adamw = torch.optim.AdamW([w], weight_decay=0.5)
+    of_adamw = from_torch(adamw.state_dict(), torch.optim.AdamW, ["w"])
+    assert rules_of(of_adamw) == {"w": mo.AdamW(weight_decay=0.5)}
+    # State of before Adam had the option.
+    older = from_torch(torch.optim.Adam([w], weight_decay=0.5).state_dict(), mo.Adam, ["w"])
+    del older["entries"]["w"]["rule"]["decoupled_weight_decay"]
+    for found, decoupled in ((state, True), (of_adamw, True), (older, False)):
+        for other in (torch.optim.Adam([w]), torch.optim.AdamW([w]))[: 1 + decoupled]:
+            (group,) = to_torch(found, other, ["w"])["param_groups"]
+            assert (group["weight_decay"], group["decoupled_weight_decay"]) == (0.5, decoupled)
     plain = from_torch(torch.optim.Adam([w]).state_dict(), torch.optim.Adam, ["w"])
     with pytest.raises(ValueError, match="'w' is that of the rule 'Adam'; expected AdamW"):
         to_torch(plain, torch.optim.AdamW([w]), ["w"])
@@ -598,6 +605,10 @@ def test_a_schedule_becomes_the_number_that_it_gave_last() -> None:
     ("rule", "message"),
     [
         (mo.Adam(amsgrad="corrected"), "'w' has amsgrad='corrected', which torch does not have"),
+        *(
+            (rule(decoupled_weight_decay=True), "'w' has decoupled_weight_decay=True, which torch")
+            for rule in (mo.SGD, mo.Adamax, mo.Adagrad, mo.Adadelta, mo.RMSprop)
+        ),
         (mo.AdaBelief(), "'w' is that of the rule 'AdaBelief'; expected Adam"),
         (mo.SGD(lr=lambda step: 1.0 if step == 1 else -1.0), "'w': SGD: lr must be"),
     ],
@@ -606,7 +617,7 @@ def test_a_rule_that_torch_does_not_have_is_refused(rule: mo.Rule, message: str)
     opt, w = mo.Optimizer(rule), torch.zeros(2, requires_grad=True)
     opt.step({"w": w}, {"w": torch.ones(2)})
     state = opt.state_dict()
-    if isinstance(rule, mo.SGD):
+    if callable(rule.lr):  # type: ignore[attr-defined]
         state["entries"]["w"]["rule"]["lr"] = None  # as of a schedule that fails
     with pytest.raises(ValueError, match=message):
         to_torch(state, torch.optim.Adam([w]), ["w"])

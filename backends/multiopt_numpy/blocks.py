@@ -12,9 +12,10 @@ import numpy as np
 
 from multiopt.engine import Arrays, Part
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
-from multiopt_numpy.forms import are_uniform, other_fields
+from multiopt.rules.rule import named
+from multiopt_numpy.forms import other_fields
 from multiopt_numpy.host import LARGE, HostGroup, Loan
-from multiopt_numpy.tape import Tape
+from multiopt_numpy.tape import Tape, Tapes
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -206,27 +207,34 @@ class _Alone:
 
 
 class BlockedGroup(HostGroup):
-    """Parameters that the tape of one rule updates, on one thread.
+    """Parameters that the tapes of one rule update, on one thread.
 
     Args:
         backend: As for ``Group``.
         layout: Likewise.
         rule: Likewise.
         has_masters: Likewise.
+        tapes: The tapes.
+        vectorized: Whether coefficients can be computed for arrays of steps.
         itself: Whether their arrays are NumPy's, and not to be lent.
     """
 
     def __init__(
-        self, backend: "Backend", layout: "Layout", rule: "Rule", has_masters: bool, itself: bool
+        self,
+        backend: "Backend",
+        layout: "Layout",
+        rule: "Rule",
+        has_masters: bool,
+        tapes: Tapes,
+        vectorized: bool,
+        itself: bool,
     ) -> None:
         """Have no row yet."""
         super().__init__(backend, layout, rule, has_masters)
-        self._itself = itself
-        self._tapes: dict[tuple[bool, ...], Tape] = {}
+        self._tapes, self._vectorized, self._itself = tapes, vectorized, itself
         # The memory that the last run of small parameters took: its pages are there already.
         self._room: tuple[Tape | None, int, list[np.ndarray]] = (None, 0, [])
         self._runs: list[Any] = []
-        self._vectorized = are_uniform(rule)
         # Of the last step: its rows, their shapes, and where its small rows are.
         self._known: tuple[np.ndarray, list[tuple[int, ...]]] = NO_ROWS, []
         self._places: _Places | None = None
@@ -355,11 +363,11 @@ class BlockedGroup(HostGroup):
         for pattern in range(kinds.max() + 1):
             mine = np.flatnonzero(kinds == pattern) if patterns else slice(None)
             values = [_same(x[mine] if x.ndim else x, self.dtype) for x in columns]
-            jobs.append((everything[mine], self._tape(scalars._make(values)), values))
+            jobs.append((everything[mine], self._tape(values), values))
         return jobs
 
-    def _scalars_of(self, rows: np.ndarray, numbers: np.ndarray, counts: np.ndarray) -> Any:
-        """The coefficients of each of some rows at its step, as a named tuple of arrays."""
+    def _scalars_of(self, rows: np.ndarray, numbers: np.ndarray, counts: np.ndarray) -> list[Any]:
+        """The coefficients of each of some rows at its step, as arrays."""
         if self._vectorized:
             by_name: dict[str, Any] = {}
             for (name, place), column in zip(self.columns, numbers.T, strict=True):
@@ -367,22 +375,17 @@ class BlockedGroup(HostGroup):
                 by_name[name] = same if place is None else (*by_name.get(name, ()), same)
             try:
                 h = SimpleNamespace(**by_name, **other_fields(self.rule))
-                return type(self.rule).scalars(h, counts)
+                return list(named(type(self.rule).scalars(h, counts)).values())
             except (TypeError, ValueError):
                 self._vectorized = False  # somebody's scalars that take no arrays
         each = [
-            self.rule_now(row).coefficients(count)
+            list(self.rule_now(row).coefficients(count))
             for row, count in zip(rows.tolist(), counts.tolist(), strict=True)
         ]
-        return each[0]._make(map(np.array, zip(*each, strict=True)))
+        return list(map(np.array, zip(*each, strict=True)))
 
-    def _tape(self, scalars: Any) -> Tape:
-        switches = tuple(x for x in scalars if isinstance(x, bool))
-        if switches not in self._tapes:
-            self._tapes[switches] = Tape(
-                self.rule.update, scalars, len(self.rule.slots), self.dtype.name
-            )
-        return self._tapes[switches]
+    def _tape(self, scalars: Iterable[Any]) -> Tape:
+        return self._tapes[tuple(x for x in scalars if isinstance(x, bool))]
 
     def _packed(
         self, part: Part, which: np.ndarray, tape: Tape, scalars: list[Any], leave_clipped: bool

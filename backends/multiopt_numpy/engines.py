@@ -3,9 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from importlib.util import find_spec
-from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from multiopt.engine import Group, kind_of
@@ -15,8 +13,14 @@ from multiopt_numpy.blocks import BlockedGroup
 from multiopt_numpy.compiled.group import CompiledGroup, Look
 from multiopt_numpy.compiled.kernels import update_kernel
 from multiopt_numpy.compiled.team import Kernel
-from multiopt_numpy.forms import NotCompilable, are_uniform, sample_scalars
-from multiopt_numpy.tape import NotTraceable, Tape
+from multiopt_numpy.compiled.update import update_source
+from multiopt_numpy.forms import coefficient_kinds, traced_scalars
+from multiopt_numpy.tape import Tapes, tapes
+from multiopt_numpy.trace import NotTraceable
+
+if TYPE_CHECKING:
+    from multiopt.backend import Backend
+    from multiopt.layout import Layout
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -35,8 +39,15 @@ class _Compiled(NamedTuple):
     given: bool
 
 
-#: By kind of rule and dtype: its compiled kernel, the word that blocks can run it, or None.
-_engines: dict[Hashable, _Compiled | str | None] = {}
+class _Blocks(NamedTuple):
+    """The tapes of a rule, and whether its coefficients can be computed for arrays of steps."""
+
+    tapes: Tapes
+    vectorized: bool
+
+
+#: What runs rules of a kind, computed in a dtype; None where only the rule itself can.
+_engines: dict[Hashable, _Compiled | _Blocks | None] = {}
 
 
 def wanted() -> str:
@@ -69,57 +80,52 @@ def group(
     if isinstance(engine, _Compiled):
         found = look() if directly else None
         return CompiledGroup(backend, layout, rule, has_masters, *engine, found)
-    if engine == "blocks":
-        return BlockedGroup(backend, layout, rule, has_masters, numpy_arrays and directly)
+    if isinstance(engine, _Blocks):
+        itself = numpy_arrays and directly
+        return BlockedGroup(backend, layout, rule, has_masters, *engine, itself)
     return ReferenceGroup(backend, layout, rule, has_masters)
 
 
-def _engine_of(rule: Rule, dtype: str) -> _Compiled | str | None:
-    kind = kind_of(rule)
-    if not rule.elementwise or kind is None:
+def _engine_of(rule: Rule, dtype: str) -> _Compiled | _Blocks | None:
+    """What runs rules of this kind; None if only the rule itself can."""
+    kind, asked = kind_of(rule), wanted()
+    if asked not in ("compiled", "blocks", "plain"):
+        raise ValueError(f"{VARIABLE} is {asked!r}; expected compiled, blocks or plain")
+    if not rule.elementwise or kind is None or asked == "plain":
         return None
-    key = wanted(), kind, dtype
+    key = asked, kind, dtype
     if key not in _engines:
-        _engines[key] = _engine(wanted(), rule, dtype)
+        try:
+            _engines[key] = _engine(asked, rule, dtype)
+        except NotTraceable:
+            _engines[key] = None  # as it may be: the rule then runs as it stands
     return _engines[key]
 
 
-def _engine(wanted: str, rule: Rule, dtype: str) -> _Compiled | str | None:
-    if wanted not in ("compiled", "blocks", "plain"):
-        raise ValueError(f"{VARIABLE} is {wanted!r}; expected compiled, blocks or plain")
-    if wanted == "plain":
-        return None
-    sample = sample_scalars(rule, dtype)
-    switches = [isinstance(x, bool) for x in sample]
-    try:
-        # With every switch on and off, for it may change from step to step.
-        for values in product(
-            *([False, True] if switch else [x] for switch, x in zip(switches, sample, strict=True))
-        ):
-            Tape(rule.update, sample._make(values), len(rule.slots), dtype)
-    except NotTraceable:
-        return None  # as it may be: the rule then runs as it stands
-    if wanted == "compiled" and find_spec("numba") and find_spec("llvmlite"):
-        try:
-            return _compiled(rule, dtype)
-        except NotCompilable:
-            pass  # as it may be: the rule then runs in blocks
-        except ImportError as error:
-            warnings.warn(
-                f"Numba is installed but cannot be imported ({error}); steps are slower without it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return "blocks"
-
-
-def _compiled(rule: Rule, dtype: str) -> _Compiled:
-    """The kernel of a rule.
+def _engine(asked: str, rule: Rule, dtype: str) -> _Compiled | _Blocks:
+    """The engine of a rule, made now.
 
     Raises:
-        NotCompilable: There is none.
+        NotTraceable: There is none.
     """
-    if are_uniform(rule):
-        with suppress(NotCompilable):
-            return _Compiled(update_kernel(rule, dtype, given=False), given=False)
-    return _Compiled(update_kernel(rule, dtype, given=True), given=True)
+    scalars, slots = traced_scalars(rule), len(rule.slots)
+    kinds = coefficient_kinds(rule, scalars)
+    text = update_source(rule.update, slots, kinds, scalars)
+    name = f"{type(rule).__name__}-{dtype}"
+    compiled = _compiled(name, text, dtype, scalars is None) if asked == "compiled" else None
+    return compiled or _Blocks(tapes(rule.update, slots, kinds, dtype), scalars is not None)
+
+
+def _compiled(name: str, text: str, dtype: str, given: bool) -> _Compiled | None:
+    """The kernel of a text; None if there is no compiler."""
+    if not (find_spec("numba") and find_spec("llvmlite")):
+        return None
+    try:
+        return _Compiled(update_kernel(name, text, dtype), given)
+    except ImportError as error:
+        warnings.warn(
+            f"Numba is installed but cannot be imported ({error}); steps are slower without it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None

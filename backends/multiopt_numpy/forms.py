@@ -1,31 +1,19 @@
 """What the engines must know of a rule: its numbers, its choices, and whether it can be theirs."""
 
 import copy
-import dis
-import inspect
-import math
-from collections.abc import Callable
-from types import CodeType, FunctionType
+from collections.abc import Mapping
 from typing import Any
 
 from multiopt.engine import number_fields, other_fields
 from multiopt.rules import Rule
+from multiopt_numpy.trace import Kind, NotTraceable, Trace, attempt, trace_scalars
 
 __all__ = [
-    "NotCompilable",
     "are_uniform",
-    "check_scalars",
-    "global_names",
-    "number_fields",
-    "other_fields",
-    "reached",
+    "coefficient_kinds",
     "sample_scalars",
-    "scalars_of",
+    "traced_scalars",
 ]
-
-
-class NotCompilable(Exception):  # noqa: N818 -- an answer, to which the caller has another way
-    """A rule that Numba cannot compile, or would compile into other numbers."""
 
 
 def sample_scalars(rule: Rule, dtype: str) -> Any:
@@ -41,53 +29,40 @@ def sample_scalars(rule: Rule, dtype: str) -> Any:
     return sample.coefficients(1, dtype)
 
 
-def scalars_of(rule: Rule) -> FunctionType:
-    """The function that computes the coefficients of a rule."""
-    function: FunctionType = type(rule).scalars.__func__  # type: ignore[attr-defined]
-    return function
+def traced_scalars(rule: Rule) -> Trace | None:
+    """How the coefficients of a rule are computed; None if only the host can."""
+    try:
+        return trace_scalars(type(rule).scalars, number_fields(rule), other_fields(rule))
+    except NotTraceable:
+        return None
 
 
 def are_uniform(rule: Rule) -> bool:
     """Whether the coefficients are the same numbers in compiled code, and for arrays of steps."""
-    try:
-        check_scalars(rule)
-    except NotCompilable:
-        return False
-    return True
+    return traced_scalars(rule) is not None
 
 
-def check_scalars(rule: Rule) -> None:
-    """Refuse coefficients that would be other numbers in a kernel, or for arrays of steps.
+def coefficient_kinds(rule: Rule, scalars: Trace | None) -> Mapping[str, bool | Kind]:
+    """What each coefficient of a rule is, for ``trace_update``.
+
+    Args:
+        rule: The rule.
+        scalars: The trace of the coefficients. Without one every switch may change.
 
     Raises:
-        NotCompilable: They are computed with ``**`` or with functions of ``math``, whose results
-            differ in the last bit between Python, NumPy and compiled code.
+        NotTraceable: It fails for numbers of a sample.
     """
-    seen: set[int] = set()
-    waiting = [inspect.unwrap(scalars_of(rule))]
-    while waiting:
-        function = waiting.pop()
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
-        for instruction in dis.get_instructions(function.__code__):
-            if instruction.argrepr in ("**", "**="):
-                raise NotCompilable(f"{function.__qualname__} uses **; there is power()")
-        for value in reached(function):
-            if value is math or getattr(value, "__module__", None) == "math":
-                raise NotCompilable(f"{function.__qualname__} uses math; there is np.sqrt")
-            if isinstance(value, FunctionType):
-                waiting.append(inspect.unwrap(value))
-
-
-def reached(function: Callable[..., Any]) -> list[Any]:
-    """What the code of a function refers to by the names of globals and of enclosing scopes."""
-    globals_, cells = function.__globals__, function.__closure__ or ()
-    by_name = [globals_.get(name) for name in global_names(function.__code__)]
-    return by_name + [cell.cell_contents for cell in cells]
-
-
-def global_names(code: CodeType) -> list[str]:
-    """The names of globals and of attributes in some code."""
-    inner = [name for c in code.co_consts if isinstance(c, CodeType) for name in global_names(c)]
-    return [*code.co_names, *inner]
+    if scalars is None:
+        sample = attempt("the function scalars", lambda: sample_scalars(rule, "float64"))
+        return {
+            name: Kind.BOOL if isinstance(x, bool) else Kind.NUMBER
+            for name, x in vars(sample).items()
+        }
+    literals = dict(scalars.literals)
+    results = zip(scalars.outputs, scalars.results, scalars.kinds, strict=True)
+    switches = {
+        name: bool(literals[value]) if value in literals else Kind.BOOL
+        for name, value, kind in results
+        if kind is Kind.BOOL
+    }
+    return dict.fromkeys(scalars.outputs, Kind.NUMBER) | switches

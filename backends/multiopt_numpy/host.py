@@ -110,7 +110,8 @@ class HostGroup(Group):
             return
         ends = np.cumsum(sizes)
         begins = ends - sizes
-        for first, end in pairwise((*np.flatnonzero(np.diff(begins // LARGEST, prepend=-1)), len(rows))):
+        cuts = np.flatnonzero(np.diff(begins // LARGEST, prepend=-1))
+        for first, end in pairwise((*cuts, len(rows))):
             mine, base = rows[first:end], int(begins[first])
             need = int(ends[end - 1]) - base
             length = 0 if self._open is None else self._open.array.shape[1]

@@ -29,9 +29,11 @@ import torch
 from multiopt import checkpoint
 from multiopt.adapters import torch_state
 from multiopt.adapters.torch_state import (
+    DECOUPLED,
     for_torch,
     fresh_state,
     group_settings,
+    in_torch,
     parameter_from_torch,
     parameter_to_torch,
     rule_class_of,
@@ -257,16 +259,15 @@ def _settings(
     """
     first, shared = "", dict[str, Any]()
     for name, one in stored.items():
-        rule = one["rule"]
+        rule = in_torch(one["rule"])
         settings = group_settings(constructor, rule, one["step"])
-        settings = {k: v for k, v in settings.items() if k in rule or k == DECOUPLED}
-        # In torch AdamW is Adam with a switch on.
-        is_adamw = rule.get("name") == "AdamW" and settings.get(DECOUPLED)
-        if rule.get("name") != constructor.__name__ and not (
-            constructor is torch.optim.Adam and is_adamw
-        ):
+        settings = {k: v for k, v in settings.items() if k in rule}
+        kinds = {rule["name"]}
+        if rule["name"] in ("Adam", "AdamW") and rule[DECOUPLED] and DECOUPLED in settings:
+            kinds = {"Adam", "AdamW"}
+        if constructor.__name__ not in kinds:
             raise ValueError(
-                f"the state of parameter {name!r} is that of the rule {rule.get('name')!r}; "
+                f"the state of parameter {name!r} is that of the rule {rule['name']!r}; "
                 f"expected {constructor.__name__}, that of the torch optimizer"
             )
         first, shared = first or name, shared or settings
@@ -277,10 +278,6 @@ def _settings(
                     f"but have {key}={shared[key]!r} and {value!r}: make it with a group for each"
                 )
     return shared
-
-
-#: What makes torch's Adam an AdamW.
-DECOUPLED = "decoupled_weight_decay"
 
 
 def _state(

@@ -35,12 +35,15 @@ from multiopt.rules.arithmetic import power
 from multiopt.rules.nadam import product_of_shares
 
 __all__ = [
+    "DECOUPLED",
     "derived_numbers",
     "for_torch",
     "fresh_state",
     "from_plain",
     "group_settings",
+    "in_torch",
     "is_safetensors",
+    "lacking",
     "leave_out",
     "number",
     "parameter_from_torch",
@@ -78,6 +81,9 @@ SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules._
 
 #: Optimizers of torch that count no steps.
 CLOCKLESS = ("SGD", "Muon")
+
+#: The switch with which torch's Adam is its AdamW.
+DECOUPLED = "decoupled_weight_decay"
 
 #: What torch keeps beside slots, though the step and the settings say it.
 DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
@@ -275,11 +281,8 @@ def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict
         rule: The description of the rule in a state dict.
         step: How many steps were taken.
     """
-    defaults = _default_group(constructor)
+    defaults, rule = _default_group(constructor), in_torch(rule)
     group = {k: from_plain(rule[k]) if k in rule else v for k, v in defaults.items()}
-    if "decoupled_weight_decay" in group and "decoupled_weight_decay" not in rule:
-        # In torch AdamW is Adam with a switch on; here they are two rules.
-        group["decoupled_weight_decay"] = rule["name"] == "AdamW"
     if "lrd" in group:
         # Pyro's ClippedAdam keeps the rate that it has come to.
         group["lr"] *= power(group["lrd"], step)
@@ -302,6 +305,19 @@ def rule_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
             )
         settings["lr"] /= decay
     return settings
+
+
+def in_torch(rule: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a rule with the switch that torch's Adam has, and its AdamW has on."""
+    return {DECOUPLED: rule["name"] == "AdamW", **rule}
+
+
+@cache
+def lacking(rule_class: type[Rule]) -> frozenset[str]:
+    """The options of a rule that torch's optimizer of this name does not have."""
+    theirs = getattr(torch.optim, rule_class.__name__, None)
+    own = {field.name for field in fields(rule_class)}
+    return frozenset(own - signature(theirs).parameters.keys() if theirs else ())
 
 
 @cache
@@ -472,9 +488,7 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
     values = states.get(numbers[0], {})
     step = _clock(rule_class, values)
     kept = {key: value for key, value in values.items() if value is not None and key != "step"}
-    if rule_class is rules.Adam and group.get("decoupled_weight_decay"):
-        rule_class = rules.AdamW
-    known = {f.name for f in fields(rule_class)}
+    known = {f.name for f in fields(rule_class)} - lacking(rule_class)
     settings = {k: v for k, v in rule_settings(group, step).items() if k in known}
     rule = described_rule(rule_class(**settings), step)
     for name in DERIVED.get(rule["name"], ()):
@@ -670,10 +684,14 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     parts = {**state_dict["pending"], **state_dict["entries"]}
     stored = {name: on_host(name, entry) for name, entry in parts.items()}
     for name, entry in stored.items():
-        if getattr(rule_of(name, entry["rule"]), "amsgrad", None) == "corrected":
+        rule = rule_of(name, entry["rule"])
+        options = [option for option in lacking(type(rule)) if getattr(rule, option)]
+        if getattr(rule, "amsgrad", None) == "corrected":
+            options.append("amsgrad")
+        if options:
+            found = ", ".join(f"{option}={getattr(rule, option)!r}" for option in options)
             raise ValueError(
-                f"parameter {name!r} has amsgrad='corrected', which torch does not have: assign "
-                "opt.rule first"
+                f"parameter {name!r} has {found}, which torch does not have: assign opt.rule first"
             )
     leave_out(state_dict, stored, stacklevel=4)
     return stored

@@ -1,33 +1,16 @@
 """AdaBelief: ``spec/rules/adabelief.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from multiopt.rules.adam import descend, first_moment, second_moment
+from multiopt.rules.adam import descend, first_moment, moments, second_moment
 from multiopt.rules.arithmetic import one_minus_power
-from multiopt.rules.decay import descending, penalized, shrunk
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["AdaBelief"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of AdaBelief."""
-
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    step_size: float
-    root_scale: float
-    eps: float
-    weight_decay: float
-    penalizes: bool
-    shrinkage: float
-    shrinks: bool
-    maximizes: bool
 
 
 def adabelief(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -68,51 +51,25 @@ class AdaBelief(Rule):
     [0.5, -0.5]
     """
 
-    lr: Hyperparameter = 1e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-16
-    weight_decay: Hyperparameter = 0.0
-    decoupled_weight_decay: bool = False
-    maximize: bool = False
+    lr: Hyperparameter = number(1e-3, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
+    eps: Hyperparameter = number(1e-16, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    decoupled_weight_decay: bool = switch()
+    maximize: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "betas": FRACTION,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("decoupled_weight_decay", "maximize")
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
-        super().__post_init__()
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``exp_avg`` and ``exp_avg_var``."""
-        return ("exp_avg", "exp_avg_var")
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return adabelief
+    slots: ClassVar = ("exp_avg", "exp_avg_var")
+    update: ClassVar = staticmethod(adabelief)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         beta1, beta2 = h.betas
-        return Scalars(
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
+        return dict(
+            **moments(beta1, beta2),
             step_size=h.lr / one_minus_power(beta1, step),
             root_scale=1.0 / np.sqrt(one_minus_power(beta2, step)),
             eps=h.eps,
-            weight_decay=h.weight_decay,
-            penalizes=not h.decoupled_weight_decay and h.weight_decay != 0,
-            shrinkage=1.0 - h.lr * h.weight_decay,
-            shrinks=h.decoupled_weight_decay and h.weight_decay != 0,
             maximizes=h.maximize,
+            **decays(h, h.lr, h.decoupled_weight_decay),
         )

@@ -1,25 +1,13 @@
 """Adadelta: ``spec/rules/adadelta.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from multiopt.rules.adam import second_moment
-from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import NONNEGATIVE, SHARE, Hyperparameter, Rule, Update
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import NONNEGATIVE, SHARE, Hyperparameter, Rule, number, switch
 
 __all__ = ["Adadelta"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of Adadelta."""
-
-    lr: float
-    beta2: float
-    one_minus_beta2: float
-    eps: float
-    weight_decay: float
-    penalizes: bool
-    maximizes: bool
 
 
 def adadelta(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -28,7 +16,7 @@ def adadelta(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
     delta = xp.sqrt(acc_delta + c.eps) / xp.sqrt(square_avg + c.eps) * grad
-    return param - c.lr * delta, (square_avg, second_moment(acc_delta, delta, c))
+    return shrunk(param, c) - c.lr * delta, (square_avg, second_moment(acc_delta, delta, c))
 
 
 @dataclass(frozen=True)
@@ -45,6 +33,7 @@ class Adadelta(Rule):
         eps: Added to both averages inside their roots, >= 0; it also sets the first steps' length.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
         maximize: Ascend instead.
+        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
 
     Each of the first four may be a schedule ``step -> number``.
 
@@ -59,39 +48,24 @@ class Adadelta(Rule):
     [0.134, 1.0]
     """
 
-    lr: Hyperparameter = 1.0
-    rho: Hyperparameter = 0.9
-    eps: Hyperparameter = 1e-6
-    weight_decay: Hyperparameter = 0.0
-    maximize: bool = False
+    lr: Hyperparameter = number(1.0, NONNEGATIVE)
+    rho: Hyperparameter = number(0.9, SHARE)
+    eps: Hyperparameter = number(1e-6, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    maximize: bool = switch()
+    decoupled_weight_decay: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "rho": SHARE,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("maximize",)
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``square_avg`` and ``acc_delta``."""
-        return ("square_avg", "acc_delta")
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return adadelta
+    slots: ClassVar = ("square_avg", "acc_delta")
+    update: ClassVar = staticmethod(adadelta)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        return Scalars(
+        return dict(
             lr=h.lr,
             beta2=h.rho,
             one_minus_beta2=1.0 - h.rho,
             eps=h.eps,
-            weight_decay=h.weight_decay,
-            penalizes=h.weight_decay != 0,
             maximizes=h.maximize,
+            **decays(h, h.lr, h.decoupled_weight_decay),
         )

@@ -2,40 +2,16 @@
 
 from dataclasses import dataclass
 from math import ulp
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from multiopt.rules.adam import second_moment
 from multiopt.rules.arithmetic import maximum, means, root_mean_square
-from multiopt.rules.decay import descending, shrunk
-from multiopt.rules.rule import (
-    FINITE,
-    NONNEGATIVE,
-    Hyperparameter,
-    Range,
-    Rule,
-    Update,
-    check_tuple,
-)
+from multiopt.rules.decay import decays, descending, shrunk
+from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Range, Rule, number, switch
 
 __all__ = ["Adafactor"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of Adafactor."""
-
-    relative_step: Any
-    beta2: float
-    one_minus_beta2: float
-    eps1: float
-    takes_machine_eps: bool
-    eps2: float
-    inverse_d: float
-    one: float
-    shrinkage: float
-    shrinks: bool
-    maximizes: bool
 
 
 def adafactor(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -49,7 +25,7 @@ def adafactor(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
         variance = product(xp, row_var, col_var, eps1)
     direction = grad / maximum(xp, xp.sqrt(variance), eps1)
     size = maximum(xp, root_mean_square(xp, wide(xp, param)), c.eps2)
-    excess = maximum(xp, c.inverse_d * root_mean_square(xp, wide(xp, direction)), c.one)
+    excess = maximum(xp, c.inverse_d * root_mean_square(xp, wide(xp, direction)), 1.0)
     step_size = xp.asarray(c.relative_step * size / excess, dtype=param.dtype)
     return shrunk(param, c) - step_size * direction, slots
 
@@ -114,34 +90,25 @@ class Adafactor(Rule):
     {'row_var': [[16.0], [4.0]], 'col_var': [[10.0, 10.0]]}
     """
 
-    lr: Hyperparameter = 1e-2
-    beta2_decay: Hyperparameter = -0.8
-    eps: tuple[Hyperparameter | None, Hyperparameter] = (None, 1e-3)
-    d: Hyperparameter = 1.0
-    weight_decay: Hyperparameter = 0.0
-    maximize: bool = False
+    lr: Hyperparameter = number(1e-2, NONNEGATIVE)
+    beta2_decay: Hyperparameter = number(
+        -0.8, Range("a finite number <= 0", low=FINITE.low, below=ulp(0.0))
+    )
+    eps: tuple[Hyperparameter | None, Hyperparameter] = number((None, 1e-3), NONNEGATIVE)
+    d: Hyperparameter = number(1.0, Range("a number >= 1", low=1.0, infinite=True))
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    maximize: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "beta2_decay": Range("a finite number <= 0", low=FINITE.low, below=ulp(0.0)),
-        "eps": NONNEGATIVE,
-        "d": Range("a number >= 1", low=1.0, infinite=True),
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("maximize",)
     elementwise: ClassVar[bool] = False
+    #: The first two of a matrix, the third of a vector.
+    slots: ClassVar = ("row_var", "col_var", "variance")
+    update: ClassVar = staticmethod(adafactor)
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_tuple(self, "eps", 2)
         super().__post_init__()
         if self.eps[1] is None:
             raise ValueError("Adafactor: eps[1] must be a number >= 0; got None")
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``row_var`` and ``col_var`` of a matrix, ``variance`` of a vector."""
-        return ("row_var", "col_var", "variance")
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Those of torch: a mean over the last axis, and one over the last but one."""
@@ -150,18 +117,13 @@ class Adafactor(Rule):
         *stack, rows, columns = shape
         return {"row_var": (*stack, rows, 1), "col_var": (*stack, 1, columns)}
 
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return adafactor
-
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         eps1, eps2 = h.eps
         slow = 1.0 / np.sqrt(step)
         one_minus_beta2 = step**h.beta2_decay
-        return Scalars(
+        return dict(
             relative_step=np.where(h.lr < slow, h.lr, slow),
             beta2=1.0 - one_minus_beta2,
             one_minus_beta2=one_minus_beta2,
@@ -169,10 +131,8 @@ class Adafactor(Rule):
             takes_machine_eps=eps1 is None,
             eps2=eps2,
             inverse_d=1.0 / h.d,
-            one=1.0,
-            shrinkage=1.0 - h.lr * h.weight_decay,
-            shrinks=h.weight_decay != 0,
             maximizes=h.maximize,
+            **decays(h, h.lr, decoupled=True),
         )
 
     def _checked(self, name: str, value: Any, when: str = "") -> Any:

@@ -1,27 +1,15 @@
 """Adagrad: ``spec/rules/adagrad.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from multiopt.rules.adam import descend
-from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["Adagrad"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of Adagrad."""
-
-    start: Any
-    step_size: float
-    root_scale: float
-    eps: float
-    weight_decay: float
-    penalizes: bool
-    maximizes: bool
 
 
 def adagrad(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -29,7 +17,7 @@ def adagrad(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     (total,) = slots
     grad = penalized(param, descending(grad, c), c)
     total = total + c.start + grad * grad
-    return descend(xp, param, grad, total, c), (total,)
+    return descend(xp, shrunk(param, c), grad, total, c), (total,)
 
 
 @dataclass(frozen=True)
@@ -48,6 +36,8 @@ class Adagrad(Rule):
         initial_accumulator_value: What the sum of squares starts from, >= 0.
         eps: Added to the root of the sum, >= 0.
         maximize: Ascend instead.
+        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead, with the
+            learning rate of the step.
 
     Each of the first five may be a schedule ``step -> number``; of
     ``initial_accumulator_value`` only the first number counts.
@@ -64,41 +54,26 @@ class Adagrad(Rule):
     [0.1, -0.5]
     """
 
-    lr: Hyperparameter = 1e-2
-    lr_decay: Hyperparameter = 0.0
-    weight_decay: Hyperparameter = 0.0
-    initial_accumulator_value: Hyperparameter = 0.0
-    eps: Hyperparameter = 1e-10
-    maximize: bool = False
+    lr: Hyperparameter = number(1e-2, NONNEGATIVE)
+    lr_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    initial_accumulator_value: Hyperparameter = number(0.0, NONNEGATIVE)
+    eps: Hyperparameter = number(1e-10, NONNEGATIVE)
+    maximize: bool = switch()
+    decoupled_weight_decay: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "lr_decay": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-        "initial_accumulator_value": NONNEGATIVE,
-        "eps": NONNEGATIVE,
-    }
-    switches: ClassVar = ("maximize",)
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``sum``."""
-        return ("sum",)
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return adagrad
+    slots: ClassVar = ("sum",)
+    update: ClassVar = staticmethod(adagrad)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        return Scalars(
+        rate = h.lr / (1.0 + (step - 1) * h.lr_decay)
+        return dict(
             start=np.where(step == 1, h.initial_accumulator_value, 0.0),
-            step_size=h.lr / (1.0 + (step - 1) * h.lr_decay),
+            step_size=rate,
             root_scale=1.0,
             eps=h.eps,
-            weight_decay=h.weight_decay,
-            penalizes=h.weight_decay != 0,
             maximizes=h.maximize,
+            **decays(h, rate, h.decoupled_weight_decay),
         )

@@ -2,24 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from multiopt.rules.adam import descend, second_moment
-from multiopt.rules.rule import NONNEGATIVE, SHARE, Hyperparameter, Range, Rule, Update
+from multiopt.rules.rule import NONNEGATIVE, SHARE, Hyperparameter, Range, Rule, number
 
 __all__ = ["AdagradRMSProp"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of AdagradRMSProp."""
-
-    beta2: Any
-    one_minus_beta2: Any
-    step_size: float
-    root_scale: float
-    eps: float
 
 
 def adagrad_rmsprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -57,30 +47,18 @@ class AdagradRMSProp(Rule):
     [0.6, -0.9]
     """
 
-    eta: Hyperparameter = 1.0
-    delta: Hyperparameter = 1e-16
-    t: Hyperparameter = 0.1
+    eta: Hyperparameter = number(1.0, NONNEGATIVE)
+    delta: Hyperparameter = number(1e-16, Range("a number >= -1 and < 1", low=-1.0, below=1.0))
+    t: Hyperparameter = number(0.1, SHARE)
 
-    ranges: ClassVar = {
-        "eta": NONNEGATIVE,
-        "delta": Range("a number >= -1 and < 1", low=-1.0, below=1.0),
-        "t": SHARE,
-    }
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``sum``, which is Pyro's name for the average."""
-        return ("sum",)
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return adagrad_rmsprop
+    #: Pyro's name for the average.
+    slots: ClassVar = ("sum",)
+    update: ClassVar = staticmethod(adagrad_rmsprop)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        return Scalars(
+        return dict(
             # The first average is the first square itself.
             beta2=np.where(step == 1, 0.0, 1.0 - h.t),
             one_minus_beta2=np.where(step == 1, 1.0, h.t),

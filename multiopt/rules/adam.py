@@ -1,33 +1,24 @@
 """Adam, with AMSGrad: ``spec/rules/adam.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from multiopt.rules.arithmetic import maximum, one_minus_power
-from multiopt.rules.decay import descending, penalized, shrunk
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import (
+    FRACTION,
+    NONNEGATIVE,
+    Hyperparameter,
+    Rule,
+    Update,
+    choice,
+    number,
+    switch,
+)
 
-__all__ = ["Adam", "descend", "first_moment", "second_moment"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of Adam or AdamW."""
-
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    step_size: float
-    root_scale: float
-    second_moment_scale: float
-    eps: float
-    weight_decay: float
-    penalizes: bool
-    shrinkage: float
-    shrinks: bool
-    maximizes: bool
+__all__ = ["Adam", "adam_scalars", "descend", "first_moment", "moments", "second_moment"]
 
 
 def adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -60,6 +51,11 @@ def amsgrad_corrected(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any
     return param, (exp_avg, exp_avg_sq, largest)
 
 
+def moments(beta1: Any, beta2: Any) -> dict[str, Any]:
+    """The coefficients of ``first_moment`` and ``second_moment``."""
+    return dict(beta1=beta1, one_minus_beta1=1.0 - beta1, beta2=beta2, one_minus_beta2=1.0 - beta2)
+
+
 def first_moment(exp_avg: Any, grad: Any, c: Any) -> Any:
     """The exponential average of the gradient."""
     return c.beta1 * exp_avg + c.one_minus_beta1 * grad
@@ -77,6 +73,21 @@ def second_moment(exp_avg_sq: Any, grad: Any, c: Any) -> Any:
 def descend(xp: Any, param: Any, exp_avg: Any, exp_avg_sq: Any, c: Any) -> Any:
     """Descend along the first moment over the root of the second."""
     return param - c.step_size * exp_avg / (c.root_scale * xp.sqrt(exp_avg_sq) + c.eps)
+
+
+def adam_scalars(h: Any, step: Any, decoupled: bool) -> dict[str, Any]:
+    """The numbers of a step of Adam or AdamW."""
+    beta1, beta2 = h.betas
+    correction2 = one_minus_power(beta2, step)
+    return dict(
+        **moments(beta1, beta2),
+        step_size=h.lr / one_minus_power(beta1, step),
+        root_scale=1.0 / np.sqrt(correction2),
+        second_moment_scale=1.0 / correction2,
+        eps=h.eps,
+        maximizes=h.maximize,
+        **decays(h, h.lr, decoupled),
+    )
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class Adam(Rule):
             moment, its bias corrected afterwards, which can shrink. ``"corrected"`` is the largest
             corrected moment, which cannot.
         maximize: Ascend instead.
+        decoupled_weight_decay: The decay shrinks the parameter, instead: ``AdamW``.
 
     ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
 
@@ -111,32 +123,13 @@ class Adam(Rule):
     [0.5, -0.5]
     """
 
-    lr: Hyperparameter = 1e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-8
-    weight_decay: Hyperparameter = 0.0
-    amsgrad: bool | Literal["corrected"] = False
-    maximize: bool = False
-
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "betas": FRACTION,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("maximize",)
-    #: Whether the decay shrinks the parameter (AdamW) instead of joining the gradient (Adam).
-    decoupled: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
-        super().__post_init__()
-        if not (isinstance(self.amsgrad, bool) or self.amsgrad == "corrected"):
-            raise ValueError(
-                f"{type(self).__name__}: amsgrad must be False, True or 'corrected'; "
-                f"got {self.amsgrad!r}"
-            )
+    lr: Hyperparameter = number(1e-3, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
+    eps: Hyperparameter = number(1e-8, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    amsgrad: bool | Literal["corrected"] = choice(False, True, "corrected", default=False)
+    maximize: bool = switch()
+    decoupled_weight_decay: bool = switch()
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -157,23 +150,6 @@ class Adam(Rule):
         return amsgrad if self.amsgrad else adam
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        beta1, beta2 = h.betas
-        correction1 = one_minus_power(beta1, step)
-        correction2 = one_minus_power(beta2, step)
-        return Scalars(
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
-            step_size=h.lr / correction1,
-            root_scale=1.0 / np.sqrt(correction2),
-            second_moment_scale=1.0 / correction2,
-            eps=h.eps,
-            weight_decay=h.weight_decay,
-            penalizes=not cls.decoupled and h.weight_decay != 0,
-            shrinkage=1.0 - h.lr * h.weight_decay,
-            shrinks=cls.decoupled and h.weight_decay != 0,
-            maximizes=h.maximize,
-        )
+        return adam_scalars(h, step, h.decoupled_weight_decay)

@@ -1,27 +1,14 @@
 """Adamax: ``spec/rules/adamax.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from multiopt.rules.adam import first_moment
+from multiopt.rules.adam import first_moment, moments
 from multiopt.rules.arithmetic import maximum, one_minus_power
-from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["Adamax"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of Adamax."""
-
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    step_size: float
-    eps: float
-    weight_decay: float
-    penalizes: bool
-    maximizes: bool
 
 
 def adamax(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -30,7 +17,7 @@ def adamax(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     grad = penalized(param, descending(grad, c), c)
     exp_avg = first_moment(exp_avg, grad, c)
     exp_inf = maximum(xp, c.beta2 * exp_inf, xp.abs(grad) + c.eps)
-    return param - c.step_size * exp_avg / exp_inf, (exp_avg, exp_inf)
+    return shrunk(param, c) - c.step_size * exp_avg / exp_inf, (exp_avg, exp_inf)
 
 
 @dataclass(frozen=True)
@@ -47,6 +34,7 @@ class Adamax(Rule):
         eps: Added to the size of the gradient, >= 0.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
         maximize: Ascend instead.
+        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
 
     ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
 
@@ -61,46 +49,24 @@ class Adamax(Rule):
     [0.5, -0.5]
     """
 
-    lr: Hyperparameter = 2e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-8
-    weight_decay: Hyperparameter = 0.0
-    maximize: bool = False
+    lr: Hyperparameter = number(2e-3, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
+    eps: Hyperparameter = number(1e-8, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    maximize: bool = switch()
+    decoupled_weight_decay: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "betas": FRACTION,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("maximize",)
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
-        super().__post_init__()
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``exp_avg`` and ``exp_inf``."""
-        return ("exp_avg", "exp_inf")
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return adamax
+    slots: ClassVar = ("exp_avg", "exp_inf")
+    update: ClassVar = staticmethod(adamax)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         beta1, beta2 = h.betas
-        return Scalars(
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
+        return dict(
+            **moments(beta1, beta2),
             step_size=h.lr / one_minus_power(beta1, step),
             eps=h.eps,
-            weight_decay=h.weight_decay,
-            penalizes=h.weight_decay != 0,
             maximizes=h.maximize,
+            **decays(h, h.lr, h.decoupled_weight_decay),
         )

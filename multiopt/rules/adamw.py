@@ -1,10 +1,10 @@
 """AdamW: ``spec/rules/adamw.md``."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from multiopt.rules.adam import Adam
-from multiopt.rules.rule import Hyperparameter
+from multiopt.rules.adam import Adam, adam_scalars
+from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, number
 
 __all__ = ["AdamW"]
 
@@ -38,6 +38,12 @@ class AdamW(Adam):
     [0.375, -0.875]
     """
 
-    weight_decay: Hyperparameter = 1e-2
+    weight_decay: Hyperparameter = number(1e-2, NONNEGATIVE)
 
-    decoupled: ClassVar[bool] = True
+    #: No field: what it is in ``Adam`` is what makes it this rule.
+    decoupled_weight_decay: ClassVar[bool] = True  # type: ignore[misc]
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
+        """The numbers of a step."""
+        return adam_scalars(h, step, decoupled=True)

@@ -18,6 +18,7 @@ __all__ = [
     "GROW",
     "SHRINK",
     "block_sums",
+    "by_squaring",
     "clamp",
     "clip_coefficient",
     "maximum",
@@ -58,7 +59,7 @@ def power(base: Any, exponent: Any) -> Any:
     >>> power(0.5, np.array([0, 1, 10])).tolist()
     [1.0, 0.5, 0.0009765625]
     """
-    return _by_squaring(1.0, base, exponent, _product, _square)
+    return by_squaring(exponent, (1.0,), (base,), _product, _square)
 
 
 def one_minus_power(base: Any, exponent: Any) -> Any:
@@ -78,69 +79,89 @@ def one_minus_power(base: Any, exponent: Any) -> Any:
     >>> one_minus_power(0.5, 3)
     0.875
     """
-    return _by_squaring(0.0, 1.0 - base, exponent, _complement_of_product, _complement_of_square)
+    complements = _complement_of_product, _complement_of_square
+    return by_squaring(exponent, (0.0,), (1.0 - base,), *complements)
 
 
-def _product(result: Any, square: Any) -> Any:
-    return result * square
+def _product(result: Any, square: Any) -> tuple[Any, ...]:
+    return (result * square,)
 
 
-def _square(square: Any) -> Any:
-    return square * square
+def _square(square: Any) -> tuple[Any, ...]:
+    return (square * square,)
 
 
-def _complement_of_product(result: Any, square: Any) -> Any:
-    return result + (1.0 - result) * square
+def _complement_of_product(result: Any, square: Any) -> tuple[Any, ...]:
+    return (result + (1.0 - result) * square,)
 
 
-def _complement_of_square(square: Any) -> Any:
-    return square * (2.0 - square)
+def _complement_of_square(square: Any) -> tuple[Any, ...]:
+    return (square * (2.0 - square),)
 
 
-def _with_arrays(over_arrays: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Give a loop over the bits of one exponent a form for arrays; ``__wrapped__`` is the loop."""
+def by_squaring(
+    exponent: Any,
+    result: tuple[Any, ...],
+    square: tuple[Any, ...],
+    combined: Callable[..., tuple[Any, ...]],
+    squared: Callable[..., tuple[Any, ...]],
+) -> Any:
+    """What repeated squaring makes of the bits of an exponent, from the lowest to the highest.
 
-    def decorated(loop: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(loop)
-        def either(start: float, base: Any, exponent: Any, *steps: Callable[..., Any]) -> Any:
-            arrays = np.ndim(base) or np.ndim(exponent)
-            return (over_arrays if arrays else loop)(start, base, exponent, *steps)
+    For a bit that is set, the numbers of ``square`` are combined into those of ``result``; after
+    each bit they are squared. It is a loop that a trace of ``Rule.scalars`` can take as one
+    operation, whatever the exponent: a stand-in among the numbers decides what becomes of it, as
+    NumPy's functions have it (NEP 18).
 
-        return either
+    Args:
+        exponent: An integer >= 0, or an array of integers.
+        result: Numbers to begin with, or arrays that broadcast with the exponents.
+        square: Likewise.
+        combined: ``combined(*result, *square) -> result``, of ``+ - * /`` alone, and of no other
+            numbers than its arguments and literals.
+        squared: Likewise ``squared(*square) -> square``.
 
-    return decorated
+    Returns:
+        The first of ``result``: a float, or a float64 array where any argument is an array.
+
+    >>> by_squaring(10, (1.0,), (2.0,), lambda r, s: (r * s,), lambda s: (s * s,))
+    1024.0
+    """
+    for number in (exponent, *result, *square):
+        if isinstance(number, int | float):
+            continue
+        if isinstance(number, np.ndarray) and number.ndim:
+            return _by_squaring_arrays(exponent, result, square, combined, squared)
+        if not isinstance(number, np.ndarray) and hasattr(number, "__array_function__"):
+            arguments = exponent, result, square, combined, squared
+            return number.__array_function__(by_squaring, (type(number),), arguments, {})
+    result, square = tuple(map(float, result)), tuple(map(float, square))
+    bits = int(exponent)
+    while bits:
+        if bits & 1:
+            result = combined(*result, *square)
+        square = squared(*square)
+        bits >>= 1
+    return result[0]
 
 
 def _by_squaring_arrays(
-    start: float,
-    base: Any,
     exponent: Any,
-    combined: Callable[..., Any],
-    squared: Callable[..., Any],
+    result: tuple[Any, ...],
+    square: tuple[Any, ...],
+    combined: Callable[..., tuple[Any, ...]],
+    squared: Callable[..., tuple[Any, ...]],
 ) -> Any:
-    square, bits = np.asarray(base, np.float64), np.asarray(exponent, np.int64)
-    result = np.full(np.broadcast_shapes(square.shape, bits.shape), start)
+    bits = np.asarray(exponent, np.int64)
+    shape = np.broadcast_shapes(bits.shape, *map(np.shape, (*result, *square)))
+    result = tuple(np.full(shape, number, np.float64) for number in result)
+    square = tuple(np.asarray(number, np.float64) for number in square)
     for bit in range(int(bits.max(initial=0)).bit_length()):
-        np.copyto(result, combined(result, square), where=bits & (1 << bit) != 0)
-        square = squared(square)
-    return result
-
-
-@_with_arrays(_by_squaring_arrays)
-def _by_squaring(
-    start: float,
-    base: Any,
-    exponent: Any,
-    combined: Callable[..., Any],
-    squared: Callable[..., Any],
-) -> Any:
-    result, square, bits = start, float(base), int(exponent)
-    while bits:
-        if bits & 1:
-            result = combined(result, square)
-        square = squared(square)
-        bits >>= 1
-    return result
+        is_set = bits & (1 << bit) != 0
+        pairs = zip(combined(*result, *square), result, strict=True)
+        result = tuple(np.where(is_set, new, old) for new, old in pairs)
+        square = squared(*square)
+    return result[0]
 
 
 def vectorized(function: Callable[..., float]) -> Callable[..., Any]:
@@ -192,13 +213,13 @@ def clamp(xp: Any, x: Any, bound: float) -> Any:
     return xp.where(x < -bound, -bound, x)
 
 
-def sign(xp: Any, x: Any, zero: Any, one: Any) -> Any:
+def sign(xp: Any, x: Any) -> Any:
     """1 for what is positive, -1 for what is negative; zeros and NaN stay as they are.
 
-    >>> sign(np, np.asarray([-3.0, 0.0, 0.5, np.nan]), 0.0, 1.0).tolist()
+    >>> sign(np, np.asarray([-3.0, 0.0, 0.5, np.nan])).tolist()
     [-1.0, 0.0, 1.0, nan]
     """
-    return xp.where(x > zero, one, xp.where(x < zero, -one, x))
+    return xp.where(x > 0.0, 1.0, xp.where(x < 0.0, -1.0, x))
 
 
 def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:

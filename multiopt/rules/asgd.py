@@ -1,27 +1,14 @@
 """Averaged stochastic gradient descent: ``spec/rules/asgd.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from multiopt.rules.decay import descending, penalized, shrunk
-from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["ASGD"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of ASGD."""
-
-    eta: float
-    mu: Any
-    averages: bool
-    weight_decay: float
-    penalizes: bool
-    shrinkage: float
-    shrinks: bool
-    maximizes: bool
 
 
 def asgd(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -64,40 +51,25 @@ class ASGD(Rule):
     ([-0.5, 0.5], [-0.25, 0.25])
     """
 
-    lr: Hyperparameter = 1e-2
-    lambd: Hyperparameter = 1e-4
-    alpha: Hyperparameter = 0.75
-    t0: Hyperparameter = 1e6
-    weight_decay: Hyperparameter = 0.0
-    maximize: bool = False
+    lr: Hyperparameter = number(1e-2, NONNEGATIVE)
+    lambd: Hyperparameter = number(1e-4, NONNEGATIVE)
+    alpha: Hyperparameter = number(0.75, NONNEGATIVE)
+    t0: Hyperparameter = number(1e6, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    maximize: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "lambd": NONNEGATIVE,
-        "alpha": NONNEGATIVE,
-        "t0": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("maximize",)
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``ax``, the average."""
-        return ("ax",)
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return asgd
+    #: The average.
+    slots: ClassVar = ("ax",)
+    update: ClassVar = staticmethod(asgd)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         past = step - 1
         # A negative power: it goes to zero where the other would overflow, which Python refuses.
         eta = h.lr * (1.0 + h.lambd * h.lr * past) ** -h.alpha
         averaged = past - h.t0
-        return Scalars(
+        return dict(
             eta=eta,
             mu=1.0 / np.where(averaged > 1.0, averaged, 1.0),
             averages=averaged > 1.0,

@@ -1,40 +1,16 @@
 """Pyro's ClippedAdam: ``spec/rules/clipped_adam.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from multiopt.rules.adam import descend, first_moment, second_moment
+from multiopt.rules.adam import descend, first_moment, moments, second_moment
 from multiopt.rules.arithmetic import clamp, one_minus_power, power
 from multiopt.rules.decay import penalized
-from multiopt.rules.rule import (
-    FRACTION,
-    NONNEGATIVE,
-    Hyperparameter,
-    Range,
-    Rule,
-    Update,
-    check_tuple,
-)
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, number, switch
 
 __all__ = ["ClippedAdam"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of ClippedAdam."""
-
-    clip_norm: float
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    step_size: float
-    root_scale: float
-    eps: float
-    weight_decay: float
-    penalizes: bool
-    centered: bool
 
 
 def clipped_adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -86,49 +62,23 @@ class ClippedAdam(Rule):
     [0.75, -0.75]
     """
 
-    lr: Hyperparameter = 1e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-8
-    weight_decay: Hyperparameter = 0.0
-    clip_norm: Hyperparameter = 10.0
-    lrd: Hyperparameter = 1.0
-    centered_variance: bool = False
+    lr: Hyperparameter = number(1e-3, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
+    eps: Hyperparameter = number(1e-8, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    clip_norm: Hyperparameter = number(10.0, Range("a number >= 0", infinite=True))
+    lrd: Hyperparameter = number(1.0, NONNEGATIVE)
+    centered_variance: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "betas": FRACTION,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-        "clip_norm": Range("a number >= 0", infinite=True),
-        "lrd": NONNEGATIVE,
-    }
-    switches: ClassVar = ("centered_variance",)
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
-        super().__post_init__()
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``exp_avg`` and ``exp_avg_sq``."""
-        return ("exp_avg", "exp_avg_sq")
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return clipped_adam
+    slots: ClassVar = ("exp_avg", "exp_avg_sq")
+    update: ClassVar = staticmethod(clipped_adam)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        beta1, beta2 = h.betas
-        return Scalars(
+        return dict(
+            **moments(*h.betas),
             clip_norm=h.clip_norm,
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
             step_size=decayed_step_size(h, step),
             root_scale=1.0,
             eps=h.eps,

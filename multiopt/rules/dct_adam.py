@@ -6,19 +6,11 @@ from typing import Any, ClassVar
 
 from array_api_compat import device
 
-from multiopt.rules.adam import first_moment, second_moment
+from multiopt.rules.adam import first_moment, moments, second_moment
 from multiopt.rules.arithmetic import clamp
-from multiopt.rules.clipped_adam import Scalars, clipped_adam, decayed_step_size
+from multiopt.rules.clipped_adam import clipped_adam, decayed_step_size
 from multiopt.rules.cosine import dct, idct, next_fast_len
-from multiopt.rules.rule import (
-    FRACTION,
-    NONNEGATIVE,
-    Hyperparameter,
-    Range,
-    Rule,
-    Update,
-    check_tuple,
-)
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, Update, number
 
 __all__ = ["DCTAdam"]
 
@@ -73,24 +65,17 @@ class DCTAdam(Rule):
     (1, 8)
     """
 
-    lr: Hyperparameter = 1e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-8
-    clip_norm: Hyperparameter = 10.0
-    lrd: Hyperparameter = 1.0
+    lr: Hyperparameter = number(1e-3, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
+    eps: Hyperparameter = number(1e-8, NONNEGATIVE)
+    clip_norm: Hyperparameter = number(10.0, Range("a number >= 0", infinite=True))
+    lrd: Hyperparameter = number(1.0, NONNEGATIVE)
     dct_dim: int | None = None
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "betas": FRACTION,
-        "eps": NONNEGATIVE,
-        "clip_norm": Range("a number >= 0", infinite=True),
-        "lrd": NONNEGATIVE,
-    }
+    slots: ClassVar = ("exp_avg", "exp_avg_sq")
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
         super().__post_init__()
         dim = self.dct_dim
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
@@ -100,11 +85,6 @@ class DCTAdam(Rule):
     def elementwise(self) -> bool:  # type: ignore[override]  # an option decides, not the class
         """Whether there is no transform."""
         return self.dct_dim is None
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``exp_avg`` and ``exp_avg_sq``."""
-        return ("exp_avg", "exp_avg_sq")
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Time and frequencies one after the other in the dimension of time.
@@ -127,15 +107,11 @@ class DCTAdam(Rule):
         return clipped_adam if self.dct_dim is None else partial(dct_adam, self.dct_dim)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
-        """The numbers of a step, those of ClippedAdam."""
-        beta1, beta2 = h.betas
-        return Scalars(
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
+        """The numbers of a step."""
+        return dict(
+            **moments(*h.betas),
             clip_norm=h.clip_norm,
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
             step_size=decayed_step_size(h, step),
             root_scale=1.0,
             eps=h.eps,

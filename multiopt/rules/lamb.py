@@ -1,34 +1,16 @@
 """LAMB: ``spec/rules/lamb.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from multiopt.rules.adam import first_moment, second_moment
+from multiopt.rules.adam import first_moment, moments, second_moment
 from multiopt.rules.arithmetic import one_minus_power, sum_of_squares
 from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["LAMB"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of LAMB."""
-
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    first_moment_scale: float
-    root_scale: float
-    eps: float
-    weight_decay: float
-    penalizes: bool
-    lr: float
-    zero: float
-    one: float
-    maximizes: bool
 
 
 def lamb(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -43,7 +25,7 @@ def lamb(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     wide = xp.asarray(direction, dtype=xp.float64)
     size = xp.sqrt(sum_of_squares(xp, xp.asarray(param, dtype=xp.float64)))
     length = xp.sqrt(sum_of_squares(xp, wide))
-    ratio = xp.where((size == c.zero) | (length == c.zero), c.one, size / length)
+    ratio = xp.where((size == 0.0) | (length == 0.0), 1.0, size / length)
     change = xp.asarray(c.lr * ratio * wide, dtype=param.dtype)
     return param - change, (exp_avg, exp_avg_sq)
 
@@ -80,52 +62,27 @@ class LAMB(Rule):
     [1.2322, -2.2322]
     """
 
-    lr: Hyperparameter = 1e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-6
-    weight_decay: Hyperparameter = 0.0
-    maximize: bool = False
+    lr: Hyperparameter = number(1e-3, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
+    eps: Hyperparameter = number(1e-6, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    maximize: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "betas": FRACTION,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("maximize",)
     elementwise: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
-        super().__post_init__()
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``exp_avg`` and ``exp_avg_sq``."""
-        return ("exp_avg", "exp_avg_sq")
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return lamb
+    slots: ClassVar = ("exp_avg", "exp_avg_sq")
+    update: ClassVar = staticmethod(lamb)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         beta1, beta2 = h.betas
-        return Scalars(
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
+        return dict(
+            **moments(beta1, beta2),
             first_moment_scale=1.0 / one_minus_power(beta1, step),
             root_scale=1.0 / np.sqrt(one_minus_power(beta2, step)),
             eps=h.eps,
             weight_decay=h.weight_decay,
             penalizes=h.weight_decay != 0,
             lr=h.lr,
-            zero=0.0,
-            one=1.0,
             maximizes=h.maximize,
         )

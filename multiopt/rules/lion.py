@@ -1,36 +1,21 @@
 """Lion: ``spec/rules/lion.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from multiopt.rules.adam import first_moment
+from multiopt.rules.adam import first_moment, moments
 from multiopt.rules.arithmetic import sign
 from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["Lion"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of Lion."""
-
-    lr: float
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    weight_decay: float
-    penalizes: bool
-    maximizes: bool
-    zero: float
-    one: float
 
 
 def lion(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     """Chen et al., Algorithm 2."""
     (exp_avg,) = slots
     grad = descending(grad, c)
-    direction = sign(xp, first_moment(exp_avg, grad, c), c.zero, c.one)
+    direction = sign(xp, first_moment(exp_avg, grad, c))
     param = param - c.lr * penalized(param, direction, c)
     return param, (c.beta2 * exp_avg + c.one_minus_beta2 * grad,)
 
@@ -63,42 +48,21 @@ class Lion(Rule):
     [0.5, 1.5, 1.0]
     """
 
-    lr: Hyperparameter = 1e-4
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.99)
-    weight_decay: Hyperparameter = 0.0
-    maximize: bool = False
+    lr: Hyperparameter = number(1e-4, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.99), FRACTION)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    maximize: bool = switch()
 
-    ranges: ClassVar = {"lr": NONNEGATIVE, "betas": FRACTION, "weight_decay": NONNEGATIVE}
-    switches: ClassVar = ("maximize",)
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
-        super().__post_init__()
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``exp_avg``."""
-        return ("exp_avg",)
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return lion
+    slots: ClassVar = ("exp_avg",)
+    update: ClassVar = staticmethod(lion)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        beta1, beta2 = h.betas
-        return Scalars(
+        return dict(
+            **moments(*h.betas),
             lr=h.lr,
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
             weight_decay=h.weight_decay,
             penalizes=h.weight_decay != 0,
             maximizes=h.maximize,
-            zero=0.0,
-            one=1.0,
         )

@@ -2,31 +2,13 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from multiopt.rules.arithmetic import maximum, sum_of_squares
-from multiopt.rules.decay import shrunk
-from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+from multiopt.rules.decay import decays, shrunk
+from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Rule, choice, number, switch
 
 __all__ = ["Muon"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of Muon."""
-
-    momentum: float
-    one_minus_momentum: float
-    nesterov: bool
-    a: float
-    b: float
-    c: float
-    eps: float
-    ns_steps: float
-    lr: float
-    rms: float
-    matches_adamw: bool
-    shrinkage: float
-    shrinks: bool
 
 
 def muon(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -101,45 +83,29 @@ class Muon(Rule):
     [[0.0, -0.6], [0.6, 0.0]]
     """
 
-    lr: Hyperparameter = 1e-3
-    weight_decay: Hyperparameter = 0.1
-    momentum: Hyperparameter = 0.95
-    nesterov: bool = True
-    ns_coefficients: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = (
-        3.4445,
-        -4.775,
-        2.0315,
+    lr: Hyperparameter = number(1e-3, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.1, NONNEGATIVE)
+    momentum: Hyperparameter = number(0.95, NONNEGATIVE)
+    nesterov: bool = switch(True)
+    ns_coefficients: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = number(
+        (3.4445, -4.775, 2.0315), FINITE
     )
-    eps: Hyperparameter = 1e-7
+    eps: Hyperparameter = number(1e-7, NONNEGATIVE)
     ns_steps: int = 5
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = choice(
+        None, "original", "match_rms_adamw", default=None
+    )
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-        "momentum": NONNEGATIVE,
-        "ns_coefficients": FINITE,
-        "eps": NONNEGATIVE,
-    }
-    switches: ClassVar = ("nesterov",)
     elementwise: ClassVar[bool] = False
+    slots: ClassVar = ("momentum_buffer",)
+    update: ClassVar = staticmethod(muon)
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_tuple(self, "ns_coefficients", 3)
         super().__post_init__()
-        steps, adjust = self.ns_steps, self.adjust_lr_fn
+        steps = self.ns_steps
         if not (isinstance(steps, int) and not isinstance(steps, bool) and 0 <= steps < 100):
             raise ValueError(f"Muon: ns_steps must be an integer from 0 to 99; got {steps!r}")
-        if adjust not in (None, "original", "match_rms_adamw"):
-            raise ValueError(
-                f"Muon: adjust_lr_fn must be None, 'original' or 'match_rms_adamw'; got {adjust!r}"
-            )
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``momentum_buffer``."""
-        return ("momentum_buffer",)
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Those of other rules, for matrices.
@@ -154,16 +120,11 @@ class Muon(Rule):
             )
         return super().slot_shapes(shape)
 
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return muon
-
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         a, b, c = h.ns_coefficients
-        return Scalars(
+        return dict(
             momentum=h.momentum,
             one_minus_momentum=1.0 - h.momentum,
             nesterov=h.nesterov,
@@ -175,6 +136,5 @@ class Muon(Rule):
             lr=h.lr,
             rms=0.2,
             matches_adamw=h.adjust_lr_fn == "match_rms_adamw",
-            shrinkage=1.0 - h.lr * h.weight_decay,
-            shrinks=h.weight_decay != 0,
+            **decays(h, h.lr, decoupled=True),
         )

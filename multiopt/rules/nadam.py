@@ -2,34 +2,16 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from multiopt.rules.adam import first_moment, second_moment
+from multiopt.rules.adam import first_moment, moments, second_moment
 from multiopt.rules.arithmetic import one_minus_power, power, vectorized
-from multiopt.rules.decay import descending, penalized, shrunk
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["NAdam"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of NAdam."""
-
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    gradient_step: float
-    momentum_step: float
-    root_scale: float
-    eps: float
-    weight_decay: float
-    penalizes: bool
-    shrinkage: float
-    shrinks: bool
-    maximizes: bool
 
 
 def nadam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -101,57 +83,30 @@ class NAdam(Rule):
     [0.4718, -0.4718]
     """
 
-    lr: Hyperparameter = 2e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-8
-    weight_decay: Hyperparameter = 0.0
-    momentum_decay: Hyperparameter = 4e-3
-    decoupled_weight_decay: bool = False
-    maximize: bool = False
+    lr: Hyperparameter = number(2e-3, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
+    eps: Hyperparameter = number(1e-8, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    momentum_decay: Hyperparameter = number(4e-3, NONNEGATIVE)
+    decoupled_weight_decay: bool = switch()
+    maximize: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "betas": FRACTION,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-        "momentum_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("decoupled_weight_decay", "maximize")
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
-        super().__post_init__()
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``exp_avg`` and ``exp_avg_sq``."""
-        return ("exp_avg", "exp_avg_sq")
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return nadam
+    slots: ClassVar = ("exp_avg", "exp_avg_sq")
+    update: ClassVar = staticmethod(nadam)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         beta1, beta2 = h.betas
         momentum = beta1 * share(h.momentum_decay, step)
         next_momentum = beta1 * share(h.momentum_decay, step + 1)
         product = power(beta1, step) * product_of_shares(h.momentum_decay, step)
-        return Scalars(
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
+        return dict(
+            **moments(beta1, beta2),
             gradient_step=h.lr * (1.0 - momentum) / (1.0 - product),
             momentum_step=h.lr * next_momentum / (1.0 - product * next_momentum),
             root_scale=1.0 / np.sqrt(one_minus_power(beta2, step)),
             eps=h.eps,
-            weight_decay=h.weight_decay,
-            penalizes=not h.decoupled_weight_decay and h.weight_decay != 0,
-            shrinkage=1.0 - h.lr * h.weight_decay,
-            shrinks=h.decoupled_weight_decay and h.weight_decay != 0,
             maximizes=h.maximize,
+            **decays(h, h.lr, h.decoupled_weight_decay),
         )

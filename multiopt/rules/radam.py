@@ -1,34 +1,16 @@
 """RAdam: ``spec/rules/radam.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from multiopt.rules.adam import descend, first_moment, second_moment
-from multiopt.rules.arithmetic import one_minus_power, vectorized
-from multiopt.rules.decay import descending, penalized, shrunk
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, check_tuple
+from multiopt.rules.adam import descend, first_moment, moments, second_moment
+from multiopt.rules.arithmetic import by_squaring, one_minus_power
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["RAdam"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of RAdam."""
-
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    step_size: float
-    root_scale: float
-    eps: float
-    rectifies: bool
-    weight_decay: float
-    penalizes: bool
-    shrinkage: float
-    shrinks: bool
-    maximizes: bool
 
 
 def radam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -43,30 +25,25 @@ def radam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     return param - c.step_size * exp_avg, (exp_avg, exp_avg_sq)
 
 
-@vectorized
 def mean_age(beta: Any, step: Any) -> Any:
     """The mean age of the gradients in an average: of 0 to ``step - 1``, with weights ``beta^age``.
 
     Put together from blocks of 1, 2, 4, ... ages, as ``one_minus_power`` is. The difference of the
     paper, ``beta / (1 - beta) - t * beta^t / (1 - beta^t)``, loses three digits at 0.999.
     """
-    mean, mass = 0.0, 0.0
-    block, block_mean, block_mass = 1.0, 0.0, 1.0 - float(beta)
-    bits = int(step)
-    while bits:
-        if bits & 1:
-            mean, mass = _older(block, block_mean, block_mass, mean, mass)
-        block_mean, block_mass = _older(block, block_mean, block_mass, block_mean, block_mass)
-        block = block + block
-        bits >>= 1
-    return mean
+    return by_squaring(step, (0.0, 0.0), (0.0, 1.0 - beta, 1.0), _older, _doubled)
 
 
-def _older(block: Any, block_mean: Any, block_mass: Any, mean: Any, mass: Any) -> Any:
+def _older(mean: Any, mass: Any, block_mean: Any, block_mass: Any, block: Any) -> Any:
     """The mean and the mass of a block of ages and of others, made older by its length."""
     mass = (1.0 - block_mass) * mass
     total = block_mass + mass
     return (block_mass * block_mean + mass * (block + mean)) / total, total
+
+
+def _doubled(mean: Any, mass: Any, block: Any) -> Any:
+    """A block and another one like it, made older by its length."""
+    return *_older(mean, mass, mean, mass, block), block + block
 
 
 @dataclass(frozen=True)
@@ -99,38 +76,18 @@ class RAdam(Rule):
     [-1.0, -0.995]
     """
 
-    lr: Hyperparameter = 1e-3
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: Hyperparameter = 1e-8
-    weight_decay: Hyperparameter = 0.0
-    decoupled_weight_decay: bool = False
-    maximize: bool = False
+    lr: Hyperparameter = number(1e-3, NONNEGATIVE)
+    betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
+    eps: Hyperparameter = number(1e-8, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    decoupled_weight_decay: bool = switch()
+    maximize: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "betas": FRACTION,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("decoupled_weight_decay", "maximize")
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        check_tuple(self, "betas", 2)
-        super().__post_init__()
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``exp_avg`` and ``exp_avg_sq``."""
-        return ("exp_avg", "exp_avg_sq")
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return radam
+    slots: ClassVar = ("exp_avg", "exp_avg_sq")
+    update: ClassVar = staticmethod(radam)
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         beta1, beta2 = h.betas
         rho = 1.0 + 2.0 * mean_age(beta2, step)
@@ -142,18 +99,12 @@ class RAdam(Rule):
             (rho - 4.0) * (rho - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * rho)
         )
         adaptive = rectification * np.sqrt(one_minus_power(beta2, step))
-        return Scalars(
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
+        return dict(
+            **moments(beta1, beta2),
             step_size=h.lr * np.where(rectifies, adaptive, 1.0) / one_minus_power(beta1, step),
             root_scale=1.0,
             eps=h.eps,
             rectifies=rectifies,
-            weight_decay=h.weight_decay,
-            penalizes=not h.decoupled_weight_decay and h.weight_decay != 0,
-            shrinkage=1.0 - h.lr * h.weight_decay,
-            shrinks=h.decoupled_weight_decay and h.weight_decay != 0,
             maximizes=h.maximize,
+            **decays(h, h.lr, h.decoupled_weight_decay),
         )

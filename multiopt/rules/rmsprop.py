@@ -1,29 +1,13 @@
 """RMSprop, plain and centered: ``spec/rules/rmsprop.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
-from multiopt.rules.adam import first_moment, second_moment
-from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.adam import first_moment, moments, second_moment
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, number, switch
 
 __all__ = ["RMSprop"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of RMSprop."""
-
-    lr: float
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    eps: float
-    momentum: float
-    weight_decay: float
-    penalizes: bool
-    maximizes: bool
-    zero: float
 
 
 def rmsprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -31,7 +15,7 @@ def rmsprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     (square_avg,) = slots
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
-    return param - c.lr * scaled(xp, grad, square_avg, c), (square_avg,)
+    return shrunk(param, c) - c.lr * scaled(xp, grad, square_avg, c), (square_avg,)
 
 
 def rmsprop_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -40,7 +24,7 @@ def rmsprop_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) ->
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
     buffer = c.momentum * buffer + scaled(xp, grad, square_avg, c)
-    return param - c.lr * buffer, (square_avg, buffer)
+    return shrunk(param, c) - c.lr * buffer, (square_avg, buffer)
 
 
 def centered(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -49,8 +33,8 @@ def centered(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
     grad_avg = first_moment(grad_avg, grad, c)
-    direction = scaled(xp, grad, variance(xp, square_avg, grad_avg, c), c)
-    return param - c.lr * direction, (square_avg, grad_avg)
+    direction = scaled(xp, grad, variance(xp, square_avg, grad_avg), c)
+    return shrunk(param, c) - c.lr * direction, (square_avg, grad_avg)
 
 
 def centered_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -59,9 +43,9 @@ def centered_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
     grad_avg = first_moment(grad_avg, grad, c)
-    direction = scaled(xp, grad, variance(xp, square_avg, grad_avg, c), c)
+    direction = scaled(xp, grad, variance(xp, square_avg, grad_avg), c)
     buffer = c.momentum * buffer + direction
-    return param - c.lr * buffer, (square_avg, buffer, grad_avg)
+    return shrunk(param, c) - c.lr * buffer, (square_avg, buffer, grad_avg)
 
 
 def scaled(xp: Any, grad: Any, mean_square: Any, c: Any) -> Any:
@@ -69,10 +53,10 @@ def scaled(xp: Any, grad: Any, mean_square: Any, c: Any) -> Any:
     return grad / (xp.sqrt(mean_square) + c.eps)
 
 
-def variance(xp: Any, square_avg: Any, grad_avg: Any, c: Any) -> Any:
+def variance(xp: Any, square_avg: Any, grad_avg: Any) -> Any:
     """The mean square less the square of the mean, which rounding must not bring below zero."""
     difference = square_avg - grad_avg * grad_avg
-    return xp.where(difference < c.zero, c.zero, difference)
+    return xp.where(difference < 0.0, 0.0, difference)
 
 
 @dataclass(frozen=True)
@@ -92,6 +76,7 @@ class RMSprop(Rule):
         momentum: Share of the buffer of directions that stays, >= 0; 0 keeps no buffer.
         centered: Divide by the root of the gradient's variance instead of its mean square.
         maximize: Ascend instead.
+        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
 
     Each of the first five may be a schedule ``step -> number``.
 
@@ -106,22 +91,14 @@ class RMSprop(Rule):
     [1.0, -1.0]
     """
 
-    lr: Hyperparameter = 1e-2
-    alpha: Hyperparameter = 0.99
-    eps: Hyperparameter = 1e-8
-    weight_decay: Hyperparameter = 0.0
-    momentum: Hyperparameter = 0.0
-    centered: bool = False
-    maximize: bool = False
-
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "alpha": FRACTION,
-        "eps": NONNEGATIVE,
-        "weight_decay": NONNEGATIVE,
-        "momentum": NONNEGATIVE,
-    }
-    switches: ClassVar = ("centered", "maximize")
+    lr: Hyperparameter = number(1e-2, NONNEGATIVE)
+    alpha: Hyperparameter = number(0.99, FRACTION)
+    eps: Hyperparameter = number(1e-8, NONNEGATIVE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    momentum: Hyperparameter = number(0.0, NONNEGATIVE)
+    centered: bool = switch()
+    maximize: bool = switch()
+    decoupled_weight_decay: bool = switch()
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -137,18 +114,13 @@ class RMSprop(Rule):
         return rmsprop if self.momentum == 0 else rmsprop_with_momentum
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        return Scalars(
+        return dict(
+            **moments(h.alpha, h.alpha),
             lr=h.lr,
-            beta1=h.alpha,
-            one_minus_beta1=1.0 - h.alpha,
-            beta2=h.alpha,
-            one_minus_beta2=1.0 - h.alpha,
             eps=h.eps,
             momentum=h.momentum,
-            weight_decay=h.weight_decay,
-            penalizes=h.weight_decay != 0,
             maximizes=h.maximize,
-            zero=0.0,
+            **decays(h, h.lr, h.decoupled_weight_decay),
         )

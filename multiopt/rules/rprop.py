@@ -1,26 +1,14 @@
 """Rprop: ``spec/rules/rprop.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from multiopt.rules.decay import descending
-from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Range, Rule, Update, check_tuple
+from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Range, Rule, number, switch
 
 __all__ = ["Rprop"]
-
-
-class Scalars(NamedTuple):
-    """The numbers of one step of Rprop."""
-
-    start: Any
-    shrink: float
-    grow: float
-    smallest: float
-    largest: float
-    zero: float
-    maximizes: bool
 
 
 def rprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -28,15 +16,15 @@ def rprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     prev, step_size = slots
     grad = descending(grad, c)
     # The gradient as seen from the previous direction. The product of the two could underflow.
-    ahead = xp.where(prev > c.zero, grad, xp.where(prev < c.zero, -grad, prev))
+    ahead = xp.where(prev > 0.0, grad, xp.where(prev < 0.0, -grad, prev))
     step_size = step_size + c.start
-    shrunk = xp.where(ahead < c.zero, c.shrink * step_size, step_size)
-    step_size = xp.where(ahead > c.zero, c.grow * step_size, shrunk)
+    shrunk = xp.where(ahead < 0.0, c.shrink * step_size, step_size)
+    step_size = xp.where(ahead > 0.0, c.grow * step_size, shrunk)
     step_size = xp.where(step_size < c.smallest, c.smallest, step_size)
     step_size = xp.where(step_size > c.largest, c.largest, step_size)
-    grad = xp.where(ahead < c.zero, c.zero, grad)
+    grad = xp.where(ahead < 0.0, 0.0, grad)
     # A gradient of zero or NaN is itself the change.
-    change = xp.where(grad > c.zero, step_size, xp.where(grad < c.zero, -step_size, grad))
+    change = xp.where(grad > 0.0, step_size, xp.where(grad < 0.0, -step_size, grad))
     return param - change, (grad, step_size)
 
 
@@ -72,48 +60,33 @@ class Rprop(Rule):
     [-0.1, 1.5]
     """
 
-    lr: Hyperparameter = 1e-2
-    etas: tuple[Hyperparameter, Hyperparameter] = (0.5, 1.2)
-    step_sizes: tuple[Hyperparameter, Hyperparameter] = (1e-6, 50.0)
-    maximize: bool = False
+    lr: Hyperparameter = number(1e-2, NONNEGATIVE)
+    etas: tuple[Hyperparameter, Hyperparameter] = number((0.5, 1.2), NONNEGATIVE)
+    step_sizes: tuple[Hyperparameter, Hyperparameter] = number(
+        (1e-6, 50.0), Range("a number >= 0", infinite=True)
+    )
+    maximize: bool = switch()
 
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "etas": NONNEGATIVE,
-        "step_sizes": Range("a number >= 0", infinite=True),
-    }
-    switches: ClassVar = ("maximize",)
+    slots: ClassVar = ("prev", "step_size")
+    update: ClassVar = staticmethod(rprop)
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
-        check_tuple(self, "etas", 2)
-        check_tuple(self, "step_sizes", 2)
         super().__post_init__()
         shrink, grow = self.etas
         if not ((callable(shrink) or shrink < 1) and (callable(grow) or grow > 1)):
             raise ValueError(f"Rprop: etas must be below and above 1; got {self.etas!r}")
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """``prev`` and ``step_size``."""
-        return ("prev", "step_size")
-
-    @property
-    def update(self) -> Update:
-        """One step."""
-        return rprop
-
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
         shrink, grow = h.etas
         smallest, largest = h.step_sizes
-        return Scalars(
+        return dict(
             start=np.where(step == 1, h.lr, 0.0),
             shrink=shrink,
             grow=grow,
             smallest=smallest,
             largest=largest,
-            zero=0.0,
             maximizes=h.maximize,
         )

@@ -2,29 +2,32 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from math import inf, nan, nextafter
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 
 from multiopt.errors import brief
-from multiopt.rules.arithmetic import rounded
 
 __all__ = [
     "FINITE",
     "FRACTION",
     "NONNEGATIVE",
     "SHARE",
+    "Coefficients",
     "Hyperparameter",
     "Range",
     "Rule",
     "Update",
-    "check_tuple",
+    "choice",
     "is_schedule",
     "is_shared",
+    "named",
+    "number",
+    "switch",
     "with_numbers",
 ]
 
@@ -32,6 +35,10 @@ __all__ = [
 Hyperparameter: TypeAlias = float | Callable[[int], float]
 #: ``update(xp, param, grad, slots, c) -> (param, slots)``: arrays in, new arrays out.
 Update: TypeAlias = Callable[[Any, Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
+
+
+#: What a switch among the coefficients is.
+SWITCH = bool | np.bool_
 
 
 class Range(NamedTuple):
@@ -53,13 +60,80 @@ FRACTION = Range("a number >= 0 and < 1", below=1.0)
 SHARE = Range("a number >= 0 and <= 1", below=nextafter(1.0, inf))
 
 
+def number(default: Any, allowed: Range) -> Any:
+    """Declare a field of a rule that is a number, or a schedule; or a tuple of as many.
+
+    Args:
+        default: The default, a number or a tuple of numbers.
+        allowed: The range of each number.
+    """
+    return field(default=default, metadata={"range": allowed})
+
+
+def choice(*choices: Any, default: Any) -> Any:
+    """Declare a field of a rule that is one of some values.
+
+    Args:
+        choices: The values.
+        default: One of them.
+    """
+    return field(default=default, metadata={"choices": choices})
+
+
+def switch(default: bool = False) -> Any:
+    """Declare a field of a rule that is True or False."""
+    return choice(True, False, default=default)
+
+
+class Coefficients:
+    """The numbers of one step, by the names that ``scalars`` gave them: floats and bool switches.
+
+    They can be read as attributes and, in their order, by iteration, and not be changed.
+
+    >>> c = Coefficients(lr=0.5, maximizes=False)
+    >>> c.lr, list(c)
+    (0.5, [0.5, False])
+    """
+
+    def __init__(self, **numbers: Any) -> None:
+        """Take the numbers."""
+        vars(self).update(numbers)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        """Refuse to change.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError(f"coefficients cannot be changed; got {name}={value!r}")
+
+    def __iter__(self) -> Iterator[Any]:
+        """The numbers in their order."""
+        return iter(vars(self).values())
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(vars(self))
+
+    def __eq__(self, other: object) -> Any:
+        """Whether others have the same names and numbers."""
+        return vars(self) == vars(other) if isinstance(other, Coefficients) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """The call that makes them."""
+        return f"Coefficients({', '.join(f'{name}={x!r}' for name, x in vars(self).items())})"
+
+
 @dataclass(frozen=True)
 class Rule(ABC):
     """An update rule: a frozen dataclass of hyperparameters with three parts.
 
-    * its fields, the hyperparameters, held to ``ranges`` when it is made;
+    * its fields, the hyperparameters, declared with ``number``, ``switch`` and ``choice`` and held
+      to that when it is made;
     * ``scalars``: from them the numbers of one step, on the host, in float64;
-    * ``update``: the mathematics, a plain function of arrays.
+    * ``update``: the mathematics, a plain function of arrays, and the names of its ``slots``.
 
     A rule holds no state and does not know the names it is used for. ``CONTRIBUTING.md`` says how
     to write one.
@@ -72,32 +146,55 @@ class Rule(ABC):
     """
 
     #: The range of each numeric hyperparameter, by name. Each may also be a schedule.
-    ranges: ClassVar[Mapping[str, Range]]
-    #: The hyperparameters that are True or False.
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    #: What each of the others may be that is one of some values.
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    #: Those of them that are True or False.
     switches: ClassVar[tuple[str, ...]] = ()
     #: Whether ``update`` treats each element by itself. One that does not runs as it stands, for
     #: each parameter by itself, on arrays in row-major order.
     elementwise: ClassVar[bool] = True
 
+    def __init_subclass__(cls) -> None:
+        """Collect what the fields are declared to be, those of the parent first."""
+        super().__init_subclass__()
+        declared = {name: x.metadata for name, x in vars(cls).items() if isinstance(x, Field)}
+        for what, known in (("range", "ranges"), ("choices", "choices")):
+            own = {name: kind[what] for name, kind in declared.items() if what in kind}
+            setattr(cls, known, {**getattr(cls, known), **own})
+        cls.switches = tuple(name for name, x in cls.choices.items() if x == (True, False))
+
     def __post_init__(self) -> None:
-        """Hold the hyperparameters to their ranges and store the numbers as floats.
+        """Hold the hyperparameters to what they are declared to be, and make numbers floats.
 
         Raises:
             ValueError: A hyperparameter is out of its range or of another kind.
         """
-        tuples = {field.name for field in fields(self) if isinstance(field.default, tuple)}
-        for name in self.ranges:
-            value = getattr(self, name)
-            if isinstance(value, tuple) and name in tuples:
-                checked: Any = tuple(self._checked(name, part) for part in value)
+        kind = type(self).__name__
+        for f in fields(self):
+            if f.name not in self.ranges:
+                continue
+            value = getattr(self, f.name)
+            if isinstance(f.default, tuple) and "range" in f.metadata:
+                length = len(f.default)
+                if not (isinstance(value, tuple | list) and len(value) == length):
+                    words = {2: "a pair", 3: "a triple"}.get(length, f"a tuple of {length}")
+                    raise ValueError(
+                        f"{kind}: {f.name} must be {words} of numbers; got {brief(value)}"
+                    )
+                value = tuple(value)
+            if isinstance(f.default, tuple) and isinstance(value, tuple):
+                checked: Any = tuple(self._checked(f.name, part) for part in value)
             else:
-                checked = self._checked(name, value)
-            object.__setattr__(self, name, checked)
-        for name in self.switches:
+                checked = self._checked(f.name, value)
+            object.__setattr__(self, f.name, checked)
+        for name, choices in self.choices.items():
             value = getattr(self, name)
-            if not isinstance(value, bool):
+            # 1 is equal to True, but no switch.
+            if not any(isinstance(value, type(x)) and value == x for x in choices):
+                *others, last = map(repr, choices)
                 raise ValueError(
-                    f"{type(self).__name__}: {name} must be True or False; got {brief(value)}"
+                    f"{kind}: {name} must be {', '.join(others)} or {last}; got {brief(value)}"
                 )
 
     @property
@@ -126,22 +223,24 @@ class Rule(ABC):
         """The formula: ``update(xp, param, grad, slots, c) -> (param, slots)``.
 
         ``xp`` is the Array API namespace of the arrays, ``slots`` a tuple in the order of the
-        rule's ``slots``, ``c`` what ``coefficients`` gave. The function is pure, has no number
-        literal and uses only the operations of ``spec/arithmetic.md``, so it may be traced,
-        compiled or differentiated.
+        rule's ``slots``, ``c`` what ``coefficients`` gave. The function is pure and uses only the
+        operations of ``spec/arithmetic.md``, so it may be traced, compiled or differentiated.
         """
 
     @classmethod
     @abstractmethod
     def scalars(cls, h: Any, step: Any) -> Any:
-        """The numbers of a step, as a named tuple of floats (float64) and bool switches.
+        """The numbers of a step, in float64: a dict of floats and bool switches.
 
         Args:
             h: What has the hyperparameters as attributes, each a number, or an array of numbers.
             step: The number of the step, 1 for the first, or an integer array of such numbers.
+
+        Returns:
+            What ``update`` gets as attributes of ``c``, by name.
         """
 
-    def coefficients(self, step: Any, dtype: str = "float64") -> Any:
+    def coefficients(self, step: Any, dtype: str = "float64") -> Coefficients:
         """The numbers that ``update`` needs at a step, schedules evaluated.
 
         They are computed in float64. Rounded to the dtype of the computation they are those of
@@ -154,12 +253,17 @@ class Rule(ABC):
         Raises:
             ValueError: A schedule gave a value out of range.
         """
-        scalars = self.scalars(self.at(step), step)
+        numbers = named(self.scalars(self.at(step), step))
         if np.ndim(step):
-            return scalars
-        # Python's own numbers, since an np.float64 would promote a float32 array.
-        return scalars._make(
-            bool(x) if isinstance(x, bool | np.bool_) else rounded(x, dtype) for x in scalars
+            return Coefficients(**numbers)
+        # Python's own numbers, since an np.float64 would promote a float32 array. This is
+        # ``rounded``, but for the dtype, which takes longer to find than a number to round.
+        kind = np.dtype(dtype).type
+        return Coefficients(
+            **{
+                name: bool(x) if isinstance(x, SWITCH) else float(kind(x))
+                for name, x in numbers.items()
+            }
         )
 
     def at(self, step: Any, count: int | None = None) -> Any:
@@ -272,19 +376,9 @@ def with_numbers(
     return made
 
 
-def check_tuple(rule: Rule, name: str, length: int) -> None:
-    """Hold a hyperparameter to a pair or a triple, and make a list of as many a tuple.
-
-    Raises:
-        ValueError: It is none.
-    """
-    value = getattr(rule, name)
-    if not (isinstance(value, tuple | list) and len(value) == length):
-        words = {2: "a pair", 3: "a triple"}[length]
-        raise ValueError(
-            f"{type(rule).__name__}: {name} must be {words} of numbers; got {brief(value)}"
-        )
-    object.__setattr__(rule, name, tuple(value))
+def named(c: Any) -> dict[str, Any]:
+    """What ``scalars`` gave, by name; a named tuple has names as well."""
+    return c._asdict() if isinstance(c, tuple) else dict(c)  # type: ignore[attr-defined]
 
 
 def is_schedule(value: Any) -> bool:

@@ -1,31 +1,19 @@
 """Stochastic gradient descent: ``spec/rules/sgd.md``."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from multiopt.rules.decay import descending, penalized
-from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Rule, Update
+from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Rule, Update, number, switch
 
 __all__ = ["SGD"]
 
 
-class Scalars(NamedTuple):
-    """The numbers of one step of SGD."""
-
-    lr: float
-    momentum: float
-    gradient_share: Any
-    weight_decay: float
-    penalizes: bool
-    maximizes: bool
-    nesterov: bool
-
-
 def descend(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     """Descend along the gradient."""
-    return param - c.lr * penalized(param, descending(grad, c), c), slots
+    return shrunk(param, c) - c.lr * penalized(param, descending(grad, c), c), slots
 
 
 def descend_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -34,7 +22,7 @@ def descend_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) ->
     grad = penalized(param, descending(grad, c), c)
     buffer = c.momentum * buffer + c.gradient_share * grad
     direction = grad + c.momentum * buffer if c.nesterov else buffer
-    return param - c.lr * direction, (buffer,)
+    return shrunk(param, c) - c.lr * direction, (buffer,)
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,7 @@ class SGD(Rule):
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
         nesterov: Descend along ``grad + momentum * buffer``; needs momentum and no dampening.
         maximize: Ascend instead.
+        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
 
     Each of the first four may be a schedule ``step -> number``.
 
@@ -69,20 +58,13 @@ class SGD(Rule):
     [-0.25, 3.25]
     """
 
-    lr: Hyperparameter = 1e-3
-    momentum: Hyperparameter = 0.0
-    dampening: Hyperparameter = 0.0
-    weight_decay: Hyperparameter = 0.0
-    nesterov: bool = False
-    maximize: bool = False
-
-    ranges: ClassVar = {
-        "lr": NONNEGATIVE,
-        "momentum": NONNEGATIVE,
-        "dampening": FINITE,
-        "weight_decay": NONNEGATIVE,
-    }
-    switches: ClassVar = ("nesterov", "maximize")
+    lr: Hyperparameter = number(1e-3, NONNEGATIVE)
+    momentum: Hyperparameter = number(0.0, NONNEGATIVE)
+    dampening: Hyperparameter = number(0.0, FINITE)
+    weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
+    nesterov: bool = switch()
+    maximize: bool = switch()
+    decoupled_weight_decay: bool = switch()
 
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
@@ -104,14 +86,13 @@ class SGD(Rule):
         return descend if self.momentum == 0 else descend_with_momentum
 
     @classmethod
-    def scalars(cls, h: Any, step: Any) -> Scalars:
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        return Scalars(
+        return dict(
             lr=h.lr,
             momentum=h.momentum,
             gradient_share=np.where(step == 1, 1.0, 1.0 - h.dampening),
-            weight_decay=h.weight_decay,
-            penalizes=h.weight_decay != 0,
             maximizes=h.maximize,
             nesterov=h.nesterov,
+            **decays(h, h.lr, h.decoupled_weight_decay),
         )

@@ -195,6 +195,13 @@ def test_adam_with_torchs_decoupled_decay_is_adamw() -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "AdamW"])
+def test_a_decay_that_torch_cannot_decouple_is_no_argument(module: Any, name: str) -> None:
+    with pytest.raises(TypeError, match="decoupled_weight_decay"):
+        getattr(module, name)({"lr": 0.1, "decoupled_weight_decay": True})({param("loc", 1.0)})
+
+
+@BOTH
 @pytest.mark.parametrize("lrd", [1.0, 3.0, 5.0])
 def test_clipped_adam_decays_its_rate_as_pyro_tests_it(module: Any, lrd: float) -> None:
     loc, opt = param("loc"), module.ClippedAdam({"lr": 0.01, "lrd": lrd})

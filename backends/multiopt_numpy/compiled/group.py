@@ -314,7 +314,7 @@ class CompiledGroup(HostGroup):
         for row, values, step in zip(rows.tolist(), numbers, steps.tolist(), strict=True):
             key = values.tobytes() + step.to_bytes(8, "little")
             if key not in known:
-                known[key] = self.rule_now(row).coefficients(step, self.dtype.name)
+                known[key] = list(self.rule_now(row).coefficients(step, self.dtype.name))
             coefficients[row] = known[key]
 
     def _run(self, part: Part) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 
-from multiopt.rules import Rule
+from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled import look, norms, rows, toolbox, update
-from multiopt_numpy.compiled.identity import norms_identity, update_identity
 from multiopt_numpy.compiled.object_cache import ObjectCode, cached, linked
 from multiopt_numpy.compiled.team import Kernel
-from multiopt_numpy.forms import NotCompilable
 
 __all__ = ["look_kernel", "norm_kernels", "update_kernel"]
 
@@ -30,32 +28,25 @@ def look_kernel(name: str) -> Kernel | None:
     return _loaded("look", [], look.compile_look, look)[name]
 
 
-def update_kernel(rule: Rule, dtype: str, given: bool) -> Kernel:
-    """The step of rules that have the class, the formula and the switches of this one.
+@cache
+def update_kernel(label: str, text: str, dtype: str) -> Kernel:
+    """The step of rules.
 
     Args:
-        rule: The rule.
+        label: Begins the name of its file, for people.
+        text: What ``update_source`` gave.
         dtype: That of the computation.
-        given: Whether the kernel gets coefficients and computes none.
-
-    Raises:
-        NotCompilable: There is none.
     """
-    label = f"{type(rule).__name__}-{dtype}"
-    try:
-        identity = [str(given), *update_identity(rule, dtype)]
-    except Exception as error:
-        raise NotCompilable(f"{label}: its code cannot be told apart: {error}") from error
-    make = partial(update.compile_update, rule, dtype, given)
-    return _loaded(label, identity, make, update)["update"]
+    make = partial(update.compile_update, text, dtype)
+    return _loaded(label, [text, dtype], make, update)["update"]
 
 
 @cache
 def norm_kernels(dtype: str) -> dict[str, Kernel]:
     """``squares``, ``totals``, ``measure`` and ``finite`` for a dtype."""
-    return _loaded(
-        f"norms-{dtype}", norms_identity(dtype), lambda: norms.compile_norms(dtype), norms
-    )
+    text = norms.norms_source()
+    make = partial(norms.compile_norms, text, dtype)
+    return _loaded(f"norms-{dtype}", [text, dtype], make, norms)
 
 
 def _loaded(
@@ -63,5 +54,5 @@ def _loaded(
 ) -> dict[str, Kernel]:
     """Kernels by name, from the disk or compiled now by a function of a module."""
     sources = [inspect.getsource(part).encode() for part in (toolbox, rows, module)]
-    addresses = linked(cached(label, [*sources, *identity], make))
+    addresses = linked(cached(label, [*sources, str(BLOCK), *identity], make))
     return {name: Kernel(address) for name, address in addresses.items()}

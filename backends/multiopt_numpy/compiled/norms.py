@@ -7,14 +7,30 @@ import numpy as np
 from multiopt.rules.arithmetic import BLOCK, clip_coefficient, rescaling
 from multiopt_numpy.compiled.object_cache import ObjectCode
 from multiopt_numpy.compiled.rows import GRAD, SIZE
-from multiopt_numpy.compiled.toolbox import jitted, namespace, object_code, toolbox
+from multiopt_numpy.compiled.source import Source
+from multiopt_numpy.compiled.toolbox import compiled, object_code, toolbox
+from multiopt_numpy.trace import trace_function
 
-__all__ = ["compile_norms"]
+__all__ = ["compile_norms", "norms_source"]
 
 
-def compile_norms(dtype: str) -> ObjectCode:
-    """Sums of squares over the tree of the spec, and the search for what is not finite."""
-    tools = toolbox()
+def norms_source() -> str:
+    """The text of what norms scale gradients by."""
+    source = Source()
+    return source.function(trace_function(clip_coefficient, ["bound", "norm", "eps"])) + (
+        source.function(trace_function(rescaling, ["total"]))
+    )
+
+
+def compile_norms(text: str, dtype: str) -> ObjectCode:
+    """Sums of squares over the tree of the spec, and the search for what is not finite.
+
+    Args:
+        text: What ``norms_source`` gave.
+        dtype: That of the gradients.
+    """
+    tools, known = toolbox(), compiled(text)
+    coefficient, factor_for = known["clip_coefficient"], known["rescaling"]
     njit, words, doubles, flags = tools.njit, tools.words, tools.doubles, tools.bytes
     prefetch = tools.prefetch
     at, number, double = tools.at[dtype], getattr(tools.types, dtype), tools.types.float64
@@ -94,9 +110,6 @@ def compile_norms(dtype: str) -> ObjectCode:
                 sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), x, factor, scratch)
         return 0
 
-    coefficient, factor_for = jitted(clip_coefficient), jitted(rescaling)
-    xp = namespace()
-
     @njit
     def total(g_at, size, factor, sums, scratch):  # type: ignore[no-untyped-def]
         """The sum of squares of one gradient."""
@@ -121,11 +134,11 @@ def compile_norms(dtype: str) -> ObjectCode:
                 row = words(table_at + r * width * 8)
                 g, size = row[GRAD], row[SIZE]
                 squares = total(g, size, 1.0, sums, scratch)
-                factor = factor_for(xp, squares)
+                factor = factor_for(squares)
                 if factor != 1.0:
                     squares = total(g, size, factor, sums, scratch)
                 norms[r] = math.sqrt(squares) / factor
-                own[r] = number(coefficient(xp, bound, norms[r], eps[r]))
+                own[r] = number(coefficient(bound, norms[r], eps[r]))
         return 0
 
     def totals(arguments_at):  # type: ignore[no-untyped-def]

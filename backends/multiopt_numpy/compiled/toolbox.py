@@ -1,17 +1,15 @@
-"""What kernels are made with: Numba, reading memory at an address, the Array API for scalars."""
+"""What kernels are made with: Numba, reading memory at an address."""
 
-import inspect
-from collections.abc import Callable
+import math
 from functools import cache
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from multiopt_numpy.compiled.object_cache import ObjectCode
-from multiopt_numpy.forms import global_names
 
-__all__ = ["jitted", "namespace", "object_code", "toolbox"]
+__all__ = ["compiled", "object_code", "toolbox"]
 
 
 @cache
@@ -84,43 +82,16 @@ def toolbox() -> Any:
     return tools
 
 
-@cache
-def namespace() -> ModuleType:
-    """The Array API for scalars: a module, the one kind of namespace that Numba takes.
+def compiled(text: str, **known: Any) -> dict[str, Any]:
+    """The functions of a text of ``source``, to be called by others that are compiled.
 
-    Numba's own ``where`` makes a 0-d array of scalars.
+    Args:
+        text: The text.
+        known: What it refers to by name, beside ``njit``, ``sqrt``, ``inf`` and ``nan``.
     """
-    njit = toolbox().njit
-    namespace = ModuleType("scalar_namespace")
-    namespace.__dict__.update(
-        sqrt=np.sqrt,
-        abs=abs,
-        isnan=np.isnan,
-        isfinite=np.isfinite,
-        where=njit(lambda condition, x, y: x if condition else y),
-    )
-    return namespace
-
-
-def jitted(function: Callable[..., Any]) -> Any:
-    """A rule's function as it stands, compiled for scalars, with the functions that it calls."""
-    function = inspect.unwrap(function)
-    known = function.__globals__
-    replaced = {}
-    for name in global_names(function.__code__):
-        value = known.get(name)
-        if isinstance(value, FunctionType):
-            replaced[name] = jitted(value)
-        elif value is np:
-            replaced[name] = namespace()
-    rebound = FunctionType(
-        function.__code__,
-        {**known, **replaced},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return toolbox().njit(rebound)
+    names = {**known, "njit": toolbox().njit, "sqrt": np.sqrt, "inf": math.inf, "nan": math.nan}
+    exec(text, names)
+    return names
 
 
 def object_code(**kernels: Any) -> ObjectCode:

@@ -1,189 +1,132 @@
-"""The update of a rule over the rows of a table, compiled from the rule's own code.
+"""The update of a rule over the rows of a table, compiled from its trace.
 
-Nothing of a rule's mathematics stands here. ``update`` and ``scalars`` are compiled as they stand,
-with the functions they call, for scalars instead of arrays: ``xp`` is a namespace of a few scalar
-functions. What this file adds are loops and addresses.
+Nothing of a rule's mathematics stands here. What this file adds to the text of the formula and of
+the coefficients are loops and addresses.
 """
 
 import math
-from collections import namedtuple
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from textwrap import indent
 from typing import Any
 
-from multiopt.rules import Rule
 from multiopt.rules.arithmetic import BLOCK, clamp
-from multiopt_numpy.compiled.identity import class_numbers
 from multiopt_numpy.compiled.object_cache import ObjectCode
 from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE
-from multiopt_numpy.compiled.toolbox import jitted, namespace, object_code, toolbox
-from multiopt_numpy.forms import (
-    NotCompilable,
-    number_fields,
-    sample_scalars,
-    scalars_of,
-)
+from multiopt_numpy.compiled.source import Source
+from multiopt_numpy.compiled.toolbox import compiled, object_code, toolbox
+from multiopt_numpy.trace import Kind, Trace, trace_function, trace_update
 
-__all__ = ["compile_update"]
+__all__ = ["compile_update", "update_source"]
 
+#: ``coefficients`` is ``Rule.coefficients``: computed in float64, rounded once to the dtype; or
+#: where the host computes them, the numbers of a row are they. ``update`` says whether the bound
+#: changed the gradient.
+TEXT = """
+FIRST_NUMBER, COUNT = {first_number}, {count}
 
-#: ``Rule.coefficients``: computed in float64, rounded once to the dtype.
-_COEFFICIENTS = """
+{functions}
+@njit
 def coefficients(numbers, step):
-    c = scalars(rule_class, Hyperparameters({hyperparameters}), step)
-    return Scalars({rounded})
-"""
+{coefficients}
 
-#: The same where the host computes them: the numbers of a row are the coefficients.
-_GIVEN_COEFFICIENTS = """
-def coefficients(numbers, step):
-    return Scalars({given})
-"""
-
-#: What differs between rules: how many slots.
-_LOOPS = """
-def plain(row, low, high, c):
-    p, g = at(row[PARAM]), at(row[GRAD])
-    {slots}
-    for i in range(low, high):
-        q, t = update(xp, p[i], g[i], ({reads}), c)
-        p[i] = q
-        {writes}
-
-def clipping(row, low, high, c, own, shared, bound, write):
-    p, g = at(row[PARAM]), at(row[GRAD])
-    {slots}
-    beyond = 0
-    if bound == inf:
+@njit
+def update(row, low, high, c, own, shared, bound, writes):
+{before}
+    passed = 0
+    if bound == inf and own == 1 and shared == 1:
         for i in range(low, high):
-            d = own * g[i] * shared
-            if write:
-                g[i] = d
-            q, t = update(xp, p[i], d, ({reads}), c)
-            p[i] = q
-            {writes}
+            grad = grads[i]
+{element}
+    elif bound == inf:
+        for i in range(low, high):
+            grad = own * grads[i] * shared
+            if writes:
+                grads[i] = grad
+{element}
     else:
         for i in range(low, high):
-            d = own * g[i] * shared
-            beyond |= (d > bound) | (d < -bound)
-            d = clamp(xp, d, bound)
-            if write:
-                g[i] = d
-            q, t = update(xp, p[i], d, ({reads}), c)
-            p[i] = q
-            {writes}
-    return beyond
+            grad = own * grads[i] * shared
+            passed |= (grad > bound) | (grad < -bound)
+            grad = clamp(grad, bound)
+            if writes:
+                grads[i] = grad
+{element}
+    return passed
 """
 
 
-def compile_update(rule: Rule, dtype: str, given: bool) -> ObjectCode:
+def update_source(
+    update: Callable[..., Any],
+    slots: int,
+    kinds: Mapping[str, bool | Kind],
+    scalars: Trace | None,
+) -> str:
+    """The text that the update of a rule is compiled from.
+
+    Args:
+        update: As for ``trace_update``.
+        slots: Likewise.
+        kinds: What each coefficient is, likewise.
+        scalars: How they are computed, from the numbers in a row. None if the host computes them:
+            then they are the numbers in a row.
+
+    Raises:
+        NotTraceable: The formula has no trace.
+    """
+    count = len(kinds) if scalars is None else len(scalars.inputs) - 1
+    numbers = [f"numbers[{k}]" for k in range(count)]
+    source = Source()
+    lines: list[str] = []
+    values, switch = numbers, "{} != 0, "
+    if scalars is not None:
+        lines, values = source.lines(scalars, ["step", *numbers])
+        switch = "{}, "
+    rounded = "".join(
+        ("dtype({}), " if kind is Kind.NUMBER else switch).format(value)
+        for value, kind in zip(values, kinds.values(), strict=True)
+    )
+    arrays = ["param", *(f"slot{k}" for k in range(slots))]
+    places = [PARAM, *range(FIRST_SLOT, FIRST_SLOT + slots)]
+    before = [f"grads = at(row[{GRAD}])"]
+    before += [f"{name}s = at(row[{place}])" for name, place in zip(arrays, places, strict=True)]
+    before += [f"c{k} = c[{k}]" for k in range(len(kinds))]
+    trace = trace_update(update, slots, kinds)
+    inputs = ["param", "grad", *arrays[1:], *(f"c{k}" for k in range(len(kinds)))]
+    body, results = source.lines(trace, inputs, lambda x: f"dtype({x!r})")
+    element = [*(f"{name} = {name}s[i]" for name in arrays), *body]
+    element += [f"{name}s[i] = {value}" for name, value in zip(arrays, results, strict=True)]
+    clamping = source.function(trace_function(clamp, ["x", "bound"]))
+    return TEXT.format(
+        first_number=FIRST_SLOT + slots,
+        count=count,
+        functions=f"{source}{clamping}",
+        coefficients=_indented([*lines, f"return ({rounded})"], 1),
+        before=_indented(before, 1),
+        element=_indented(element, 3),
+    )
+
+
+def _indented(lines: list[str], depth: int) -> str:
+    return indent("\n".join(lines), "    " * depth)
+
+
+def compile_update(text: str, dtype: str) -> ObjectCode:
     """The step of a rule over the rows of a table.
 
     Args:
-        rule: A rule, of which the switches count, and not the numbers.
+        text: What ``update_source`` gave.
         dtype: That of the computation: ``"float32"`` or ``"float64"``.
-        given: Whether the numbers in a row are the coefficients, computed by the host, and not the
-            hyperparameters.
-
-    Raises:
-        NotCompilable: Numba cannot compile the rule, or would compute in another dtype.
     """
-    import numba  # noqa: F401 -- that it cannot be imported is another matter than a rule's fault
-
-    try:
-        return _compile_update(rule, dtype, given)
-    except Exception as error:
-        # Whatever a rule of the user's makes of the compiler; it has other ways to run.
-        raise NotCompilable(f"{type(rule).__name__}: {error}") from error
-
-
-def _compile_update(rule: Rule, dtype: str, given: bool) -> ObjectCode:
     tools = toolbox()
-    kind = getattr(tools.types, dtype)
-    scalars = sample_scalars(rule, dtype)
-    slots = range(len(rule.slots))
-    update = jitted(rule.update)
-    known: dict[str, Any] = {
-        "PARAM": PARAM,
-        "GRAD": GRAD,
-        "Scalars": type(scalars),
-        "at": tools.at[dtype],
-        "clamp": jitted(clamp),
-        "dtype": kind,
-        "inf": math.inf,
-        "update": update,
-        "xp": namespace(),
-    }
-    count = _add_given(known, rule) if given else _add_coefficients(known, rule)
-    text = _LOOPS.format(
-        slots="; ".join(f"s{j} = at(row[{FIRST_SLOT + j}])" for j in slots),
-        reads="".join(f"s{j}[i], " for j in slots),
-        writes="; ".join(f"s{j}[i] = t[{j}]" for j in slots),
-    )
-    exec(text, known)
-    for name in ("plain", "clipping"):
-        known[name] = tools.njit(known[name])
-    run = _update_kernel(dtype, known, FIRST_SLOT + len(rule.slots), count)
-    code = object_code(update=run)
-    (compiled,) = update.overloads.values()
-    returned = compiled.signature.return_type
-    expected = (kind, tools.types.UniTuple(kind, len(slots)) if slots else tools.types.Tuple(()))
-    if tuple(returned) != expected:
-        raise NotCompilable(
-            f"{type(rule).__name__}: its update would compute {returned} instead of {dtype}; has "
-            "it a number literal? Make it a scalar"
-        )
-    return code
+    known = compiled(text, at=tools.at[dtype], dtype=getattr(tools.types, dtype))
+    return object_code(update=_update_kernel(dtype, known))
 
 
-def _add_coefficients(known: dict[str, Any], rule: Rule) -> int:
-    """Compile the coefficients of a rule; say how many numbers they are made from."""
-    fields = number_fields(rule)
-    # A choice of another kind selects the update, or else there is no kernel.
-    names = [*rule.ranges, *rule.switches]
-    places = {
-        name: [f"numbers[{i}]" for i, field in enumerate(fields) if field[0] == name]
-        for name in rule.ranges
-    }
-    values = [
-        f"{name}=({', '.join(mine)},)"
-        if isinstance(getattr(rule, name), tuple)
-        else f"{name}={mine[0]}"
-        for name, mine in places.items()
-    ] + [f"{name}={getattr(rule, name)}" for name in rule.switches]
-    sample = sample_scalars(rule, "float64")
-    rounded = (
-        f"{name}=c.{name}" if isinstance(value, bool) else f"{name}=dtype(c.{name})"
-        for name, value in sample._asdict().items()
-    )
-    rule_class = ModuleType("rule_class")
-    rule_class.__dict__.update(class_numbers(rule))
-    known |= {
-        "Hyperparameters": namedtuple("Hyperparameters", names),
-        "rule_class": rule_class,
-        "scalars": jitted(scalars_of(rule)),
-    }
-    text = _COEFFICIENTS.format(hyperparameters=", ".join(values), rounded=", ".join(rounded))
-    exec(text, known)
-    known["coefficients"] = toolbox().njit(known["coefficients"])
-    return len(fields)
-
-
-def _add_given(known: dict[str, Any], rule: Rule) -> int:
-    """Take the coefficients of a rule from the row; say how many there are."""
-    sample = sample_scalars(rule, "float64")
-    values = (
-        f"{name}=numbers[{i}] != 0" if isinstance(value, bool) else f"{name}=dtype(numbers[{i}])"
-        for i, (name, value) in enumerate(sample._asdict().items())
-    )
-    exec(_GIVEN_COEFFICIENTS.format(given=", ".join(values)), known)
-    known["coefficients"] = toolbox().njit(known["coefficients"])
-    return len(sample)
-
-
-def _update_kernel(dtype: str, made: dict[str, Any], first_number: int, count: int) -> Any:
+def _update_kernel(dtype: str, known: dict[str, Any]) -> Any:
     """The loop over the rows of a share."""
     tools = toolbox()
-    coefficients, plain, clipping = made["coefficients"], made["plain"], made["clipping"]
+    coefficients, update_elements = known["coefficients"], known["update"]
+    first_number, count = known["FIRST_NUMBER"], known["COUNT"]
     words, doubles, flags = tools.words, tools.doubles, tools.bytes
     number, prefetch = getattr(tools.types, dtype), tools.prefetch
 
@@ -219,9 +162,8 @@ def _update_kernel(dtype: str, made: dict[str, Any], first_number: int, count: i
                 known, known_step = numbers, step
             x, y, z = number(own[r]), number(shared[r]), number(bound)
             scaled = x != 1 or y != 1
-            if not scaled and bound == math.inf:
-                plain(row, low, high, c)
-            elif clipping(row, low, high, c, x, y, z, write != 0) != 0 or scaled:
+            writes = write != 0 and (scaled or bound != math.inf)
+            if update_elements(row, low, high, c, x, y, z, writes) != 0 or scaled:
                 clipped[r] = 1
             if counts != 0:
                 steps[r] = step

@@ -13,8 +13,11 @@ from multiopt import rules
 from multiopt.adapters.pyro.dct import OF_TENSORS
 from multiopt.adapters.pyro.tracking import ALONE, Tracked
 from multiopt.adapters.torch_state import (
+    DECOUPLED,
     from_plain,
     group_settings,
+    in_torch,
+    lacking,
     number,
     plain_settings,
     refuse_subsamples,
@@ -62,8 +65,8 @@ def make_rule(rule_class: type[Rule], settings: Mapping[str, Any]) -> Rule:
     if rule_class is rules.DCTAdam:
         refuse_subsamples(given)
         given.pop("subsample_aware", None)
-    if rule_class is rules.Adam and given.pop("decoupled_weight_decay", False):
-        rule_class = rules.AdamW
+    for name in lacking(rule_class) & given.keys():
+        raise TypeError(f"torch.optim.{rule_class.__name__} has no argument {name!r}")
     rule = rule_class(**given)
     if changeable(settings.get("lr")) and getattr(rule, "lrd", 1.0) != 1.0:
         raise ValueError(
@@ -104,10 +107,10 @@ def with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any)
         ValueError: The value is out of range.
     """
     before = settings_now(constructor, rule, step)
-    if name == "decoupled_weight_decay" and isinstance(rule, rules.Adam):
-        # In torch AdamW is Adam with a switch on.
-        kind = rules.AdamW if value else rules.Adam
-        return kind(**{f.name: getattr(rule, f.name) for f in fields(rule)})
+    if name == DECOUPLED and isinstance(rule, rules.AdamW):
+        # torch's AdamW shows the switch of its Adam, and it can be turned off.
+        values = {f.name: getattr(rule, f.name) for f in fields(rule)}
+        rule = rules.Adam(**values, decoupled_weight_decay=True)
     known = {f.name for f in fields(rule)}
     if name not in known:
         if value != before[name]:
@@ -131,17 +134,16 @@ def restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
         stored: The description of a rule in a state dict.
         rule: The rule that the settings here ask for.
     """
-    rule_class = type(rule)
-    if isinstance(rule, rules.Adam) and stored["name"] in ("Adam", "AdamW"):
-        # In torch AdamW is Adam with a switch on: Adam loads the switch, AdamW leaves it on.
-        rule_class = rules.AdamW if "AdamW" in (stored["name"], rule_class.__name__) else rules.Adam
-    elif stored["name"] != rule_class.__name__:
+    names = {type(rule).__name__, stored["name"]}
+    if len(names) > 1 and names != {"Adam", "AdamW"}:
         return rule
+    # As in torch, Adam loads the switch of AdamW, which itself leaves it on.
+    words = in_torch(stored)
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
     for name, value in values.items():
-        if name in stored and name not in OF_TENSORS and not is_schedule(value):
-            values[name] = from_plain(stored[name])
-    return rule_class(**values)
+        if name in words and name not in OF_TENSORS and not is_schedule(value):
+            values[name] = from_plain(words[name])
+    return type(rule)(**values)
 
 
 def settings_now(

@@ -1,0 +1,501 @@
+"""What a rule computes, as a list of operations: traced once, for every engine to print or to run.
+
+``update(xp, param, grad, slots, c)`` runs once on stand-ins for arrays and coefficients, which
+write down what is done with them. So do the coefficients, ``Rule.scalars``, on stand-ins for
+hyperparameters and the number of the step. A trace has no branches: a switch of the rule that may
+change from step to step selects among values.
+
+>>> def descend(xp, param, grad, slots, c):
+...     return param - c.lr * (grad + 0.5 * param if c.decays else grad), slots
+>>> trace = trace_update(descend, 0, {"lr": Kind.NUMBER, "decays": Kind.BOOL})
+>>> for operation in trace.operations:
+...     print(operation.function, operation.inputs, operation.output)
+multiply (4, 0) 5
+add (1, 5) 6
+where (3, 6, 1) 7
+multiply (2, 7) 8
+subtract (0, 8) 9
+>>> trace.inputs, trace.literals, trace.results
+(('param', 'grad', 'lr', 'decays'), ((4, 0.5),), (9,))
+
+What no engine could repeat with the same numbers is refused (``NotTraceable``). The rule itself,
+as it stands, takes the place of a trace then.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from itertools import product
+from math import isfinite
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from multiopt.rules.arithmetic import by_squaring
+from multiopt.rules.rule import Coefficients, named
+
+_T = TypeVar("_T")
+
+__all__ = [
+    "COMPARISONS",
+    "Kind",
+    "Loop",
+    "NotTraceable",
+    "Operation",
+    "Trace",
+    "attempt",
+    "trace_function",
+    "trace_scalars",
+    "trace_update",
+]
+
+COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
+LOGICAL = ("logical_and", "logical_or", "logical_not")
+ARITHMETIC = ("add", "subtract", "multiply", "divide", "sqrt", "negative", "abs")
+
+#: What gives an element the same bits wherever it stands in an array: IEEE 754 fixes the results.
+#: By NumPy's function the name in the Array API. A vectorized ``exp`` need not, and ``x ** 2`` is
+#: not the operation that NumPy makes of it.
+EXACT = {getattr(np, name): name for name in (*COMPARISONS, *LOGICAL, *ARITHMETIC)} | {
+    np.bitwise_and: "logical_and",
+    np.bitwise_or: "logical_or",
+    np.invert: "logical_not",
+}
+
+#: How many switches of an update may change: with each it is traced twice as often.
+MOST_SWITCHES = 8
+
+#: Integers up to here are numbers of float32, and of what libraries take for an integer.
+LARGEST_INTEGER = 2**24
+
+
+class NotTraceable(Exception):  # noqa: N818 -- an answer, to which the caller has another way
+    """A function does what no engine repeats with the same numbers."""
+
+
+class Kind(Enum):
+    """What a value is."""
+
+    #: Of the working dtype: an element of an array, or float64 for coefficients.
+    FLOAT = "float"
+    #: A host number beside arrays, rounded to their dtype: a coefficient, a literal of an update.
+    NUMBER = "number"
+    #: A host integer: the number of the step.
+    INTEGER = "integer"
+    #: What a comparison gives; a switch.
+    BOOL = "bool"
+
+
+class Operation(NamedTuple):
+    """One operation of a trace.
+
+    Attributes:
+        function: Its name in the Array API, or a loop.
+        inputs: The numbers of the values that it takes.
+        output: The number of the value that it makes.
+        kind: What that is.
+    """
+
+    function: "str | Loop"
+    inputs: tuple[int, ...]
+    output: int
+    kind: Kind
+
+
+class Trace(NamedTuple):
+    """What a function of arrays or of numbers does.
+
+    Values have numbers: the inputs from 0, then the literals, then others as they are made.
+
+    Attributes:
+        inputs: The names of the inputs.
+        literals: Values that are numbers in the text of the function.
+        operations: What is done, in order; nothing that no result needs, and nothing twice.
+        results: The values that come out.
+        outputs: Their names.
+        kinds: What they are.
+    """
+
+    inputs: tuple[str, ...]
+    literals: tuple[tuple[int, float], ...]
+    operations: tuple[Operation, ...]
+    results: tuple[int, ...]
+    outputs: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+
+
+class Loop(NamedTuple):
+    """``by_squaring`` as an operation: of the exponent, the results and the squares at first.
+
+    Attributes:
+        combined: From results and squares to results.
+        squared: From squares to squares.
+    """
+
+    combined: Trace
+    squared: Trace
+
+
+def trace_update(
+    update: Callable[..., Any], slots: int, coefficients: Mapping[str, bool | Kind]
+) -> Trace:
+    """Trace a rule's formula.
+
+    Args:
+        update: The formula.
+        slots: How many slots there are.
+        coefficients: By name what each coefficient is: a switch that is the same at every step is
+            True or False; one that may change is ``Kind.BOOL``, a number ``Kind.NUMBER``.
+
+    Returns:
+        The trace. Its inputs are the parameter, the gradient, the slots and all coefficients; its
+        results the parameter and the slots.
+
+    Raises:
+        NotTraceable: There is none.
+    """
+    recorder = _Recorder(is_host=False)
+    kept_names = [f"slot{k}" for k in range(slots)]
+    arrays = [recorder.input(name, Kind.FLOAT) for name in ("param", "grad", *kept_names)]
+    param, grad, *kept = arrays
+    c = {
+        name: recorder.input(name, Kind.BOOL if isinstance(kind, bool) else kind)
+        for name, kind in coefficients.items()
+    }
+
+    def outcome(switches: Mapping[str, bool]) -> list[_StandIn]:
+        now = Coefficients(**{**c, **switches})
+        return _checked(update(np, param, grad, tuple(kept), now), slots)
+
+    fixed = {name: kind for name, kind in coefficients.items() if isinstance(kind, bool)}
+    free = [name for name, kind in coefficients.items() if kind is Kind.BOOL]
+    if len(free) > MOST_SWITCHES:
+        raise NotTraceable(f"the update has {len(free)} switches that may change: {free}")
+
+    def every() -> list[_StandIn]:
+        settings = product([False, True], repeat=len(free))
+        outcomes = [
+            outcome({**fixed, **dict(zip(free, values, strict=True))}) for values in settings
+        ]
+        # The last switch changes from one setting to the next.
+        for name in reversed(free):
+            pairs = zip(outcomes[::2], outcomes[1::2], strict=True)
+            outcomes = [
+                [recorder.selected(c[name], x, y) for x, y in zip(on, off, strict=True)]
+                for off, on in pairs
+            ]
+        return outcomes[0]
+
+    results = attempt("the update", every)
+    return recorder.trace(results, ["param", *kept_names])
+
+
+def _checked(new: Any, slots: int) -> "list[_StandIn]":
+    """The new parameter and the new slots.
+
+    Raises:
+        NotTraceable: They are not.
+    """
+    if not (isinstance(new, tuple) and len(new) == 2):
+        raise NotTraceable(f"returns {new!r}, which is not (param, slots)")
+    param, kept = new
+    if not isinstance(kept, tuple) or len(kept) != slots:
+        raise NotTraceable(f"returns {kept!r} as {slots} slots")
+    for value in (param, *kept):
+        if not (isinstance(value, _StandIn) and value.kind is Kind.FLOAT):
+            raise NotTraceable(f"returns {value!r}, which is no array of its dtype")
+    return [param, *kept]
+
+
+def trace_scalars(
+    scalars: Callable[..., Any],
+    numbers: Sequence[tuple[str, int | None]],
+    others: Mapping[str, Any],
+) -> Trace:
+    """Trace the coefficients of a rule.
+
+    Args:
+        scalars: ``scalars(h, step)``.
+        numbers: The numbers among the hyperparameters: field, and place in it where the field is a
+            tuple.
+        others: The other hyperparameters.
+
+    Returns:
+        The trace. Its inputs are the step and the numbers, its results the coefficients: floats in
+        float64, and bools.
+
+    Raises:
+        NotTraceable: They would be other numbers in a kernel, or for arrays of steps: computed with
+            ``**`` or ``math``, say, or with a branch on a number.
+    """
+    recorder = _Recorder(is_host=True)
+    step = recorder.input("step", Kind.INTEGER)
+    h: dict[str, Any] = dict(others)
+    for name, place in numbers:
+        label = name if place is None else f"{name}[{place}]"
+        number = recorder.input(label, Kind.FLOAT)
+        h[name] = number if place is None else (*h.get(name, ()), number)
+
+    def traced() -> Trace:
+        found = named(scalars(SimpleNamespace(**h), step))
+        return recorder.trace(found.values(), list(found))
+
+    return attempt("the function scalars", traced)
+
+
+def trace_function(function: Callable[..., Any], inputs: Sequence[str]) -> Trace:
+    """Trace ``function(xp, *numbers)``, of float64 numbers.
+
+    Args:
+        function: The function.
+        inputs: Names for the numbers.
+
+    Raises:
+        NotTraceable: There is no trace.
+    """
+    name = function.__name__
+    return attempt(
+        f"the function {name}", lambda: _traced(lambda *x: (function(np, *x),), inputs, [name])
+    )
+
+
+def _traced(
+    function: Callable[..., tuple[Any, ...]], inputs: Iterable[str], outputs: Sequence[str]
+) -> Trace:
+    """The trace of a function from float64 numbers to such numbers."""
+    recorder = _Recorder(is_host=True)
+    results = function(*(recorder.input(name, Kind.FLOAT) for name in inputs))
+    if not isinstance(results, tuple) or len(results) != len(outputs):
+        raise NotTraceable(f"returns {results!r} as {len(outputs)} numbers")
+    return recorder.trace(results, outputs)
+
+
+def attempt(what: str, function: Callable[[], _T]) -> _T:
+    """Call a function, perhaps somebody's.
+
+    Raises:
+        NotTraceable: It raised an error, which says why there is no trace.
+    """
+    try:
+        return function()
+    except NotTraceable as refusal:
+        raise NotTraceable(f"{what} {refusal}") from None
+    except Exception as error:
+        raise NotTraceable(f"{what} fails: {error}") from error
+
+
+class _StandIn(NDArrayOperatorsMixin):
+    """What a function gets in place of an array or a number. It has no value to decide by."""
+
+    def __init__(self, recorder: "_Recorder", number: int) -> None:
+        self.recorder = recorder
+        self.number = number
+
+    @property
+    def kind(self) -> Kind:
+        return self.recorder.values[self.number].kind
+
+    def __repr__(self) -> str:
+        return f"a stand-in for a {self.kind.value}"
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotTraceable("asks for the value of an array or of a number")
+
+    __bool__ = __float__ = __int__ = __index__ = __array__ = _refuse
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        if ufunc not in EXACT or method != "__call__" or options:
+            more = "".join(f", {name}=" for name in options)
+            raise NotTraceable(f"uses numpy.{ufunc.__name__} ({method}{more})")
+        return self.recorder.record(EXACT[ufunc], inputs)
+
+    def __array_function__(self, function: Any, types: Any, inputs: Any, options: Any) -> Any:
+        if function is np.where and len(inputs) == 3 and not options:
+            return self.recorder.record("where", inputs)
+        if function is by_squaring:
+            exponent, result, square, combined, squared = inputs
+            return self.recorder.loop(exponent, result, square, combined, squared)
+        raise NotTraceable(f"uses {function.__module__}.{function.__name__}")
+
+
+class _Value(NamedTuple):
+    """A value of a recorder: an input or a literal, or what an operation makes."""
+
+    kind: Kind
+    function: Any = None
+    inputs: tuple[int, ...] = ()
+    literal: Any = None
+
+
+class _Recorder:
+    """What functions do.
+
+    Args:
+        is_host: Whether all is float64, on the host: coefficients. Else it is of arrays, with host
+            numbers beside them.
+    """
+
+    def __init__(self, is_host: bool) -> None:
+        self.is_host = is_host
+        self.names: list[str] = []
+        self.values: list[_Value] = []
+        # Values that are made alike are one value.
+        self._known: dict[Any, int] = {}
+
+    def input(self, name: str, kind: Kind) -> _StandIn:
+        self.names.append(name)
+        self.values.append(_Value(kind))
+        return _StandIn(self, len(self.values) - 1)
+
+    def record(self, function: str, inputs: Iterable[Any]) -> _StandIn:
+        """Write an operation down and return what stands for its result."""
+        numbers = tuple(self._number(value) for value in inputs)
+        kind = self._kind(function, [self.values[n].kind for n in numbers])
+        return self._made(_Value(kind, function, numbers))
+
+    def loop(
+        self,
+        exponent: Any,
+        result: tuple[Any, ...],
+        square: tuple[Any, ...],
+        combined: Callable[..., tuple[Any, ...]],
+        squared: Callable[..., tuple[Any, ...]],
+    ) -> _StandIn:
+        """Write ``by_squaring`` down."""
+        if not self.is_host:
+            raise NotTraceable("uses by_squaring, which is for coefficients")
+        results = [f"result{k}" for k in range(len(result))]
+        squares = [f"square{k}" for k in range(len(square))]
+        loop = Loop(
+            _traced(combined, [*results, *squares], results), _traced(squared, squares, squares)
+        )
+        numbers = tuple(self._number(value) for value in (exponent, *result, *square))
+        if any(self.values[n].kind is Kind.BOOL for n in numbers):
+            raise NotTraceable("uses by_squaring of what a comparison gives")
+        return self._made(_Value(Kind.FLOAT, loop, numbers))
+
+    def selected(self, switch: _StandIn, on: _StandIn, off: _StandIn) -> _StandIn:
+        """One of two values of one kind. Where both are made alike, the choice is made earlier."""
+        known: dict[tuple[int, int], int] = {}
+
+        def chosen(x: int, y: int) -> int:
+            if x == y:
+                return x
+            if (x, y) not in known:
+                a, b = self.values[x], self.values[y]
+                if a.function is not None and (a.function, a.kind) == (b.function, b.kind):
+                    inputs = tuple(map(chosen, a.inputs, b.inputs))
+                    made = _Value(a.kind, a.function, inputs)
+                else:
+                    kind = a.kind if a.kind is b.kind else Kind.FLOAT
+                    made = _Value(kind, "where", (switch.number, x, y))
+                known[x, y] = self._made(made).number
+            return known[x, y]
+
+        return _StandIn(self, chosen(on.number, off.number))
+
+    def trace(self, results: Iterable[Any], outputs: Sequence[str]) -> Trace:
+        """What leads to some results."""
+        ends = [self._number(value) for value in results]
+        count = len(self.names)
+        needed, waiting = set(range(count)), list(ends)
+        while waiting:
+            value = waiting.pop()
+            if value not in needed:
+                needed.add(value)
+                waiting += self.values[value].inputs
+        made = sorted(needed, key=lambda n: (n >= count and self.values[n].function is not None, n))
+        number = {value: k for k, value in enumerate(made)}
+        rest = [(number[n], self.values[n]) for n in made[count:]]
+        return Trace(
+            tuple(self.names),
+            tuple((k, v.literal) for k, v in rest if v.function is None),
+            tuple(
+                Operation(v.function, tuple(number[n] for n in v.inputs), k, v.kind)
+                for k, v in rest
+                if v.function is not None
+            ),
+            tuple(number[end] for end in ends),
+            tuple(outputs),
+            tuple(self.values[end].kind for end in ends),
+        )
+
+    def _made(self, value: _Value) -> _StandIn:
+        # By its text, which tells 0.0 from -0.0 and 1 from True.
+        key = value.kind, repr(value.function), value.inputs, repr(value.literal)
+        if key not in self._known:
+            self._known[key] = len(self.values)
+            self.values.append(value)
+        return _StandIn(self, self._known[key])
+
+    def _number(self, value: Any) -> int:
+        """The number of a value; of a literal, which is written down."""
+        if isinstance(value, _StandIn):
+            if value.recorder is not self:
+                raise NotTraceable("uses a number that is not among its arguments")
+            return value.number
+        kind = self._kind_of_literal(value)
+        # Python's own, of which the text says all.
+        plain = bool(value) if kind is Kind.BOOL else value if type(value) is int else float(value)
+        return self._made(_Value(kind, literal=plain)).number
+
+    def _kind_of_literal(self, value: Any) -> Kind:
+        if self.is_host and isinstance(value, bool | np.bool_):
+            return Kind.BOOL
+        # An np.float64 promotes arrays, other numbers of NumPy fall below float64.
+        if type(value) not in ((int, float, np.float64) if self.is_host else (int, float)):
+            raise NotTraceable(f"computes with {value!r} ({type(value).__name__})")
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise NotTraceable(f"computes with the integer {value}; write a float")
+        if self.is_host:
+            return Kind.INTEGER if isinstance(value, int) else Kind.FLOAT
+        if isfinite(value) and abs(value) > np.finfo(np.float32).max:
+            raise NotTraceable(f"computes with {value!r}, which is beyond float32")
+        return Kind.NUMBER
+
+    def _kind(self, function: str, kinds: list[Kind]) -> Kind:
+        """What an operation makes of values of some kinds.
+
+        Raises:
+            NotTraceable: Libraries would make different things of them, or none does what it says.
+        """
+        if function == "where":
+            return self._kind_of_choice(*kinds)
+        if function in LOGICAL:
+            if set(kinds) != {Kind.BOOL}:
+                raise NotTraceable(f"uses {function} of what is no comparison")
+            return Kind.BOOL
+        if Kind.BOOL in kinds:
+            raise NotTraceable(f"uses {function} of what a comparison gives: use where")
+        if function == "negative" or (function == "abs" and self.is_host):
+            return kinds[0]
+        if not self.is_host:
+            if Kind.FLOAT not in kinds:
+                raise NotTraceable(f"uses {function} of coefficients alone: do it in scalars")
+            if function == "divide" and Kind.NUMBER in kinds:
+                raise NotTraceable(
+                    "uses divide with a number, which libraries do in two ways: multiply by its "
+                    "inverse, or divide an array by an array (spec/arithmetic.md, rule 5)"
+                )
+        if function in COMPARISONS:
+            return Kind.BOOL
+        if set(kinds) == {Kind.INTEGER} and function in ("add", "subtract", "multiply"):
+            if function == "multiply":
+                raise NotTraceable("uses multiply of integers, which may overflow: use floats")
+            return Kind.INTEGER
+        return Kind.FLOAT
+
+    def _kind_of_choice(self, condition: Kind, x: Kind, y: Kind) -> Kind:
+        if condition is not Kind.BOOL:
+            raise NotTraceable("uses where with a condition that is no comparison")
+        if x is y and x is not Kind.NUMBER:
+            return x
+        if Kind.BOOL in (x, y):
+            raise NotTraceable("uses where to choose between a number and a comparison")
+        if x is y:
+            raise NotTraceable(
+                "uses where to choose between two numbers, which NumPy makes float64: one of "
+                "the two must be an array (spec/arithmetic.md, rule 4)"
+            )
+        return Kind.FLOAT
