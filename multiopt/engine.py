@@ -347,7 +347,7 @@ class Group(ABC):
         """Give rows some schedules in the place of those that they have."""
         key = schedules.columns, *map(id, schedules.schedules)
         number = self.schedules.number(key, schedules, lambda: self.schedule)
-        self.scheduled += (len(rows) if number else 0) - np.count_nonzero(self.schedule[rows])
+        self.scheduled += (len(rows) if number else 0) - int(np.count_nonzero(self.schedule[rows]))
         self.schedule[rows] = number
 
     def rule_now(self, row: int) -> Rule:
@@ -370,14 +370,13 @@ class Group(ABC):
             clip: The clip; None for none.
             number: What the owner of the group knows it by, 0 for none.
         """
-        self.clipping += (len(rows) if number else 0) - np.count_nonzero(self.clip[rows])
+        self.clipping += (len(rows) if number else 0) - int(np.count_nonzero(self.clip[rows]))
         self.clip[rows] = number
         self.own[rows] = self.shared[rows] = 1.0
-        none = clip is None
-        self.norm_bound[rows] = nan if none or clip.norm is None else clip.norm
-        self.eps[rows] = 0.0 if none else clip.eps
-        bound = inf if none or clip.value is None else clip.value
-        self.bound[rows] = self.dtype.type(bound)
+        norm, value, eps = (None, None, 0.0) if clip is None else (clip.norm, clip.value, clip.eps)
+        self.norm_bound[rows] = nan if norm is None else norm
+        self.eps[rows] = eps
+        self.bound[rows] = self.dtype.type(inf if value is None else value)
 
     # A step
 
@@ -389,7 +388,7 @@ class Group(ABC):
         what the engine takes as they are. For the others it fills ``arrays.spans``.
         """
 
-    def locate(self, part: Part, arrays: Arrays) -> None:
+    def locate(self, part: Part, arrays: Arrays) -> None:  # noqa: B027 -- most have nothing to do
         """Fill the spans of what was not lent, where ``look`` has not; for ``part.owned``."""
 
     def overlap(self, spans: np.ndarray, order: np.ndarray | None) -> tuple[int, np.ndarray]:

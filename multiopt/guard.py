@@ -16,14 +16,14 @@ The guard remembers it, and refuses everything but a load: such a handler is to 
 # The functions of ``signal`` itself take 25 us to make an enumeration of the answer.
 import _signal  # type: ignore[import-not-found]
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast
 
 from multiopt.errors import brief
 from multiopt.untraced import untraced
 
-__all__ = ["Guard", "exclusive"]
+__all__ = ["Guard", "exclusive", "mending"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -119,22 +119,24 @@ class Guard:
         self._came = number, frame
 
 
-def exclusive(method: Method | None = None, *, mends: bool = False) -> Any:
+def exclusive(method: Method) -> Method:
     """A method that refuses to begin while another such method of its object has not ended.
 
-    The object has a ``Guard`` as ``_guard``.
-
-    Args:
-        method: The method.
-        mends: Whether it is for what is torn as well.
+    The object has a ``Guard`` as ``_guard``. What is torn it refuses too.
     """
-    if method is None:
-        return partial(exclusive, mends=mends)
+    return _excluding(method, Guard.check)
 
+
+def mending(method: Method) -> Method:
+    """The same, for a method that may begin on what is torn."""
+    return _excluding(method, Guard.check_idle)
+
+
+def _excluding(method: Method, check: Callable[[Guard, str], None]) -> Method:
     @wraps(method)
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
         guard = self._guard
-        (guard.check_idle if mends else guard.check)(method.__name__)
+        check(guard, method.__name__)
         # No ``finally``: Ctrl-C may come before its first operation. Here either it comes within
         # the ``try``, or all is done.
         try:

@@ -23,7 +23,7 @@ from multiopt.entry import (
 )
 from multiopt.errors import CheckpointError, brief
 from multiopt.file_objects import Source, Target, label
-from multiopt.guard import Guard, exclusive
+from multiopt.guard import Guard, exclusive, mending
 from multiopt.layout import Layout
 from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
 from multiopt.plateaus import warn_of_plateaus
@@ -302,7 +302,8 @@ class Optimizer:
         >>> opt.rule.lr, opt.hyperparameters("w")["lr"], opt.state("w").step
         (0.25, 0.25, 1)
         """
-        known, rule = self._registry, None
+        known = self._registry
+        rule: Rule | Changed | None = None
         if names is not None:
             names = [names] if isinstance(names, str) else list(names)
             for name in names:
@@ -536,7 +537,7 @@ class Optimizer:
             **({"skips": skips} if skips else {}),
         }
 
-    @exclusive(mends=True)
+    @mending
     def load_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -694,7 +695,7 @@ class Optimizer:
         self._warn_of_plateaus()
         checkpoint.write(path, self._state_dict(copied=False), metadata)
 
-    @exclusive(mends=True)
+    @mending
     def load(
         self,
         path: Source,

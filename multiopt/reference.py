@@ -72,8 +72,10 @@ class ReferenceGroup(Group):
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
         """See ``Group``."""
-        *slots, member.master = (*self._slots[member.row], *([] if self.has_masters else [None]))
-        member.slots = tuple(slots)
+        member.slots = self._slots[member.row]
+        if self.has_masters:
+            *slots, member.master = member.slots
+            member.slots = tuple(slots)
         self._members[member.row] = member
 
     def _members_of(self, part: Part) -> list[Member]:

@@ -443,7 +443,7 @@ class Registry:
             rule = (
                 self.rule if isinstance(self.rule, Rule) else chosen(self.rule, name, Rule, "rule")
             )
-            key = id(rule), type(param), alike
+            key: Hashable = id(rule), type(param), alike
             if alike is None or key not in kinds:
                 layout = backend.layout(param, label)
                 if alike is None:
@@ -576,7 +576,7 @@ class Registry:
         parts = [Updated.of(part) for part in step.parts]
         self.outcome = Outcome(rows.names, born, parts, step.skipped, step.global_norms)
         self.skips = skips
-        self.steps += self.outcome.count > 0
+        self.steps += self.outcome.updated_count > 0
 
     def _register(self, rows: _Rows, fresh: Mapping[int, int], taken: set[int]) -> tuple[str, ...]:
         """Give names the rows that a step has begun; return those that were never seen before."""

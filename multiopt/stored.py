@@ -120,20 +120,19 @@ def _admit(
     Raises:
         ValueError: It does not fit.
     """
-    rule, clip = registry.rule, None
     if name in registry:
         entry = registry.entry(name)
         rule, clip, layout = entry.rule, entry.clip, entry.layout
     elif layout is not None:
-        rule = chosen(rule, name, Rule, "rule")
-    if layout is not None:
-        found.entries[name] = restored(name, stored, rule, clip, layout, registry.masters)
-        found.reached.append((rule, stored["rule"]))
+        rule, clip = chosen(registry.rule, name, Rule, "rule"), None
+    else:
+        if isinstance(registry.rule, Rule):
+            check_slot_names(name, stored, registry.rule)
+            found.reached.append((registry.rule, stored["rule"]))
+        found.pending[name] = stored
         return
-    if isinstance(rule, Rule):
-        check_slot_names(name, stored, rule)
-        found.reached.append((rule, stored["rule"]))
-    found.pending[name] = stored
+    found.entries[name] = restored(name, stored, rule, clip, layout, registry.masters)
+    found.reached.append((rule, stored["rule"]))
 
 
 def take_over(registry: Registry, loaded: Loaded, steps: int | None, ahead: bool) -> None:

@@ -438,7 +438,8 @@ def test_a_handler_may_set_a_flag_at_any_moment_of_a_step(name: str) -> None:
     ):
         life = world.start()
         grads = life.grads(HIT)
-        for k in points(opcodes(lambda: life.step(HIT, grads)), 10):
+        total = opcodes(lambda: life.step(HIT, grads))
+        for k in points(total, 10):
             life = world.start()
             grads = life.grads(HIT)
             opcodes(lambda life=life, grads=grads: life.step(HIT, grads), k, signal.SIGTERM)

@@ -165,7 +165,9 @@ REFUSED: dict[str, Callable[[mo.Optimizer], object]] = {
 @pytest.mark.parametrize("method", REFUSED)
 def test_what_is_torn_says_so(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opt, _, _ = torn(monkeypatch)
-    with pytest.raises(RuntimeError, match=rf"^{method}: TimeoutError\('the time is up'\) was raised"):
+    with pytest.raises(
+        RuntimeError, match=rf"^{method}: TimeoutError\('the time is up'\) was raised"
+    ):
         REFUSED[method](opt)
 
 

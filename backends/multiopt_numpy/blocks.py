@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import repeat
+from itertools import pairwise, repeat
 from math import inf
 from operator import attrgetter, is_
 from types import SimpleNamespace
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multiopt.engine import Arrays, Part
+from multiopt.engine import Arrays, Part, other_fields
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
 from multiopt.rules.rule import named
-from multiopt_numpy.forms import other_fields
 from multiopt_numpy.host import LARGE, HostGroup, Loan
 from multiopt_numpy.tape import Tape, Tapes
 
@@ -56,7 +55,7 @@ class _Places:
         #: The chunks, each with the elements in it and those in the pack.
         self.segments: list[tuple[np.ndarray, slice | np.ndarray, slice]] = []
         borders = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
-        for begin, end in zip(borders, borders[1:], strict=False):
+        for begin, end in pairwise(borders):
             array = group.chunk_array(int(chunk[begin])) if end > begin else np.empty((0, 0))
             starts, sizes = offset[begin:end], self.sizes[begin:end]
             packed = np.cumsum(sizes) - sizes
@@ -349,8 +348,8 @@ class BlockedGroup(HostGroup):
         numbers, counts, everything = self.numbers[rows], self.steps[rows] + 1, np.arange(len(rows))
         if (counts == counts[0]).all() and (numbers == numbers[0]).all():
             rule = self.rule_now(int(rows[0]))
-            scalars = rule.coefficients(int(counts[0]), self.dtype.name)
-            return [(everything, self._tape(scalars), list(scalars))]
+            alike = list(rule.coefficients(int(counts[0]), self.dtype.name))
+            return [(everything, self._tape(alike), alike)]
         # The same functions on arrays: one call for all names.
         scalars = self._scalars_of(rows, numbers, counts)
         columns = [np.asarray(x) for x in scalars]

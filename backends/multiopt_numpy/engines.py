@@ -93,8 +93,9 @@ def _engine_of(rule: Rule, dtype: str) -> _Compiled | _Blocks | None:
         raise ValueError(f"{VARIABLE} is {asked!r}; expected compiled, blocks or plain")
     if not rule.elementwise or kind is None or asked == "plain":
         return None
-    key = asked, kind, dtype
-    if key not in _engines:
+    key: tuple[Hashable, ...] = asked, kind, dtype
+    if key not in _engines or not type(rule).__module__.startswith("multiopt."):
+        # Somebody's formula may have been edited since the last time, or what it uses.
         try:
             _engines[key] = _engine(asked, rule, dtype)
         except NotTraceable:
@@ -103,7 +104,7 @@ def _engine_of(rule: Rule, dtype: str) -> _Compiled | _Blocks | None:
 
 
 def _engine(asked: str, rule: Rule, dtype: str) -> _Compiled | _Blocks:
-    """The engine of a rule, made now.
+    """The engine of a rule as it is now.
 
     Raises:
         NotTraceable: There is none.

@@ -174,10 +174,10 @@ class HostGroup(Group):
         grad_is_copy = grad is None
         if grad is None:
             grad = np.array(member.backend.opened(member.grad, member.layout), order="C")
-        slots = None
+        copies = None
         if not self.backend.in_place:
-            slots = tuple(slot.copy() for slot in member.slots)
-        loan = Loan(row, member, param, grad, slots, in_place, grad_is_copy)
+            copies = tuple(slot.copy() for slot in member.slots)
+        loan = Loan(row, member, param, grad, copies, in_place, grad_is_copy)
         self._loans[row] = loan
         bounds = (0, 0) if grad_is_copy else _bounds(grad)
         arrays.spans[:, len(arrays.params) + member.place] = bounds

@@ -90,23 +90,25 @@ def clip_by_global_norm(
         if clip is None or clip.global_norm is None:
             continue
         mine = [np.flatnonzero(part.group.clip[part.rows] == number) for part in parts]
-        places = np.concatenate(
-            [part.places[which] for part, which in zip(parts, mine, strict=True)]
-        )
-        order = sorted(range(len(places)), key=lambda k: names[places[k]])
-
-        def squares(_: np.ndarray, factor: float) -> np.ndarray:
-            sums = np.concatenate(
-                [
-                    part.group.squares(part, which, factor, threads)
-                    for part, which in zip(parts, mine, strict=True)
-                ]
-            )
-            return np.array([tree_sum(np, sums[order])])
-
-        (norm,) = norms(1, squares).tolist()
+        norm = _global_norm(names, parts, mine, threads)
         coefficient = clip_coefficient(np, clip.global_norm, norm, clip.eps)
         for part, which in zip(parts, mine, strict=True):
             part.group.shared[part.rows[which]] = part.group.dtype.type(coefficient)
         found[clip] = norm
     return found
+
+
+def _global_norm(
+    names: Sequence[str], parts: Sequence[Part], mine: Sequence[np.ndarray], threads: int | None
+) -> float:
+    """The norm over the gradients at some positions of each part, summed in the order of names."""
+    pairs = list(zip(parts, mine, strict=True))
+    places = np.concatenate([part.places[which] for part, which in pairs]).tolist()
+    order = sorted(range(len(places)), key=lambda k: names[places[k]])
+
+    def squares(_: np.ndarray, factor: float) -> np.ndarray:
+        sums = [part.group.squares(part, which, factor, threads) for part, which in pairs]
+        return np.array([tree_sum(np, np.concatenate(sums)[order])])
+
+    (norm,) = norms(1, squares).tolist()
+    return float(norm)

@@ -87,14 +87,14 @@ class Outcome(NamedTuple):
     global_norms: Mapping[Clip, float]
 
     @property
-    def count(self) -> int:
+    def updated_count(self) -> int:
         """How many names were updated."""
         return sum(len(part.places) for part in self.parts)
 
     @property
     def updated(self) -> list[str]:
         """The names that were updated."""
-        if self.count == len(self.names):
+        if self.updated_count == len(self.names):
             return self.names
         places = np.concatenate([part.places for part in self.parts] or [np.empty(0, np.int64)])
         return [self.names[place] for place in np.sort(places).tolist()]

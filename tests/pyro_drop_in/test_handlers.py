@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pyro

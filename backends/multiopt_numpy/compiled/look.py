@@ -1,5 +1,7 @@
 """Where arrays are in memory, read from the objects themselves at every step."""
 
+from typing import Any
+
 from multiopt_numpy.compiled.object_cache import ObjectCode
 from multiopt_numpy.compiled.rows import GRAD, NDIM, PARAM, SHAPE, SIZE
 from multiopt_numpy.compiled.toolbox import object_code, toolbox
@@ -83,7 +85,7 @@ def compile_look() -> ObjectCode:
             prefetch(inner + 64)
             prefetch(inner + 128)
 
-    def looking(address, ahead):  # type: ignore[no-untyped-def]
+    def looking(address: Any, ahead: Any) -> Any:
         def look(arguments_at):  # type: ignore[no-untyped-def]
             a = words(arguments_at)
             # The object arrays are NumPy arrays too: their first field is where the pointers are.
