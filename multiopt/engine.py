@@ -22,7 +22,7 @@ makes five calls, whatever the rows are:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import compress
 from math import inf, nan
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias,
 
 import numpy as np
 
-from multiopt.layout import Layout
+from multiopt.layout import Layout, address
 from multiopt.rules.arithmetic import GROW, SHRINK, clip_coefficient, rescaling
 from multiopt.rules.rule import Rule, with_numbers
 
@@ -60,12 +60,15 @@ Item = TypeVar("Item")
 #: An array of any library.
 Array: TypeAlias = Any
 
+#: What is held where nothing is.
+NO_ARRAYS = np.empty(0, object)
+
 #: The name of the slot that is no rule's: what a 16-bit parameter is rounded from, in float32.
 MASTER = "master_param"
 
 
 class Arrays:
-    """The arrays of a step, by place in its list of names.
+    """The arrays of a step, by place in its list of names. One object serves all steps.
 
     Attributes:
         params: The parameters, an array of objects.
@@ -73,17 +76,46 @@ class Arrays:
         own: Whether the gradients are the parameters' own, as torch's ``.grad``.
         spans: Where memory that is written or read begins, and where it ends: of parameters first,
             then of gradients. Zero where there is none.
+        starts: The address of the beginnings.
+        ends: The address of the ends.
+        order: The order of the beginnings, if it is that of the last step; None before the first.
+        order_at: Its address.
     """
 
-    __slots__ = ("grads", "own", "params", "spans")
+    __slots__ = (
+        *("_room", "ends", "grads", "order", "order_at", "own", "params", "spans", "starts"),
+    )
 
-    def __init__(self, params: np.ndarray, grads: np.ndarray, own: bool) -> None:
-        """Nothing is looked at yet."""
+    def __init__(self) -> None:
+        """Hold none."""
+        self.release()
+        self._room = self.spans = np.zeros((2, 0), np.int64)
+        self.own, self.starts, self.ends = False, 0, 0
+        self.order: np.ndarray | None = None
+        self.order_at = 0
+
+    def take(self, params: np.ndarray, grads: np.ndarray, own: bool) -> None:
+        """Hold those of a step, of which nothing is looked at yet."""
         self.params, self.grads, self.own = params, grads, own
-        self.spans = np.zeros((2, 2 * len(params)), np.int64)
+        count = 2 * len(params)
+        if count != self.spans.shape[1]:
+            if count > self._room.shape[1]:
+                self._room = np.zeros((2, 2 * count), np.int64)
+                self.starts = address(self._room)
+                self.ends = self.starts + self._room.strides[0]
+            self.spans = self._room[:, :count]
+        self.spans.fill(0)
+
+    def release(self) -> None:
+        """Hold none any more."""
+        self.params = self.grads = NO_ARRAYS
+
+    def set_order(self, order: np.ndarray) -> None:
+        """Remember the order of the beginnings."""
+        self.order, self.order_at = order, address(order)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Part:
     """The rows of a group that a step is about.
 
@@ -91,6 +123,7 @@ class Part:
         group: The group.
         rows: The rows.
         places: The place of each in the list of names of the step.
+        at: The addresses of the two.
         fresh: The positions in ``rows`` of those that are new; None if none is.
         odd: After ``look``, the positions in ``rows`` that need to be lent something.
         owned: After ``look``, whether all arrays are known to own their memory, so that two of them
@@ -100,24 +133,30 @@ class Part:
         norms: After ``clip_by_norm``, the places and the norms of gradients that have a bound.
         clipped: After ``run``, for each row whether its gradient was clipped, as far as the host
             knows; None for no clips.
-        limited: By position, the same as a value on a device, of which only that knows.
+        limited: By position, the same as a value on a device, of which only that knows; None for
+            no such values.
     """
 
     group: "Group"
     rows: np.ndarray
     places: np.ndarray
+    at: tuple[int, int]
     fresh: np.ndarray | None = None
     odd: Sequence[int] = ()
     owned: bool = False
-    params: list[Any] = field(default_factory=list)
-    grads: list[Any] = field(default_factory=list)
+    params: Any = ()
+    grads: Any = ()
     norms: tuple[np.ndarray, np.ndarray] | None = None
     clipped: np.ndarray | None = None
-    limited: dict[int, Any] = field(default_factory=dict)
+    limited: Mapping[int, Any] | None = None
+
+    def take(self, rows: np.ndarray, places: np.ndarray) -> None:
+        """Be about these rows, at these places."""
+        self.rows, self.places, self.at = rows, places, (address(rows), address(places))
 
     def keep(self, which: np.ndarray) -> None:
         """Leave out the rows that are not marked."""
-        self.rows, self.places = self.rows[which], self.places[which]
+        self.take(self.rows[which], self.places[which])
         if self.params:
             self.params = list(compress(self.params, which))
             self.grads = list(compress(self.grads, which))
@@ -231,6 +270,8 @@ class Group(ABC):
         self.number = 0
         #: How many rows have schedules; how many have clips.
         self.scheduled = self.clipping = 0
+        #: How many rows have no elements.
+        self.empty = 0
         self._free: list[int] = []
         self._grow(16)
 
@@ -273,6 +314,7 @@ class Group(ABC):
         self._make_slots(rows, shapes)
         # From here on nothing fails.
         del self._free[len(self._free) - len(taken) :]
+        self.empty += sum(0 in shape for shape in shapes)
         for row, shape in zip(taken, shapes, strict=False):
             self.shapes[row] = shape
         self.shapes.extend(shapes[len(taken) :])
@@ -282,6 +324,7 @@ class Group(ABC):
         """Let go of a row. Others may take its place."""
         self.scheduled -= self.schedule[row] != 0
         self.clipping -= self.clip[row] != 0
+        self.empty -= 0 in self.shapes[row]
         self.schedule[row] = self.clip[row] = 0
         self._drop_slots(row)
         self._free.append(row)
@@ -391,20 +434,21 @@ class Group(ABC):
     def locate(self, part: Part, arrays: Arrays) -> None:  # noqa: B027 -- most have nothing to do
         """Fill the spans of what was not lent, where ``look`` has not; for ``part.owned``."""
 
-    def overlap(self, spans: np.ndarray, order: np.ndarray | None) -> tuple[int, np.ndarray]:
+    def overlap(self, arrays: Arrays) -> int:
         """Whether memory that a step writes overlaps with any other.
 
         Args:
-            spans: Those of a step, filled by the groups of all its parts.
-            order: The order in which they begin, if it is that of the last step.
+            arrays: Those of the step, their spans filled by the groups of all its parts.
 
         Returns:
             -1 if a parameter overlaps with anything, else -2 if gradients overlap with each other,
-            else 0; and the order.
+            else 0.
         """
-        low, high = spans
+        low, high = arrays.spans
+        order = arrays.order
         if order is None or len(order) != len(low) or (np.diff(low[order]) < 0).any():
             order = np.argsort(low, kind="stable")
+            arrays.set_order(order)
         writes = order < len(low) // 2
         low, high = low[order], high[order]
         taken = low < high
@@ -413,8 +457,8 @@ class Group(ABC):
         reached = np.maximum.accumulate(high)[:-1]
         reached_by_writes = np.maximum.accumulate(np.where(writes, high, 0))[:-1]
         if (low[1:] < np.where(writes[1:], reached, reached_by_writes)).any():
-            return -1, order
-        return -2 * int((low[1:] < reached).any()), order
+            return -1
+        return -2 * int((low[1:] < reached).any())
 
     @abstractmethod
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
@@ -492,7 +536,7 @@ class Group(ABC):
 
     def forget(self, part: Part) -> None:
         """Hold nothing of a step any more, whether it ended or not."""
-        part.params, part.grads = [], []
+        part.params = part.grads = ()
 
 
 class Numbered(Generic[Item]):

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "require_dtype"]
+import numpy as np
+
+__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "address", "require_dtype"]
 
 #: The dtypes of parameters, and the dtype in which each one is computed and keeps its slots.
 COMPUTE_DTYPE: Mapping[str, str] = {
@@ -86,3 +88,10 @@ def require_dtype(dtype: str, label: str) -> None:
             f"{label} has dtype {dtype}; expected one of {', '.join(sorted(known))}: convert it to "
             "a floating dtype"
         )
+
+
+def address(array: np.ndarray) -> int:
+    """Where the first element of an array is."""
+    # ``array.ctypes.data`` takes 1.5 us, this 0.7.
+    place: int = array.__array_interface__["data"][0]
+    return place

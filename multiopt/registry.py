@@ -38,13 +38,13 @@ from multiopt.entry import (
     with_rule,
 )
 from multiopt.guard import Guard
-from multiopt.layout import Layout
+from multiopt.layout import Layout, address
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_shared
 from multiopt.skipping import Skips, counted
 from multiopt.step.checks import check_gradients, check_name, own_gradient
 from multiopt.step.clip import Clip
-from multiopt.step.report import Outcome, Updated
+from multiopt.step.report import Outcome
 from multiopt.step.run import Step
 
 __all__ = ["Registry"]
@@ -73,17 +73,21 @@ class _Rows(NamedTuple):
         codes: Their codes.
         parts: By group, the rows, and the places of their names in the list.
         scheduled: Whether a row may have schedules.
+        clipping: Whether a row may have a clip.
+        quiet: Whether no engine of them makes floating-point errors of NumPy's.
         is_whole: Whether every name has a row.
     """
 
     names: list[str]
     codes: np.ndarray
-    parts: list[tuple[Group, np.ndarray, np.ndarray]]
+    parts: list[tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]]
     scheduled: bool
+    clipping: bool
+    quiet: bool
     is_whole: bool
 
 
-NOTHING = _Rows([], np.empty(0, np.int64), [], scheduled=False, is_whole=True)
+NOTHING = _Rows([], np.empty(0, np.int64), [], False, False, True, is_whole=True)
 
 
 class Registry:
@@ -109,15 +113,16 @@ class Registry:
 
     __slots__ = (
         "__weakref__",
+        "_arrays",
         "_clips",
         "_codes",
         "_everything",
+        "_everything_at",
         "_garbage",
         "_groups",
         "_kinds",
         "_last",
         "_max_skips",
-        "_order",
         "clip",
         "guard",
         "leave_clipped",
@@ -135,8 +140,8 @@ class Registry:
 
     #: What a copy makes anew.
     ANEW: ClassVar = {
-        *("__weakref__", "_clips", "_codes", "_everything", "_garbage", "_groups", "_kinds"),
-        *("_last", "_order", "guard", "met"),
+        *("__weakref__", "_arrays", "_clips", "_codes", "_everything", "_everything_at"),
+        *("_garbage", "_groups", "_kinds", "_last", "guard", "met"),
     }
 
     def __init__(
@@ -174,13 +179,14 @@ class Registry:
         self._last = NOTHING
         # Codes of rows that no name has any more.
         self._garbage: list[int] = []
-        # The order of the memory of the last step: most often it is that of the next one.
-        self._order: np.ndarray | None = None
-        self._everything = np.arange(0)
+        self._arrays = Arrays()
+        self._everything, self._everything_at = np.arange(0), 0
 
     def __getstate__(self) -> dict[str, Any]:
         """All that is held, by name."""
         state = {name: getattr(self, name) for name in self.__slots__ if name not in self.ANEW}
+        if self.outcome is not None:
+            state["outcome"] = self.outcome.detached()
         entries = {}
         for name in self._codes:
             entry = self.entry(name)
@@ -273,7 +279,8 @@ class Registry:
         try:
             if not rows.is_whole:
                 rows = self._begin(rows, params, grads, fresh, undo)
-            arrays = Arrays(params, grads, own)
+            arrays = self._arrays
+            arrays.take(params, grads, own)
             if rows.scheduled:
                 # A schedule is the caller's code: arrays are looked at when it has run. It is not
                 # asked for a name that takes no part.
@@ -286,7 +293,7 @@ class Registry:
                 self._ask_schedules(names, parts, grads)
             rows, step = self._looked(rows, arrays, fresh)
             with step.quiet():
-                self._order = step.check_apart(self._order)
+                step.check_apart()
                 if self.on_nonfinite != "propagate":
                     step.check_finite(self.on_nonfinite)
                 step.clip(self._clips)
@@ -308,18 +315,21 @@ class Registry:
 
     def _looked(self, rows: _Rows, arrays: Arrays, fresh: dict[int, int]) -> tuple[_Rows, Step]:
         """A step that has looked at its arrays, and its rows, new ones for what has moved."""
+        held = arrays.params, arrays.grads, arrays.own
         while True:
             parts = [Part(*part) for part in rows.parts]
             if fresh:
                 new = np.fromiter(fresh, np.int64, len(fresh))
                 for part in parts:
                     part.fresh = np.flatnonzero(np.isin(part.places, new))
-            step = Step(rows.names, arrays, parts, self.threads, self.leave_clipped)
+            how = self.threads, self.leave_clipped, rows.clipping, rows.quiet
+            step = Step(rows.names, arrays, parts, *how)
             moved = step.look()
             if not moved:
                 return rows, step
             step.forget()
             rows = self._move(rows, moved, fresh)
+            arrays.take(*held)
 
     def _find(self, names: list[str]) -> _Rows:
         """The rows of a list of names; those that are not known have none."""
@@ -331,19 +341,25 @@ class Registry:
         count = len(names)
         if len(self._everything) < count:
             self._everything = np.arange(2 * count)
+            self._everything_at = address(self._everything)
         is_whole = bool(codes.min(initial=0) >= 0)
         if len(self._groups) == 1 and is_whole and count:
             ((number, group),) = self._groups.items()
             rows = codes - number * GROUP if number else codes
-            parts = [(group, rows, self._everything[:count])]
+            places = self._everything[:count]
+            parts = [(group, rows, places, (address(rows), self._everything_at))]
         else:
             numbers, parts = codes // GROUP, []
             for number, group in self._groups.items():
                 places = np.flatnonzero(numbers == number)
                 if places.size:
-                    parts.append((group, codes[places] - number * GROUP, places))
-        scheduled = any(group.scheduled for group, _, _ in parts)
-        return _Rows(names, codes, parts, scheduled, is_whole)
+                    rows = codes[places] - number * GROUP
+                    parts.append((group, rows, places, (address(rows), address(places))))
+        groups = [part[0] for part in parts]
+        scheduled = any(group.scheduled for group in groups)
+        clipping = any(group.clipping for group in groups)
+        quiet = all(group.quiet for group in groups)
+        return _Rows(names, codes, parts, scheduled, clipping, quiet, is_whole)
 
     def _own_gradients(self, rows: _Rows, params: np.ndarray) -> np.ndarray:
         """The gradients that parameters carry themselves."""
@@ -351,7 +367,7 @@ class Registry:
         # At first sight each is asked by itself whether it can have one.
         missing = np.flatnonzero(rows.codes < 0).tolist()
         asked = {k: own_gradient(names[k], params[k]) for k in missing}
-        backends = {group.backend for group, _, _ in rows.parts}
+        backends = {part[0].backend for part in rows.parts}
         if len(backends) == 1 and len(missing) < len(names):
             grads = backends.pop().gradients(params)
         if grads is None:
@@ -573,10 +589,9 @@ class Registry:
             born = self._register(rows, fresh, step.places())
         elif rows.is_whole:
             self._last = rows
-        parts = [Updated.of(part) for part in step.parts]
-        self.outcome = Outcome(rows.names, born, parts, step.skipped, step.global_norms)
+        self.outcome = Outcome(rows.names, born, step.parts, step.skipped, step.global_norms)
         self.skips = skips
-        self.steps += self.outcome.updated_count > 0
+        self.steps += any(part.places.size for part in step.parts)
 
     def _register(self, rows: _Rows, fresh: Mapping[int, int], taken: set[int]) -> tuple[str, ...]:
         """Give names the rows that a step has begun; return those that were never seen before."""

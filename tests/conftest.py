@@ -7,6 +7,7 @@ import hypothesis
 import jax
 import pytest
 
+from multiopt.engine import Arrays
 from multiopt_numpy.compiled.group import CompiledGroup
 from tests.libraries import LIBRARIES, Library, missing
 
@@ -57,6 +58,9 @@ def steps_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     each is sorted anew.
     """
     overlap = CompiledGroup.overlap
-    monkeypatch.setattr(
-        CompiledGroup, "overlap", lambda self, spans, order: overlap(self, spans, None)
-    )
+
+    def forgetful(self: CompiledGroup, arrays: Arrays) -> int:
+        arrays.order = None
+        return overlap(self, arrays)
+
+    monkeypatch.setattr(CompiledGroup, "overlap", forgetful)

@@ -1,15 +1,15 @@
 """What a step did, as the optimizer tells it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from multiopt.engine import Part
 from multiopt.step.clip import Clip
 
-__all__ = ["Outcome", "Report", "Updated", "abridged"]
+__all__ = ["Outcome", "Report", "abridged"]
 
 #: How many names a note lists.
 LISTED = 5
@@ -48,56 +48,34 @@ def abridged(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:LISTED])) + more
 
 
-class Updated(NamedTuple):
-    """What became of a part of a step.
-
-    Attributes:
-        places: The places of its parameters in the list of names.
-        norms: The places and the norms of gradients that have a bound, if they were measured.
-        clipped: By position, whether the gradient was clipped, as far as the host knows.
-        limited: By position, the same as a value on a device.
-    """
-
-    places: np.ndarray
-    norms: tuple[np.ndarray, np.ndarray] | None
-    clipped: np.ndarray | None
-    limited: Mapping[int, Any]
-
-    @classmethod
-    def of(cls, part: Part) -> "Updated":
-        """That of a part that has run."""
-        return cls(part.places, part.norms, part.clipped, part.limited)
-
-
 class Outcome(NamedTuple):
     """What becomes of a step, from which a report is made when somebody asks.
 
     Attributes:
         names: The names of the step.
         new: Those that were seen for the first time.
-        parts: What became of those that were updated, by group.
+        parts: Those that were updated, with what became of them.
         skipped: Those that were left alone for their gradients, by place.
         global_norms: The norms over several gradients.
     """
 
     names: list[str]
     new: tuple[str, ...]
-    parts: Sequence[Updated]
+    parts: Sequence[Part]
     skipped: Sequence[int]
     global_norms: Mapping[Clip, float]
 
     @property
-    def updated_count(self) -> int:
-        """How many names were updated."""
-        return sum(len(part.places) for part in self.parts)
-
-    @property
     def updated(self) -> list[str]:
         """The names that were updated."""
-        if self.updated_count == len(self.names):
+        if sum(len(part.places) for part in self.parts) == len(self.names):
             return self.names
         places = np.concatenate([part.places for part in self.parts] or [np.empty(0, np.int64)])
         return [self.names[place] for place in np.sort(places).tolist()]
+
+    def detached(self) -> "Outcome":
+        """The same, without the groups, of which it says nothing."""
+        return self._replace(parts=[replace(part, group=cast("Any", None)) for part in self.parts])
 
     def report(self) -> Report:
         """The report."""
@@ -108,7 +86,7 @@ class Outcome(NamedTuple):
                 places, found = part.norms
                 norms.update(zip(places.tolist(), found.tolist(), strict=True))
             if part.clipped is not None:
-                for position, value in part.limited.items():
+                for position, value in (part.limited or {}).items():
                     limited[int(part.places[position])] = value
                 limited |= dict.fromkeys(part.places[part.clipped].tolist(), True)
         return Report(

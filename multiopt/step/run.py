@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Step"]
 
+#: The context of engines that need none.
+QUIET: AbstractContextManager[None] = nullcontext()
+
 
 class Step:
     """A step of some parts, called in the order of its methods. None but ``run`` changes anything.
@@ -33,6 +36,8 @@ class Step:
         parts: The rows of their groups.
         threads: The largest number of threads, or None.
         leave_clipped: Whether clipped gradients are left behind in the gradients' place.
+        clips: Whether any row may have a clip.
+        quiet: Whether no engine of a part makes floating-point errors of NumPy's.
 
     Attributes:
         parts: The parts; those that take no part are left out of them.
@@ -47,6 +52,7 @@ class Step:
         "_clips",
         "_leave_clipped",
         "_members",
+        "_quiet",
         "_threads",
         "_writes_grads",
         "global_norms",
@@ -63,11 +69,13 @@ class Step:
         parts: list[Part],
         threads: int | None,
         leave_clipped: bool,
+        clips: bool,
+        quiet: bool,
     ) -> None:
         """Nothing is looked at yet."""
         self.names, self._arrays, self.parts = names, arrays, parts
         self._threads, self._leave_clipped = threads, leave_clipped
-        self._clips = any(part.group.clipping for part in parts)
+        self._clips, self._quiet = clips, quiet
         # What is left behind clipped is written, once for all who share it.
         self._writes_grads = leave_clipped and self._clips
         self._members: dict[int, tuple[Part, Member]] = {}
@@ -84,8 +92,8 @@ class Step:
 
         Compiled kernels know nothing of that, and the context takes 2 us.
         """
-        if not self._members and all(part.group.quiet for part in self.parts):
-            return nullcontext()
+        if self._quiet and not self._members:
+            return QUIET
         return np.errstate(all="ignore")
 
     # Looking
@@ -102,10 +110,13 @@ class Step:
             ValueError: A shape does not fit, or a parameter cannot be written.
         """
         moved: dict[int, Layout] = {}
+        odd: list[tuple[Part, int]] = []
         for part in self.parts:
             part.group.look(part, self._arrays)
-        odd = [(part, position) for part in self.parts for position in part.odd]
-        self._lend(self._examined(odd, moved), copy=False)
+            if part.odd:
+                odd += [(part, position) for position in part.odd]
+        if odd:
+            self._lend(self._examined(odd, moved), copy=False)
         return moved
 
     def _examined(
@@ -162,16 +173,10 @@ class Step:
 
     # Checking
 
-    def check_apart(self, order: np.ndarray | None) -> np.ndarray | None:
+    def check_apart(self) -> None:
         """Make sure that nothing that is written is written twice, or read by another.
 
         Gradients that overlap with parameters are copied.
-
-        Args:
-            order: The order in which memory was the last time.
-
-        Returns:
-            The order now; None if it was not needed.
 
         Raises:
             ValueError: Two parameters share memory.
@@ -187,15 +192,18 @@ class Step:
         elif all(part.owned for part in self.parts):
             objects = [array for part in self.parts for array in (*part.params, *part.grads)]
             if len(set(map(id, objects))) == len(objects):
-                return order
+                return
+        empty = 0
         for part in self.parts:
             part.group.locate(part, arrays)
-        self._check_empty()
+            empty += part.group.empty
+        if empty:
+            self._check_empty()
         if not self.parts:
-            return order
-        found, order = self.parts[0].group.overlap(arrays.spans, order)
+            return
+        found = self.parts[0].group.overlap(arrays)
         if found == 0 or (found == -2 and not self._writes_grads):
-            return order
+            return
         everything = [
             (part, position, place)
             for part in self.parts
@@ -204,7 +212,6 @@ class Step:
         self._examined([(a, b) for a, b, place in everything if place not in self._members], {})
         check_no_shared_memory([member for _, member in self._members.values()])
         self._lend([(a, b, self._members[place][1]) for a, b, place in everything], copy=True)
-        return order
 
     def _check_empty(self) -> None:
         """Refuse one array without elements under two names: it has no place to be known by."""
@@ -258,9 +265,9 @@ class Step:
     def prepare(self) -> None:
         """Make everything that may fail."""
         for part in self.parts:
-            self.replaced |= part.group.prepare(
-                part, self._arrays, self._leave_clipped, self._threads
-            )
+            new = part.group.prepare(part, self._arrays, self._leave_clipped, self._threads)
+            if new:
+                self.replaced |= new
 
     def run(self) -> None:
         """Update the parameters, slots and clocks."""
@@ -288,5 +295,6 @@ class Step:
 
     def forget(self) -> None:
         """Hold none of the arrays any more."""
+        self._arrays.release()
         for part in self.parts:
             part.group.forget(part)

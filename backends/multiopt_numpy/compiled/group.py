@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from multiopt.engine import Arrays, Part
+from multiopt.layout import address
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels
 from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE
@@ -30,6 +31,23 @@ SHARES = 16
 
 #: What a parameter costs beside its elements, in elements.
 OVERHEAD = 64
+
+
+class Words:
+    """Int64 arguments or results of a kernel.
+
+    Attributes:
+        array: They.
+        words: The same; to write one takes 20 ns, and 50 in the array.
+        address: Where they are.
+    """
+
+    __slots__ = ("address", "array", "words")
+
+    def __init__(self, count: int) -> None:
+        """All are zero."""
+        self.array = np.zeros(count, np.int64)
+        self.words, self.address = memoryview(self.array.data), address(self.array)
 
 
 class Look(NamedTuple):
@@ -87,33 +105,31 @@ class CompiledGroup(HostGroup):
         #: How many elements all rows have, and how many rows have no dimensions.
         self._elements = self._scalars = 0
         self._found = np.empty((3, 0), np.int64)
-        self._answer = np.zeros(1, np.int64)
-        self._answer_at = address(self._answer)
-        self._block = np.zeros(14, np.int64)
-        self._measuring = np.zeros(9, np.int64)
-        self._spans_block = np.zeros(4, np.int64)
-        self._spans_at = address(self._spans_block)
+        self._answer = Words(1)
+        self._update, self._measure, self._spans = Words(14), Words(9), Words(4)
         self._room = np.empty(BLOCK + MANY // BLOCK + 1)
         self._shares: Shares | None = None
+        self._seen: Words | None = None
         #: By row, where its slots are while copies of them are lent.
         self._moved: dict[int, list[int]] = {}
         super().__init__(backend, layout, rule, has_masters)
         if look is not None:
             self._tensor = np.zeros(8, np.int64)
             facts = [*look.facts[layout.compute_dtype], address(self._tensor)]
-            head = [*[0] * 13, id(None), self.dtype.itemsize]
-            self._look_block = np.array([*head, *facts], np.int64)
-            self._look_at = address(self._look_block)
-        self._block_at, self._measuring_at = address(self._block), address(self._measuring)
+            self._seen = Words(15 + len(facts))
+            self._seen.array[13:] = [id(None), self.dtype.itemsize, *facts]
+            self._seen.array[5:7] = self._place
 
     # Rows
 
     def _grow(self, capacity: int) -> None:
         super()._grow(capacity)
         columns = (self.steps, self.own, self.shared, self.bound, self.clipped)
-        self._block[5:] = [*self._place, *map(address, columns), 0, 0]
+        self._update.array[5:12] = [*self._place, *map(address, columns)]
         columns = (self.norm_bound, self.eps, self.norm, self.own, self._room)
-        self._measuring[2:] = [*self._place, *map(address, columns)]
+        self._measure.array[2:] = [*self._place, *map(address, columns)]
+        if self._seen is not None:
+            self._seen.array[5:7] = self._place
 
     def _new_numbers(self, capacity: int) -> np.ndarray:
         width = self._first_number + (self._coefficients or len(self.columns))
@@ -162,36 +178,33 @@ class CompiledGroup(HostGroup):
 
     def look(self, part: Part, arrays: Arrays) -> None:
         """See ``Group``."""
-        rows, places, look = part.rows, part.places, self._look
-        count = len(rows)
-        if look is None:
-            has = np.array([grad is not None for grad in arrays.grads[places]], bool)
+        look, seen, count = self._look, self._seen, len(part.rows)
+        if look is None or seen is None:
+            has = np.array([grad is not None for grad in arrays.grads[part.places]], bool)
             if not has.all():
                 part.keep(has)
             part.odd = range(len(part.rows))
             return
+        words = seen.words
         if count > self._found.shape[1]:
-            self._found = np.empty((3, 2 * count), np.int64)
-        found = self._found
-        starts, ends = address(arrays.spans), 8 * arrays.spans.shape[1]
-        self._look_block[:13] = [
-            *(id(arrays.params), id(arrays.grads), count, address(rows), address(places)),
-            *self._place,
-            *(address(found) + k * found.strides[0] for k in range(3)),
-            *(starts, starts + ends, len(arrays.params)),
-        ]
+            found = self._found = np.empty((3, 2 * count), np.int64)
+            seen.array[7:10] = address(found) + found.strides[0] * np.arange(3)
+        words[0], words[1], words[2] = id(arrays.params), id(arrays.grads), count
+        words[3], words[4] = part.at
+        words[10], words[11], words[12] = arrays.starts, arrays.ends, len(arrays.params)
         try:
-            look.kernel.alone(self._look_at, self._answer_at)
+            look.kernel.alone(seen.address, self._answer.address)
         except Exception:
             # The library would not say what an array is. Python looks at each, and says which.
-            has = np.array([grad is not None for grad in arrays.grads[places]], bool)
+            has = np.array([grad is not None for grad in arrays.grads[part.places]], bool)
             part.keep(has)
             part.odd = range(len(part.rows))
             return
-        odds, active = divmod(int(self._answer[0]), 1 << 32)
+        odds, active = divmod(self._answer.words[0], 1 << 32)
         if active < count:
-            part.rows, part.places = found[0, :active].copy(), found[1, :active].copy()
-        part.odd = found[2, :odds].tolist() if odds else ()
+            part.take(self._found[0, :active].copy(), self._found[1, :active].copy())
+        if odds:
+            part.odd = self._found[2, :odds].tolist()
         if look.holds is not None and not self._holds(part, arrays):
             part.odd = range(active)
 
@@ -215,26 +228,26 @@ class CompiledGroup(HostGroup):
             return holds(arrays.params[mine], arrays.grads[mine], True)
         return True
 
-    def overlap(self, spans: np.ndarray, order: np.ndarray | None) -> tuple[int, np.ndarray]:
+    def overlap(self, arrays: Arrays) -> int:
         """See ``Group``."""
         kernel = look_kernel("overlap")
         if kernel is None:
-            return super().overlap(spans, order)
-        if order is not None and len(order) == spans.shape[1]:
-            found = self._overlap(kernel, spans, order)
+            return super().overlap(arrays)
+        if arrays.order is not None and len(arrays.order) == arrays.spans.shape[1]:
+            found = self._overlap(kernel, arrays)
             if found != -1:
-                return found, order
+                return found
         # They overlap, or stand in another order than the last time.
-        order = np.argsort(spans[0], kind="stable")
-        return self._overlap(kernel, spans, order), order
+        arrays.set_order(np.argsort(arrays.spans[0], kind="stable"))
+        return self._overlap(kernel, arrays)
 
-    def _overlap(self, kernel: Kernel, spans: np.ndarray, order: np.ndarray) -> int:
-        starts = address(spans)
-        self._spans_block[:] = (
-            *(address(order), len(order) // 2, starts, starts + 8 * spans.shape[1]),
-        )
-        kernel.alone(self._spans_at, self._answer_at)
-        return int(self._answer[0])
+    def _overlap(self, kernel: Kernel, arrays: Arrays) -> int:
+        words = self._spans.words
+        words[0], words[1] = arrays.order_at, len(arrays.params)
+        words[2], words[3] = arrays.starts, arrays.ends
+        kernel.alone(self._spans.address, self._answer.address)
+        found: int = self._answer.words[0]
+        return found
 
     def _take(self, part: Part, position: int, loan: Loan) -> None:
         row = self._table[loan.row]
@@ -281,8 +294,9 @@ class CompiledGroup(HostGroup):
         if self._is_large(part.rows):
             super().clip_by_norm(part, threads)
             return
-        self._measuring[:2] = address(part.rows), len(part.rows)
-        norm_kernels(self.dtype.name)["measure"].alone(self._measuring_at)
+        words = self._measure.words
+        words[0], words[1] = part.at[0], len(part.rows)
+        norm_kernels(self.dtype.name)["measure"].alone(self._measure.address)
         self._tell_norms(part)
 
     # Updating
@@ -297,10 +311,10 @@ class CompiledGroup(HostGroup):
             self._give(rows)
         if self.clipping:
             self.clipped[rows] = 0
-        self._block[0], self._block[3] = address(rows), len(rows)
-        self._block[12], self._block[13] = leave_clipped, counts
+        words = self._update.words
+        words[0], words[3], words[12], words[13] = part.at[0], len(rows), leave_clipped, counts
         if self._is_large(rows) and (used := thread_count(threads)) > 1:
-            blocks = self._split(rows, used, self._block[7:], 0)
+            blocks = self._split(rows, used, self._update.array[7:], 0)
             # Shares of one row do not know which of them is the last.
             blocks[:, -1] = 0
             self._shares = self._kernel.shares(blocks, used)
@@ -320,7 +334,7 @@ class CompiledGroup(HostGroup):
     def _run(self, part: Part) -> None:
         if self._shares is None:
             if len(part.rows):
-                self._kernel.alone(self._block_at)
+                self._kernel.alone(self._update.address)
         else:
             self._shares.run()
             if self.backend.in_place:
@@ -391,8 +405,3 @@ def _borders(sizes: np.ndarray, shares: int) -> np.ndarray:
     blocks = np.minimum((cuts - (ends - sizes - OVERHEAD)[rows]) // BLOCK, -(-sizes[rows] // BLOCK))
     stops = [(0, 0), *zip(rows.tolist(), blocks.tolist(), strict=True), (len(sizes), 0)]
     return np.array([(*a, *b) for a, b in pairwise(stops)])
-
-
-def address(array: np.ndarray) -> int:
-    """Where the elements of an array are."""
-    return array.ctypes.data
