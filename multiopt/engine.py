@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from multiopt.step.clip import Clip
 
 __all__ = [
+    "APART",
     "MASTER",
+    "OVERLAPPING",
+    "SHARED_GRADIENTS",
+    "UNKNOWN",
     "Arrays",
     "Group",
     "Member",
@@ -60,6 +64,10 @@ Item = TypeVar("Item")
 #: An array of any library.
 Array: TypeAlias = Any
 
+#: Whether memory overlaps that a step writes: with nothing; only gradients with each other; a
+#: parameter with something; nobody has looked.
+APART, SHARED_GRADIENTS, OVERLAPPING, UNKNOWN = range(4)
+
 #: What is held where nothing is.
 NO_ARRAYS = np.empty(0, object)
 
@@ -78,12 +86,14 @@ class Arrays:
             then of gradients. Zero where there is none.
         starts: The address of the beginnings.
         ends: The address of the ends.
-        order: The order of the beginnings, if it is that of the last step; None before the first.
-        order_at: Its address.
+        order: The order of the beginnings at the last step, of as many; None before the first.
+        order_at: Its address; 0 for None.
+        overlap: Whether memory that is written overlaps with any other, as far as it is known.
     """
 
     __slots__ = (
-        *("_room", "ends", "grads", "order", "order_at", "own", "params", "spans", "starts"),
+        *("_room", "ends", "grads", "order", "order_at", "overlap", "own", "params", "spans"),
+        "starts",
     )
 
     def __init__(self) -> None:
@@ -92,7 +102,7 @@ class Arrays:
         self._room = self.spans = np.zeros((2, 0), np.int64)
         self.own, self.starts, self.ends = False, 0, 0
         self.order: np.ndarray | None = None
-        self.order_at = 0
+        self.order_at, self.overlap = 0, UNKNOWN
 
     def take(self, params: np.ndarray, grads: np.ndarray, own: bool) -> None:
         """Hold those of a step, of which nothing is looked at yet."""
@@ -104,7 +114,9 @@ class Arrays:
                 self.starts = address(self._room)
                 self.ends = self.starts + self._room.strides[0]
             self.spans = self._room[:, :count]
+            self.order, self.order_at = None, 0
         self.spans.fill(0)
+        self.overlap = UNKNOWN
 
     def release(self) -> None:
         """Hold none any more."""
@@ -227,9 +239,6 @@ class Group(ABC):
             that are schedules have the number of the last step.
         shapes: By row, the shape, parts of complex ones included.
     """
-
-    #: Whether a step makes no floating-point errors of NumPy's, which may be told to raise.
-    quiet: bool = False
 
     #: What a new row has in each column.
     FRESH: ClassVar = {
@@ -424,11 +433,16 @@ class Group(ABC):
     # A step
 
     @abstractmethod
-    def look(self, part: Part, arrays: Arrays) -> None:
+    def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """Find the arrays of a part as they are now; nothing is changed yet.
 
         It leaves those without a gradient out of the part, and says in ``part.odd`` which are not
         what the engine takes as they are. For the others it fills ``arrays.spans``.
+
+        Args:
+            part: The part.
+            arrays: The arrays of the step.
+            last: Whether it is the last part of the step, so that ``arrays.overlap`` may be told.
         """
 
     def locate(self, part: Part, arrays: Arrays) -> None:  # noqa: B027 -- most have nothing to do
@@ -439,15 +453,11 @@ class Group(ABC):
 
         Args:
             arrays: Those of the step, their spans filled by the groups of all its parts.
-
-        Returns:
-            -1 if a parameter overlaps with anything, else -2 if gradients overlap with each other,
-            else 0.
         """
         low, high = arrays.spans
         order = arrays.order
-        if order is None or len(order) != len(low) or (np.diff(low[order]) < 0).any():
-            order = np.argsort(low, kind="stable")
+        if order is None or (np.diff(low[order]) < 0).any():
+            order = np.argsort(low)
             arrays.set_order(order)
         writes = order < len(low) // 2
         low, high = low[order], high[order]
@@ -457,8 +467,8 @@ class Group(ABC):
         reached = np.maximum.accumulate(high)[:-1]
         reached_by_writes = np.maximum.accumulate(np.where(writes, high, 0))[:-1]
         if (low[1:] < np.where(writes[1:], reached, reached_by_writes)).any():
-            return -1
-        return -2 * int((low[1:] < reached).any())
+            return OVERLAPPING
+        return SHARED_GRADIENTS if (low[1:] < reached).any() else APART
 
     @abstractmethod
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
@@ -534,9 +544,9 @@ class Group(ABC):
         """The clipped gradients of a step that could not be left in their own place."""
         return ()
 
+    @abstractmethod
     def forget(self, part: Part) -> None:
         """Hold nothing of a step any more, whether it ended or not."""
-        part.params = part.grads = ()
 
 
 class Numbered(Generic[Item]):

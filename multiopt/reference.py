@@ -62,7 +62,7 @@ class ReferenceGroup(Group):
 
     # A step
 
-    def look(self, part: Part, arrays: Arrays) -> None:
+    def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """See ``Group``: Python looks at every array."""
         has = np.array([grad is not None for grad in arrays.grads[part.places]], bool)
         if not has.all():
@@ -94,6 +94,7 @@ class ReferenceGroup(Group):
             member.scales = [float(self.own[member.row])]
         return np.array(self.backend.sums_of_squares(members, factor))
 
+    @np.errstate(all="ignore")
     def prepare(
         self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
     ) -> dict[int, Array]:
@@ -124,6 +125,7 @@ class ReferenceGroup(Group):
         whole = self.backend.whole if self.layout.is_complex else lambda array: array
         return {member.place: whole(result.param) for _, member, result in self._computed}
 
+    @np.errstate(all="ignore")
     def run(self, part: Part) -> None:
         """See ``Group``."""
         for _, member, result in self._computed:
@@ -146,5 +148,4 @@ class ReferenceGroup(Group):
 
     def forget(self, part: Part) -> None:
         """See ``Group``."""
-        super().forget(part)
         self._members, self._computed = {}, []

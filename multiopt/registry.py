@@ -74,7 +74,6 @@ class _Rows(NamedTuple):
         parts: By group, the rows, and the places of their names in the list.
         scheduled: Whether a row may have schedules.
         clipping: Whether a row may have a clip.
-        quiet: Whether no engine of them makes floating-point errors of NumPy's.
         is_whole: Whether every name has a row.
     """
 
@@ -83,11 +82,10 @@ class _Rows(NamedTuple):
     parts: list[tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]]
     scheduled: bool
     clipping: bool
-    quiet: bool
     is_whole: bool
 
 
-NOTHING = _Rows([], np.empty(0, np.int64), [], False, False, True, is_whole=True)
+NOTHING = _Rows([], np.empty(0, np.int64), [], False, False, is_whole=True)
 
 
 class Registry:
@@ -272,6 +270,7 @@ class Registry:
             self._sweep()
         if grads is None:
             grads = self._own_gradients(rows, params)
+        arrays = self._arrays
         fresh: dict[int, int] = {}
         undo: Undo = []
         step: Step | None = None
@@ -279,57 +278,58 @@ class Registry:
         try:
             if not rows.is_whole:
                 rows = self._begin(rows, params, grads, fresh, undo)
-            arrays = self._arrays
             arrays.take(params, grads, own)
             if rows.scheduled:
-                # A schedule is the caller's code: arrays are looked at when it has run. It is not
-                # asked for a name that takes no part.
-                parts = [Part(*part) for part in rows.parts]
-                if self.on_nonfinite != "propagate":
-                    rows, step = self._looked(rows, arrays, fresh)
-                    with step.quiet():
-                        step.check_finite(self.on_nonfinite)
-                    parts = step.parts
-                self._ask_schedules(names, parts, grads)
-            rows, step = self._looked(rows, arrays, fresh)
-            with step.quiet():
-                step.check_apart()
-                if self.on_nonfinite != "propagate":
-                    step.check_finite(self.on_nonfinite)
+                rows = self._ask(rows, arrays, fresh)
+            step = self._step_of(rows, arrays, fresh)
+            while moved := step.look():
+                rows = self._move(rows, moved, fresh)
+                step = self._step_of(rows, arrays, fresh)
+            if self.on_nonfinite != "propagate":
+                step.check_finite(self.on_nonfinite)
+            if rows.clipping:
                 step.clip(self._clips)
-                step.prepare()
-                skips = self._counted(step)
-                with self.guard:
-                    # From here on nothing fails.
-                    step.run()
-                    if after is not None:
-                        after(step)
-                    self._commit(rows, fresh, step, skips)
-                    committed = True
+            step.prepare()
+            skips = self._counted(step) if step.skipped or self.skips else self.skips
+            with self.guard:
+                # From here on nothing fails.
+                step.run()
+                if after is not None:
+                    after(step)
+                self._commit(rows, fresh, step, skips)
+                committed = True
             return step.replaced
         finally:
             if step is not None:
                 step.forget()
+            arrays.release()
             if not committed:
                 self._take_back(fresh, undo)
 
-    def _looked(self, rows: _Rows, arrays: Arrays, fresh: dict[int, int]) -> tuple[_Rows, Step]:
-        """A step that has looked at its arrays, and its rows, new ones for what has moved."""
-        held = arrays.params, arrays.grads, arrays.own
-        while True:
-            parts = [Part(*part) for part in rows.parts]
-            if fresh:
-                new = np.fromiter(fresh, np.int64, len(fresh))
-                for part in parts:
-                    part.fresh = np.flatnonzero(np.isin(part.places, new))
-            how = self.threads, self.leave_clipped, rows.clipping, rows.quiet
-            step = Step(rows.names, arrays, parts, *how)
-            moved = step.look()
-            if not moved:
-                return rows, step
+    def _step_of(self, rows: _Rows, arrays: Arrays, fresh: Mapping[int, int]) -> Step:
+        """A step that has looked at nothing yet."""
+        how = self.threads, self.leave_clipped, rows.clipping
+        return Step(rows.names, arrays, rows.parts, fresh, *how)
+
+    def _ask(self, rows: _Rows, arrays: Arrays, fresh: dict[int, int]) -> _Rows:
+        """Ask the schedules of some rows; return those of a step.
+
+        A schedule is the caller's code: arrays are looked at when it has run. It is not asked for
+        a name that takes no part.
+        """
+        if self.on_nonfinite == "propagate":
+            self._ask_schedules(rows.names, [Part(*part) for part in rows.parts], arrays.grads)
+            return rows
+        step = self._step_of(rows, arrays, fresh)
+        try:
+            while moved := step.look():
+                rows = self._move(rows, moved, fresh)
+                step = self._step_of(rows, arrays, fresh)
+            step.check_finite(self.on_nonfinite)
+            self._ask_schedules(rows.names, step.parts, arrays.grads)
+        finally:
             step.forget()
-            rows = self._move(rows, moved, fresh)
-            arrays.take(*held)
+        return rows
 
     def _find(self, names: list[str]) -> _Rows:
         """The rows of a list of names; those that are not known have none."""
@@ -358,8 +358,7 @@ class Registry:
         groups = [part[0] for part in parts]
         scheduled = any(group.scheduled for group in groups)
         clipping = any(group.clipping for group in groups)
-        quiet = all(group.quiet for group in groups)
-        return _Rows(names, codes, parts, scheduled, clipping, quiet, is_whole)
+        return _Rows(names, codes, parts, scheduled, clipping, is_whole)
 
     def _own_gradients(self, rows: _Rows, params: np.ndarray) -> np.ndarray:
         """The gradients that parameters carry themselves."""
@@ -574,8 +573,6 @@ class Registry:
         Raises:
             ValueError: A name would be skipped too often in a row.
         """
-        if not (step.skipped or self.skips):
-            return self.skips
         skipped = [step.names[place] for place in step.skipped]
         updated = [step.names[place] for place in step.places()]
         return counted(self.skips, skipped, updated, self._max_skips)
@@ -591,7 +588,10 @@ class Registry:
             self._last = rows
         self.outcome = Outcome(rows.names, born, step.parts, step.skipped, step.global_norms)
         self.skips = skips
-        self.steps += any(part.places.size for part in step.parts)
+        for part in step.parts:
+            if len(part.places):
+                self.steps += 1
+                break
 
     def _register(self, rows: _Rows, fresh: Mapping[int, int], taken: set[int]) -> tuple[str, ...]:
         """Give names the rows that a step has begun; return those that were never seen before."""

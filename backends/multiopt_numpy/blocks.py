@@ -250,7 +250,7 @@ class BlockedGroup(HostGroup):
 
     # Looking
 
-    def look(self, part: Part, arrays: Arrays) -> None:
+    def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """See ``Group``."""
         grads = arrays.grads[part.places].tolist()
         if None in set(map(type, grads)) or any(grad is None for grad in grads):
@@ -324,6 +324,7 @@ class BlockedGroup(HostGroup):
 
     # Updating
 
+    @np.errstate(all="ignore")
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None, counts: bool) -> None:
         rows = part.rows
         self._counts = counts
@@ -441,6 +442,7 @@ class BlockedGroup(HostGroup):
             told = part.clipped[position : position + 1]
         return _Alone(tape, arrays, scalars, room, numbers, leave_clipped, told)
 
+    @np.errstate(all="ignore")
     def _run(self, part: Part) -> None:
         for run in self._runs:
             run.run()
@@ -450,6 +452,7 @@ class BlockedGroup(HostGroup):
     def forget(self, part: Part) -> None:
         """See ``Group``."""
         super().forget(part)
+        part.params = part.grads = ()
         self._runs = []
 
 

@@ -6,7 +6,7 @@ given to another one, so that a view of a slot shows that slot for good.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -29,6 +29,10 @@ LARGE = 4096
 #: Elements of a slot in a chunk: each new chunk has twice as many as the last, between these. What
 #: one parameter keeps of others that are gone is no more than a chunk.
 SMALLEST, LARGEST = 2**10, 2**14
+
+
+#: What a step returns that writes its arrays.
+NONE_REPLACED: dict[int, Array] = {}
 
 
 @dataclass(slots=True, eq=False)
@@ -211,16 +215,22 @@ class HostGroup(Group):
             kept = set(part.rows.tolist())
             self._loans = {row: loan for row, loan in self._loans.items() if row in kept}
         self._prepare(part, leave_clipped, threads, in_place)
-        self._clipped_grads = arrays.grads if leave_clipped and self.clipping else None
-        copied = [loan for loan in self._loans.values() if not loan.in_place]
+        if leave_clipped and self.clipping:
+            self._clipped_grads = arrays.grads
+        if in_place and not self._loans:
+            self._touch(arrays.params, part.places)
+            return NONE_REPLACED
+        return self._prepare_loans(part, arrays)
+
+    @np.errstate(all="ignore")
+    def _prepare_loans(self, part: Part, arrays: Arrays) -> dict[int, Array]:
+        """Make what is to be written to arrays of which copies are lent; see ``prepare``."""
+        in_place, copied = self.backend.in_place, []
         if not in_place:
             # It works on copies alone. New arrays of what comes out of them may fail to be made.
             self._run(part)
-        if in_place and not copied:
-            self._touch(arrays.params, part.places, set())
-            return {}
-        members = [loan.member for loan in copied]
-        ready = self.backend.all_ready(members, [loan.param for loan in copied])
+        copied = [loan for loan in self._loans.values() if not loan.in_place]
+        ready = self.backend.all_ready([x.member for x in copied], [x.param for x in copied])
         for loan, array in zip(copied, ready, strict=True):
             loan.ready = array
         if in_place:
@@ -229,7 +239,7 @@ class HostGroup(Group):
         whole = self.backend.whole if self.layout.is_complex else lambda array: array
         return {loan.member.place: whole(loan.ready) for loan in copied}
 
-    def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: set[int]) -> None:
+    def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: Collection[int] = ()) -> None:
         """Let the library know which of its arrays are written."""
         if copied:
             places = places[[place not in copied for place in places.tolist()]]
@@ -244,6 +254,12 @@ class HostGroup(Group):
                 self._touch(self._clipped_grads, part.places[part.clipped], copied)
         else:
             self.steps[part.rows] += 1
+        if self._loans:
+            self._return_loans()
+
+    @np.errstate(all="ignore")
+    def _return_loans(self) -> None:
+        """Write what was computed in copies."""
         for loan in self._loans.values():
             if loan.slots is not None:
                 for view, slot in zip(loan.member.slots, loan.slots, strict=True):
@@ -266,8 +282,9 @@ class HostGroup(Group):
 
     def forget(self, part: Part) -> None:
         """See ``Group``."""
-        super().forget(part)
-        self._loans, self._clipped_grads = {}, None
+        self._clipped_grads = None
+        if self._loans:
+            self._loans = {}
 
 
 def _bounds(array: np.ndarray) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -48,7 +48,8 @@ def abridged(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:LISTED])) + more
 
 
-class Outcome(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Outcome:
     """What becomes of a step, from which a report is made when somebody asks.
 
     Attributes:
@@ -75,7 +76,8 @@ class Outcome(NamedTuple):
 
     def detached(self) -> "Outcome":
         """The same, without the groups, of which it says nothing."""
-        return self._replace(parts=[replace(part, group=cast("Any", None)) for part in self.parts])
+        parts = [replace(part, group=cast("Any", None)) for part in self.parts]
+        return replace(self, parts=parts)
 
     def report(self) -> Report:
         """The report."""

@@ -1,13 +1,12 @@
 """One step of some rows: everything is looked at and made before anything is changed."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from multiopt.backend import backend_of
-from multiopt.engine import Array, Arrays, Member, Part
+from multiopt.engine import APART, SHARED_GRADIENTS, UNKNOWN, Array, Arrays, Group, Member, Part
 from multiopt.layout import Layout
 from multiopt.step.checks import (
     check_layout,
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Step"]
 
-#: The context of engines that need none.
-QUIET: AbstractContextManager[None] = nullcontext()
-
 
 class Step:
     """A step of some parts, called in the order of its methods. None but ``run`` changes anything.
@@ -33,11 +29,11 @@ class Step:
     Args:
         names: The names.
         arrays: Their arrays.
-        parts: The rows of their groups.
+        parts: For each group, as ``Part`` takes them: itself, rows, their places, and addresses.
+        fresh: The places of names that are new.
         threads: The largest number of threads, or None.
         leave_clipped: Whether clipped gradients are left behind in the gradients' place.
         clips: Whether any row may have a clip.
-        quiet: Whether no engine of a part makes floating-point errors of NumPy's.
 
     Attributes:
         parts: The parts; those that take no part are left out of them.
@@ -49,10 +45,8 @@ class Step:
 
     __slots__ = (
         "_arrays",
-        "_clips",
         "_leave_clipped",
         "_members",
-        "_quiet",
         "_threads",
         "_writes_grads",
         "global_norms",
@@ -66,18 +60,22 @@ class Step:
         self,
         names: Sequence[str],
         arrays: Arrays,
-        parts: list[Part],
+        parts: Iterable[tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]],
+        fresh: Collection[int],
         threads: int | None,
         leave_clipped: bool,
         clips: bool,
-        quiet: bool,
     ) -> None:
         """Nothing is looked at yet."""
-        self.names, self._arrays, self.parts = names, arrays, parts
+        self.names, self._arrays = names, arrays
+        self.parts = [Part(*part) for part in parts]
+        if fresh:
+            new = np.fromiter(fresh, np.int64, len(fresh))
+            for part in self.parts:
+                part.fresh = np.flatnonzero(np.isin(part.places, new))
         self._threads, self._leave_clipped = threads, leave_clipped
-        self._clips, self._quiet = clips, quiet
         # What is left behind clipped is written, once for all who share it.
-        self._writes_grads = leave_clipped and self._clips
+        self._writes_grads = leave_clipped and clips
         self._members: dict[int, tuple[Part, Member]] = {}
         self.skipped: list[int] = []
         self.global_norms: dict[Clip, float] = {}
@@ -87,19 +85,12 @@ class Step:
         """The places of those that take part."""
         return {place for part in self.parts for place in part.places.tolist()}
 
-    def quiet(self) -> AbstractContextManager[None]:
-        """What lets overflow and NaN be values, also where ``np.seterr(all="raise")`` was called.
-
-        Compiled kernels know nothing of that, and the context takes 2 us.
-        """
-        if self._quiet and not self._members:
-            return QUIET
-        return np.errstate(all="ignore")
-
     # Looking
 
     def look(self) -> dict[int, Layout]:
-        """Look at the arrays.
+        """Look at the arrays, and make sure that nothing is written twice, or read by another.
+
+        Gradients that overlap with parameters are copied.
 
         Returns:
             By place, the layout of parameters that have moved to another library or device. If
@@ -107,16 +98,26 @@ class Step:
 
         Raises:
             TypeError: Something is no usable array, or cannot be used here and now.
-            ValueError: A shape does not fit, or a parameter cannot be written.
+            ValueError: A shape does not fit, a parameter cannot be written, or two parameters share
+                memory.
         """
-        moved: dict[int, Layout] = {}
+        arrays, parts = self._arrays, self.parts
         odd: list[tuple[Part, int]] = []
-        for part in self.parts:
-            part.group.look(part, self._arrays)
+        empty, last = 0, len(parts) - 1
+        for k, part in enumerate(parts):
+            group = part.group
+            group.look(part, arrays, k == last)
+            empty += group.empty
             if part.odd:
                 odd += [(part, position) for position in part.odd]
+        moved: dict[int, Layout] = {}
         if odd:
+            arrays.overlap = UNKNOWN
             self._lend(self._examined(odd, moved), copy=False)
+            if moved:
+                return moved
+        if arrays.overlap or empty:
+            self._check_apart()
         return moved
 
     def _examined(
@@ -173,10 +174,8 @@ class Step:
 
     # Checking
 
-    def check_apart(self) -> None:
+    def _check_apart(self) -> None:
         """Make sure that nothing that is written is written twice, or read by another.
-
-        Gradients that overlap with parameters are copied.
 
         Raises:
             ValueError: Two parameters share memory.
@@ -193,16 +192,14 @@ class Step:
             objects = [array for part in self.parts for array in (*part.params, *part.grads)]
             if len(set(map(id, objects))) == len(objects):
                 return
-        empty = 0
-        for part in self.parts:
-            part.group.locate(part, arrays)
-            empty += part.group.empty
-        if empty:
-            self._check_empty()
         if not self.parts:
             return
+        for part in self.parts:
+            part.group.locate(part, arrays)
+        if any(part.group.empty for part in self.parts):
+            self._check_empty()
         found = self.parts[0].group.overlap(arrays)
-        if found == 0 or (found == -2 and not self._writes_grads):
+        if found == APART or (found == SHARED_GRADIENTS and not self._writes_grads):
             return
         everything = [
             (part, position, place)
@@ -255,8 +252,6 @@ class Step:
 
     def clip(self, clips: "Numbered[Clip | None]") -> None:
         """Measure norms, and what they scale the gradients by."""
-        if not self._clips:
-            return
         clipping = [part for part in self.parts if part.group.clipping and len(part.rows)]
         for part in clipping:
             part.group.clip_by_norm(part, self._threads)
@@ -295,6 +290,5 @@ class Step:
 
     def forget(self) -> None:
         """Hold none of the arrays any more."""
-        self._arrays.release()
         for part in self.parts:
             part.group.forget(part)

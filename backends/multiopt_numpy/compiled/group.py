@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from multiopt.engine import Arrays, Part
+from multiopt.engine import APART, UNKNOWN, Arrays, Part
 from multiopt.layout import address
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels
+from multiopt_numpy.compiled.look import ODD, OVERLAP
 from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE
 from multiopt_numpy.compiled.team import Kernel, Shares, thread_count
 from multiopt_numpy.forms import sample_scalars
@@ -96,7 +97,6 @@ class CompiledGroup(HostGroup):
     ) -> None:
         """Have no row yet."""
         self._kernel, self._given, self._look = kernel, given, look
-        self.quiet = not given
         self._first_number = FIRST_SLOT + len(rule.slots)
         self._coefficients = len(sample_scalars(rule, layout.compute_dtype)) if given else 0
         self._table = np.zeros((0, 0), np.int64)
@@ -116,8 +116,8 @@ class CompiledGroup(HostGroup):
         if look is not None:
             self._tensor = np.zeros(8, np.int64)
             facts = [*look.facts[layout.compute_dtype], address(self._tensor)]
-            self._seen = Words(15 + len(facts))
-            self._seen.array[13:] = [id(None), self.dtype.itemsize, *facts]
+            self._seen = Words(16 + len(facts))
+            self._seen.array[13:] = [id(None), self.dtype.itemsize, 0, *facts]
             self._seen.array[5:7] = self._place
 
     # Rows
@@ -176,7 +176,7 @@ class CompiledGroup(HostGroup):
 
     # Looking
 
-    def look(self, part: Part, arrays: Arrays) -> None:
+    def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """See ``Group``."""
         look, seen, count = self._look, self._seen, len(part.rows)
         if look is None or seen is None:
@@ -192,6 +192,7 @@ class CompiledGroup(HostGroup):
         words[0], words[1], words[2] = id(arrays.params), id(arrays.grads), count
         words[3], words[4] = part.at
         words[10], words[11], words[12] = arrays.starts, arrays.ends, len(arrays.params)
+        words[15] = arrays.order_at if last else 0
         try:
             look.kernel.alone(seen.address, self._answer.address)
         except Exception:
@@ -200,13 +201,19 @@ class CompiledGroup(HostGroup):
             part.keep(has)
             part.odd = range(len(part.rows))
             return
-        odds, active = divmod(self._answer.words[0], 1 << 32)
-        if active < count:
-            part.take(self._found[0, :active].copy(), self._found[1, :active].copy())
-        if odds:
-            part.odd = self._found[2, :odds].tolist()
+        answer = self._answer.words[0]
+        if answer != count:
+            code, answer = divmod(answer, OVERLAP)
+            odds, active = divmod(answer, ODD)
+            if active < count:
+                part.take(self._found[0, :active].copy(), self._found[1, :active].copy())
+            if odds:
+                part.odd = self._found[2, :odds].tolist()
+            arrays.overlap = code if last and arrays.order_at else UNKNOWN
+        elif last and arrays.order_at:
+            arrays.overlap = APART
         if look.holds is not None and not self._holds(part, arrays):
-            part.odd = range(active)
+            part.odd = range(len(part.rows))
 
     def _holds(self, part: Part, arrays: Arrays) -> bool:
         """Whether arrays are what only Python can know, as far as that must be asked again."""
@@ -233,15 +240,8 @@ class CompiledGroup(HostGroup):
         kernel = look_kernel("overlap")
         if kernel is None:
             return super().overlap(arrays)
-        if arrays.order is not None and len(arrays.order) == arrays.spans.shape[1]:
-            found = self._overlap(kernel, arrays)
-            if found != -1:
-                return found
         # They overlap, or stand in another order than the last time.
-        arrays.set_order(np.argsort(arrays.spans[0], kind="stable"))
-        return self._overlap(kernel, arrays)
-
-    def _overlap(self, kernel: Kernel, arrays: Arrays) -> int:
+        arrays.set_order(np.argsort(arrays.spans[0]))
         words = self._spans.words
         words[0], words[1] = arrays.order_at, len(arrays.params)
         words[2], words[3] = arrays.starts, arrays.ends
@@ -262,7 +262,7 @@ class CompiledGroup(HostGroup):
             for row, places in self._moved.items():
                 self._table[row, FIRST_SLOT : self._first_number] = places
             self._moved = {}
-            super().forget(part)
+        super().forget(part)
         self._shares = None
 
     # Measuring
@@ -320,6 +320,7 @@ class CompiledGroup(HostGroup):
             self._shares = self._kernel.shares(blocks, used)
             self._kept = rows, blocks
 
+    @np.errstate(all="ignore")
     def _give(self, rows: np.ndarray) -> None:
         """Put the coefficients of a step into the table."""
         numbers, steps = self.numbers[rows], self.steps[rows] + 1

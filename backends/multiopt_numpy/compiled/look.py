@@ -6,7 +6,10 @@ from multiopt_numpy.compiled.object_cache import ObjectCode
 from multiopt_numpy.compiled.rows import GRAD, NDIM, PARAM, SHAPE, SIZE
 from multiopt_numpy.compiled.toolbox import object_code, toolbox
 
-__all__ = ["compile_look"]
+__all__ = ["ODD", "OVERLAP", "compile_look"]
+
+#: What parts of an answer are multiplied by.
+ODD, OVERLAP = 1 << 28, 1 << 56
 
 
 def compile_look() -> ObjectCode:
@@ -17,11 +20,12 @@ def compile_look() -> ObjectCode:
     ``dltensor_from_py_object_no_sync``). Each goes through some rows: it passes over those without
     a gradient, fills the addresses of the others into the table and into the spans of the step, and
     lists those whose parameter or gradient is not exactly what the row says. It returns how many
-    rows have a gradient, and 2^32 times how many are listed.
+    rows have a gradient, plus ``ODD`` times how many are listed, plus ``OVERLAP`` times what
+    ``overlap`` says, which it calls at its end if there is an order.
 
     ``overlap`` goes through the spans of a step in an order that is to be that of their beginnings.
-    It returns -1 if a parameter overlaps with anything, or may, since the order is another one;
-    else -2 if gradients overlap with each other, and else 0.
+    It returns 2 if a parameter overlaps with anything, or may, since the order is another one;
+    else 1 if gradients overlap with each other, and else 0.
     """
     tools = toolbox()
     njit, words, halves = tools.njit, tools.words, tools.halves
@@ -85,6 +89,22 @@ def compile_look() -> ObjectCode:
             prefetch(inner + 64)
             prefetch(inner + 128)
 
+    @njit
+    def walked(order, n, starts, ends):  # type: ignore[no-untyped-def]
+        last, reached, reached_by_params, found = 0, 0, 0, 0
+        for k in range(2 * n):
+            j = order[k]
+            low, high, writes = starts[j], ends[j], j < n
+            if high > low:
+                if low < last or low < (reached if writes else reached_by_params):
+                    return 2
+                if low < reached:
+                    found = 1
+                last, reached = low, max(reached, high)
+                if writes:
+                    reached_by_params = max(reached_by_params, high)
+        return found
+
     def looking(address: Any, ahead: Any) -> Any:
         def look(arguments_at):  # type: ignore[no-untyped-def]
             a = words(arguments_at)
@@ -93,7 +113,7 @@ def compile_look() -> ObjectCode:
             rows, places, table_at, width = words(a[3]), words(a[4]), a[5], a[6] * 8
             found, found_places, odd = words(a[7]), words(a[8]), words(a[9])
             starts, ends, total, nothing, itemsize = words(a[10]), words(a[11]), a[12], a[13], a[14]
-            facts, count, odds = words(arguments_at + 8 * 15), 0, 0
+            order_at, facts, count, odds = a[15], words(arguments_at + 8 * 16), 0, 0
             for k in range(n):
                 i, row = places[k], words(table_at + rows[k] * width)
                 if k + 16 < n:
@@ -118,26 +138,14 @@ def compile_look() -> ObjectCode:
                     starts[i], ends[i] = p, p + size
                     starts[total + i], ends[total + i] = g, g + size
                 count += 1
-            return count + (odds << 32)
+            code = 0 if order_at == 0 else walked(words(order_at), total, starts, ends)
+            return count + odds * ODD + code * OVERLAP
 
         return njit(look)
 
     def overlap(arguments_at):  # type: ignore[no-untyped-def]
         a = words(arguments_at)
-        order, n, starts, ends = words(a[0]), a[1], words(a[2]), words(a[3])
-        last, reached, reached_by_params, found = 0, 0, 0, 0
-        for k in range(2 * n):
-            j = order[k]
-            low, high, writes = starts[j], ends[j], j < n
-            if high > low:
-                if low < last or low < (reached if writes else reached_by_params):
-                    return -1
-                if low < reached:
-                    found = -2
-                last, reached = low, max(reached, high)
-                if writes:
-                    reached_by_params = max(reached_by_params, high)
-        return found
+        return walked(words(a[0]), a[1], words(a[2]), words(a[3]))
 
     return object_code(
         look_numpy=looking(numpy_address, numpy_ahead),
