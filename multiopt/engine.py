@@ -142,7 +142,7 @@ class Part:
             overlap only if they are one object.
         params: The parameters, for engines that keep a list.
         grads: The gradients, likewise.
-        norms: After ``clip_by_norm``, the places and the norms of gradients that have a bound.
+        norms: After ``clip_by_norm``, by position the norm of the gradient; -1 for no bound.
         clipped: After ``run``, for each row whether its gradient was clipped, as far as the host
             knows; None for no clips.
         limited: By position, the same as a value on a device, of which only that knows; None for
@@ -158,7 +158,7 @@ class Part:
     owned: bool = False
     params: Any = ()
     grads: Any = ()
-    norms: tuple[np.ndarray, np.ndarray] | None = None
+    norms: np.ndarray | None = None
     clipped: np.ndarray | None = None
     limited: Mapping[int, Any] | None = None
 
@@ -250,7 +250,7 @@ class Group(ABC):
         "own": (np.float64, 1.0),
         "shared": (np.float64, 1.0),
         "bound": (np.float64, inf),
-        "norm": (np.float64, nan),
+        "norm": (np.float64, -1.0),
     }
 
     steps: np.ndarray
@@ -426,7 +426,7 @@ class Group(ABC):
         self.clip[rows] = number
         self.own[rows] = self.shared[rows] = 1.0
         norm, value, eps = (None, None, 0.0) if clip is None else (clip.norm, clip.value, clip.eps)
-        self.norm_bound[rows] = nan if norm is None else norm
+        self.norm_bound[rows], self.norm[rows] = nan if norm is None else norm, -1.0
         self.eps[rows] = eps
         self.bound[rows] = self.dtype.type(inf if value is None else value)
 
@@ -513,12 +513,7 @@ class Group(ABC):
         self.norm[rows] = norms(len(rows), squares)
         found = clip_coefficient(np, self.norm_bound[rows], self.norm[rows], self.eps[rows])
         self.own[rows] = found.astype(self.dtype)
-        self._tell_norms(part)
-
-    def _tell_norms(self, part: Part) -> None:
-        """Say what has been measured."""
-        bounded = ~np.isnan(self.norm_bound[part.rows])
-        part.norms = part.places[bounded], self.norm[part.rows[bounded]]
+        part.norms = self.norm[part.rows]
 
     @abstractmethod
     def prepare(
@@ -582,6 +577,10 @@ class Numbered(Generic[Item]):
             self._numbers[key] = self._next
             self._next += 1
         return self._numbers[key]
+
+    def having(self, test: Callable[[Item], bool]) -> list[tuple[int, Item]]:
+        """The things that pass a test, with their numbers."""
+        return [(number, item) for number, item in self._items.items() if test(item)]
 
     def __getitem__(self, number: int) -> Item:
         """The thing that has a number."""

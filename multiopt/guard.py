@@ -14,7 +14,7 @@ The guard remembers it, and refuses everything but a load: such a handler is to 
 """
 
 # The functions of ``signal`` itself take 25 us to make an enumeration of the answer.
-import _signal  # type: ignore[import-not-found]
+from _signal import SIGINT, getsignal, signal  # type: ignore[import-not-found]
 from collections.abc import Callable
 from functools import wraps
 from types import FrameType, TracebackType
@@ -58,8 +58,10 @@ class Guard:
         Raises:
             RuntimeError: Another change has not ended, or ended in the middle.
         """
-        self.check_idle(name)
-        self.check_whole(name)
+        if self.busy or self._handler is not None:
+            self.check_idle(name)
+        if self.torn is not None:
+            self.check_whole(name)
 
     def check_idle(self, name: str) -> None:
         """Refuse a change in the middle of another one; see ``check``."""
@@ -87,11 +89,11 @@ class Guard:
         """Begin to write: from here on Ctrl-C waits. It takes 0.5 us."""
         if self._depth == 0:
             self._came = None
-            handler = _signal.getsignal(_signal.SIGINT)
+            handler = getsignal(SIGINT)
             if callable(handler):
                 try:
                     self._handler = handler
-                    _signal.signal(_signal.SIGINT, self._wait)
+                    signal(SIGINT, self._wait)
                 except ValueError:
                     self._handler = None  # not the main thread, in which alone handlers run
         self._depth += 1
@@ -109,8 +111,8 @@ class Guard:
     def _give_back(self) -> None:
         handler = self._handler
         if handler is not None:
-            if _signal.getsignal(_signal.SIGINT) == self._wait:
-                _signal.signal(_signal.SIGINT, handler)
+            if getsignal(SIGINT) == self._wait:
+                signal(SIGINT, handler)
             self._handler = None
             if self._came is not None:
                 handler(*self._came)

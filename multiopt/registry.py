@@ -43,7 +43,7 @@ from multiopt.rules import Rule
 from multiopt.rules.rule import is_shared
 from multiopt.skipping import Skips, counted
 from multiopt.step.checks import check_gradients, check_name, own_gradient
-from multiopt.step.clip import Clip
+from multiopt.step.clip import Clip, Together
 from multiopt.step.report import Outcome
 from multiopt.step.run import Step
 
@@ -65,6 +65,10 @@ class _Codes(dict[str, int]):
         return MISSING
 
 
+#: A group, rows of it, the places of their names in a list, and the addresses of the two.
+_Rowed: TypeAlias = tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]
+
+
 class _Rows(NamedTuple):
     """A list of names with their rows: what is remembered of the last one.
 
@@ -74,18 +78,20 @@ class _Rows(NamedTuple):
         parts: By group, the rows, and the places of their names in the list.
         scheduled: Whether a row may have schedules.
         clipping: Whether a row may have a clip.
-        is_whole: Whether every name has a row.
+        together: The clips of them that measure several gradients together, if any do.
+        missing: The places of names without a row.
     """
 
     names: list[str]
     codes: np.ndarray
-    parts: list[tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]]
+    parts: list[_Rowed]
     scheduled: bool
     clipping: bool
-    is_whole: bool
+    together: Together | None
+    missing: list[int]
 
 
-NOTHING = _Rows([], np.empty(0, np.int64), [], False, False, is_whole=True)
+NOTHING = _Rows([], np.empty(0, np.int64), [], False, False, None, [])
 
 
 class Registry:
@@ -239,6 +245,11 @@ class Registry:
         group, row = self.row_of(name)
         return int(group.steps[row])
 
+    def alike(self, name: str) -> Hashable:
+        """What is the same for names that have the same rule, schedules included."""
+        group, row = self.row_of(name)
+        return group.number, int(group.schedule[row]), group.numbers[row].tobytes()
+
     def entry(self, name: str) -> Entry:
         """What is held of a name, its slots as they are in memory."""
         group, row = self.row_of(name)
@@ -276,7 +287,7 @@ class Registry:
         step: Step | None = None
         committed = False
         try:
-            if not rows.is_whole:
+            if rows.missing and any(grads[place] is not None for place in rows.missing):
                 rows = self._begin(rows, params, grads, fresh, undo)
             arrays.take(params, grads, own)
             if rows.scheduled:
@@ -288,7 +299,7 @@ class Registry:
             if self.on_nonfinite != "propagate":
                 step.check_finite(self.on_nonfinite)
             if rows.clipping:
-                step.clip(self._clips)
+                step.clip(rows.together)
             step.prepare()
             skips = self._counted(step) if step.skipped or self.skips else self.skips
             with self.guard:
@@ -334,7 +345,10 @@ class Registry:
     def _find(self, names: list[str]) -> _Rows:
         """The rows of a list of names; those that are not known have none."""
         codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
-        return self._parted(names, codes)
+        rows = self._parted(names, codes)
+        for place in rows.missing:
+            check_name("params", names[place])
+        return rows
 
     def _parted(self, names: list[str], codes: np.ndarray) -> _Rows:
         """A list of names with their rows by group."""
@@ -342,8 +356,8 @@ class Registry:
         if len(self._everything) < count:
             self._everything = np.arange(2 * count)
             self._everything_at = address(self._everything)
-        is_whole = bool(codes.min(initial=0) >= 0)
-        if len(self._groups) == 1 and is_whole and count:
+        missing = np.flatnonzero(codes < 0).tolist() if codes.min(initial=0) < 0 else []
+        if len(self._groups) == 1 and not missing and count:
             ((number, group),) = self._groups.items()
             rows = codes - number * GROUP if number else codes
             places = self._everything[:count]
@@ -358,13 +372,23 @@ class Registry:
         groups = [part[0] for part in parts]
         scheduled = any(group.scheduled for group in groups)
         clipping = any(group.clipping for group in groups)
-        return _Rows(names, codes, parts, scheduled, clipping, is_whole)
+        together = self._together(names, parts) if clipping else None
+        return _Rows(names, codes, parts, scheduled, clipping, together, missing)
+
+    def _together(self, names: Sequence[str], parts: Iterable[_Rowed]) -> Together | None:
+        """The clips of some rows that measure several gradients together."""
+        shared = self._clips.having(lambda clip: clip is not None and clip.global_norm is not None)
+        if not shared:
+            return None
+        used = {int(n) for group, rows, *_ in parts for n in np.unique(group.clip[rows])}
+        clips = {number: clip for number, clip in shared if number in used and clip is not None}
+        return Together.of(names, clips) if clips else None
 
     def _own_gradients(self, rows: _Rows, params: np.ndarray) -> np.ndarray:
         """The gradients that parameters carry themselves."""
         names, grads = rows.names, None
         # At first sight each is asked by itself whether it can have one.
-        missing = np.flatnonzero(rows.codes < 0).tolist()
+        missing = rows.missing
         asked = {k: own_gradient(names[k], params[k]) for k in missing}
         backends = {part[0].backend for part in rows.parts}
         if len(backends) == 1 and len(missing) < len(names):
@@ -379,6 +403,7 @@ class Registry:
             check_gradients(names, params, grads)
         return grads
 
+    @np.errstate(all="ignore")
     def _ask_schedules(
         self, names: Sequence[str], parts: Sequence[Part], grads: np.ndarray
     ) -> None:
@@ -447,8 +472,7 @@ class Registry:
         kinds: dict[Hashable, tuple[Group, Rule, list[int]]] = {}
         shapes: dict[int, tuple[int, ...]] = {}
         clips: dict[int, Clip | None] = {}
-        for place in np.flatnonzero(codes < 0).tolist():
-            check_name("params", names[place])
+        for place in rows.missing:
             if grads[place] is None:
                 continue
             name, param = names[place], params[place]
@@ -584,7 +608,7 @@ class Registry:
         born: tuple[str, ...] = ()
         if fresh:
             born = self._register(rows, fresh, step.places())
-        elif rows.is_whole:
+        else:
             self._last = rows
         self.outcome = Outcome(rows.names, born, step.parts, step.skipped, step.global_norms)
         self.skips = skips
@@ -608,7 +632,7 @@ class Registry:
                 born.append(name)
             self._codes[name] = fresh[place]
             self.pending.pop(name, None)
-        self._last = rows if rows.is_whole and taken >= fresh.keys() else NOTHING
+        self._last = rows if taken >= fresh.keys() else NOTHING
         return tuple(born)
 
     def _take_back(self, fresh: Mapping[int, int], undo: Undo) -> None:

@@ -63,10 +63,10 @@ def stored_state(registry: Registry, copied: bool) -> dict[str, Any]:
             "entries": {n: described(e, shown(e.layout), steps) for n, e in entries(registry)},
             "pending": {n: described_waiting(stored) for n, stored in registry.pending.items()},
         }
-    rules: dict[tuple[Rule, int], dict[str, Any]] = {}
+    rules: dict[Hashable, dict[str, Any]] = {}
     found = {}
     for name, entry in entries(registry):
-        key = entry.rule, entry.step
+        key = registry.alike(name), entry.step
         if key not in rules:
             rules[key] = described_rule(entry.rule, entry.step, steps)
         found[name] = {

@@ -218,7 +218,8 @@ class HostGroup(Group):
         if leave_clipped and self.clipping:
             self._clipped_grads = arrays.grads
         if in_place and not self._loans:
-            self._touch(arrays.params, part.places)
+            params = arrays.params
+            self.backend.touch(params if len(params) == len(part.rows) else params[part.places])
             return NONE_REPLACED
         return self._prepare_loans(part, arrays)
 
@@ -239,11 +240,10 @@ class HostGroup(Group):
         whole = self.backend.whole if self.layout.is_complex else lambda array: array
         return {loan.member.place: whole(loan.ready) for loan in copied}
 
-    def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: Collection[int] = ()) -> None:
+    def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: Collection[int]) -> None:
         """Let the library know which of its arrays are written."""
-        if copied:
-            places = places[[place not in copied for place in places.tolist()]]
-        self.backend.touch(arrays if len(places) == len(arrays) else arrays[places])
+        mine = [place for place in places.tolist() if place not in copied]
+        self.backend.touch(arrays if len(mine) == len(arrays) else arrays[mine])
 
     def run(self, part: Part) -> None:
         """See ``Group``."""
@@ -284,7 +284,11 @@ class HostGroup(Group):
         """See ``Group``."""
         self._clipped_grads = None
         if self._loans:
+            self._take_back()
             self._loans = {}
+
+    def _take_back(self) -> None:
+        """Let the engine work on nothing any more that is lent."""
 
 
 def _bounds(array: np.ndarray) -> tuple[int, int]:

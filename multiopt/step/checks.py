@@ -76,12 +76,14 @@ def as_dict(what: str, arrays: Any) -> dict[str, Any]:
     Raises:
         TypeError: It is none.
     """
+    if type(arrays) is dict:
+        return arrays.copy()
     if not hasattr(arrays, "keys"):
         raise TypeError(
             f"{what} is a {type(arrays).__name__}; expected a mapping of names to arrays: pass a "
             "dict"
         )
-    return arrays.copy() if type(arrays) is dict else dict(arrays.items())
+    return dict(arrays.items())
 
 
 def check_name(what: str, name: Any) -> None:

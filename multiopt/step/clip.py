@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, nan
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,10 +12,7 @@ from multiopt.engine import Part, norms
 from multiopt.errors import brief
 from multiopt.rules.arithmetic import clip_coefficient, tree_sum
 
-if TYPE_CHECKING:
-    from multiopt.engine import Numbered
-
-__all__ = ["Clip", "clip_by_global_norm"]
+__all__ = ["Clip", "Together", "clip_by_global_norm"]
 
 
 @dataclass(frozen=True)
@@ -63,48 +60,61 @@ class Clip:
             object.__setattr__(self, name, number)
 
 
+class Together(NamedTuple):
+    """The clips of a list of names that measure several gradients together.
+
+    Attributes:
+        clips: They, with the numbers that the column ``clip`` has for them.
+        ranks: For each name its place in the order of names, in which is summed.
+    """
+
+    clips: dict[int, Clip]
+    ranks: np.ndarray
+
+    @classmethod
+    def of(cls, names: Sequence[str], clips: dict[int, Clip]) -> "Together":
+        """Those of some names."""
+        ranks = np.empty(len(names), np.int64)
+        ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+        return cls(clips, ranks)
+
+
 @np.errstate(all="ignore")
 def clip_by_global_norm(
-    names: Sequence[str],
-    parts: Sequence[Part],
-    clips: "Numbered[Clip | None]",
-    threads: int | None,
+    parts: Sequence[Part], together: Together, threads: int | None
 ) -> dict[Clip, float]:
     """Measure the norms over all gradients of equal clips, which their own norms have scaled.
 
     It fills the column ``shared`` of the groups.
 
     Args:
-        names: The names of the step.
         parts: Parts that have clips.
-        clips: The clips by the numbers in the column ``clip``.
+        together: The clips.
         threads: The largest number of threads, or None.
 
     Returns:
         The norms.
     """
     found: dict[Clip, float] = {}
-    numbers = {int(n) for part in parts for n in np.unique(part.group.clip[part.rows])}
-    for number in sorted(numbers):
-        clip = clips[number]
-        if clip is None or clip.global_norm is None:
-            continue
+    for number, clip in together.clips.items():
         mine = [np.flatnonzero(part.group.clip[part.rows] == number) for part in parts]
-        norm = _global_norm(names, parts, mine, threads)
+        pairs = [(part, which) for part, which in zip(parts, mine, strict=True) if which.size]
+        if not pairs:
+            continue
+        assert clip.global_norm is not None
+        norm = _global_norm(pairs, together.ranks, threads)
         coefficient = clip_coefficient(np, clip.global_norm, norm, clip.eps)
-        for part, which in zip(parts, mine, strict=True):
+        for part, which in pairs:
             part.group.shared[part.rows[which]] = part.group.dtype.type(coefficient)
         found[clip] = norm
     return found
 
 
 def _global_norm(
-    names: Sequence[str], parts: Sequence[Part], mine: Sequence[np.ndarray], threads: int | None
+    pairs: Sequence[tuple[Part, np.ndarray]], ranks: np.ndarray, threads: int | None
 ) -> float:
     """The norm over the gradients at some positions of each part, summed in the order of names."""
-    pairs = list(zip(parts, mine, strict=True))
-    places = np.concatenate([part.places[which] for part, which in pairs]).tolist()
-    order = sorted(range(len(places)), key=lambda k: names[places[k]])
+    order = np.argsort(ranks[np.concatenate([part.places[which] for part, which in pairs])])
 
     def squares(_: np.ndarray, factor: float) -> np.ndarray:
         sums = [part.group.squares(part, which, factor, threads) for part, which in pairs]

@@ -85,8 +85,8 @@ class Outcome:
         limited: dict[int, Any] = {}
         for part in self.parts:
             if part.norms is not None:
-                places, found = part.norms
-                norms.update(zip(places.tolist(), found.tolist(), strict=True))
+                found = zip(part.places.tolist(), part.norms.tolist(), strict=True)
+                norms |= {place: norm for place, norm in found if norm != -1}
             if part.clipped is not None:
                 for position, value in (part.limited or {}).items():
                     limited[int(part.places[position])] = value

@@ -1,6 +1,7 @@
 """One step of some rows: everything is looked at and made before anything is changed."""
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +15,10 @@ from multiopt.step.checks import (
     checked_gradient,
     refuse_shared,
 )
-from multiopt.step.clip import Clip, clip_by_global_norm
+from multiopt.step.clip import Clip, Together, clip_by_global_norm
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
-    from multiopt.engine import Numbered
 
 __all__ = ["Step"]
 
@@ -68,7 +68,7 @@ class Step:
     ) -> None:
         """Nothing is looked at yet."""
         self.names, self._arrays = names, arrays
-        self.parts = [Part(*part) for part in parts]
+        self.parts = list(starmap(Part, parts))
         if fresh:
             new = np.fromiter(fresh, np.int64, len(fresh))
             for part in self.parts:
@@ -250,12 +250,17 @@ class Step:
 
     # Clipping and updating
 
-    def clip(self, clips: "Numbered[Clip | None]") -> None:
-        """Measure norms, and what they scale the gradients by."""
+    def clip(self, together: Together | None) -> None:
+        """Measure norms, and what they scale the gradients by.
+
+        Args:
+            together: The clips that measure several gradients together, if there are any.
+        """
         clipping = [part for part in self.parts if part.group.clipping and len(part.rows)]
         for part in clipping:
             part.group.clip_by_norm(part, self._threads)
-        self.global_norms = clip_by_global_norm(self.names, clipping, clips, self._threads)
+        if together is not None:
+            self.global_norms = clip_by_global_norm(clipping, together, self._threads)
 
     def prepare(self) -> None:
         """Make everything that may fail."""

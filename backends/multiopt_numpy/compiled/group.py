@@ -81,9 +81,10 @@ class CompiledGroup(HostGroup):
         look: How to look at the arrays; None if all are lent.
     """
 
-    FRESH: ClassVar = {**HostGroup.FRESH, "clipped": (np.uint8, 0)}
+    FRESH: ClassVar = {**HostGroup.FRESH, "clipped": (np.uint8, 0), "bad": (np.uint8, 0)}
 
     clipped: np.ndarray
+    bad: np.ndarray
 
     def __init__(
         self,
@@ -106,7 +107,8 @@ class CompiledGroup(HostGroup):
         self._elements = self._scalars = 0
         self._found = np.empty((3, 0), np.int64)
         self._answer = Words(1)
-        self._update, self._measure, self._spans = Words(14), Words(9), Words(4)
+        self._update, self._measure, self._finite = Words(14), Words(9), Words(8)
+        self._spans = Words(4)
         self._room = np.empty(BLOCK + MANY // BLOCK + 1)
         self._shares: Shares | None = None
         self._seen: Words | None = None
@@ -128,6 +130,7 @@ class CompiledGroup(HostGroup):
         self._update.array[5:12] = [*self._place, *map(address, columns)]
         columns = (self.norm_bound, self.eps, self.norm, self.own, self._room)
         self._measure.array[2:] = [*self._place, *map(address, columns)]
+        self._finite.array[5:] = [*self._place, address(self.bad)]
         if self._seen is not None:
             self._seen.array[5:7] = self._place
 
@@ -206,7 +209,9 @@ class CompiledGroup(HostGroup):
             code, answer = divmod(answer, OVERLAP)
             odds, active = divmod(answer, ODD)
             if active < count:
-                part.take(self._found[0, :active].copy(), self._found[1, :active].copy())
+                # The rows are of use for this step only; the places are told after it.
+                part.rows, part.places = self._found[0, :active], self._found[1, :active].copy()
+                part.at = words[7], 0
             if odds:
                 part.odd = self._found[2, :odds].tolist()
             arrays.overlap = code if last and arrays.order_at else UNKNOWN
@@ -256,22 +261,24 @@ class CompiledGroup(HostGroup):
             self._moved[loan.row] = row[FIRST_SLOT : self._first_number].tolist()
             row[FIRST_SLOT : self._first_number] = [address(slot) for slot in loan.slots]
 
-    def forget(self, part: Part) -> None:
-        """See ``Group``."""
-        if self._loans:
-            for row, places in self._moved.items():
-                self._table[row, FIRST_SLOT : self._first_number] = places
-            self._moved = {}
-        super().forget(part)
-        self._shares = None
+    def _take_back(self) -> None:
+        for row, places in self._moved.items():
+            self._table[row, FIRST_SLOT : self._first_number] = places
+        self._moved = {}
 
     # Measuring
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
         """See ``Group``."""
-        bad = np.zeros(len(self.steps), np.uint8)
-        self._alone(norm_kernels(self.dtype.name)["finite"], part.rows, threads, [address(bad)])
-        finite: np.ndarray = bad[part.rows] == 0
+        rows, kernel = part.rows, norm_kernels(self.dtype.name)["finite"]
+        self.bad[rows] = 0
+        if self._elements > MANY and self._is_large(rows):
+            self._share(kernel, rows, threads, [address(self.bad)])
+        elif len(rows):
+            words = self._finite.words
+            words[0], words[3] = part.at[0], len(rows)
+            kernel.alone(self._finite.address)
+        finite: np.ndarray = self.bad[rows] == 0
         return finite
 
     def squares(
@@ -279,41 +286,47 @@ class CompiledGroup(HostGroup):
     ) -> np.ndarray:
         """See ``Group``."""
         kernels, rows = norm_kernels(self.dtype.name), part.rows[which]
+        factors, totals = np.array([factor]), np.zeros(len(rows))
+        if not self._elements > MANY or not self._is_large(rows):
+            columns = (rows, self.own, factors, self._room, totals)
+            at_rows, *rest = map(address, columns)
+            block = np.array([at_rows, len(rows), *self._place, *rest])
+            kernels["sums"].alone(address(block))
+            return totals
         blocks = -(-self.size[rows] // BLOCK)
         first = np.concatenate([[0], np.cumsum(blocks)])
-        sums, factors = np.empty(first[-1]), np.array([factor])
+        sums = np.empty(first[-1])
         tail = [address(a) for a in (self.own, factors, first, sums)]
-        self._alone(kernels["squares"], rows, threads, tail, scratch=True)
-        totals = np.empty(len(rows))
+        self._share(kernels["squares"], rows, threads, tail, scratch=True)
         arguments = np.array([len(rows), *(address(a) for a in (first, sums, totals))])
         kernels["totals"].alone(address(arguments))
         return totals
 
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """See ``Group``."""
-        if self._is_large(part.rows):
+        if self._elements > MANY and self._is_large(part.rows):
             super().clip_by_norm(part, threads)
             return
         words = self._measure.words
         words[0], words[1] = part.at[0], len(part.rows)
         norm_kernels(self.dtype.name)["measure"].alone(self._measure.address)
-        self._tell_norms(part)
+        part.norms = self.norm[part.rows]
 
     # Updating
 
     def _is_large(self, rows: np.ndarray) -> bool:
         """Whether threads are worth it."""
-        return self._elements > MANY and bool(self.size[rows].sum() > MANY)
+        return bool(self.size[rows].sum() > MANY)
 
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None, counts: bool) -> None:
-        rows = part.rows
+        rows, self._shares = part.rows, None
         if self._given:
             self._give(rows)
         if self.clipping:
             self.clipped[rows] = 0
         words = self._update.words
         words[0], words[3], words[12], words[13] = part.at[0], len(rows), leave_clipped, counts
-        if self._is_large(rows) and (used := thread_count(threads)) > 1:
+        if self._elements > MANY and self._is_large(rows) and (used := thread_count(threads)) > 1:
             blocks = self._split(rows, used, self._update.array[7:], 0)
             # Shares of one row do not know which of them is the last.
             blocks[:, -1] = 0
@@ -345,7 +358,7 @@ class CompiledGroup(HostGroup):
 
     # Running kernels
 
-    def _alone(
+    def _share(
         self,
         kernel: Kernel,
         rows: np.ndarray,
@@ -353,7 +366,7 @@ class CompiledGroup(HostGroup):
         tail: Sequence[int],
         scratch: bool = False,
     ) -> None:
-        """Run a kernel over some rows, on several threads if that is worth it.
+        """Run a kernel over many elements, on several threads.
 
         Args:
             kernel: The kernel.
@@ -362,18 +375,12 @@ class CompiledGroup(HostGroup):
             tail: Its arguments after the table.
             scratch: Whether the last argument is room for a block.
         """
-        if not rows.size:
-            return
-        large = self._is_large(rows)
-        used = thread_count(threads) if large else 1
+        used = thread_count(threads)
         blocks = self._split(rows, used, tail, int(scratch))
         if scratch:
             room = np.empty((len(blocks), BLOCK))
             blocks[:, -1] = address(room) + room.strides[0] * np.arange(len(blocks))
-        if large:
-            kernel.shares(blocks, used).run()
-        else:
-            kernel.alone(address(blocks))
+        kernel.shares(blocks, used).run()
 
     def _split(
         self, rows: np.ndarray, threads: int, tail: "Sequence[int] | np.ndarray", more: int

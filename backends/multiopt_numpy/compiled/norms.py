@@ -111,13 +111,27 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
         return 0
 
     @njit
-    def total(g_at, size, factor, sums, scratch):  # type: ignore[no-untyped-def]
+    def total(g_at, size, own, factor, sums, scratch):  # type: ignore[no-untyped-def]
         """The sum of squares of one gradient."""
         blocks = -(-size // BLOCK)
         for b in range(blocks):
             g = at(g_at + b * BLOCK * itemsize)
-            sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), number(1.0), factor, scratch)
+            sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), own, factor, scratch)
         return fold(sums, blocks) if blocks > 0 else 0.0
+
+    def sums(arguments_at):  # type: ignore[no-untyped-def]
+        """The sums of squares of some rows, in their order."""
+        a = words(arguments_at)
+        index, n, table_at, width = words(a[0]), a[1], a[2], a[3]
+        own, factor = doubles(a[4]), doubles(a[5])[0]
+        scratch, blocks, out = doubles(a[6]), doubles(a[6] + BLOCK * 8), doubles(a[7])
+        for k in range(n):
+            row = words(table_at + index[k] * width * 8)
+            if k + 8 < n:
+                prefetch(words(table_at + index[k + 8] * width * 8)[GRAD])
+            x = number(own[index[k]])
+            out[k] = total(row[GRAD], row[SIZE], x, factor, blocks, scratch)
+        return 0
 
     def measure(arguments_at):  # type: ignore[no-untyped-def]
         """The norms of those rows that have a bound, and what they scale the gradients by."""
@@ -133,10 +147,10 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
             if not math.isnan(bound):
                 row = words(table_at + r * width * 8)
                 g, size = row[GRAD], row[SIZE]
-                squares = total(g, size, 1.0, sums, scratch)
+                squares = total(g, size, number(1.0), 1.0, sums, scratch)
                 factor = factor_for(squares)
                 if factor != 1.0:
-                    squares = total(g, size, factor, sums, scratch)
+                    squares = total(g, size, number(1.0), factor, sums, scratch)
                 norms[r] = math.sqrt(squares) / factor
                 own[r] = number(coefficient(bound, norms[r], eps[r]))
         return 0
@@ -169,5 +183,9 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
         return 0
 
     return object_code(
-        squares=njit(squares), totals=njit(totals), measure=njit(measure), finite=njit(finite)
+        squares=njit(squares),
+        totals=njit(totals),
+        sums=njit(sums),
+        measure=njit(measure),
+        finite=njit(finite),
     )
