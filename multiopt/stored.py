@@ -1,6 +1,6 @@
 """The state of a registry as plain data, and loaded state on its way in."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
