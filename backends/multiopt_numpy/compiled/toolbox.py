@@ -1,7 +1,7 @@
 """What kernels are made with: Numba, reading memory at an address."""
 
 import math
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +20,7 @@ def toolbox() -> Any:
     from numba import types
     from numba.extending import intrinsic
 
-    def njit(function: Any) -> Any:
+    def njit(function: Any, inline: str = "never") -> Any:
         # The error model lets a division by zero be an infinity. Contraction is off in Numba
         # unless it is asked for.
         return numba.njit(  # type: ignore[call-overload]
@@ -29,6 +29,7 @@ def toolbox() -> Any:
             no_cpython_wrapper=True,
             no_cfunc_wrapper=True,
             _nrt=False,
+            inline=inline,
         )
 
     def pointer(kind: Any) -> Any:
@@ -70,6 +71,7 @@ def toolbox() -> Any:
     tools = ModuleType("tools")
     tools.__dict__.update(
         njit=njit,
+        inlined=partial(njit, inline="always"),
         call=call,
         prefetch=prefetch,
         types=types,
@@ -87,9 +89,12 @@ def compiled(text: str, **known: Any) -> dict[str, Any]:
 
     Args:
         text: The text.
-        known: What it refers to by name, beside ``njit``, ``sqrt``, ``inf`` and ``nan``.
+        known: What it refers to by name, beside ``njit``, ``inlined`` (the same, in the place of
+            each call), ``sqrt``, ``inf`` and ``nan``.
     """
-    names = {**known, "njit": toolbox().njit, "sqrt": np.sqrt, "inf": math.inf, "nan": math.nan}
+    tools = toolbox()
+    names = {**known, "sqrt": np.sqrt, "inf": math.inf, "nan": math.nan}
+    names |= {"njit": tools.njit, "inlined": tools.inlined}
     exec(text, names)
     return names
 
