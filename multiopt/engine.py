@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias,
 
 import numpy as np
 
-from multiopt.layout import Layout, address
+from multiopt.layout import Layout, Words, address
 from multiopt.rules.arithmetic import GROW, SHRINK, clip_coefficient, rescaling
 from multiopt.rules.rule import Rule, with_numbers
 
@@ -84,37 +84,35 @@ class Arrays:
         own: Whether the gradients are the parameters' own, as torch's ``.grad``.
         spans: Where memory that is written or read begins, and where it ends: of parameters first,
             then of gradients. Zero where there is none.
-        starts: The address of the beginnings.
-        ends: The address of the ends.
         order: The order of the beginnings at the last step, of as many; None before the first.
-        order_at: Its address; 0 for None.
         overlap: Whether memory that is written overlaps with any other, as far as it is known.
+        words: What compiled code is told: the identities of ``params`` and ``grads``, the addresses
+            of the beginnings and of the ends, how many parameters there are, the address of
+            ``order`` or 0.
     """
 
-    __slots__ = (
-        *("_room", "ends", "grads", "order", "order_at", "overlap", "own", "params", "spans"),
-        "starts",
-    )
+    __slots__ = ("_room", "grads", "order", "overlap", "own", "params", "spans", "words")
 
     def __init__(self) -> None:
         """Hold none."""
         self.release()
         self._room = self.spans = np.zeros((2, 0), np.int64)
-        self.own, self.starts, self.ends = False, 0, 0
+        self.words = Words(6)
+        self.own, self.overlap = False, UNKNOWN
         self.order: np.ndarray | None = None
-        self.order_at, self.overlap = 0, UNKNOWN
 
     def take(self, params: np.ndarray, grads: np.ndarray, own: bool) -> None:
         """Hold those of a step, of which nothing is looked at yet."""
         self.params, self.grads, self.own = params, grads, own
-        count = 2 * len(params)
+        values, count = self.words.values, 2 * len(params)
+        values[0], values[1] = id(params), id(grads)
         if count != self.spans.shape[1]:
             if count > self._room.shape[1]:
                 self._room = np.zeros((2, 2 * count), np.int64)
-                self.starts = address(self._room)
-                self.ends = self.starts + self._room.strides[0]
+                values[2] = start = address(self._room)
+                values[3] = start + self._room.strides[0]
             self.spans = self._room[:, :count]
-            self.order, self.order_at = None, 0
+            values[4], values[5], self.order = len(params), 0, None
         self.spans.fill(0)
         self.overlap = UNKNOWN
 
@@ -124,7 +122,7 @@ class Arrays:
 
     def set_order(self, order: np.ndarray) -> None:
         """Remember the order of the beginnings."""
-        self.order, self.order_at = order, address(order)
+        self.order, self.words.values[5] = order, address(order)
 
 
 @dataclass(slots=True, eq=False)

@@ -105,17 +105,15 @@ class Guard:
         if error is not None:
             self.torn = error
         self._depth -= 1
-        if self._depth == 0:
+        if self._depth == 0 and self._handler is not None:
             self._give_back()
 
     def _give_back(self) -> None:
-        handler = self._handler
-        if handler is not None:
-            if getsignal(SIGINT) == self._wait:
-                signal(SIGINT, handler)
-            self._handler = None
-            if self._came is not None:
-                handler(*self._came)
+        handler, self._handler = self._handler, None
+        if getsignal(SIGINT) == self._wait:
+            signal(SIGINT, handler)
+        if self._came is not None:
+            handler(*self._came)
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
         self._came = number, frame

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "address", "require_dtype"]
+__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "Words", "address", "require_dtype"]
 
 #: The dtypes of parameters, and the dtype in which each one is computed and keeps its slots.
 COMPUTE_DTYPE: Mapping[str, str] = {
@@ -95,3 +95,20 @@ def address(array: np.ndarray) -> int:
     # ``array.ctypes.data`` takes 1.5 us, this 0.7.
     place: int = array.__array_interface__["data"][0]
     return place
+
+
+class Words:
+    """Int64 numbers that compiled code reads or writes.
+
+    Attributes:
+        array: They.
+        values: The same; to write one takes 20 ns, and 50 in the array.
+        address: Where they are.
+    """
+
+    __slots__ = ("address", "array", "values")
+
+    def __init__(self, count: int) -> None:
+        """All are zero."""
+        self.array = np.zeros(count, np.int64)
+        self.values, self.address = memoryview(self.array.data), address(self.array)

@@ -21,7 +21,7 @@ the group. A step looks its names up, in any order and any selection, and hands 
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -45,7 +45,7 @@ from multiopt.skipping import Skips, counted
 from multiopt.step.checks import check_gradients, check_name, own_gradient
 from multiopt.step.clip import Clip, Together
 from multiopt.step.report import Outcome
-from multiopt.step.run import Step
+from multiopt.step.run import Rows, RowsOfGroup, Step
 
 __all__ = ["Registry"]
 
@@ -65,33 +65,8 @@ class _Codes(dict[str, int]):
         return MISSING
 
 
-#: A group, rows of it, the places of their names in a list, and the addresses of the two.
-_Rowed: TypeAlias = tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]
-
-
-class _Rows(NamedTuple):
-    """A list of names with their rows: what is remembered of the last one.
-
-    Attributes:
-        names: The names.
-        codes: Their codes.
-        parts: By group, the rows, and the places of their names in the list.
-        scheduled: Whether a row may have schedules.
-        clipping: Whether a row may have a clip.
-        together: The clips of them that measure several gradients together, if any do.
-        missing: The places of names without a row.
-    """
-
-    names: list[str]
-    codes: np.ndarray
-    parts: list[_Rowed]
-    scheduled: bool
-    clipping: bool
-    together: Together | None
-    missing: list[int]
-
-
-NOTHING = _Rows([], np.empty(0, np.int64), [], False, False, None, [])
+#: No names.
+NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [])
 
 
 class Registry:
@@ -285,6 +260,7 @@ class Registry:
         fresh: dict[int, int] = {}
         undo: Undo = []
         step: Step | None = None
+        how = self.threads, self.leave_clipped
         committed = False
         try:
             if rows.missing and any(grads[place] is not None for place in rows.missing):
@@ -292,10 +268,10 @@ class Registry:
             arrays.take(params, grads, own)
             if rows.scheduled:
                 rows = self._ask(rows, arrays, fresh)
-            step = self._step_of(rows, arrays, fresh)
+            step = Step(rows, arrays, fresh, *how)
             while moved := step.look():
                 rows = self._move(rows, moved, fresh)
-                step = self._step_of(rows, arrays, fresh)
+                step = Step(rows, arrays, fresh, *how)
             if self.on_nonfinite != "propagate":
                 step.check_finite(self.on_nonfinite)
             if rows.clipping:
@@ -317,12 +293,7 @@ class Registry:
             if not committed:
                 self._take_back(fresh, undo)
 
-    def _step_of(self, rows: _Rows, arrays: Arrays, fresh: Mapping[int, int]) -> Step:
-        """A step that has looked at nothing yet."""
-        how = self.threads, self.leave_clipped, rows.clipping
-        return Step(rows.names, arrays, rows.parts, fresh, *how)
-
-    def _ask(self, rows: _Rows, arrays: Arrays, fresh: dict[int, int]) -> _Rows:
+    def _ask(self, rows: Rows, arrays: Arrays, fresh: dict[int, int]) -> Rows:
         """Ask the schedules of some rows; return those of a step.
 
         A schedule is the caller's code: arrays are looked at when it has run. It is not asked for
@@ -331,18 +302,18 @@ class Registry:
         if self.on_nonfinite == "propagate":
             self._ask_schedules(rows.names, [Part(*part) for part in rows.parts], arrays.grads)
             return rows
-        step = self._step_of(rows, arrays, fresh)
+        step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
         try:
             while moved := step.look():
                 rows = self._move(rows, moved, fresh)
-                step = self._step_of(rows, arrays, fresh)
+                step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
             step.check_finite(self.on_nonfinite)
             self._ask_schedules(rows.names, step.parts, arrays.grads)
         finally:
             step.forget()
         return rows
 
-    def _find(self, names: list[str]) -> _Rows:
+    def _find(self, names: list[str]) -> Rows:
         """The rows of a list of names; those that are not known have none."""
         codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
         rows = self._parted(names, codes)
@@ -350,7 +321,7 @@ class Registry:
             check_name("params", names[place])
         return rows
 
-    def _parted(self, names: list[str], codes: np.ndarray) -> _Rows:
+    def _parted(self, names: list[str], codes: np.ndarray) -> Rows:
         """A list of names with their rows by group."""
         count = len(names)
         if len(self._everything) < count:
@@ -373,9 +344,9 @@ class Registry:
         scheduled = any(group.scheduled for group in groups)
         clipping = any(group.clipping for group in groups)
         together = self._together(names, parts) if clipping else None
-        return _Rows(names, codes, parts, scheduled, clipping, together, missing)
+        return Rows(names, codes, parts, scheduled, clipping, together, missing)
 
-    def _together(self, names: Sequence[str], parts: Iterable[_Rowed]) -> Together | None:
+    def _together(self, names: Sequence[str], parts: Iterable[RowsOfGroup]) -> Together | None:
         """The clips of some rows that measure several gradients together."""
         shared = self._clips.having(lambda clip: clip is not None and clip.global_norm is not None)
         if not shared:
@@ -384,7 +355,7 @@ class Registry:
         clips = {number: clip for number, clip in shared if number in used and clip is not None}
         return Together.of(names, clips) if clips else None
 
-    def _own_gradients(self, rows: _Rows, params: np.ndarray) -> np.ndarray:
+    def _own_gradients(self, rows: Rows, params: np.ndarray) -> np.ndarray:
         """The gradients that parameters carry themselves."""
         names, grads = rows.names, None
         # At first sight each is asked by itself whether it can have one.
@@ -453,12 +424,12 @@ class Registry:
 
     def _begin(
         self,
-        rows: _Rows,
+        rows: Rows,
         params: np.ndarray,
         grads: np.ndarray,
         fresh: dict[int, int],
         undo: Undo,
-    ) -> _Rows:
+    ) -> Rows:
         """Rows for names that are seen for the first time, with a gradient; nothing is registered.
 
         Args:
@@ -577,7 +548,7 @@ class Registry:
             if not len(self._groups[number]):
                 del self._kinds[key], self._groups[number]
 
-    def _move(self, rows: _Rows, moved: Mapping[int, Layout], fresh: dict[int, int]) -> _Rows:
+    def _move(self, rows: Rows, moved: Mapping[int, Layout], fresh: dict[int, int]) -> Rows:
         """Rows in other groups for parameters whose library or device is another one now."""
         codes = rows.codes.copy()
         for place, layout in moved.items():
@@ -602,7 +573,7 @@ class Registry:
         return counted(self.skips, skipped, updated, self._max_skips)
 
     def _commit(
-        self, rows: _Rows, fresh: Mapping[int, int], step: Step, skips: dict[str, Skips]
+        self, rows: Rows, fresh: Mapping[int, int], step: Step, skips: dict[str, Skips]
     ) -> None:
         """Register what a step has begun, and count it."""
         born: tuple[str, ...] = ()
@@ -617,7 +588,7 @@ class Registry:
                 self.steps += 1
                 break
 
-    def _register(self, rows: _Rows, fresh: Mapping[int, int], taken: set[int]) -> tuple[str, ...]:
+    def _register(self, rows: Rows, fresh: Mapping[int, int], taken: set[int]) -> tuple[str, ...]:
         """Give names the rows that a step has begun; return those that were never seen before."""
         born = []
         for place in sorted(fresh):

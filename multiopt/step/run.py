@@ -1,8 +1,8 @@
 """One step of some rows: everything is looked at and made before anything is changed."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from itertools import starmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -20,20 +20,44 @@ from multiopt.step.clip import Clip, Together, clip_by_global_norm
 if TYPE_CHECKING:
     from multiopt.backend import Backend
 
-__all__ = ["Step"]
+__all__ = ["Rows", "RowsOfGroup", "Step"]
+
+
+#: A group, rows of it, the places of their names in a list, and the addresses of the two.
+RowsOfGroup: TypeAlias = tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]
+
+
+class Rows(NamedTuple):
+    """A list of names with their rows: what is remembered of the last one.
+
+    Attributes:
+        names: The names.
+        codes: Their codes.
+        parts: By group, the rows, and the places of their names in the list.
+        scheduled: Whether a row may have schedules.
+        clipping: Whether a row may have a clip.
+        together: The clips of them that measure several gradients together, if any do.
+        missing: The places of names without a row.
+    """
+
+    names: list[str]
+    codes: np.ndarray
+    parts: list[RowsOfGroup]
+    scheduled: bool
+    clipping: bool
+    together: Together | None
+    missing: list[int]
 
 
 class Step:
     """A step of some parts, called in the order of its methods. None but ``run`` changes anything.
 
     Args:
-        names: The names.
+        rows: The names and their rows.
         arrays: Their arrays.
-        parts: For each group, as ``Part`` takes them: itself, rows, their places, and addresses.
         fresh: The places of names that are new.
         threads: The largest number of threads, or None.
         leave_clipped: Whether clipped gradients are left behind in the gradients' place.
-        clips: Whether any row may have a clip.
 
     Attributes:
         parts: The parts; those that take no part are left out of them.
@@ -58,24 +82,22 @@ class Step:
 
     def __init__(
         self,
-        names: Sequence[str],
+        rows: Rows,
         arrays: Arrays,
-        parts: Iterable[tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]],
         fresh: Collection[int],
         threads: int | None,
         leave_clipped: bool,
-        clips: bool,
     ) -> None:
         """Nothing is looked at yet."""
-        self.names, self._arrays = names, arrays
-        self.parts = list(starmap(Part, parts))
+        self.names, self._arrays = rows.names, arrays
+        self.parts = list(starmap(Part, rows.parts))
         if fresh:
             new = np.fromiter(fresh, np.int64, len(fresh))
             for part in self.parts:
                 part.fresh = np.flatnonzero(np.isin(part.places, new))
         self._threads, self._leave_clipped = threads, leave_clipped
         # What is left behind clipped is written, once for all who share it.
-        self._writes_grads = leave_clipped and clips
+        self._writes_grads = leave_clipped and rows.clipping
         self._members: dict[int, tuple[Part, Member]] = {}
         self.skipped: list[int] = []
         self.global_norms: dict[Clip, float] = {}

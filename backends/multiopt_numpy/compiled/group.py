@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from multiopt.engine import APART, UNKNOWN, Arrays, Part
-from multiopt.layout import address
+from multiopt.layout import Words, address
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels
 from multiopt_numpy.compiled.look import ODD, OVERLAP
@@ -32,23 +32,6 @@ SHARES = 16
 
 #: What a parameter costs beside its elements, in elements.
 OVERHEAD = 64
-
-
-class Words:
-    """Int64 arguments or results of a kernel.
-
-    Attributes:
-        array: They.
-        words: The same; to write one takes 20 ns, and 50 in the array.
-        address: Where they are.
-    """
-
-    __slots__ = ("address", "array", "words")
-
-    def __init__(self, count: int) -> None:
-        """All are zero."""
-        self.array = np.zeros(count, np.int64)
-        self.words, self.address = memoryview(self.array.data), address(self.array)
 
 
 class Look(NamedTuple):
@@ -108,19 +91,20 @@ class CompiledGroup(HostGroup):
         self._found = np.empty((3, 0), np.int64)
         self._answer = Words(1)
         self._update, self._measure, self._finite = Words(14), Words(9), Words(8)
-        self._spans = Words(4)
         self._room = np.empty(BLOCK + MANY // BLOCK + 1)
         self._shares: Shares | None = None
         self._seen: Words | None = None
+        #: The addresses of the rows and places that it was told of last.
+        self._at: tuple[int, int] | None = None
         #: By row, where its slots are while copies of them are lent.
         self._moved: dict[int, list[int]] = {}
         super().__init__(backend, layout, rule, has_masters)
         if look is not None:
             self._tensor = np.zeros(8, np.int64)
             facts = [*look.facts[layout.compute_dtype], address(self._tensor)]
-            self._seen = Words(16 + len(facts))
-            self._seen.array[13:] = [id(None), self.dtype.itemsize, 0, *facts]
-            self._seen.array[5:7] = self._place
+            self._seen = Words(12 + len(facts))
+            self._seen.array[9:] = [id(None), self.dtype.itemsize, 0, *facts]
+            self._seen.array[4:6] = self._place
 
     # Rows
 
@@ -132,7 +116,7 @@ class CompiledGroup(HostGroup):
         self._measure.array[2:] = [*self._place, *map(address, columns)]
         self._finite.array[5:] = [*self._place, address(self.bad)]
         if self._seen is not None:
-            self._seen.array[5:7] = self._place
+            self._seen.array[4:6] = self._place
 
     def _new_numbers(self, capacity: int) -> np.ndarray:
         width = self._first_number + (self._coefficients or len(self.columns))
@@ -188,14 +172,14 @@ class CompiledGroup(HostGroup):
                 part.keep(has)
             part.odd = range(len(part.rows))
             return
-        words = seen.words
-        if count > self._found.shape[1]:
-            found = self._found = np.empty((3, 2 * count), np.int64)
-            seen.array[7:10] = address(found) + found.strides[0] * np.arange(3)
-        words[0], words[1], words[2] = id(arrays.params), id(arrays.grads), count
-        words[3], words[4] = part.at
-        words[10], words[11], words[12] = arrays.starts, arrays.ends, len(arrays.params)
-        words[15] = arrays.order_at if last else 0
+        words = seen.values
+        if part.at is not self._at or count > self._found.shape[1]:
+            if count > self._found.shape[1]:
+                found = self._found = np.empty((3, 2 * count), np.int64)
+                seen.array[6:9] = address(found) + found.strides[0] * np.arange(3)
+            words[0], words[1], (words[2], words[3]) = arrays.words.address, count, part.at
+            self._at = part.at
+        words[11] = last
         try:
             look.kernel.alone(seen.address, self._answer.address)
         except Exception:
@@ -204,18 +188,18 @@ class CompiledGroup(HostGroup):
             part.keep(has)
             part.odd = range(len(part.rows))
             return
-        answer = self._answer.words[0]
+        answer = self._answer.values[0]
         if answer != count:
             code, answer = divmod(answer, OVERLAP)
             odds, active = divmod(answer, ODD)
             if active < count:
                 # The rows are of use for this step only; the places are told after it.
                 part.rows, part.places = self._found[0, :active], self._found[1, :active].copy()
-                part.at = words[7], 0
+                part.at = words[6], 0
             if odds:
                 part.odd = self._found[2, :odds].tolist()
-            arrays.overlap = code if last and arrays.order_at else UNKNOWN
-        elif last and arrays.order_at:
+            arrays.overlap = code if last and arrays.order is not None else UNKNOWN
+        elif last and arrays.order is not None:
             arrays.overlap = APART
         if look.holds is not None and not self._holds(part, arrays):
             part.odd = range(len(part.rows))
@@ -247,11 +231,8 @@ class CompiledGroup(HostGroup):
             return super().overlap(arrays)
         # They overlap, or stand in another order than the last time.
         arrays.set_order(np.argsort(arrays.spans[0]))
-        words = self._spans.words
-        words[0], words[1] = arrays.order_at, len(arrays.params)
-        words[2], words[3] = arrays.starts, arrays.ends
-        kernel.alone(self._spans.address, self._answer.address)
-        found: int = self._answer.words[0]
+        kernel.alone(arrays.words.address, self._answer.address)
+        found: int = self._answer.values[0]
         return found
 
     def _take(self, part: Part, position: int, loan: Loan) -> None:
@@ -275,7 +256,7 @@ class CompiledGroup(HostGroup):
         if self._elements > MANY and self._is_large(rows):
             self._share(kernel, rows, threads, [address(self.bad)])
         elif len(rows):
-            words = self._finite.words
+            words = self._finite.values
             words[0], words[3] = part.at[0], len(rows)
             kernel.alone(self._finite.address)
         finite: np.ndarray = self.bad[rows] == 0
@@ -307,7 +288,7 @@ class CompiledGroup(HostGroup):
         if self._elements > MANY and self._is_large(part.rows):
             super().clip_by_norm(part, threads)
             return
-        words = self._measure.words
+        words = self._measure.values
         words[0], words[1] = part.at[0], len(part.rows)
         norm_kernels(self.dtype.name)["measure"].alone(self._measure.address)
         part.norms = self.norm[part.rows]
@@ -324,7 +305,7 @@ class CompiledGroup(HostGroup):
             self._give(rows)
         if self.clipping:
             self.clipped[rows] = 0
-        words = self._update.words
+        words = self._update.values
         words[0], words[3], words[12], words[13] = part.at[0], len(rows), leave_clipped, counts
         if self._elements > MANY and self._is_large(rows) and (used := thread_count(threads)) > 1:
             blocks = self._split(rows, used, self._update.array[7:], 0)

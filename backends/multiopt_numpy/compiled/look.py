@@ -107,13 +107,14 @@ def compile_look() -> ObjectCode:
 
     def looking(address: Any, ahead: Any) -> Any:
         def look(arguments_at):  # type: ignore[no-untyped-def]
-            a = words(arguments_at)
+            a, b = words(arguments_at), words(words(arguments_at)[0])
             # The object arrays are NumPy arrays too: their first field is where the pointers are.
-            params, grads, n = words(words(a[0] + 16)[0]), words(words(a[1] + 16)[0]), a[2]
-            rows, places, table_at, width = words(a[3]), words(a[4]), a[5], a[6] * 8
-            found, found_places, odd = words(a[7]), words(a[8]), words(a[9])
-            starts, ends, total, nothing, itemsize = words(a[10]), words(a[11]), a[12], a[13], a[14]
-            order_at, facts, count, odds = a[15], words(arguments_at + 8 * 16), 0, 0
+            params, grads = words(words(b[0] + 16)[0]), words(words(b[1] + 16)[0])
+            starts, ends, total, order_at = words(b[2]), words(b[3]), b[4], b[5]
+            n, rows, places, table_at, width = a[1], words(a[2]), words(a[3]), a[4], a[5] * 8
+            found, found_places, odd = words(a[6]), words(a[7]), words(a[8])
+            nothing, itemsize, last, facts = a[9], a[10], a[11], words(arguments_at + 8 * 12)
+            count, odds = 0, 0
             for k in range(n):
                 i, row = places[k], words(table_at + rows[k] * width)
                 if k + 16 < n:
@@ -138,14 +139,16 @@ def compile_look() -> ObjectCode:
                     starts[i], ends[i] = p, p + size
                     starts[total + i], ends[total + i] = g, g + size
                 count += 1
-            code = 0 if order_at == 0 else walked(words(order_at), total, starts, ends)
+            code = 0
+            if last != 0 and order_at != 0:
+                code = walked(words(order_at), total, starts, ends)
             return count + odds * ODD + code * OVERLAP
 
         return njit(look)
 
     def overlap(arguments_at):  # type: ignore[no-untyped-def]
         a = words(arguments_at)
-        return walked(words(a[0]), a[1], words(a[2]), words(a[3]))
+        return walked(words(a[5]), a[4], words(a[2]), words(a[3]))
 
     return object_code(
         look_numpy=looking(numpy_address, numpy_ahead),
