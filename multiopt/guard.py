@@ -109,9 +109,10 @@ class Guard:
             self._give_back()
 
     def _give_back(self) -> None:
-        handler, self._handler = self._handler, None
+        handler = self._handler
         if getsignal(SIGINT) == self._wait:
             signal(SIGINT, handler)
+        self._handler = None
         if self._came is not None:
             handler(*self._came)
 
