@@ -543,11 +543,13 @@ class Registry:
         codes = rows.codes.copy()
         for place, layout in moved.items():
             name = rows.names[place]
-            old = self.entry(name)
+            (group, row), old = self.row_of(name), self.entry(name)
             to_host, from_host = named(old.layout.library).to_host, named(layout.library).from_host
             slots = {slot: from_host(to_host(array), layout) for slot, array in old.slots.items()}
             entry = old._replace(slots=slots, layout=layout)
-            fresh[place] = codes[place] = self._placed({name: entry})[name]
+            fresh[place] = codes[place] = code = self._placed({name: entry})[name]
+            # Schedules have been asked for this step.
+            self._groups[code // GROUP].numbers[code % GROUP] = group.numbers[row]
         return self._parted(rows.names, codes)
 
     # What a step leaves behind
