@@ -629,14 +629,13 @@ class Registry:
         try:
             for name, entry in entries.items():
                 group = self._group_for(entry.rule, entry.layout)
-                rows = group.add([entry.layout.shape])
+                names = group.slot_names(entry.layout.shape)
+                slots = [[entry.slots[slot] for slot in names]] if entry.slots else None
+                rows = group.add([entry.layout.shape], slots)
                 codes[name] = group.number * GROUP + int(rows[0])
                 group.set_rules(rows, entry.rule)
                 group.set_clips(rows, entry.clip, self._number_of_clip(entry.clip))
                 group.steps[rows] = entry.step
-                if entry.slots:
-                    slots = [entry.slots[slot] for slot in group.slot_names(entry.layout.shape)]
-                    group.set_slots(int(rows[0]), slots)
         except BaseException:
             self._free(codes.values())
             raise
