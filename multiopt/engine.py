@@ -300,11 +300,15 @@ class Group(ABC):
         """A column of numbers."""
         return np.zeros((capacity, len(self.columns)))
 
-    def add(self, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
-        """Rows for new parameters, with a clock and slots of zero.
+    def add(
+        self, shapes: Sequence[tuple[int, ...]], slots: Sequence[Sequence[Array]] | None = None
+    ) -> np.ndarray:
+        """Rows for new parameters, with a clock of zero.
 
         Args:
             shapes: Their shapes, parts of complex ones included.
+            slots: Of each all slots in their order, as ``from_host`` gives them, to take possession
+                of; None for slots of zero.
 
         Raises:
             ValueError: The rule is not for parameters of a shape.
@@ -318,7 +322,7 @@ class Group(ABC):
         rows = np.array([*taken, *range(first, end)], np.int64)
         for name, (_, value) in self.FRESH.items():
             getattr(self, name)[rows] = value
-        self._make_slots(rows, shapes)
+        self._make_slots(rows, shapes, slots)
         # From here on nothing fails.
         del self._free[len(self._free) - len(taken) :]
         self.empty += sum(0 in shape for shape in shapes)
@@ -347,8 +351,13 @@ class Group(ABC):
     # Slots
 
     @abstractmethod
-    def _make_slots(self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Give new rows slots of zero."""
+    def _make_slots(
+        self,
+        rows: np.ndarray,
+        shapes: Sequence[tuple[int, ...]],
+        slots: Sequence[Sequence[Array]] | None,
+    ) -> None:
+        """Give new rows slots; see ``add``."""
 
     @abstractmethod
     def _drop_slots(self, row: int) -> None:
@@ -357,10 +366,6 @@ class Group(ABC):
     @abstractmethod
     def slots_at(self, row: int) -> dict[str, Array]:
         """The slots of a row by name, master copy included, as the engine has them."""
-
-    @abstractmethod
-    def set_slots(self, row: int, slots: Sequence[Array]) -> None:
-        """Write all slots of a row, in their order, as ``to_host`` and ``from_host`` give them."""
 
     def slot_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """The names of the slots of a parameter of this shape, in their order."""

@@ -41,7 +41,15 @@ class ReferenceGroup(Group):
 
     # Slots
 
-    def _make_slots(self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> None:
+    def _make_slots(
+        self,
+        rows: np.ndarray,
+        shapes: Sequence[tuple[int, ...]],
+        slots: Sequence[Sequence[Array]] | None,
+    ) -> None:
+        if slots is not None:
+            self._slots.update(zip(rows.tolist(), map(tuple, slots), strict=True))
+            return
         zeros, layout = self.backend.zeros, self.layout
         made = {}
         for row, shape in zip(rows.tolist(), shapes, strict=True):
@@ -55,10 +63,6 @@ class ReferenceGroup(Group):
     def slots_at(self, row: int) -> dict[str, Array]:
         """See ``Group``."""
         return dict(zip(self.slot_names(self.shapes[row]), self._slots[row], strict=True))
-
-    def set_slots(self, row: int, slots: Sequence[Array]) -> None:
-        """See ``Group``."""
-        self._slots[row] = tuple(slots)
 
     # A step
 

@@ -553,11 +553,13 @@ class Registry:
         codes = rows.codes.copy()
         for place, layout in moved.items():
             name = rows.names[place]
-            old = self.entry(name)
+            (group, row), old = self.row_of(name), self.entry(name)
             to_host, from_host = named(old.layout.library).to_host, named(layout.library).from_host
             slots = {slot: from_host(to_host(array), layout) for slot, array in old.slots.items()}
             entry = old._replace(slots=slots, layout=layout)
-            fresh[place] = codes[place] = self._placed({name: entry})[name]
+            fresh[place] = codes[place] = code = self._placed({name: entry})[name]
+            # Schedules have been asked for this step.
+            self._groups[code // GROUP].numbers[code % GROUP] = group.numbers[row]
         return self._parted(rows.names, codes)
 
     # What a step leaves behind
@@ -637,14 +639,13 @@ class Registry:
         try:
             for name, entry in entries.items():
                 group = self._group_for(entry.rule, entry.layout)
-                rows = group.add([entry.layout.shape])
+                names = group.slot_names(entry.layout.shape)
+                slots = [[entry.slots[slot] for slot in names]] if entry.slots else None
+                rows = group.add([entry.layout.shape], slots)
                 codes[name] = group.number * GROUP + int(rows[0])
                 group.set_rules(rows, entry.rule)
                 group.set_clips(rows, entry.clip, self._number_of_clip(entry.clip))
                 group.steps[rows] = entry.step
-                if entry.slots:
-                    slots = [entry.slots[slot] for slot in group.slot_names(entry.layout.shape)]
-                    group.set_slots(int(rows[0]), slots)
         except BaseException:
             self._free(codes.values())
             raise

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import multiopt as mo
-from multiopt.backend import named
 from multiopt_numpy import engines
-from multiopt_numpy.compiled import batch, team
+from multiopt_numpy.compiled import group, team
 from tests.cases import CASES, Case
 from tests.libraries import assert_equal, engine
 
@@ -25,9 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def engine_of(rule: mo.Rule, dtype: str) -> Any:
     """What updates NumPy arrays by a rule; None if the rule itself does."""
-    backend = named("numpy")
-    kind = backend.kind(rule, backend.layout(np.zeros(1, dtype), "w"))
-    return None if kind is None else engines._engines[kind]
+    return engines._engine_of(rule, dtype)
 
 
 #: Those whose coefficients need a function of the host.
@@ -50,7 +47,7 @@ def test_coefficients_of_the_host_are_those_of_the_kernel(
     for uniform in (True, False):
         if not uniform:
             monkeypatch.setattr(engines, "traced_scalars", lambda rule: None)
-        monkeypatch.setattr(engines, "_kinds", {})
+        monkeypatch.setattr(engines, "_engines", {})
         opt = mo.Optimizer(case.rule)
         params = {name: np.linspace(-1, 1, 9, dtype=np.float32) for name in "abc"}
         with engine("compiled"):
@@ -190,7 +187,7 @@ def test_shares_of_the_work_cover_every_block_once() -> None:
         sizes = rng.choice([0, 1, 10, 4095, 4096, 4097, 100_000, 1_000_000], rng.integers(1, 20))
         shares = int(rng.integers(1, 40))
         done = [[] for _ in sizes]  # type: list[list[int]]
-        for k0, b0, k1, b1 in batch._borders(sizes, shares).tolist():
+        for k0, b0, k1, b1 in group._borders(sizes, shares).tolist():
             for k in range(k0, k1 + 1 if b1 > 0 else k1):
                 last = -(-int(sizes[k]) // 4096)
                 done[k] += range(b0 if k == k0 else 0, min(b1, last) if k == k1 else last)

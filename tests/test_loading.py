@@ -796,9 +796,9 @@ def test_a_load_drops_many_averages_in_the_time_of_few(monkeypatch: pytest.Monke
     for each in (opt, plain):
         each.step(params, {name: np.ones(1) for name in params})
     drops: list[set[str]] = []
-    real = Registry._drop
+    real = Registry.forget
     monkeypatch.setattr(
-        Registry, "_drop", lambda self, names: (drops.append(set(names)), real(self, names))
+        Registry, "forget", lambda self, names: (drops.append(set(names)), real(self, names))
     )
     opt.load_state_dict(plain.state_dict())
     assert drops == [set(params)]

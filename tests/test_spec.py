@@ -6,7 +6,7 @@ from pathlib import Path
 
 import multiopt as mo
 from multiopt import rules
-from multiopt.backend import COMPUTE_DTYPE, PARTS_OF
+from multiopt.layout import COMPUTE_DTYPE, PARTS_OF
 
 SPEC = Path(__file__).parent.parent / "spec"
 DTYPES = re.compile(r"\b(?:b?float|complex)\d+\b")

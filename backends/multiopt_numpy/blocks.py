@@ -53,10 +53,10 @@ class _Places:
         shapes = [group.shapes[row] for row in rows[order].tolist()]
         self._shapes = list(zip((ends - self.sizes).tolist(), ends.tolist(), shapes, strict=True))
         #: The chunks, each with the elements in it and those in the pack.
-        self.segments: list[tuple[np.ndarray, slice | np.ndarray, slice]] = []
+        self.segments: list[tuple[Sequence[np.ndarray], slice | np.ndarray, slice]] = []
         borders = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
         for begin, end in pairwise(borders):
-            array = group.chunk_array(int(chunk[begin])) if end > begin else np.empty((0, 0))
+            arrays = group.chunk_arrays(int(chunk[begin])) if end > begin else []
             starts, sizes = offset[begin:end], self.sizes[begin:end]
             packed = np.cumsum(sizes) - sizes
             where: slice | np.ndarray
@@ -66,7 +66,7 @@ class _Places:
             else:
                 where = np.repeat(starts - packed, sizes) + np.arange(int(sizes.sum()))
             low = int(ends[begin - 1]) if begin else 0
-            self.segments.append((array, where, slice(low, low + int(sizes.sum()))))
+            self.segments.append((arrays, where, slice(low, low + int(sizes.sum()))))
 
     def parts(self, pack: np.ndarray) -> list[np.ndarray]:
         """Of an array as long as the pack, the part of each row, in its shape."""
@@ -131,17 +131,17 @@ class _Packed:
         """Compute, and copy what was computed."""
         slots = self._kept
         if slots:
-            for array, where, packed in self._segments:
-                for j, slot in enumerate(slots):
-                    slot[packed] = array[j, where]
+            for arrays, where, packed in self._segments:
+                for array, slot in zip(arrays, slots, strict=False):
+                    slot[packed] = array[where]
         elif self._slot_count:
-            ((array, where, _),) = self._segments
-            slots = [array[j, where] for j in range(self._slot_count)]
+            ((arrays, where, _),) = self._segments
+            slots = [array[where] for array in arrays[: self._slot_count]]
         self._tape.run(self._param, self._grad, slots, self._scalars, self._room)
         if self._kept:
-            for array, where, packed in self._segments:
-                for j, slot in enumerate(self._kept):
-                    array[j, where] = slot[packed]
+            for arrays, where, packed in self._segments:
+                for array, slot in zip(arrays, self._kept, strict=False):
+                    array[where] = slot[packed]
         for sources, targets in self._pairs:
             _copy(sources, targets)
 
@@ -238,9 +238,9 @@ class BlockedGroup(HostGroup):
         self._known: tuple[np.ndarray, list[tuple[int, ...]]] = NO_ROWS, []
         self._places: _Places | None = None
 
-    def chunk_array(self, number: int) -> np.ndarray:
+    def chunk_arrays(self, number: int) -> Sequence[np.ndarray]:
         """The slots in a chunk."""
-        return self._chunks[number].array
+        return self._chunks[number].arrays
 
     def _drop_slots(self, row: int) -> None:
         # Rows that are taken again have other shapes and places.

@@ -37,14 +37,14 @@ NONE_REPLACED: dict[int, Array] = {}
 
 @dataclass(slots=True, eq=False)
 class _Chunk:
-    """Slots of some parameters: a row of elements for each slot.
+    """Slots of some parameters: for each slot an array of one axis.
 
     Attributes:
-        array: The elements.
+        arrays: The elements.
         live: How many parameters have theirs here.
     """
 
-    array: np.ndarray
+    arrays: Sequence[np.ndarray]
     live: int = 0
 
 
@@ -95,21 +95,36 @@ class HostGroup(Group):
         self._chunks: dict[int, _Chunk] = {}
         # The chunk that has room for more, and how much of it is taken.
         self._open: _Chunk | None = None
-        self._taken = self._next = 0
+        self._length = self._taken = self._next = 0
         self._loans: dict[int, Loan] = {}
         self._clipped_grads: np.ndarray | None = None
         super().__init__(backend, layout, rule, has_masters)
 
     # Slots
 
-    def _make_slots(self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> None:
+    def _make_slots(
+        self,
+        rows: np.ndarray,
+        shapes: Sequence[tuple[int, ...]],
+        slots: Sequence[Sequence[Array]] | None,
+    ) -> None:
         sizes = np.fromiter(map(prod, shapes), np.int64, len(shapes))
         self.size[rows] = sizes
-        large = sizes >= LARGE
-        if np.count_nonzero(large):
-            for row, size in zip(rows[large].tolist(), sizes[large].tolist(), strict=True):
-                self.chunk[row] = self._new_chunk(size, 1)
-            rows, sizes = rows[~large], sizes[~large]
+        large = np.flatnonzero(sizes >= LARGE)
+        for k in large.tolist():
+            # Of that many elements there is to be no copy.
+            arrays = self._zeros(int(sizes[k])) if slots is None else map(self._owned, slots[k])
+            self.chunk[rows[k]] = self._new_chunk(list(arrays), 1)
+        small = np.flatnonzero(sizes < LARGE) if large.size else np.arange(len(rows))
+        self._make_small(rows[small], sizes[small])
+        if slots is not None:
+            for k in small.tolist():
+                chunk, begin = self._chunks[int(self.chunk[rows[k]])], int(self.offset[rows[k]])
+                for array, slot in zip(chunk.arrays, slots[k], strict=True):
+                    array[begin : begin + int(sizes[k])] = np.asarray(slot).reshape(-1)
+
+    def _make_small(self, rows: np.ndarray, sizes: np.ndarray) -> None:
+        """Give small new rows slots of zero, side by side."""
         if not rows.size:
             return
         ends = np.cumsum(sizes)
@@ -118,19 +133,28 @@ class HostGroup(Group):
         for first, end in pairwise((*cuts, len(rows))):
             mine, base = rows[first:end], int(begins[first])
             need = int(ends[end - 1]) - base
-            length = 0 if self._open is None else self._open.array.shape[1]
-            if self._open is None or self._taken + need > length:
-                length = max(need, min(max(2 * length, SMALLEST), LARGEST))
-                self._open_number, self._taken = self._new_chunk(length), 0
+            if self._open is None or self._taken + need > self._length:
+                length = 0 if self._open is None else self._length
+                self._length = max(need, min(max(2 * length, SMALLEST), LARGEST))
+                self._open_number, self._taken = self._new_chunk(self._zeros(self._length)), 0
                 self._open = self._chunks[self._open_number]
             self.chunk[mine] = self._open_number
             self.offset[mine] = begins[first:end] + (self._taken - base)
             self._open.live += len(mine)
             self._taken += need
 
-    def _new_chunk(self, length: int, live: int = 0) -> int:
+    def _zeros(self, length: int) -> list[np.ndarray]:
+        """Memory for all slots of some elements, in one allocation."""
+        return list(np.zeros((self.slot_count, length), self.dtype))
+
+    def _owned(self, slot: Array) -> np.ndarray:
+        """A slot as an array of one axis that can be written: it, or a copy."""
+        flat = np.asarray(slot).reshape(-1)
+        return flat if flat.flags.carray and flat.dtype == self.dtype else flat.astype(self.dtype)
+
+    def _new_chunk(self, arrays: Sequence[np.ndarray], live: int = 0) -> int:
         number, self._next = self._next, self._next + 1
-        self._chunks[number] = _Chunk(np.zeros((self.slot_count, length), self.dtype), live)
+        self._chunks[number] = _Chunk(arrays, live)
         return number
 
     def _drop_slots(self, row: int) -> None:
@@ -144,9 +168,9 @@ class HostGroup(Group):
 
     def _views(self, row: int) -> tuple[np.ndarray, ...]:
         """The slots of a row, as they are in memory."""
-        array, begin = self._chunks[int(self.chunk[row])].array, int(self.offset[row])
+        arrays, begin = self._chunks[int(self.chunk[row])].arrays, int(self.offset[row])
         end, shape = begin + int(self.size[row]), self.shapes[row]
-        return tuple(slots[begin:end].reshape(shape) for slots in array)
+        return tuple(slots[begin:end].reshape(shape) for slots in arrays)
 
     def slots_at(self, row: int) -> dict[str, Array]:
         """See ``Group``."""
@@ -154,11 +178,6 @@ class HostGroup(Group):
         names = self.slot_names(self.shapes[row])
         views = zip(names, self._views(row), strict=True)
         return {name: from_host(view, layout) for name, view in views}
-
-    def set_slots(self, row: int, slots: Sequence[Array]) -> None:
-        """See ``Group``."""
-        for view, slot in zip(self._views(row), slots, strict=True):
-            view[...] = slot
 
     # A step
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from multiopt.engine import APART, UNKNOWN, Arrays, Part
+from multiopt.engine import APART, UNKNOWN, Array, Arrays, Part
 from multiopt.layout import Words, address
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels
@@ -127,8 +127,13 @@ class CompiledGroup(HostGroup):
         numbers: np.ndarray = table.view(np.float64)[:, self._first_number :]
         return super()._new_numbers(capacity) if self._given else numbers
 
-    def _make_slots(self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> None:
-        super()._make_slots(rows, shapes)
+    def _make_slots(
+        self,
+        rows: np.ndarray,
+        shapes: Sequence[tuple[int, ...]],
+        slots: Sequence[Sequence[Array]] | None,
+    ) -> None:
+        super()._make_slots(rows, shapes, slots)
         table, place = self._table, {}
         for shape, count in Counter(shapes).items():
             array, (used,) = self._shapes.get(shape, (np.array(shape, np.int64), [0]))
@@ -145,11 +150,11 @@ class CompiledGroup(HostGroup):
         """Let rows of the table say where their slots are."""
         numbers = self.chunk[rows]
         for number in np.unique(numbers).tolist():
-            array = self._chunks[number].array
             mine = rows[numbers == number]
-            begins = address(array) + self.offset[mine] * self.dtype.itemsize
-            for j in range(self._first_number - FIRST_SLOT):
-                self._table[mine, FIRST_SLOT + j] = begins + j * array.strides[0]
+            begins = self.offset[mine] * self.dtype.itemsize
+            arrays = self._chunks[number].arrays[: self._first_number - FIRST_SLOT]
+            for j, array in enumerate(arrays):
+                self._table[mine, FIRST_SLOT + j] = address(array) + begins
 
     def _drop_slots(self, row: int) -> None:
         super()._drop_slots(row)
