@@ -300,6 +300,11 @@ class Group(ABC):
         """A column of numbers."""
         return np.zeros((capacity, len(self.columns)))
 
+    def rows(self) -> np.ndarray:
+        """The rows that are taken."""
+        rows = np.arange(len(self.shapes))
+        return np.setdiff1d(rows, self._free) if self._free else rows
+
     def add(
         self, shapes: Sequence[tuple[int, ...]], slots: Sequence[Sequence[Array]] | None = None
     ) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -159,11 +159,13 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
     return entry._replace(rule=rule, slots=slots, step=0 if new and not kept else entry.step)
 
 
-def changed(name: str | None, rule: Rule, values: Mapping[str, Any]) -> Rule:
+def changed(
+    whose: Callable[[], Sequence[str]] | None, rule: Rule, values: Mapping[str, Any]
+) -> Rule:
     """A rule with some hyperparameters changed.
 
     Args:
-        name: Whose it is, for messages; None if it is nobody's yet.
+        whose: Gives the names whose it is, for messages; None if it is nobody's yet.
         rule: The rule.
         values: The hyperparameters.
 
@@ -171,18 +173,18 @@ def changed(name: str | None, rule: Rule, values: Mapping[str, Any]) -> Rule:
         TypeError: The rule has no hyperparameter of that name.
         ValueError: A value is out of range.
     """
-    label = "" if name is None else f"parameter {name!r}: "
     known = [f.name for f in fields(rule)]
     unknown = ", ".join(key for key in values if key not in known)
-    if unknown:
-        raise TypeError(
-            f"{label}{type(rule).__name__} has no hyperparameter {unknown}; it has "
-            f"{', '.join(known)}"
-        )
     try:
+        if unknown:
+            raise TypeError(
+                f"{type(rule).__name__} has no hyperparameter {unknown}; it has {', '.join(known)}"
+            )
         return replace(rule, **values)
-    except ValueError as error:
-        raise ValueError(f"{label}{error}") from error
+    except (TypeError, ValueError) as error:
+        if whose is None:
+            raise
+        raise type(error)(f"parameter {whose()[0]!r}: {error}") from error
 
 
 class Changed:
@@ -205,7 +207,7 @@ class Changed:
         for old, new in self._last:
             if old is rule:
                 return new
-        self._last = [(rule, changed(name, rule, self.values)), *self._last[:7]]
+        self._last = [(rule, changed(lambda: [name], rule, self.values)), *self._last[:7]]
         return self._last[0][1]
 
     def __repr__(self) -> str:

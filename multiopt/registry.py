@@ -215,6 +215,11 @@ class Registry:
         number, row = divmod(self._codes[name], GROUP)
         return self._groups[number], row
 
+    def rule_of(self, name: str) -> Rule:
+        """The rule of a name, its schedules in their places."""
+        group, row = self.row_of(name)
+        return group.rule_at(row)
+
     def clock(self, name: str) -> int:
         """How many steps a name has taken."""
         group, row = self.row_of(name)
@@ -659,9 +664,7 @@ class Registry:
         """
         placed = self._placed(entries)
         with self.guard:
-            self._garbage += [self._codes[name] for name in entries if name in self._codes]
-            self._codes.update(placed)
-            self._last = NOTHING
+            self._replace(placed)
         self._sweep()
 
     def forget(self, names: Iterable[str]) -> None:
@@ -726,31 +729,84 @@ class Registry:
             TypeError: The rule of a name has no such hyperparameter.
             ValueError: A value is out of range; nothing has changed.
         """
-        labels = list(self._codes) if names is None else list(dict.fromkeys(names))
-        codes = np.fromiter(map(self._codes.__getitem__, labels), np.int64, len(labels))
+        if self._garbage:
+            self._sweep()
         writes: list[tuple[Group, np.ndarray, Rule]] = []
         others: dict[str, Entry] = {}
-        for number, group in self._groups.items():
-            places = np.flatnonzero(codes // GROUP == number)
-            rows = codes[places] - number * GROUP
+        for group, rows in self._rows_of(names):
             for which in _alike(group, rows):
-                first = int(which[0])
-                new = changed(labels[places[first]], group.rule_at(int(rows[first])), values)
+                mine, first = rows[which], group.rule_at(int(rows[which[0]]))
+                labels = partial(self._names_at, group, mine)
+                new = changed(labels, first, values)
                 if group.takes(new):
-                    writes.append((group, rows[which], new))
+                    writes.append((group, mine, new))
                 else:
-                    mine = [labels[place] for place in places[which].tolist()]
-                    others |= {name: with_rule(name, self.entry(name), new) for name in mine}
+                    others |= {name: with_rule(name, self.entry(name), new) for name in labels()}
         placed = self._placed(others)
         with self.guard:
             for group, rows, new in writes:
                 group.change_numbers(rows, new, values)
-            self._garbage += [self._codes[name] for name in others]
-            self._codes.update(placed)
-            self._last = self._parted(self._last.names, self._last.codes) if not others else NOTHING
+            self._replace(placed)
             if rule is not None:
                 self.rule = rule
         self._sweep()
+
+    def change(self, rules: Mapping[str, Rule], clips: Mapping[str, Clip | None]) -> None:
+        """Change the rules of some names, and the clips of some of them; their state stays.
+
+        Raises:
+            ValueError: A rule is not for parameters of a shape; nothing has changed.
+        """
+        writes: dict[tuple[int, int], tuple[Group, bool, Rule, list[int]]] = {}
+        others: dict[str, Entry] = {}
+        for name, rule in rules.items():
+            number, row = divmod(self._codes[name], GROUP)
+            key = number, id(rule)
+            if key not in writes:
+                group = self._groups[number]
+                writes[key] = group, group.takes(rule), rule, []
+            _, fits, _, rows = writes[key]
+            if fits:
+                rows.append(row)
+            else:
+                others[name] = with_rule(name, self.entry(name), rule)
+        others |= {
+            name: others[name]._replace(clip=clips[name]) for name in clips if name in others
+        }
+        placed = self._placed(others)
+        with self.guard:
+            for group, _, rule, rows in writes.values():
+                if rows:
+                    group.set_rules(np.array(rows), rule)
+            for name in clips.keys() - others.keys():
+                group, row = self.row_of(name)
+                self._set_clips(group, np.array([row]), [clips[name]])
+            self._replace(placed)
+        self._sweep()
+
+    def _rows_of(self, names: Iterable[str] | None) -> list[tuple[Group, np.ndarray]]:
+        """The rows of some names, by group; those of all for None."""
+        if names is None:
+            return [(group, group.rows()) for group in self._groups.values()]
+        labels = dict.fromkeys(names)
+        codes = np.fromiter(map(self._codes.__getitem__, labels), np.int64, len(labels))
+        numbers = codes // GROUP
+        return [
+            (group, codes[numbers == number] - number * GROUP)
+            for number, group in self._groups.items()
+        ]
+
+    def _names_at(self, group: Group, rows: np.ndarray) -> list[str]:
+        """The names that have some rows, oldest first. It looks through all names."""
+        codes = set((rows + group.number * GROUP).tolist())
+        return [name for name, code in self._codes.items() if code in codes]
+
+    def _replace(self, placed: Mapping[str, int]) -> None:
+        """Let names have other rows from now on, and look at the last list of names anew."""
+        self._garbage += [self._codes[name] for name in placed if name in self._codes]
+        self._codes.update(placed)
+        last = self._last
+        self._last = NOTHING if placed else self._parted(last.names, last.codes)
 
 
 def _alike(group: Group, rows: np.ndarray) -> list[np.ndarray]:

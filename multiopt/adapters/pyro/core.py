@@ -8,7 +8,7 @@ import numpy as np
 from multiopt.averaging import Average
 from multiopt.backend import named
 from multiopt.engine import Array
-from multiopt.entry import Entry, chosen, restored, slot_shapes, with_rule
+from multiopt.entry import Entry, chosen, restored, slot_shapes
 from multiopt.layout import Layout
 from multiopt.optimizer import Optimizer
 from multiopt.registry import Registry
@@ -106,12 +106,17 @@ class Core(Optimizer):
         """Drop the clock and the slots of a name, and nothing else."""
         self._registry.put({name: self._registry.entry(name)._replace(step=0, slots={})})
 
-    def change(self, changes: Mapping[str, tuple[Rule, Clip | None]]) -> None:
-        """Change the rules and the clips of some names."""
-        entries = {}
-        for name, (rule, clip) in changes.items():
-            entries[name] = with_rule(name, self._registry.entry(name), rule)._replace(clip=clip)
-        self._registry.put(entries)
+    def rule_of(self, name: str) -> Rule:
+        """The rule of a name."""
+        return self._registry.rule_of(name)
+
+    def clock(self, name: str) -> int:
+        """How many steps a name has taken."""
+        return self._registry.clock(name)
+
+    def change(self, rules: Mapping[str, Rule], clips: Mapping[str, Clip | None]) -> None:
+        """Change the rules of some names, and the clips of some of them."""
+        self._registry.change(rules, clips)
 
     def resume(self, steps: int) -> None:
         """Go on counting the steps of the optimizer from a number."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
 from copy import deepcopy
 from functools import cache, lru_cache, partial
 from inspect import Parameter, signature
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
 import pyro
@@ -32,6 +32,7 @@ from multiopt.adapters.pyro.settings import (
     EqualRules,
     Sources,
     changeable,
+    clips_itself,
     has_schedule,
     make_clip,
     make_rule,
@@ -281,13 +282,7 @@ class JointOptim(PyroOptim):
         self._follow()
         before = len(self._tensors)
         if identities(tensors) != self._ids:
-            self._ids = b""
-            places = {tracked.key: i for i, tracked in enumerate(self._track(tensors))}
-            # A set has them in no order. In that of their addresses a step of 1000 that finds its
-            # caches filled by other work takes 0.75 ms instead of 1.
-            self._keys = sorted(places, key=lambda key: id(tensors[places[key]]))
-            self._order = np.array([places[key] for key in self._keys], np.intp)
-            self._ids = identities(tensors)
+            self._look_up(tensors)
         self._forget(self._tensors.abandoned(ASKED + 2 * (len(self._tensors) - before)))
         tensors = tensors[self._order]
         if self._state_waiting_to_be_consumed:
@@ -379,16 +374,20 @@ class JointOptim(PyroOptim):
         """
         self._names.add(*modules)
 
-    def _track(self, tensors: Iterable[torch.Tensor]) -> list[Tracked]:
-        """How tensors are known; at first sight their settings are asked for."""
-        found = [self._tensors.get(tensor) for tensor in tensors]
-        if None in found:
+    def _look_up(self, tensors: np.ndarray) -> None:
+        """Find the keys of tensors, each once; at first sight their settings are asked for."""
+        self._ids, ids = b"", identities(tensors)
+        # A set has them in no order. In that of their addresses a step of 1000 that finds its
+        # caches filled by other work takes 0.75 ms instead of 1.
+        numbers, self._order = np.unique(np.frombuffer(ids, np.uintp), return_index=True)
+        keys = self._tensors.keys(numbers.tolist())
+        if None in keys:
             names = self._names_now(search=True)
-            found = [
-                self._meet(tensor, names(tensor)) if tracked is None else tracked
-                for tensor, tracked in zip(tensors, found, strict=True)
-            ]
-        return [tracked for tracked in found if tracked is not None]
+            for tensor in tensors:
+                if self._tensors.get(tensor) is None:
+                    self._meet(tensor, names(tensor))
+            keys = self._tensors.keys(numbers.tolist())
+        self._keys, self._ids = cast("list[str]", keys), ids
 
     def _meet(self, tensor: torch.Tensor, label: str | None) -> Tracked:
         """Take a tensor in that is seen for the first time."""
@@ -497,11 +496,11 @@ class JointOptim(PyroOptim):
         if changed := self._sources.changed():
             rules = {}
             for tracked in changed:
-                rule = self._core.entry(tracked.key).rule
+                rule = self._core.rule_of(tracked.key)
                 for name, given in tracked.given.items():
                     rule = self._with_setting(tracked, rule, name, number(given))
                 rules[tracked] = rule
-            self._change_rules(rules)
+            self._change_rules(rules, rules)
             self._sources.renew()
         for tracked, step in self._clocks.written().items():
             self._set_clock(tracked, step)
@@ -513,17 +512,17 @@ class JointOptim(PyroOptim):
 
     def _group(self, tracked: Tracked) -> Mapping[str, Any]:
         """The settings of a tensor as they are now, in torch's terms; not to be changed."""
-        entry = self._core.entry(tracked.key)
-        rule = self._changes.get(tracked, entry.rule)
+        rule = self._changes.get(tracked) or self._core.rule_of(tracked.key)
+        step = self._core.clock(tracked.key)
         if has_schedule(rule):
-            return settings_now(self._constructor, rule, entry.step, self._core.steps)
-        return self._read(rule, entry.step)
+            return settings_now(self._constructor, rule, step, self._core.steps)
+        return self._read(rule, step)
 
     def _change(self, tracked: Tracked, name: str, value: Any) -> None:
         """Change one setting of a tensor, in torch's terms."""
         # Schedulers change settings when they are made, in the middle of a call.
         self._core.check_free(f"changing {name!r}")
-        rule = self._changes.get(tracked, self._core.entry(tracked.key).rule)
+        rule = self._changes.get(tracked) or self._core.rule_of(tracked.key)
         rule = self._with_setting(tracked, rule, name, number(value))
         if changeable(value) or name in tracked.given:
             tracked.given.pop(name, None)
@@ -535,7 +534,7 @@ class JointOptim(PyroOptim):
             self._take_changes()
 
     def _with_setting(self, tracked: Tracked, rule: Rule, name: str, value: Any) -> Rule:
-        step = self._core.entry(tracked.key).step
+        step = self._core.clock(tracked.key)
         if has_schedule(rule):
             changed = with_setting(self._constructor, rule, step, name, value)
         else:
@@ -548,20 +547,27 @@ class JointOptim(PyroOptim):
         changes, self._changes = self._changes, {}
         self._change_rules(changes)
 
-    def _change_rules(self, rules: Mapping[Tracked, Rule]) -> None:
+    def _change_rules(
+        self, rules: Mapping[Tracked, Rule], clipped: Collection[Tracked] | None = None
+    ) -> None:
+        """Change the rules of tensors.
+
+        Args:
+            rules: The rules.
+            clipped: The tensors whose clips are to be made anew; by default those whose rules clip
+                by themselves.
+        """
+        if clipped is None:
+            clipped = [tracked for tracked, rule in rules.items() if clips_itself(rule)]
+        clips = {one.key: make_clip(one.clip_args, rules[one]) for one in clipped}
         if rules:
-            self._core.change(
-                {
-                    tracked.key: (rule, make_clip(tracked.clip_args, rule))
-                    for tracked, rule in rules.items()
-                }
-            )
+            self._core.change({tracked.key: rule for tracked, rule in rules.items()}, clips)
 
     # Clocks and slots
 
     def _clock(self, tracked: Tracked) -> int:
         """How many steps a tensor has taken."""
-        return self._core.entry(tracked.key).step
+        return self._core.clock(tracked.key)
 
     def _state_now(self, tracked: Tracked) -> dict[str, Any]:
         """The state of a tensor in torch's terms, its slots those in memory."""
@@ -621,7 +627,7 @@ class JointOptim(PyroOptim):
         self._keep_rate(tracked, rate)
 
     def _keep_rate(self, tracked: Tracked, rate: Any) -> None:
-        rule = self._core.entry(tracked.key).rule
+        rule = self._core.rule_of(tracked.key)
         if rate != self._group(tracked).get("lr") and not has_schedule(rule):
             self._change_rules({tracked: self._with_setting(tracked, rule, "lr", rate)})
 
@@ -742,7 +748,7 @@ class JointOptim(PyroOptim):
             },
             "pending": {},
         }
-        warn_of_plateaus({key: self._core.entry(key).rule for key in self._core})
+        warn_of_plateaus({key: self._core.rule_of(key) for key in self._core})
         more = {"averages": averages, "skips": skips}
         document |= {name: part for name, part in more.items() if part}
         groups = {label: _plain_group(label, one.get("group", {})) for label, one in stored.items()}

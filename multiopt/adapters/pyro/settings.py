@@ -33,6 +33,7 @@ __all__ = [
     "EqualRules",
     "Sources",
     "changeable",
+    "clips_itself",
     "has_schedule",
     "make_clip",
     "make_rule",
@@ -92,11 +93,16 @@ def make_clip(settings: Mapping[str, Any], rule: Rule) -> Clip | None:
     if unknown := sorted(set(settings) - set(CLIPS.values())):
         raise TypeError(f"clip_args has {unknown}; expected {', '.join(CLIPS.values())}")
     bounds = {name: number(settings.get(theirs)) for name, theirs in CLIPS.items()}
-    own = rule.clip_norm if isinstance(rule, rules.ClippedAdam | rules.DCTAdam) else None
+    own = getattr(rule, "clip_norm", None) if clips_itself(rule) else None
     if own is not None and not callable(own):
         value = bounds["value"]
         bounds["value"] = own if value is None else min(value, own)
     return None if all(bound is None for bound in bounds.values()) else Clip(**bounds)
+
+
+def clips_itself(rule: Rule) -> bool:
+    """Whether a bound of gradients is among the settings of a rule."""
+    return isinstance(rule, rules.ClippedAdam | rules.DCTAdam)
 
 
 def with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:

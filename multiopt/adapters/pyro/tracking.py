@@ -17,7 +17,7 @@ call looks whether anybody else still holds a few of them:
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -92,6 +92,7 @@ class TrackedTensors:
     def __init__(self) -> None:
         """Know no tensor."""
         self._by_id: dict[int, Tracked] = {}
+        self._keys: dict[int, str] = {}
         self._unasked: list[Tracked] = []
 
     def get(self, tensor: torch.Tensor) -> Tracked | None:
@@ -101,10 +102,15 @@ class TrackedTensors:
     def add(self, tracked: Tracked) -> None:
         """Hold a tensor."""
         self._by_id[id(tracked.alive)] = tracked
+        self._keys[id(tracked.alive)] = tracked.key
+
+    def keys(self, ids: Iterable[int]) -> list[str | None]:
+        """The keys of tensors by their identities; None for those that are not known."""
+        return list(map(self._keys.get, ids))
 
     def remove(self, tracked: Tracked) -> None:
         """Let go of a tensor."""
-        del self._by_id[id(tracked.alive)]
+        del self._by_id[id(tracked.alive)], self._keys[id(tracked.alive)]
         tracked.tensor = tracked.view = tracked.scheduler = None
 
     def __iter__(self) -> Iterator[Tracked]:
