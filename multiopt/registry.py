@@ -225,10 +225,20 @@ class Registry:
         group, row = self.row_of(name)
         return int(group.steps[row])
 
-    def alike(self, name: str) -> Hashable:
-        """What is the same for names that have the same rule, schedules included."""
-        group, row = self.row_of(name)
-        return group.number, int(group.schedule[row]), group.numbers[row].tobytes()
+    def alike(self, names: Sequence[str]) -> list[Hashable]:
+        """For each name what is equal for those of the same rule, schedules included, and clock."""
+        codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
+        numbers = codes // GROUP
+        found: list[Hashable] = [None] * len(names)
+        for number, group in self._groups.items():
+            places = np.flatnonzero(numbers == number)
+            rows = codes[places] - number * GROUP
+            columns = [group.numbers[rows], group.schedule[rows], group.steps[rows]]
+            table = np.column_stack([*columns, np.full(len(rows), number)])
+            keys = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
+            for place, key in zip(places.tolist(), keys, strict=True):
+                found[place] = key
+        return found
 
     def entry(self, name: str) -> Entry:
         """What is held of a name, its slots as they are in memory."""

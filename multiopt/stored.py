@@ -65,8 +65,8 @@ def stored_state(registry: Registry, copied: bool) -> dict[str, Any]:
         }
     rules: dict[Hashable, dict[str, Any]] = {}
     found = {}
-    for name, entry in entries(registry):
-        key = registry.alike(name), entry.step
+    alike = registry.alike(registry.names)
+    for (name, entry), key in zip(entries(registry), alike, strict=True):
         if key not in rules:
             rules[key] = described_rule(entry.rule, entry.step, steps)
         found[name] = {

@@ -20,6 +20,7 @@ from torch.distributions import constraints
 
 import multiopt as mo
 import multiopt.adapters.pyro as optim
+from multiopt.adapters.pyro import lr_scheduler
 from multiopt.adapters.pyro.core import Core
 from multiopt.adapters.pyro.optim import JointOptim
 from tests.pyro_drop_in.tensors import BOTH, give, param
@@ -56,6 +57,9 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ClippedAdam": (pyro.optim.clipped_adam.ClippedAdam, {"lr": 0.1, "lrd": 0.99}),
 }
 STEPS = 30
+
+#: Those that hold functions or counts, of which torch steps each.
+BY_ITSELF = {"LambdaLR", "MultiplicativeLR", "MultiStepLR", "CyclicLR"}
 
 
 def made(module: Any, name: str, kind: str = "SGD") -> Any:
@@ -462,11 +466,54 @@ def test_the_rules_of_a_step_change_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     scheduler([give(param(name)) for name in "abc"])
     change = Core.change
     monkeypatch.setattr(
-        Core, "change", lambda core, rules: changes.append(rules) or change(core, rules)
+        Core, "change", lambda core, *given: changes.append(given) or change(core, *given)
     )
     scheduler.step()
-    assert [list(rules) for rules in changes] == [["a", "b", "c"]]
-    assert len({id(rule) for rule, _ in changes[0].values()}) == 1
+    ((rules, clips),) = changes
+    assert list(rules) == ["a", "b", "c"]
+    assert len({id(rule) for rule in rules.values()}) == 1
+    assert not clips
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_schedulers_that_stand_alike_step_as_each_by_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that are just where another one is, torch steps one."""
+
+    def run(shares: bool) -> tuple[list[Any], int]:
+        pyro.clear_param_store()
+        scheduler, steps = made(optim, name, "AdamW"), []
+        kind = scheduler.pt_scheduler_constructor
+        step = kind.step
+
+        def counted(self: Any, *args: Any) -> None:
+            steps.append(self)
+            step(self, *args)
+
+        if not shares:
+            monkeypatch.setattr(lr_scheduler, "PLAIN", set())
+        found = []
+        # Those of one call stand alike; "c" comes later, and "b" is moved by hand.
+        a, b, c, d = (give(param(name)) for name in "abcd")
+        for t in range(6):
+            scheduler([a, b, d] if t < 2 else [a, b, c, d])
+            if t == 3:
+                scheduler.optim_objs[b].optimizer.param_groups[0]["lr"] = 0.25
+            with monkeypatch.context() as patch:
+                patch.setattr(kind, "step", counted)
+                scheduler.step(*([0.5] if name == "ReduceLROnPlateau" else []))
+            objects = scheduler.optim_objs
+            found += [objects[x].state_dict() for x in objects]
+            found += [dict(objects[x].optimizer.param_groups[0], params=None) for x in objects]
+        lists = [v for x in objects for v in vars(objects[x]).values() if isinstance(v, list)]
+        assert len(set(map(id, lists))) == len(lists)
+        return found, len(steps)
+
+    (shared, some), (alone, every) = run(True), run(False)
+    assert shared == alone
+    assert every == 3 * 2 + 4 * 4
+    assert some == every if name in BY_ITSELF else some < every
 
 
 # A program of Pyro

@@ -1,6 +1,6 @@
 """The optimizer inside the drop-in, whose names are given to tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,10 @@ class Core(Optimizer):
     def rule_of(self, name: str) -> Rule:
         """The rule of a name."""
         return self._registry.rule_of(name)
+
+    def alike(self, names: Sequence[str]) -> list[Hashable]:
+        """For each name what is equal for those of the same rule and the same clock."""
+        return self._registry.alike(names)
 
     def clock(self, name: str) -> int:
         """How many steps a name has taken."""
