@@ -18,7 +18,7 @@ import numpy as np
 
 from multiopt.engine import Array, Group, Member
 from multiopt.errors import brief
-from multiopt.layout import PARTS_OF, Layout, require_dtype
+from multiopt.layout import PARTS_OF, Layout, address, require_dtype
 from multiopt.reference import ReferenceGroup
 from multiopt.rules import Adam, Rule
 from multiopt.rules.arithmetic import clamp, sum_of_squares
@@ -361,7 +361,7 @@ class DaskBackend(Backend):
 
 def identities(objects: np.ndarray) -> bytes:
     """What ``id`` gives for each of the objects: they are the memory of an array of objects."""
-    return ctypes.string_at(objects.ctypes.data, objects.nbytes)
+    return ctypes.string_at(address(objects), objects.nbytes)
 
 
 def answer(fault: str, ask: Callable[..., Answer], *arguments: Any) -> Answer:

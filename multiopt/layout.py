@@ -1,6 +1,7 @@
 """What is known of an array without holding it: its library, shape, dtype and device."""
 
 from collections.abc import Iterable, Mapping
+from ctypes import addressof, c_char
 from typing import NamedTuple
 
 import numpy as np
@@ -92,9 +93,12 @@ def require_dtype(dtype: str, label: str) -> None:
 
 def address(array: np.ndarray) -> int:
     """Where the first element of an array is."""
-    # ``array.ctypes.data`` takes 1.5 us, this 0.7.
-    place: int = array.__array_interface__["data"][0]
-    return place
+    try:
+        # ``array.ctypes.data`` takes 1.5 us, this 0.2.
+        return addressof(c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # it is empty, or not to be written
+        place: int = array.__array_interface__["data"][0]
+        return place
 
 
 class Words:

@@ -59,9 +59,16 @@ Undo: TypeAlias = list[Callable[[], object]]
 
 
 class _Codes(dict[str, int]):
-    """Names with their codes; a name that is not known has one too, and is not added."""
+    """Names with their codes; a name that is not known has one too, and is not added.
+
+    Attributes:
+        missed: Whether one was asked for that is not known.
+    """
+
+    missed = False
 
     def __missing__(self, name: object) -> int:
+        self.missed = True
         return MISSING
 
 
@@ -330,19 +337,26 @@ class Registry:
 
     def _find(self, names: list[str]) -> Rows:
         """The rows of a list of names; those that are not known have none."""
-        codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
-        rows = self._parted(names, codes)
-        for place in rows.missing:
+        known = self._codes
+        known.missed = False
+        codes = np.fromiter(map(known.__getitem__, names), np.int64, len(names))
+        missing = np.flatnonzero(codes < 0).tolist() if known.missed else []
+        for place in missing:
             check_name("params", names[place])
-        return rows
+        return self._parted(names, codes, missing)
 
-    def _parted(self, names: list[str], codes: np.ndarray) -> Rows:
-        """A list of names with their rows by group."""
+    def _parted(self, names: list[str], codes: np.ndarray, missing: list[int]) -> Rows:
+        """A list of names with their rows by group.
+
+        Args:
+            names: The names.
+            codes: Their codes.
+            missing: The places of those that have none.
+        """
         count = len(names)
         if len(self._everything) < count:
             self._everything = np.arange(2 * count)
             self._everything_at = address(self._everything)
-        missing = np.flatnonzero(codes < 0).tolist() if codes.min(initial=0) < 0 else []
         if len(self._groups) == 1 and not missing and count:
             ((number, group),) = self._groups.items()
             rows = codes - number * GROUP if number else codes
@@ -498,7 +512,7 @@ class Registry:
             self._set_clips(group, made, [clips[k] for k in places])
         for place, code in fresh.items():
             codes[place] = code
-        return self._parted(names, codes)
+        return self._parted(names, codes, [place for place in rows.missing if place not in fresh])
 
     def _resume(
         self,
@@ -575,7 +589,7 @@ class Registry:
             fresh[place] = codes[place] = code = self._placed({name: entry})[name]
             # Schedules have been asked for this step.
             self._groups[code // GROUP].numbers[code % GROUP] = group.numbers[row]
-        return self._parted(rows.names, codes)
+        return self._parted(rows.names, codes, rows.missing)
 
     # What a step leaves behind
 
@@ -816,7 +830,7 @@ class Registry:
         self._garbage += [self._codes[name] for name in placed if name in self._codes]
         self._codes.update(placed)
         last = self._last
-        self._last = NOTHING if placed else self._parted(last.names, last.codes)
+        self._last = NOTHING if placed else self._parted(last.names, last.codes, last.missing)
 
 
 def _alike(group: Group, rows: np.ndarray) -> list[np.ndarray]:

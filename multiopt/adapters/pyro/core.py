@@ -11,12 +11,10 @@ from multiopt.engine import Array
 from multiopt.entry import Entry, chosen, restored, slot_shapes
 from multiopt.layout import Layout
 from multiopt.optimizer import Optimizer
-from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.skipping import Skips
 from multiopt.step.clip import Clip
 from multiopt.step.run import Step
-from multiopt.untraced import untraced
 
 __all__ = ["Core"]
 
@@ -38,13 +36,16 @@ class Core(Optimizer):
         self._guard.check(what)
 
     def step_tensors(self, names: list[str], tensors: np.ndarray) -> None:
-        """``step`` of tensors that have names already, by their own gradients."""
+        """``step`` of tensors that have names already, by their own gradients.
+
+        Torch's compiler is to be out of reach, as it is of an ``exclusive`` method.
+        """
         known = self._registry
         before = known.outcome
         self._guard.check("step")
         try:
             self._guard.busy = True
-            untraced(Registry.step)(known, names, tensors, None, self._after)
+            known.step(names, tensors, None, self._after)
             self._guard.busy = False
         except BaseException as error:
             self._guard.busy = False
