@@ -232,6 +232,7 @@ class Group(ABC):
 
     Attributes:
         columns: The hyperparameters that are numbers, with the place in those that are tuples.
+        kind: What rules have in common that may share it.
         steps: By row, how many steps were taken: the clock.
         numbers: By row, the hyperparameters that are numbers, in the order of ``columns``; those
             that are schedules have the number of the last step.
@@ -269,7 +270,7 @@ class Group(ABC):
         self.backend, self.layout, self.rule = backend, layout.with_shape(()), rule
         self.has_masters = has_masters
         self.dtype = np.dtype(layout.compute_dtype)
-        self.columns = number_fields(rule)
+        self.columns, self.kind = number_fields(rule), kind_of(rule)
         self.shapes: list[tuple[int, ...]] = []
         #: Different sets of schedules, by the number that rows have for them; 0 for none.
         self.schedules = Numbered(((),), Schedules((), (), ()))
@@ -391,7 +392,7 @@ class Group(ABC):
         if type(rule) is not type(self.rule):
             return False
         kind = kind_of(rule)
-        return kind is not None and kind == kind_of(self.rule)
+        return kind is not None and kind == self.kind
 
     def change_numbers(self, rows: np.ndarray, rule: Rule, names: Iterable[str]) -> None:
         """Give rows, which are alike, some hyperparameters of a rule of the kind of this group."""

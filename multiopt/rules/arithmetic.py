@@ -7,7 +7,7 @@ which performs them one by one gives the same numbers.
 
 from collections.abc import Callable
 from functools import wraps
-from math import inf, prod
+from math import inf, prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = [
     "BLOCK",
     "GROW",
     "SHRINK",
+    "Host",
     "block_sums",
     "by_squaring",
     "clamp",
@@ -220,6 +221,17 @@ def sign(xp: Any, x: Any) -> Any:
     [-1.0, 0.0, 1.0, nan]
     """
     return xp.where(x > 0.0, 1.0, xp.where(x < 0.0, -1.0, x))
+
+
+class Host:
+    """A namespace for Python's own numbers, in which NumPy takes 5 us for an operation."""
+
+    sqrt = staticmethod(sqrt)
+
+    @staticmethod
+    def where(condition: bool, x: float, y: float) -> float:
+        """The one or the other."""
+        return x if condition else y
 
 
 def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:

@@ -4,6 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import cache
 from math import inf, nan, nextafter
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
@@ -171,10 +172,14 @@ class Rule(ABC):
             ValueError: A hyperparameter is out of its range or of another kind.
         """
         kind = type(self).__name__
-        for f in fields(self):
+        for f in _fields(type(self)):
             if f.name not in self.ranges:
                 continue
             value = getattr(self, f.name)
+            if type(value) is float and self.ranges[f.name].holds(value):
+                # The usual case, in a tenth of the time. Not -0.0: equal rules do the same.
+                object.__setattr__(self, f.name, value + 0.0)
+                continue
             if isinstance(f.default, tuple) and "range" in f.metadata:
                 length = len(f.default)
                 if not (isinstance(value, tuple | list) and len(value) == length):
@@ -343,6 +348,12 @@ class Rule(ABC):
             )
         # Not -0.0: equal rules do the same.
         return number + 0.0
+
+
+@cache
+def _fields(rule_class: type[Rule]) -> tuple[Field[Any], ...]:
+    """The hyperparameters; to ask takes a quarter of the time that making a rule takes."""
+    return fields(rule_class)
 
 
 def _number(given: Any) -> Any:

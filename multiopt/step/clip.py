@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from multiopt.engine import Part, norms
+from multiopt.engine import Part
 from multiopt.errors import brief
-from multiopt.rules.arithmetic import clip_coefficient, tree_sum
+from multiopt.rules.arithmetic import Host, clip_coefficient, rescaling, tree_sum
 
 __all__ = ["Clip", "Together", "clip_by_global_norm"]
 
@@ -103,7 +103,7 @@ def clip_by_global_norm(
             continue
         assert clip.global_norm is not None
         norm = _global_norm(pairs, together.ranks, threads)
-        coefficient = clip_coefficient(np, clip.global_norm, norm, clip.eps)
+        coefficient = clip_coefficient(Host, clip.global_norm, norm, clip.eps)
         for part, which in pairs:
             part.group.shared[part.rows[which]] = part.group.dtype.type(coefficient)
         found[clip] = norm
@@ -116,9 +116,11 @@ def _global_norm(
     """The norm over the gradients at some positions of each part, summed in the order of names."""
     order = np.argsort(ranks[np.concatenate([part.places[which] for part, which in pairs])])
 
-    def squares(_: np.ndarray, factor: float) -> np.ndarray:
+    def squares(factor: float) -> float:
         sums = [part.group.squares(part, which, factor, threads) for part, which in pairs]
-        return np.array([tree_sum(np, np.concatenate(sums)[order])])
+        return float(tree_sum(np, np.concatenate(sums)[order]))
 
-    (norm,) = norms(1, squares).tolist()
-    return float(norm)
+    total = squares(1.0)
+    factor = rescaling(Host, total)
+    norm: float = Host.sqrt(total if factor == 1 else squares(factor)) / factor
+    return norm
