@@ -364,6 +364,7 @@ class Registry:
             check_gradients(names, params, grads)
         return grads
 
+    @np.errstate(all="ignore")
     def _ask_schedules(
         self, names: Sequence[str], parts: Sequence[Part], grads: np.ndarray
     ) -> None:

@@ -1,6 +1,6 @@
 """The state of a registry as plain data, and loaded state on its way in."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -63,10 +63,13 @@ def stored_state(registry: Registry, copied: bool) -> dict[str, Any]:
             "entries": {n: described(e, shown(e.layout), steps) for n, e in entries(registry)},
             "pending": {n: described_waiting(stored) for n, stored in registry.pending.items()},
         }
-    rules: dict[tuple[Rule, int], dict[str, Any]] = {}
+    # By what tells them apart; the fields of a rule need not be hashable.
+    rules: dict[Hashable, dict[str, Any]] = {}
     found = {}
     for name, entry in entries(registry):
-        key = entry.rule, entry.step
+        group, row = registry.row_of(name)
+        numbers = group.numbers[row].tobytes()
+        key = group.number, int(group.schedule[row]), numbers, entry.step
         if key not in rules:
             rules[key] = described_rule(entry.rule, entry.step, steps)
         found[name] = {
