@@ -88,9 +88,10 @@ class Guard:
     def __enter__(self) -> None:
         """Begin to write: from here on Ctrl-C waits. It takes 0.5 us."""
         if self._depth == 0:
-            self._came = None
             handler = getsignal(SIGINT)
-            if callable(handler):
+            # It is there already where another signal's handler raised on the way in or out.
+            if callable(handler) and handler != self._wait:
+                self._came = None
                 try:
                     self._handler = handler
                     signal(SIGINT, self._wait)

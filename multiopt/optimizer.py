@@ -616,16 +616,21 @@ class Optimizer:
         if isinstance(known.rule, Rule):
             rules |= dict.fromkeys(loaded.pending, known.rule)
         warn_of_plateaus(rules)
-        if self._guard.torn is not None and not loaded.entries.keys() >= set(known.names):
-            # Names that are left alone would stay torn.
-            self._guard.check_whole("load of some names")
+        gone: set[str] = set()
+        if self._guard.torn is not None:
+            # Names that are left alone would stay torn. Those that came later are unheard of.
+            gone = known.known().keys() - loaded.entries.keys() - loaded.pending.keys()
+            if gone and (is_part or len(taken) < len(have)):
+                self._guard.check_whole("load of some names")
         with_averages = averages.entries.keys() | averages.pending.keys()
         warn_of_plateaus({name: self._choices[name] for name in with_averages})
         without = (loaded.entries.keys() | loaded.pending.keys()) - with_averages
         with self._guard:
+            if gone:
+                known.forget(gone)
             take_over(known, loaded, steps, ahead=is_part)
             if self._averages is not None:
-                self._averages.forget(without)
+                self._averages.forget({*gone, *without})
                 take_over(self._averages, averages, self.steps, ahead=is_part)
             known.skips = skips
             self._guard.torn = None

@@ -668,6 +668,12 @@ class Registry:
         """Let go of what a step has begun that did not end."""
         for take_back in undo:
             take_back()
+        if self.guard.torn is not None:
+            # Some of it may be registered, and the rows that it was in are to be let go.
+            held = set(self._codes.values())
+            garbage = dict.fromkeys([*self._garbage, *fresh.values()])
+            self._garbage = [code for code in garbage if code not in held]
+            return
         self._free(fresh.values())
 
     def _free(self, codes: Iterable[int]) -> None:
@@ -678,9 +684,9 @@ class Registry:
     def _sweep(self) -> None:
         """Let others take the rows that no name has any more."""
         with self.guard:
-            for code in self._garbage:
-                self._groups[code // GROUP].remove(code % GROUP)
-            self._garbage.clear()
+            while self._garbage:
+                number, row = divmod(self._garbage.pop(), GROUP)
+                self._groups[number].remove(row)
             self._drop_empty()
 
     # What changes between steps

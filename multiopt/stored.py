@@ -63,6 +63,7 @@ def stored_state(registry: Registry, copied: bool) -> dict[str, Any]:
             "entries": {n: described(e, shown(e.layout), steps) for n, e in entries(registry)},
             "pending": {n: described_waiting(stored) for n, stored in registry.pending.items()},
         }
+    # By what tells them apart: the fields of a rule need not be hashable.
     rules: dict[Hashable, dict[str, Any]] = {}
     found = {}
     alike = registry.alike(registry.names)

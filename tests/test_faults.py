@@ -379,6 +379,45 @@ def interrupts_at(world: World, few: int) -> None:
 
 
 @pytest.mark.usefixtures("steps_alike")
+@pytest.mark.parametrize("name", ["fast", "skip", "blocks", "plain", "pending", "moved"])
+def test_what_another_handler_raises_leaves_a_whole_state_or_one_that_a_load_mends(
+    name: str,
+) -> None:
+    (world,) = (world for world in WORLDS if world.id == name)
+    reference, torn, ctrl_c = Reference(world), 0, signal.getsignal(signal.SIGINT)
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    with engine(world.engine), handling({signal.SIGTERM: give_up}):
+        life = world.start()
+        grads = life.grads(HIT)
+        total = opcodes(lambda: life.step(HIT, grads))
+        life.finish()
+        expected = life.state()
+        for k in points(total, 30):
+            life = world.start()
+            grads, before = life.grads(HIT), life.opt.state_dict()
+            error: BaseException | None = None
+            try:
+                # A library that looks whether it can do something may catch what is raised there.
+                opcodes(lambda life=life, grads=grads: life.step(HIT, grads), k, signal.SIGTERM)
+            except (TimeoutError, TypeError) as caught:
+                error = caught
+            if life.opt._guard.torn is None:
+                check(reference, life, error)
+            else:
+                torn += 1
+                life.opt.load_state_dict(before)
+                life.params = world.start().params
+                life.step(HIT, life.grads(HIT))
+                life.finish()
+                assert life.state() == expected, k
+            assert signal.getsignal(signal.SIGINT) == ctrl_c, k
+    assert torn
+
+
+@pytest.mark.usefixtures("steps_alike")
 @pytest.mark.parametrize("threads", ["pytorch", "pool"])
 def test_an_interrupt_of_threads_leaves_a_whole_step(
     threads: str, monkeypatch: pytest.MonkeyPatch

@@ -85,7 +85,8 @@ def test_ctrl_c_on_the_way_in_or_out_leaves_the_handler_and_the_work_whole() -> 
     assert ends == {(), ("begun", "done")}
 
 
-def test_what_a_handler_raises_on_the_way_out_leaves_ctrl_c_alive() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_handler_raises_on_the_way_in_or_out_leaves_ctrl_c_alive(again: bool) -> None:
     def give_up(number: int, frame: FrameType | None) -> None:
         raise TimeoutError
 
@@ -101,6 +102,10 @@ def test_what_a_handler_raises_on_the_way_out_leaves_ctrl_c_alive() -> None:
             with pytest.raises(TimeoutError):
                 opcodes(work, k, signal.SIGTERM)
             guard.torn = None
+            if again:
+                # What cleans up may write too.
+                with guard:
+                    pass
             work()
             assert signal.getsignal(signal.SIGINT) == before, k
 
