@@ -8,7 +8,8 @@ import multiopt as mo
 from multiopt import rules
 from multiopt.layout import COMPUTE_DTYPE, PARTS_OF
 
-SPEC = Path(__file__).parent.parent / "spec"
+ROOT = Path(__file__).parent.parent
+SPEC = ROOT / "spec"
 DTYPES = re.compile(r"\b(?:b?float|complex)\d+\b")
 
 
@@ -51,3 +52,21 @@ def test_no_page_of_an_elementwise_rule_says_that_complex_parameters_are_refused
         lines = page.read_text(encoding="utf-8").splitlines()
         says = [line for line in lines if "complex parameter" in line and "refused" in line]
         assert not (rule.elementwise and says), rule
+
+
+def test_the_tests_that_documents_name_exist() -> None:
+    """As ``test_crash.py::test_one``, and ``::test_other`` of the file that was named last."""
+    named = set()
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *SPEC.rglob("*.md")):
+        file = ""
+        text = page.read_text(encoding="utf-8")
+        for path, test in re.findall(r"`(?:tests/)?([\w/]*\btest_\w+\.py)?(?:::(\w+))?`", text):
+            file = path or file
+            named.add((page.name, file, test))
+    named = {one for one in named if one[1:] != ("", "")}
+    assert len(named) > 30
+    for page_name, file, test in sorted(named):
+        path = ROOT / "tests" / file
+        assert path.is_file(), f"{page_name} names {file}"
+        code = path.read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in code, f"{page_name} names {file}::{test}"

@@ -1,0 +1,78 @@
+"""The backend in ``docs/backends.md``: it runs, on every engine, with the numbers of NumPy."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import multiopt as mo
+from multiopt import backend
+from tests.cases import CASES, Case
+from tests.libraries import assert_equal, engine
+
+PAGE = Path(__file__).parent.parent / "docs" / "backends.md"
+
+
+@pytest.fixture
+def vectors(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that the page shows, known to the library."""
+    code, _ = blocks()
+    module = ModuleType("vectors")
+    monkeypatch.setitem(sys.modules, "vectors", module)
+    monkeypatch.setattr(backend, "PACKAGES", {**backend.PACKAGES})
+    exec(compile(code, str(PAGE), "exec"), module.__dict__)
+    backend.PACKAGES["vectors"] = "vectors"  # type: ignore[index]
+    backend.named.cache_clear()
+    yield module
+    backend.named.cache_clear()
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_what_the_page_does_with_it(vectors: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code = blocks()[1]
+    exec(compile(code, str(PAGE), "exec"), vectors.__dict__)
+    assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", code)
+
+
+@pytest.mark.parametrize("name", ["compiled", "blocks", "plain"])
+@pytest.mark.parametrize("case", [CASES[1], *CASES[18:22]], ids=lambda case: case.id)
+def test_it_equals_numpy(case: Case, name: str, vectors: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    clip = mo.Clip(norm=2.0, global_norm=2.5, value=0.6)
+    start = {"a": rng.standard_normal(5), "b": rng.standard_normal(3).astype("f4")}
+    ours = {n: vectors.Vector(x.tolist(), x.dtype.char) for n, x in start.items()}
+    numpys = {n: x.copy() for n, x in start.items()}
+    with engine(name):
+        opt, other = mo.Optimizer(case.rule, clip), mo.Optimizer(case.rule, clip)
+        for step in range(4):
+            grads = {n: rng.standard_normal(len(x)).astype(x.dtype) for n, x in start.items()}
+            if step == 2:
+                del grads["a"]
+            given = {n: vectors.Vector(x.tolist(), x.dtype.char) for n, x in grads.items()}
+            assert opt.step(ours, given) == ours
+            other.step(numpys, grads)
+            if step == 1:
+                opt.save(tmp_path / "state")
+                opt = mo.Optimizer(case.rule, clip)
+                opt.load(tmp_path / "state")
+    for n, x in numpys.items():
+        assert_equal(np.asarray(ours[n]), x)
+        for slot, array in other.state(n).slots.items():
+            assert type(opt.state(n).slots[slot]) is vectors.Vector
+            assert_equal(np.asarray(opt.state(n).slots[slot]), array)
+
+
+def test_what_it_refuses(vectors: Any) -> None:
+    opt, w = mo.Optimizer(mo.SGD()), vectors.Vector([1.0])
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step({"a": w, "b": w}, {"a": vectors.Vector([1.0]), "b": vectors.Vector([1.0])})
+    with pytest.raises(TypeError, match="dtype int64; expected"):
+        opt.step({"a": vectors.Vector([1], "q")}, {"a": w})
+    assert len(opt) == 0
