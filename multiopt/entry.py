@@ -312,7 +312,7 @@ def restored(
                 for k, x in arrays.items()
             }
     for slot, array in arrays.items():
-        if array.shape != shapes[slot] or array.dtype.name != layout.compute_dtype:
+        if array.shape != shapes[slot] or array.dtype != layout.compute_dtype:
             raise ValueError(
                 f"the loaded slot {slot!r} of parameter {name!r} has "
                 f"{_misfit(array, stored['slots'][slot], shapes[slot], layout)}"
@@ -405,8 +405,10 @@ def restored_plateaus(
     Returns:
         Those that took it, with what they had seen before.
     """
-    words = stored.get("schedules", {})
-    before = []
+    words = stored.get("schedules")
+    before: list[tuple[Plateau, dict[str, Any]]] = []
+    if not words:
+        return before
     for name in rule.ranges:
         for plateau, state in plateaus(getattr(rule, name), words.get(name)):
             if not ahead or plateau.observed < state["observed"]:

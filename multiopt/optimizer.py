@@ -520,7 +520,7 @@ class Optimizer:
         """Warn of what the state has no place for."""
         for registry in (self._registry, self._averages):
             if registry is not None:
-                warn_of_plateaus({name: entry.rule for name, entry in entries(registry)})
+                warn_of_plateaus(registry.scheduled_rules())
 
     def _state_dict(self, copied: bool) -> dict[str, Any]:
         """The state: to be shown, with copies, or to be written, with the slots themselves."""

@@ -190,7 +190,8 @@ class Registry:
         self._begin_empty()
         for name, entry in entries.items():
             from_host = partial(named(entry.layout.library).from_host, layout=entry.layout)
-            self.put({name: entry._replace(slots=entry.converted(from_host))})
+            entries[name] = entry._replace(slots=entry.converted(from_host))
+        self.put(entries)
 
     # What is known
 
@@ -227,6 +228,17 @@ class Registry:
         """The rule of a name, its schedules in their places."""
         group, row = self.row_of(name)
         return group.rule_at(row)
+
+    def scheduled_rules(self) -> dict[str, Rule]:
+        """The rules of all names that have schedules."""
+        if not any(group.scheduled for group in self._groups.values()):
+            return {}
+        found = {}
+        for name in self.names:
+            group, row = self.row_of(name)
+            if group.schedule[row]:
+                found[name] = group.rule_at(row)
+        return found
 
     def clock(self, name: str) -> int:
         """How many steps a name has taken."""
@@ -419,7 +431,7 @@ class Registry:
         known: dict[tuple[int, int], float] = {}
         for part in parts:
             group, places, rows = part.group, part.places, part.rows
-            if not group.scheduled:
+            if not (group.scheduled and len(rows)):
                 continue
             numbers, steps = group.schedule[rows], group.steps[rows]
             number, step = numbers[0], steps[0]
@@ -496,6 +508,7 @@ class Registry:
         kinds: dict[Hashable, tuple[Group, Rule, list[int]]] = {}
         shapes: dict[int, tuple[int, ...]] = {}
         clips: dict[int, Clip | None] = {}
+        resumed: dict[int, Entry] = {}
         for place in rows.missing:
             if grads[place] is None:
                 continue
@@ -521,11 +534,18 @@ class Registry:
             layout = kinds[key][0].layout.with_shape(shapes[place])
             if self.met is not None:
                 self.met(name, layout, undo)
+            clip = chosen_clip(self.clip, name)
             if name not in self.pending:
-                clips[place] = chosen_clip(self.clip, name)
+                clips[place] = clip
                 kinds[key][2].append(place)
-            else:
-                self._resume(name, rule, layout, place, fresh, undo)
+                continue
+            stored = self.pending[name]
+            resumed[place] = restored(name, stored, rule, clip, layout, self.masters)
+            # The first step asks the schedules.
+            seen = restored_plateaus(rule, stored["rule"], ahead=True)
+            undo += [partial(plateau.load_state, before) for plateau, before in seen]
+        placed = self._placed({names[place]: entry for place, entry in resumed.items()})
+        fresh.update({place: placed[names[place]] for place in resumed})
         for group, rule, places in kinds.values():
             if not places:
                 continue
@@ -537,23 +557,6 @@ class Registry:
         for place, code in fresh.items():
             codes[place] = code
         return self._parted(names, codes, [place for place in rows.missing if place not in fresh])
-
-    def _resume(
-        self,
-        name: str,
-        rule: Rule,
-        layout: Layout,
-        place: int,
-        fresh: dict[int, int],
-        undo: Undo,
-    ) -> None:
-        """A row from the loaded state that waits for a name."""
-        stored = self.pending[name]
-        entry = restored(name, stored, rule, chosen_clip(self.clip, name), layout, self.masters)
-        fresh[place] = self._placed({name: entry})[name]
-        # The first step asks them.
-        seen = restored_plateaus(rule, stored["rule"], ahead=True)
-        undo += [partial(plateau.load_state, before) for plateau, before in seen]
 
     def _set_clips(self, group: Group, rows: np.ndarray, clips: Sequence[Clip | None]) -> None:
         """Give rows their clips."""
@@ -698,20 +701,30 @@ class Registry:
             ValueError: A rule is not for parameters of a shape.
         """
         codes: dict[str, int] = {}
+        # All names that are alike get their rows at once.
+        alike: dict[Hashable, list[str]] = {}
+        for name, entry in entries.items():
+            kind = entry.layout.with_shape(()), id(entry.rule), not entry.slots
+            alike.setdefault(kind, []).append(name)
         try:
-            for name, entry in entries.items():
-                group = self._group_for(entry.rule, entry.layout)
-                names = group.slot_names(entry.layout.shape)
-                slots = [[entry.slots[slot] for slot in names]] if entry.slots else None
-                rows = group.add([entry.layout.shape], slots)
-                codes[name] = group.number * GROUP + int(rows[0])
-                group.set_rules(rows, entry.rule)
-                group.set_clips(rows, entry.clip, self._number_of_clip(entry.clip))
-                group.steps[rows] = entry.step
+            for names in alike.values():
+                mine = [entries[name] for name in names]
+                group = self._group_for(mine[0].rule, mine[0].layout)
+                shapes = [entry.layout.shape for entry in mine]
+                slots = None
+                if mine[0].slots:
+                    known = {shape: group.slot_names(shape) for shape in set(shapes)}
+                    slots = [[entry.slots[k] for k in known[entry.layout.shape]] for entry in mine]
+                rows = group.add(shapes, slots)
+                made = (rows + group.number * GROUP).tolist()
+                codes.update(zip(names, made, strict=True))
+                group.set_rules(rows, mine[0].rule)
+                self._set_clips(group, rows, [entry.clip for entry in mine])
+                group.steps[rows] = [entry.step for entry in mine]
         except BaseException:
             self._free(codes.values())
             raise
-        return codes
+        return {name: codes[name] for name in entries}
 
     def put(self, entries: Mapping[str, Entry]) -> None:
         """Hold this of some names from now on, in the place of what is held of them.

@@ -66,15 +66,17 @@ def stored_state(registry: Registry, copied: bool) -> dict[str, Any]:
     # By what tells them apart: the fields of a rule need not be hashable.
     rules: dict[Hashable, dict[str, Any]] = {}
     found = {}
-    alike = registry.alike(registry.names)
-    for (name, entry), key in zip(entries(registry), alike, strict=True):
+    names = registry.names
+    for name, key in zip(names, registry.alike(names), strict=True):
+        group, row = registry.row_of(name)
+        step = int(group.steps[row])
         if key not in rules:
-            rules[key] = described_rule(entry.rule, entry.step, steps)
+            rules[key] = described_rule(group.rule_at(row), step, steps)
         found[name] = {
             "rule": rules[key],
-            "step": entry.step,
-            "slots": entry.slots,
-            "complex": entry.layout.is_complex,
+            "step": step,
+            "slots": group.slots_at(row),
+            "complex": group.layout.is_complex,
         }
     return {"entries": found, "pending": registry.pending}
 
