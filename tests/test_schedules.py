@@ -1254,6 +1254,7 @@ def test_hyperparameters_are_those_of_the_next_step() -> None:
         "weight_decay": 0.75,
         "amsgrad": False,
         "maximize": False,
+        "decoupled_weight_decay": False,
     }
     assert opt.hyperparameters("b")["lr"] == 0.25
     assert opt.hyperparameters("b")["weight_decay"] == 0.75
@@ -1323,16 +1324,17 @@ def test_a_change_for_all_holds_for_names_still_to_come(rule: Any) -> None:
     assert opt.hyperparameters("a")["lr"] == opt.hyperparameters("b")["lr"] == 0.2
 
 
-def test_names_that_share_a_rule_go_on_sharing_one() -> None:
+def test_names_of_one_kind_of_rule_go_on_sharing_a_group() -> None:
     rules = {True: mo.SGD(lr=0.1), False: mo.Adam(lr=0.1)}
     opt = mo.Optimizer(lambda name: rules[name < "c"])
     opt.step({n: ones() for n in "abcd"}, {n: ones() for n in "abcd"})
     opt.set_hyperparameters(lr=0.5)
     opt.step({n: ones() for n in "efgh"}, {n: ones() for n in "efgh"})
-    made = {n: entry.rule for n, entry in opt._entries.items()}
-    assert made["a"] is made["b"]
-    assert made["c"] is made["d"]
-    assert made["e"] is made["f"] is made["h"]
+    groups = {name: opt._registry.row_of(name)[0] for name in opt}
+    assert groups["a"] is groups["b"]
+    assert groups["c"] is groups["d"]
+    assert groups["c"] is groups["e"] is groups["f"] is groups["h"]
+    assert groups["a"] is not groups["c"]
 
 
 def test_a_change_of_the_slots_is_that_of_a_rule() -> None:
