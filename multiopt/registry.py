@@ -20,21 +20,28 @@ the group. A step looks its names up, in any order and any selection, and hands 
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
+from multiopt.averaging import Average, Averaged
 from multiopt.backend import backend_of, identities, named
 from multiopt.engine import Array, Arrays, Group, Numbered, Part, kind_of
 from multiopt.entry import (
     Entry,
+    all_slots,
+    chained,
     changed,
     chosen,
+    chosen_average,
     chosen_clip,
     restored,
+    restored_average,
     restored_plateaus,
     slot_shapes,
+    unchained,
     with_rule,
 )
 from multiopt.guard import Guard
@@ -80,11 +87,15 @@ class Registry:
         threads: The largest number of threads, or None.
         masters: Whether 16-bit parameters have master copies.
         guard: That of the optimizer.
+        average: An average of all names, a callable ``name -> Average or None``, or None.
 
     Attributes:
         rule: The rule for names to come.
         clip: The clip for names to come.
+        average: The average of names to come.
         pending: Loaded state of names not seen yet, as a state dict has it, slots NumPy arrays.
+            Where it came with an average, that is under ``"average"``, and under ``"keeps"`` what
+            average this optimizer keeps of the name.
         skips: How often names were skipped, for those that ever were.
         steps: How many steps updated anything.
         outcome: What became of the last step; every step that ended has an object of its own here.
@@ -102,11 +113,11 @@ class Registry:
         "_kinds",
         "_last",
         "_max_skips",
+        "average",
         "clip",
         "guard",
         "leave_clipped",
         "masters",
-        "met",
         "needs_gradients",
         "on_nonfinite",
         "outcome",
@@ -120,7 +131,7 @@ class Registry:
     #: What a copy makes anew.
     ANEW: ClassVar = {
         *("__weakref__", "_arrays", "_clips", "_codes", "_everything", "_everything_at"),
-        *("_garbage", "_groups", "_kinds", "_last", "guard", "met"),
+        *("_garbage", "_groups", "_kinds", "_last", "guard"),
     }
 
     def __init__(
@@ -132,9 +143,10 @@ class Registry:
         threads: int | None = None,
         masters: bool = False,
         guard: Guard | None = None,
+        average: Average | Callable[[str], Average | None] | None = None,
     ) -> None:
         """Know no name yet."""
-        self.rule, self.clip = rule, clip
+        self.rule, self.clip, self.average = rule, clip, average
         self.pending: dict[str, Mapping[str, Any]] = {}
         self.skips: dict[str, Skips] = {}
         self.steps = 0
@@ -143,8 +155,6 @@ class Registry:
         self.leave_clipped = False
         #: Whether it is an error if no parameter has a gradient of its own, nor will have one.
         self.needs_gradients = False
-        #: Asked for each name that is seen for the first time; it may add what takes it back.
-        self.met: Callable[[str, Layout, Undo], object] | None = None
         self.on_nonfinite, self._max_skips = on_nonfinite, max_skips
         self.threads, self.masters = threads, masters
         self.guard = Guard() if guard is None else guard
@@ -170,7 +180,7 @@ class Registry:
         for name in self._codes:
             entry = self.entry(name)
             to_host = named(entry.layout.library).to_host
-            entries[name] = entry._replace(slots=entry.converted(to_host))
+            entries[name] = entry.with_converted(to_host)
         return {**state, "entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,11 +188,11 @@ class Registry:
         entries = state.pop("entries")
         for name, value in state.items():
             setattr(self, name, value)
-        self.guard, self.met = Guard(), None
+        self.guard = Guard()
         self._begin_empty()
         for name, entry in entries.items():
             from_host = partial(named(entry.layout.library).from_host, layout=entry.layout)
-            self.put({name: entry._replace(slots=entry.converted(from_host))})
+            self.put({name: entry.with_converted(from_host)})
 
     # What is known
 
@@ -231,7 +241,18 @@ class Registry:
         slots = group.slots_at(row)
         clip = self._clips[int(group.clip[row])]
         layout = group.layout_at(row)
-        return Entry(group.rule_at(row), clip, int(group.steps[row]), slots, layout)
+        return unchained(Entry(group.rule_at(row), clip, int(group.steps[row]), slots, layout))
+
+    def average_of(self, name: str) -> Average | None:
+        """What average is kept of a name, seen or not."""
+        if name in self._codes:
+            group, row = self.row_of(name)
+            rule = group.rule_at(row)
+            return rule.average if isinstance(rule, Averaged) else None
+        if name in self.pending and "keeps" in self.pending[name]:
+            kept: Average | None = self.pending[name]["keeps"]
+            return kept
+        return chosen_average(self.average, name)
 
     # The step
 
@@ -392,14 +413,15 @@ class Registry:
             if not group.scheduled:
                 continue
             which = np.flatnonzero(has[places] & (group.schedule[part.rows] != 0))
-            numbers, steps = group.schedule[part.rows[which]], group.steps[part.rows[which]]
+            rows = part.rows[which]
+            numbers, steps, counts = group.schedule[rows], group.steps[rows], group.counts(rows)
             while which.size:
-                alike = (numbers == numbers[0]) & (steps == steps[0])
-                first, step = which[0], int(steps[0]) + 1
+                alike = (numbers == numbers[0]) & (steps == steps[0]) & (counts == counts[0])
+                first, step, count = which[0], int(steps[0]) + 1, int(counts[0]) + 1
                 schedules = zip(*group.schedules[int(numbers[0])], strict=True)
                 try:
                     values = [
-                        (column, self._asked(group.rule, name, schedule, step, known))
+                        (column, self._asked(group.rule, name, schedule, (step, count), known))
                         for column, name, schedule in schedules
                     ]
                 except ValueError as error:
@@ -407,12 +429,23 @@ class Registry:
                 rows = part.rows[which[alike]]
                 for column, value in values:
                     group.numbers[rows, column] = value
-                which, numbers, steps = (x[~alike] for x in (which, numbers, steps))
+                rest = (x[~alike] for x in (which, numbers, steps, counts))
+                which, numbers, steps, counts = rest
 
     def _asked(
-        self, rule: Rule, name: str, schedule: Any, step: int, known: dict[tuple[int, int], float]
+        self,
+        rule: Rule,
+        name: str,
+        schedule: Any,
+        clocks: tuple[int, int],
+        known: dict[tuple[int, int], float],
     ) -> float:
-        """The number of a schedule at a step of a name."""
+        """The number of a schedule at a step of a name; ``clocks`` has that of its average too."""
+        step, count = clocks
+        inner, _, name = name.rpartition(".")
+        if inner:
+            rule = getattr(rule, inner)
+            step = count if inner == "average" else step
         if is_shared(schedule):
             step = self.steps + 1
         key = id(schedule), step
@@ -453,26 +486,26 @@ class Registry:
             rule = (
                 self.rule if isinstance(self.rule, Rule) else chosen(self.rule, name, Rule, "rule")
             )
-            key: Hashable = id(rule), type(param), alike
+            average = self.average_of(name)
+            key: Hashable = id(rule), id(average), type(param), alike
             if alike is None or key not in kinds:
                 layout = backend.layout(param, label)
                 if alike is None:
-                    key = id(rule), layout.with_shape(())
+                    key = id(rule), id(average), layout.with_shape(())
                 if key not in kinds:
-                    kinds[key] = self._group_for(rule, layout), rule, []
+                    chain = rule if average is None else Averaged(rule, average)
+                    kinds[key] = self._group_for(chain, layout), chain, []
                 shapes[place] = layout.shape
             else:
                 group = kinds[key][0]
                 shape = tuple(param.shape)
                 shapes[place] = (*shape, 2) if group.layout.is_complex else shape
             layout = kinds[key][0].layout.with_shape(shapes[place])
-            if self.met is not None:
-                self.met(name, layout, undo)
             if name not in self.pending:
                 clips[place] = chosen_clip(self.clip, name)
                 kinds[key][2].append(place)
             else:
-                self._resume(name, rule, layout, place, fresh, undo)
+                self._resume(name, rule, average, layout, place, fresh, undo)
         for group, rule, places in kinds.values():
             if not places:
                 continue
@@ -489,6 +522,7 @@ class Registry:
         self,
         name: str,
         rule: Rule,
+        average: Average | None,
         layout: Layout,
         place: int,
         fresh: dict[int, int],
@@ -497,9 +531,13 @@ class Registry:
         """A row from the loaded state that waits for a name."""
         stored = self.pending[name]
         entry = restored(name, stored, rule, chosen_clip(self.clip, name), layout, self.masters)
+        mean = stored.get("average")
+        entry = entry._replace(average=restored_average(name, mean, average, layout))
         fresh[place] = self._placed({name: entry})[name]
         # The first step asks them.
         seen = restored_plateaus(rule, stored["rule"], ahead=True)
+        if average is not None and mean is not None:
+            seen += restored_plateaus(average, mean["rule"], ahead=True)
         undo += [partial(plateau.load_state, before) for plateau, before in seen]
 
     def _set_clips(self, group: Group, rows: np.ndarray, clips: Sequence[Clip | None]) -> None:
@@ -527,7 +565,8 @@ class Registry:
         known: set[tuple[int, ...]] = set()
         for name, shape in shapes:
             if shape not in known:
-                slot_shapes(name, rule, group.layout.with_shape(shape))
+                own = rule.rule if isinstance(rule, Averaged) else rule
+                slot_shapes(name, own, group.layout.with_shape(shape))
                 known.add(shape)
 
     def _group_for(self, rule: Rule, layout: Layout) -> Group:
@@ -554,9 +593,8 @@ class Registry:
         for place, layout in moved.items():
             name = rows.names[place]
             (group, row), old = self.row_of(name), self.entry(name)
-            to_host, from_host = named(old.layout.library).to_host, named(layout.library).from_host
-            slots = {slot: from_host(to_host(array), layout) for slot, array in old.slots.items()}
-            entry = old._replace(slots=slots, layout=layout)
+            carried = partial(_carried, old=old.layout, new=layout)
+            entry = old.with_converted(carried)._replace(layout=layout)
             fresh[place] = codes[place] = code = self._placed({name: entry})[name]
             # Schedules have been asked for this step.
             self._groups[code // GROUP].numbers[code % GROUP] = group.numbers[row]
@@ -638,12 +676,12 @@ class Registry:
         codes: dict[str, int] = {}
         try:
             for name, entry in entries.items():
-                group = self._group_for(entry.rule, entry.layout)
-                names = group.slot_names(entry.layout.shape)
-                slots = [[entry.slots[slot] for slot in names]] if entry.slots else None
-                rows = group.add([entry.layout.shape], slots)
+                rule, layout = chained(entry), entry.layout
+                group = self._group_for(rule, layout)
+                slots = all_slots(entry, group.slot_names(layout.shape))
+                rows = group.add([layout.shape], [slots] if slots else None)
                 codes[name] = group.number * GROUP + int(rows[0])
-                group.set_rules(rows, entry.rule)
+                group.set_rules(rows, rule)
                 group.set_clips(rows, entry.clip, self._number_of_clip(entry.clip))
                 group.steps[rows] = entry.step
         except BaseException:
@@ -735,9 +773,12 @@ class Registry:
             rows = codes[places] - number * GROUP
             for which in _alike(group, rows):
                 first = int(which[0])
-                new = changed(labels[places[first]], group.rule_at(int(rows[first])), values)
-                if group.takes(new):
-                    writes.append((group, rows[which], new))
+                old = group.rule_at(int(rows[first]))
+                own = old.rule if isinstance(old, Averaged) else old
+                new = changed(labels[places[first]], own, values)
+                chain = replace(old, rule=new) if isinstance(old, Averaged) else new
+                if group.takes(chain):
+                    writes.append((group, rows[which], chain))
                 else:
                     mine = [labels[place] for place in places[which].tolist()]
                     others |= {name: with_rule(name, self.entry(name), new) for name in mine}
@@ -751,6 +792,11 @@ class Registry:
             if rule is not None:
                 self.rule = rule
         self._sweep()
+
+
+def _carried(array: Array, old: Layout, new: Layout) -> Array:
+    """A slot taken to another library or device."""
+    return named(new.library).from_host(named(old.library).to_host(array), new)
 
 
 def _alike(group: Group, rows: np.ndarray) -> list[np.ndarray]:
