@@ -59,8 +59,8 @@ class Average(Rule):
         decay: 1 for the plain mean of all parameters since ``start`` (Polyak-Ruppert); less for
             an exponential average, corrected for its bias as Adam's are, in which a parameter
             weighs ``decay`` times as much as the next one. > 0 and <= 1.
-        start: The first step of the name that counts, an integer >= 1. Before it the average is
-            the parameter.
+        start: The first of its steps that counts, an integer >= 1. Before it the average is the
+            parameter.
 
     ``decay`` may be a schedule ``step -> number``.
 
