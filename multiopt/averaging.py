@@ -1,4 +1,20 @@
-"""Averages of the parameters over the steps: ``spec/registry.md``, "Averages"."""
+"""Averages of the parameters over the steps: ``spec/registry.md``, "Averages".
+
+An average is one more slot of a parameter. A rule and an average are chained into one rule, so that
+one pass over the memory updates both:
+
+>>> import numpy as np
+>>> from multiopt.averaging import Average, Averaged
+>>> from multiopt.rules import SGD
+>>> rule = Averaged(SGD(lr=1.0, momentum=0.5), Average())
+>>> rule.slots
+('momentum_buffer', 'param_average')
+>>> param, slots = np.zeros(1), (np.zeros(1), np.zeros(1))
+>>> for step in (1, 2):
+...     param, slots = rule.update(np, param, np.ones(1), slots, rule.coefficients(step))
+>>> param.tolist(), slots[1].tolist()
+([-2.5], [-1.75])
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -6,9 +22,21 @@ from typing import Any, ClassVar
 import numpy as np
 
 from multiopt.rules.arithmetic import one_minus_power
-from multiopt.rules.rule import Hyperparameter, Range, Rule, number
+from multiopt.rules.rule import (
+    FINITE,
+    Coefficients,
+    Hyperparameter,
+    Range,
+    Rule,
+    Update,
+    named,
+    number,
+)
 
-__all__ = ["Average", "Choices"]
+__all__ = ["AVERAGE", "Average", "Averaged"]
+
+#: The name of the slot of a chained rule that has the average.
+AVERAGE = "param_average"
 
 
 def average(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -31,8 +59,8 @@ class Average(Rule):
         decay: 1 for the plain mean of all parameters since ``start`` (Polyak-Ruppert); less for
             an exponential average, corrected for its bias as Adam's are, in which a parameter
             weighs ``decay`` times as much as the next one. > 0 and <= 1.
-        start: The first step of the name that counts, an integer >= 1. Before it the average is
-            the parameter.
+        start: The first of its steps that counts, an integer >= 1. Before it the average is the
+            parameter.
 
     ``decay`` may be a schedule ``step -> number``.
 
@@ -74,7 +102,64 @@ class Average(Rule):
         )
 
 
-class Choices(dict[str, Any]):
-    """A callable ``name -> average`` that knows the answers."""
+@dataclass(frozen=True)
+class Averaged(Rule):
+    """A rule, and then the average of the parameter that it makes.
 
-    __call__ = dict.__getitem__
+    Engines get it in the place of the rule; users never do.
+
+    Args:
+        rule: The rule.
+        average: The average.
+        since: The clock of the parameter before the first step that the average has seen. Less than
+            0 if the clock began anew meanwhile: an average counts its own steps.
+    """
+
+    rule: Rule
+    average: Average
+    since: float = number(0, FINITE)
+
+    nested: ClassVar = ("rule", "average")
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        """As the rule."""
+        return self.rule.elementwise
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Those of the rule, and the average."""
+        return (*self.rule.slots, AVERAGE)
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Those of the rule, and the average like the parameter."""
+        return {**self.rule.slot_shapes(shape), AVERAGE: shape}
+
+    @property
+    def update(self) -> Update:
+        """Both formulas, one after the other."""
+        step, follow = self.rule.update, self.average.update
+
+        def both(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+            param, kept = step(xp, param, grad, slots[:-1], _of("rule", c))
+            _, mean = follow(xp, param, grad, slots[-1:], _of("average", c))
+            return param, kept + mean
+
+        return both
+
+    def scalars(self, h: Any, step: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Those of the rule, and those of the average at its own step, under dotted names."""
+        # A rule without hyperparameters has no namespace.
+        found = {
+            "rule": self.rule.scalars(getattr(h, "rule", None), step),
+            "average": self.average.scalars(h.average, step - h.since),
+        }
+        return {f"{of}.{name}": x for of, c in found.items() for name, x in named(c).items()}
+
+
+def _of(which: str, c: Any) -> Coefficients:
+    """The coefficients of one of two chained rules."""
+    start = f"{which}."
+    return Coefficients(
+        **{name.removeprefix(start): x for name, x in vars(c).items() if name.startswith(start)}
+    )

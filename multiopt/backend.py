@@ -287,9 +287,12 @@ class Backend:
             error.add_note(f"while the rule updated parameter {member.name!r}")
             raise
         _check_update(member, param, new_param, new_slots)
-        # A rule may hand on what it was given as a slot; what the caller lent is not ours to keep.
+        # A rule may hand on what it was given as a slot; what the caller lent is not ours to keep,
+        # nor is what he gets: that is ``new_param``, where it is neither written nor rounded.
+        is_given = not self.in_place and member.master is None
+        others = (param, grad, *slots, new_param) if is_given else (param, grad, *slots)
         kept = [
-            xp.asarray(slot, copy=True) if _is_part(slot, (param, grad, *slots)) else slot
+            xp.asarray(slot, copy=True) if _is_part(slot, others) else slot
             for slot in (*new_slots, *([] if member.master is None else [new_param]))
         ]
         closed = [self.closed(slot, member.param) for slot in kept]

@@ -26,10 +26,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import compress
 from math import inf, nan
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
+from multiopt.averaging import Averaged
 from multiopt.layout import Layout, Words, address
 from multiopt.rules.arithmetic import GROW, SHRINK, clip_coefficient, rescaling
 from multiopt.rules.rule import Rule, with_numbers
@@ -50,6 +52,7 @@ __all__ = [
     "Numbered",
     "Part",
     "Schedules",
+    "formulas",
     "kind_of",
     "norms",
     "number_fields",
@@ -271,6 +274,8 @@ class Group(ABC):
         self.has_masters = has_masters
         self.dtype = np.dtype(layout.compute_dtype)
         self.columns, self.kind = number_fields(rule), kind_of(rule)
+        #: Whether there are averages; then the last column says since when.
+        self.has_averages = isinstance(rule, Averaged)
         self.shapes: list[tuple[int, ...]] = []
         #: Different sets of schedules, by the number that rows have for them; 0 for none.
         self.schedules = Numbered(((),), Schedules((), (), ()))
@@ -395,10 +400,16 @@ class Group(ABC):
         return kind is not None and kind == self.kind
 
     def change_numbers(self, rows: np.ndarray, rule: Rule, names: Iterable[str]) -> None:
-        """Give rows, which are alike, some hyperparameters of a rule of the kind of this group."""
+        """Give rows, which are alike, some hyperparameters of a rule of the kind of this group.
+
+        Args:
+            rows: The rows.
+            rule: The rule.
+            names: The hyperparameters, those of a chained rule as they are called there.
+        """
         values, names = numbers_of(rule, self.columns), set(names)
         for column, (name, _) in enumerate(self.columns):
-            if name in names:
+            if name.removeprefix("rule.") in names:
                 self.numbers[rows, column] = values[column]
         schedules = schedules_of(rule, self.columns)
         if schedules.columns or self.scheduled:
@@ -422,6 +433,19 @@ class Group(ABC):
         for column, schedule in zip(schedules.columns, schedules.schedules, strict=True):
             values[column] = schedule
         return with_numbers(self.rule, self.columns, values)
+
+    def counts(self, rows: np.ndarray) -> np.ndarray:
+        """How many steps the averages of rows have seen; their clocks where there are none."""
+        steps: np.ndarray = self.steps[rows]
+        if self.has_averages:
+            steps -= self.numbers[rows, -1].astype(np.int64)
+        return steps
+
+    def set_clock(self, row: int, step: int) -> None:
+        """Say how many steps a row has taken. Its average has seen as many as before."""
+        if self.has_averages:
+            self.numbers[row, -1] += step - self.steps[row]
+        self.steps[row] = step
 
     def set_clips(self, rows: np.ndarray, clip: "Clip | None", number: int) -> None:
         """Bound the gradients of rows.
@@ -601,7 +625,11 @@ def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
 
     None in the place of a number is a choice.
     """
-    found: list[tuple[str, int | None]] = []
+    found: list[tuple[str, int | None]] = [
+        (f"{inner}.{name}", place)
+        for inner in rule.nested
+        for name, place in number_fields(getattr(rule, inner))
+    ]
     for name in rule.ranges:
         value = getattr(rule, name)
         if isinstance(value, tuple):
@@ -613,7 +641,16 @@ def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
 
 def other_fields(rule: Rule) -> dict[str, Any]:
     """The hyperparameters that are no numbers: switches, and choices of other kinds."""
-    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in rule.ranges}
+    declared = {*rule.ranges, *rule.nested}
+    found = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in declared}
+    for inner in rule.nested:
+        found |= {f"{inner}.{name}": x for name, x in other_fields(getattr(rule, inner)).items()}
+    return found
+
+
+def formulas(rule: Rule) -> list[Rule]:
+    """The rules whose formulas a rule computes: those in it, or itself."""
+    return [getattr(rule, inner) for inner in rule.nested] or [rule]
 
 
 def kind_of(rule: Rule) -> Hashable | None:
@@ -622,7 +659,8 @@ def kind_of(rule: Rule) -> Hashable | None:
     None if that cannot be looked up, for a choice is a list, say.
     """
     choices = tuple(other_fields(rule).items())
-    kind = type(rule), rule.update, rule.slots, tuple(number_fields(rule)), choices
+    computed = tuple((type(part), part.update, part.slots) for part in formulas(rule))
+    kind = computed, tuple(number_fields(rule)), choices
     try:
         hash(kind)
     except TypeError:
@@ -646,7 +684,7 @@ def schedules_of(rule: Rule, columns: Sequence[tuple[str, int | None]]) -> Sched
 
 
 def _values_of(rule: Rule, columns: Sequence[tuple[str, int | None]]) -> list[Any]:
-    values = [(getattr(rule, name), place) for name, place in columns]
+    values = [(attrgetter(name)(rule), place) for name, place in columns]
     return [value if place is None else value[place] for value, place in values]
 
 

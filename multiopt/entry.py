@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from multiopt.averaging import Average
+from multiopt.averaging import AVERAGE, Average, Averaged
 from multiopt.backend import Array, backend_of, named
 from multiopt.engine import MASTER
 from multiopt.errors import brief
@@ -23,12 +23,15 @@ from multiopt.step.clip import Clip
 __all__ = [
     "Changed",
     "Entry",
+    "all_slots",
+    "chained",
     "changed",
     "check_average",
     "check_clip",
     "check_rule",
     "check_slot_names",
     "chosen",
+    "chosen_average",
     "chosen_clip",
     "described",
     "described_rule",
@@ -36,8 +39,10 @@ __all__ = [
     "in_parts",
     "on_host",
     "restored",
+    "restored_average",
     "restored_plateaus",
     "slot_shapes",
+    "unchained",
     "with_rule",
 ]
 
@@ -52,6 +57,8 @@ class Entry(NamedTuple):
         slots: Its slots by name, the master copy of a 16-bit parameter among them; empty for slots
             that are all zero.
         layout: The layout of its parameter.
+        average: What is held of its average, if one is kept, as of a name of its own; of step 0
+            before the first step that it has seen.
     """
 
     rule: Rule
@@ -59,10 +66,55 @@ class Entry(NamedTuple):
     step: int
     slots: dict[str, Array]
     layout: Layout
+    average: "Entry | None" = None
 
     def converted(self, convert: Callable[[Array], Array]) -> dict[str, Array]:
         """The slots, each converted."""
         return {name: convert(slot) for name, slot in self.slots.items()}
+
+    def with_converted(self, convert: Callable[[Array], Array]) -> "Entry":
+        """The same with slots converted, the average's too."""
+        average = None if self.average is None else self.average.with_converted(convert)
+        return self._replace(slots=self.converted(convert), average=average)
+
+
+def chained(entry: Entry) -> Rule:
+    """What an engine computes for an entry: its rule, with its average if it has one."""
+    if entry.average is None:
+        return entry.rule
+    average = cast("Average", entry.average.rule)
+    return Averaged(entry.rule, average, since=entry.step - entry.average.step)
+
+
+def unchained(entry: Entry) -> Entry:
+    """An entry of what an engine computes, with rule, slots and average apart."""
+    chain = entry.rule
+    if not isinstance(chain, Averaged):
+        return entry
+    slots, count = dict(entry.slots), entry.step - int(chain.since)
+    mean = {"average": slots.pop(AVERAGE)}
+    average = Entry(chain.average, None, count, mean if count else {}, entry.layout)
+    return entry._replace(rule=chain.rule, slots=slots, average=average)
+
+
+def all_slots(entry: Entry, names: Iterable[str]) -> list[Array]:
+    """The slots of an entry as an engine has them: none if all are zero.
+
+    Args:
+        entry: The entry.
+        names: Their names, in their order.
+    """
+    have = dict(entry.slots)
+    if entry.average is not None and entry.average.slots:
+        have[AVERAGE] = entry.average.slots["average"]
+    if not have:
+        return []
+    shapes, layout = chained(entry).slot_shapes(entry.layout.shape), entry.layout
+    zeros = named(layout.library).zeros
+    return [
+        have[name] if name in have else zeros(layout.with_shape(shapes.get(name, layout.shape)))
+        for name in names
+    ]
 
 
 def check_rule(rule: Any) -> None:
@@ -101,6 +153,11 @@ def check_average(average: Any) -> None:
 def chosen_clip(clip: Any, name: str) -> Clip | None:
     """The clip of a name, as ``chosen``."""
     return None if clip is None else chosen(clip, name, Clip, "clip")
+
+
+def chosen_average(average: Any, name: str) -> Average | None:
+    """The average of a name, as ``chosen``."""
+    return None if average is None else chosen(average, name, Average, "average")
 
 
 def chosen(given: Any, name: str, kind: type, what: str) -> Any:
@@ -322,6 +379,21 @@ def restored(
     if keeps_master and MASTER not in slots:
         slots[MASTER] = named(layout.library).zeros(layout)
     return Entry(rule, clip, stored["step"], slots, layout)
+
+
+def restored_average(
+    name: str, stored: Mapping[str, Any] | None, average: Rule | None, layout: Layout
+) -> Entry | None:
+    """What is held of an average, if one is kept: loaded state, or no step where there is none.
+
+    Raises:
+        ValueError: The state does not fit.
+    """
+    if average is None:
+        return None
+    if stored is None:
+        return Entry(average, None, 0, {}, layout)
+    return restored(name, stored, average, None, layout)
 
 
 def _misfit(array: np.ndarray, given: np.ndarray, shape: tuple[int, ...], layout: Layout) -> str:

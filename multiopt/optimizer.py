@@ -4,27 +4,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from multiopt import checkpoint
-from multiopt.averaging import Average, Choices
+from multiopt.averaging import Average
 from multiopt.checkpoint import Contents
-from multiopt.engine import Array
-from multiopt.entry import (
-    Changed,
-    changed,
-    check_average,
-    check_clip,
-    check_rule,
-    chosen,
-)
+from multiopt.engine import Array, formulas
+from multiopt.entry import Changed, changed, check_average, check_clip, check_rule
 from multiopt.errors import CheckpointError, brief
 from multiopt.file_objects import Source, Target, label
 from multiopt.guard import Guard, exclusive, mending
-from multiopt.layout import Layout
 from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
 from multiopt.plateaus import warn_of_plateaus
 from multiopt.registry import Registry
@@ -33,14 +24,10 @@ from multiopt.skipping import Skips, check_limit
 from multiopt.step.checks import as_dict, check_known
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report, abridged
-from multiopt.step.run import Step
-from multiopt.stored import Loaded, entries, loaded_state, shown, stored_state, take_over
+from multiopt.stored import loaded_state, shown, stored_state, take_over
 from multiopt.untraced import untraced
 
 __all__ = ["Optimizer", "State"]
-
-#: Where a state dict has the entries of averages, and those that wait.
-AVERAGES = {"entries": "averages", "pending": "pending_averages"}
 
 
 class State(NamedTuple):
@@ -99,7 +86,7 @@ class Optimizer:
     """
 
     # Without a dict, a misspelt attribute is an error instead of a setting without effect.
-    __slots__ = ("__weakref__", "_average", "_averages", "_guard", "_registry")
+    __slots__ = ("__weakref__", "_guard", "_registry")
 
     def __init__(
         self,
@@ -125,28 +112,21 @@ class Optimizer:
         check_limit(max_consecutive_skips, on_nonfinite)
         self._guard = Guard()
         self._registry = Registry(
-            *(rule, clip, on_nonfinite, max_consecutive_skips, threads, master_weights), self._guard
+            *(rule, clip, on_nonfinite, max_consecutive_skips, threads, master_weights),
+            guard=self._guard,
+            average=average,
         )
         self._registry.needs_gradients = True
-        # Averages are slots of a rule that looks at each new parameter.
-        self._average = average
-        self._averages: Registry | None = None
-        if average is not None:
-            self._averages = Registry(Choices(), threads=threads, guard=self._guard)
-            self._registry.met = self._meet
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what guards it."""
         self._guard.check_whole("copy")
-        return {name: getattr(self, name) for name in ("_average", "_averages", "_registry")}
+        return {"_registry": self._registry}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin under a guard of its own."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        self._registry = state["_registry"]
         self._guard = self._registry.guard
-        if self._averages is not None:
-            self._averages.guard, self._registry.met = self._guard, self._meet
 
     # Looking
 
@@ -215,12 +195,12 @@ class Optimizer:
             KeyError: None is kept, or there was no step yet.
         """
         self._guard.check_whole("average")
-        if self._averages is None or name not in self._averages:
-            is_pending = name in self._registry.pending
-            why = "its loaded state is pending" if is_pending else "none is kept"
+        known = self._registry
+        mean = known.entry(name).average if name in known else None
+        if mean is None or not mean.step:
+            why = "its loaded state is pending" if name in known.pending else "none is kept"
             raise KeyError(f"no average of parameter {name!r}: {why}")
-        entry = self._averages.entry(name)
-        return shown(entry.layout)(entry.slots["average"])
+        return shown(mean.layout)(mean.slots["average"])
 
     @property
     def steps(self) -> int:
@@ -339,11 +319,7 @@ class Optimizer:
         """
         if name not in self._registry.known():
             raise KeyError(f"cannot forget parameter {name!r}: it is neither seen nor pending")
-        with self._guard:
-            if self._averages is not None:
-                self._averages.forget([name])
-                self._choices.pop(name, None)
-            self._registry.forget([name])
+        self._registry.forget([name])
 
     @exclusive
     def rename(self, names: Mapping[str, str]) -> None:
@@ -372,16 +348,7 @@ class Optimizer:
         for new in names.values():
             if renamed[new] > 1:
                 raise ValueError(f"cannot rename: two parameters would be called {new!r}")
-        with self._guard:
-            if self._averages is not None:
-                self._averages.rename(names)
-                # A step that failed may have left a choice for a name of which nothing is held.
-                made = {
-                    names.get(n, n): choice for n, choice in self._choices.items() if n in known
-                }
-                self._choices.clear()
-                self._choices.update(made)
-            self._registry.rename(names)
+        self._registry.rename(names)
 
     # The step
 
@@ -433,8 +400,7 @@ class Optimizer:
                 gradients = np.fromiter(map(grads.get, params), object, count)
             arrays = np.fromiter(params.values(), object, count)
             names = list(params)
-            after = None if self._averages is None else self._follow
-            replaced = untraced(Registry.step)(known, names, arrays, gradients, after)
+            replaced = untraced(Registry.step)(known, names, arrays, gradients)
             if replaced:
                 params.update((names[place], array) for place, array in replaced.items())
             guard.busy = False
@@ -456,44 +422,6 @@ class Optimizer:
         elif not isinstance(error, KeyError | TypeError | ValueError):
             # The checks say it in words of their own, or it goes without saying.
             error.add_note("multiopt: nothing was changed by this step")
-
-    def _follow(self, step: Step) -> None:
-        """Take the averages along."""
-        assert self._averages is not None
-        names, params, grads = step.updated()
-        if not isinstance(self._average, Average):
-            kept = [k for k, name in enumerate(names) if self._average_of(name) is not None]
-            names, params, grads = [names[k] for k in kept], params[kept], grads[kept]
-        if names:
-            # A schedule that is shared counts the steps of the whole.
-            self._averages.steps = self._registry.steps
-            self._averages.step(names, params, grads)
-
-    def _meet(self, name: str, layout: Layout, undo: list[Callable[[], object]]) -> None:
-        """Choose the average of a name that is seen for the first time."""
-        assert self._averages is not None
-        if name not in self._choices:
-            self._average_of(name)
-            undo.append(partial(self._choices.pop, name, None))
-        if name in self._averages.pending:
-            # If its average does not fit, nothing is to be changed yet.
-            waiting = {name: self._averages.pending[name]}
-            options = Options(strict=True, cast=False, own=True)
-            loaded_state(self._averages, waiting, options, {name: layout})
-
-    def _average_of(self, name: str) -> Average | None:
-        """What average is kept of a name; asked once."""
-        if name not in self._choices:
-            self._choices[name] = chosen(self._average, name, Average, "average")
-        choice: Average | None = self._choices[name]
-        return choice
-
-    @property
-    def _choices(self) -> Choices:
-        """The averages that were chosen, by name."""
-        assert self._averages is not None
-        assert isinstance(self._averages.rule, Choices)
-        return self._averages.rule
 
     # State
 
@@ -518,22 +446,17 @@ class Optimizer:
 
     def _warn_of_plateaus(self) -> None:
         """Warn of what the state has no place for."""
-        for registry in (self._registry, self._averages):
-            if registry is not None:
-                warn_of_plateaus(registry.scheduled_rules())
+        chains = {n: formulas(rule) for n, rule in self._registry.scheduled_rules().items()}
+        warn_of_plateaus({name: parts[0] for name, parts in chains.items()})
+        warn_of_plateaus({name: parts[1] for name, parts in chains.items() if len(parts) > 1})
 
     def _state_dict(self, copied: bool) -> dict[str, Any]:
         """The state: to be shown, with copies, or to be written, with the slots themselves."""
-        averages = {}
-        if self._averages is not None:
-            found = stored_state(self._averages, copied)
-            averages = {AVERAGES[part]: states for part, states in found.items()}
         skips = {name: list(counts) for name, counts in self._registry.skips.items()}
         return {
             "version": checkpoint.VERSION,
             "steps": self.steps,
             **stored_state(self._registry, copied),
-            **averages,
             **({"skips": skips} if skips else {}),
         }
 
@@ -594,12 +517,9 @@ class Optimizer:
             return {new[name]: stored for name, stored in states if name in new}
 
         known = self._registry
-        loaded = loaded_state(known, wanted("pending", "entries"), options)
-        states = wanted(*AVERAGES.values())
-        averages = self._loaded_averages(
-            {name: stored for name, stored in states.items() if name not in loaded.refused}, options
-        )
-        why = {name: f"its average: {reason}" for name, reason in averages.refused.items()}
+        averages = wanted("averages", "pending_averages")
+        loaded = loaded_state(known, wanted("pending", "entries"), averages, options)
+        why = {name: f"its average: {reason}" for name, reason in loaded.without.items()}
         why |= loaded.refused
         have = [*names_of(state_dict), *contents.damaged]
         lost = {new[name] for name in contents.damaged} | loaded.refused.keys()
@@ -622,16 +542,14 @@ class Optimizer:
             gone = known.known().keys() - loaded.entries.keys() - loaded.pending.keys()
             if gone and (is_part or len(taken) < len(have)):
                 self._guard.check_whole("load of some names")
-        with_averages = averages.entries.keys() | averages.pending.keys()
-        warn_of_plateaus({name: self._choices[name] for name in with_averages})
-        without = (loaded.entries.keys() | loaded.pending.keys()) - with_averages
+        means = {n: e.average.rule for n, e in loaded.entries.items() if e.average is not None}
+        means |= {n: one["keeps"] for n, one in loaded.pending.items() if "keeps" in one}
+        fit = averages.keys() - loaded.without.keys()
+        warn_of_plateaus({name: rule for name, rule in means.items() if name in fit})
         with self._guard:
             if gone:
                 known.forget(gone)
             take_over(known, loaded, steps, ahead=is_part)
-            if self._averages is not None:
-                self._averages.forget({*gone, *without})
-                take_over(self._averages, averages, self.steps, ahead=is_part)
             known.skips = skips
             self._guard.torn = None
         found = {new.get(name, name) for name in have}
@@ -644,25 +562,6 @@ class Optimizer:
             missing=tuple(name for name in known.names if name not in found),
             metadata=dict(contents.metadata),
         )
-
-    def _loaded_averages(self, states: Mapping[str, Mapping[str, Any]], options: Options) -> Loaded:
-        """Likewise of loaded averages."""
-        odd = {
-            name: "this optimizer keeps none of it"
-            for name in states
-            if self._averages is None or self._average_of(name) is None
-        }
-        if odd and options.strict:
-            raise ValueError(
-                f"the loaded state has averages of {', '.join(map(repr, odd))}; expected none, for "
-                "names of which this optimizer keeps none: give it an average"
-            )
-        if self._averages is None:
-            return Loaded({}, {}, [], odd)
-        rest = {name: stored for name, stored in states.items() if name not in odd}
-        layouts = {name: entry.layout for name, entry in entries(self._registry)}
-        loaded = loaded_state(self._averages, rest, options, layouts)
-        return loaded._replace(refused=odd | loaded.refused)
 
     def save(self, path: Target, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the state, pending state included, to a file that any backend can load.

@@ -20,22 +20,29 @@ the group. A step looks its names up, in any order and any selection, and hands 
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
+from multiopt.averaging import Average, Averaged
 from multiopt.backend import backend_of, identities, named
-from multiopt.engine import Array, Arrays, Group, Numbered, Part, kind_of
+from multiopt.engine import Array, Arrays, Group, Numbered, Part, formulas, kind_of
 from multiopt.entry import (
     Entry,
+    all_slots,
+    chained,
     changed,
     chosen,
+    chosen_average,
     chosen_clip,
     restored,
+    restored_average,
     restored_plateaus,
     slot_shapes,
+    unchained,
     with_rule,
 )
 from multiopt.guard import Guard
@@ -88,11 +95,15 @@ class Registry:
         threads: The largest number of threads, or None.
         masters: Whether 16-bit parameters have master copies.
         guard: That of the optimizer.
+        average: An average of all names, a callable ``name -> Average or None``, or None.
 
     Attributes:
         rule: The rule for names to come.
         clip: The clip for names to come.
+        average: The average of names to come.
         pending: Loaded state of names not seen yet, as a state dict has it, slots NumPy arrays.
+            Where it came with an average, that is under ``"average"``, and under ``"keeps"`` what
+            average this optimizer keeps of the name.
         skips: How often names were skipped, for those that ever were.
         steps: How many steps updated anything.
         outcome: What became of the last step; every step that ended has an object of its own here.
@@ -110,11 +121,11 @@ class Registry:
         "_kinds",
         "_last",
         "_max_skips",
+        "average",
         "clip",
         "guard",
         "leave_clipped",
         "masters",
-        "met",
         "needs_gradients",
         "on_nonfinite",
         "outcome",
@@ -128,7 +139,7 @@ class Registry:
     #: What a copy makes anew.
     ANEW: ClassVar = {
         *("__weakref__", "_arrays", "_clips", "_codes", "_everything", "_everything_at"),
-        *("_garbage", "_groups", "_kinds", "_last", "guard", "met"),
+        *("_garbage", "_groups", "_kinds", "_last", "guard"),
     }
 
     def __init__(
@@ -140,9 +151,10 @@ class Registry:
         threads: int | None = None,
         masters: bool = False,
         guard: Guard | None = None,
+        average: Average | Callable[[str], Average | None] | None = None,
     ) -> None:
         """Know no name yet."""
-        self.rule, self.clip = rule, clip
+        self.rule, self.clip, self.average = rule, clip, average
         self.pending: dict[str, Mapping[str, Any]] = {}
         self.skips: dict[str, Skips] = {}
         self.steps = 0
@@ -151,8 +163,6 @@ class Registry:
         self.leave_clipped = False
         #: Whether it is an error if no parameter has a gradient of its own, nor will have one.
         self.needs_gradients = False
-        #: Asked for each name that is seen for the first time; it may add what takes it back.
-        self.met: Callable[[str, Layout, Undo], object] | None = None
         self.on_nonfinite, self._max_skips = on_nonfinite, max_skips
         self.threads, self.masters = threads, masters
         self.guard = Guard() if guard is None else guard
@@ -178,7 +188,7 @@ class Registry:
         for name in self._codes:
             entry = self.entry(name)
             to_host = named(entry.layout.library).to_host
-            entries[name] = entry._replace(slots=entry.converted(to_host))
+            entries[name] = entry.with_converted(to_host)
         return {**state, "entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -186,11 +196,11 @@ class Registry:
         entries = state.pop("entries")
         for name, value in state.items():
             setattr(self, name, value)
-        self.guard, self.met = Guard(), None
+        self.guard = Guard()
         self._begin_empty()
         for name, entry in entries.items():
             from_host = partial(named(entry.layout.library).from_host, layout=entry.layout)
-            entries[name] = entry._replace(slots=entry.converted(from_host))
+            entries[name] = entry.with_converted(from_host)
         self.put(entries)
 
     # What is known
@@ -227,7 +237,7 @@ class Registry:
     def rule_of(self, name: str) -> Rule:
         """The rule of a name, its schedules in their places."""
         group, row = self.row_of(name)
-        return group.rule_at(row)
+        return formulas(group.rule_at(row))[0]
 
     def scheduled_rules(self) -> dict[str, Rule]:
         """The rules of all names that have schedules."""
@@ -260,13 +270,30 @@ class Registry:
                 found[place] = key
         return found
 
-    def entry(self, name: str) -> Entry:
-        """What is held of a name, its slots as they are in memory."""
+    def entry(self, name: str, chain: Rule | None = None) -> Entry:
+        """What is held of a name, its slots as they are in memory.
+
+        Args:
+            name: The name.
+            chain: The rule of its row, if it is known.
+        """
         group, row = self.row_of(name)
+        rule = group.rule_at(row) if chain is None else chain
         slots = group.slots_at(row)
         clip = self._clips[int(group.clip[row])]
         layout = group.layout_at(row)
-        return Entry(group.rule_at(row), clip, int(group.steps[row]), slots, layout)
+        return unchained(Entry(rule, clip, int(group.steps[row]), slots, layout))
+
+    def average_of(self, name: str) -> Average | None:
+        """What average is kept of a name, seen or not."""
+        if name in self._codes:
+            group, row = self.row_of(name)
+            rule = group.rule_at(row)
+            return rule.average if isinstance(rule, Averaged) else None
+        if name in self.pending and "keeps" in self.pending[name]:
+            kept: Average | None = self.pending[name]["keeps"]
+            return kept
+        return chosen_average(self.average, name)
 
     # The step
 
@@ -433,34 +460,43 @@ class Registry:
             group, places, rows = part.group, part.places, part.rows
             if not (group.scheduled and len(rows)):
                 continue
-            numbers, steps = group.schedule[rows], group.steps[rows]
-            number, step = numbers[0], steps[0]
-            if number and (numbers == number).all() and (steps == step).all() and has[places].all():
+            numbers, steps, counts = group.schedule[rows], group.steps[rows], group.counts(rows)
+            columns = (numbers, steps, counts) if group.has_averages else (numbers, steps)
+            if numbers[0] and all((x == x[0]).all() for x in columns) and has[places].all():
                 # The usual case: it takes a third of the time.
-                values = self._numbers_of(group, names[places[0]], int(number), int(step), known)
-                for column, value in values:
+                name, number = names[places[0]], int(numbers[0])
+                clocks = int(steps[0]) + 1, int(counts[0]) + 1
+                for column, value in self._numbers_of(group, name, number, clocks, known):
                     group.numbers[rows, column] = value
                 continue
             which = np.flatnonzero(has[places] & (group.schedule[part.rows] != 0))
-            numbers, steps = group.schedule[part.rows[which]], group.steps[part.rows[which]]
+            rows = part.rows[which]
+            numbers, steps, counts = group.schedule[rows], group.steps[rows], group.counts(rows)
             while which.size:
-                alike = (numbers == numbers[0]) & (steps == steps[0])
-                name, number, step = names[places[which[0]]], int(numbers[0]), int(steps[0])
+                alike = (numbers == numbers[0]) & (steps == steps[0]) & (counts == counts[0])
+                name, number = names[places[which[0]]], int(numbers[0])
+                clocks = int(steps[0]) + 1, int(counts[0]) + 1
                 rows = part.rows[which[alike]]
-                for column, value in self._numbers_of(group, name, number, step, known):
+                for column, value in self._numbers_of(group, name, number, clocks, known):
                     group.numbers[rows, column] = value
-                which, numbers, steps = (x[~alike] for x in (which, numbers, steps))
+                rest = (x[~alike] for x in (which, numbers, steps, counts))
+                which, numbers, steps, counts = rest
 
     def _numbers_of(
-        self, group: Group, name: str, number: int, step: int, known: dict[tuple[int, int], float]
+        self,
+        group: Group,
+        name: str,
+        number: int,
+        clocks: tuple[int, int],
+        known: dict[tuple[int, int], float],
     ) -> list[tuple[int, float]]:
-        """What schedules give after a step, with the columns that are theirs.
+        """What schedules give at a step, with the columns that are theirs.
 
         Args:
             group: Whose.
             name: A name that has them.
             number: That of the schedules.
-            step: The clock of the name.
+            clocks: The number of the step of the name, and of its average.
             known: What schedules gave at this step already; takes more.
 
         Raises:
@@ -468,16 +504,26 @@ class Registry:
         """
         try:
             return [
-                (column, self._asked(group.rule, hyperparameter, schedule, step + 1, known))
+                (column, self._asked(group.rule, hyperparameter, schedule, clocks, known))
                 for column, hyperparameter, schedule in zip(*group.schedules[number], strict=True)
             ]
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from error
 
     def _asked(
-        self, rule: Rule, name: str, schedule: Any, step: int, known: dict[tuple[int, int], float]
+        self,
+        rule: Rule,
+        name: str,
+        schedule: Any,
+        clocks: tuple[int, int],
+        known: dict[tuple[int, int], float],
     ) -> float:
-        """The number of a schedule at a step of a name."""
+        """The number of a schedule at a step of a name; ``clocks`` has that of its average too."""
+        step, count = clocks
+        inner, _, name = name.rpartition(".")
+        if inner:
+            rule = getattr(rule, inner)
+            step = count if inner == "average" else step
         if is_shared(schedule):
             step = self.steps + 1
         key = id(schedule), step
@@ -519,30 +565,34 @@ class Registry:
             rule = (
                 self.rule if isinstance(self.rule, Rule) else chosen(self.rule, name, Rule, "rule")
             )
-            key: Hashable = id(rule), type(param), alike
+            average = self.average_of(name)
+            key: Hashable = id(rule), id(average), type(param), alike
             if alike is None or key not in kinds:
                 layout = backend.layout(param, label)
                 if alike is None:
-                    key = id(rule), layout.with_shape(())
+                    key = id(rule), id(average), layout.with_shape(())
                 if key not in kinds:
-                    kinds[key] = self._group_for(rule, layout), rule, []
+                    chain = rule if average is None else Averaged(rule, average)
+                    kinds[key] = self._group_for(chain, layout), chain, []
                 shapes[place] = layout.shape
             else:
                 group = kinds[key][0]
                 shape = tuple(param.shape)
                 shapes[place] = (*shape, 2) if group.layout.is_complex else shape
             layout = kinds[key][0].layout.with_shape(shapes[place])
-            if self.met is not None:
-                self.met(name, layout, undo)
             clip = chosen_clip(self.clip, name)
             if name not in self.pending:
                 clips[place] = clip
                 kinds[key][2].append(place)
                 continue
             stored = self.pending[name]
-            resumed[place] = restored(name, stored, rule, clip, layout, self.masters)
+            mean = stored.get("average")
+            entry = restored(name, stored, rule, clip, layout, self.masters)
+            resumed[place] = entry._replace(average=restored_average(name, mean, average, layout))
             # The first step asks the schedules.
             seen = restored_plateaus(rule, stored["rule"], ahead=True)
+            if average is not None and mean is not None:
+                seen += restored_plateaus(average, mean["rule"], ahead=True)
             undo += [partial(plateau.load_state, before) for plateau, before in seen]
         placed = self._placed({names[place]: entry for place, entry in resumed.items()})
         fresh.update({place: placed[names[place]] for place in resumed})
@@ -583,7 +633,8 @@ class Registry:
         known: set[tuple[int, ...]] = set()
         for name, shape in shapes:
             if shape not in known:
-                slot_shapes(name, rule, group.layout.with_shape(shape))
+                own = rule.rule if isinstance(rule, Averaged) else rule
+                slot_shapes(name, own, group.layout.with_shape(shape))
                 known.add(shape)
 
     def _group_for(self, rule: Rule, layout: Layout) -> Group:
@@ -610,9 +661,8 @@ class Registry:
         for place, layout in moved.items():
             name = rows.names[place]
             (group, row), old = self.row_of(name), self.entry(name)
-            to_host, from_host = named(old.layout.library).to_host, named(layout.library).from_host
-            slots = {slot: from_host(to_host(array), layout) for slot, array in old.slots.items()}
-            entry = old._replace(slots=slots, layout=layout)
+            carried = partial(_carried, old=old.layout, new=layout)
+            entry = old.with_converted(carried)._replace(layout=layout)
             fresh[place] = codes[place] = code = self._placed({name: entry})[name]
             # Schedules have been asked for this step.
             self._groups[code // GROUP].numbers[code % GROUP] = group.numbers[row]
@@ -704,23 +754,27 @@ class Registry:
         # All names that are alike get their rows at once.
         alike: dict[Hashable, list[str]] = {}
         for name, entry in entries.items():
-            kind = entry.layout.with_shape(()), id(entry.rule), not entry.slots
+            average = entry.average
+            means = (None, False) if average is None else (id(average.rule), bool(average.slots))
+            kind = entry.layout.with_shape(()), id(entry.rule), bool(entry.slots), means
             alike.setdefault(kind, []).append(name)
         try:
             for names in alike.values():
                 mine = [entries[name] for name in names]
-                group = self._group_for(mine[0].rule, mine[0].layout)
+                chain, averages = chained(mine[0]), [entry.average for entry in mine]
+                group = self._group_for(chain, mine[0].layout)
                 shapes = [entry.layout.shape for entry in mine]
-                slots = None
-                if mine[0].slots:
-                    known = {shape: group.slot_names(shape) for shape in set(shapes)}
-                    slots = [[entry.slots[k] for k in known[entry.layout.shape]] for entry in mine]
-                rows = group.add(shapes, slots)
+                known = {shape: group.slot_names(shape) for shape in set(shapes)}
+                slots = [all_slots(entry, known[entry.layout.shape]) for entry in mine]
+                rows = group.add(shapes, slots if slots[0] else None)
                 made = (rows + group.number * GROUP).tolist()
                 codes.update(zip(names, made, strict=True))
-                group.set_rules(rows, mine[0].rule)
+                group.set_rules(rows, chain)
                 self._set_clips(group, rows, [entry.clip for entry in mine])
                 group.steps[rows] = [entry.step for entry in mine]
+                if group.has_averages:
+                    seen = [0 if average is None else average.step for average in averages]
+                    group.numbers[rows, -1] = group.steps[rows] - np.array(seen)
         except BaseException:
             self._free(codes.values())
             raise
@@ -805,12 +859,13 @@ class Registry:
         others: dict[str, Entry] = {}
         for group, rows in self._rows_of(names):
             for which in _alike(group, rows, values):
-                mine, first = rows[which], group.rule_at(int(rows[which[0]]))
+                mine, old = rows[which], group.rule_at(int(rows[which[0]]))
                 labels = partial(self._names_at, group, mine)
-                usual = isinstance(rule, Rule) and first == self.rule
-                new = rule if usual else changed(labels, first, values)
-                if group.takes(new):
-                    writes.append((group, mine, new))
+                usual = isinstance(rule, Rule) and formulas(old)[0] == self.rule
+                new = rule if usual else changed(labels, formulas(old)[0], values)
+                chain = replace(old, rule=new) if isinstance(old, Averaged) else new
+                if group.takes(chain):
+                    writes.append((group, mine, chain))
                 else:
                     others |= {name: with_rule(name, self.entry(name), new) for name in labels()}
         placed = self._placed(others)
@@ -828,27 +883,28 @@ class Registry:
         Raises:
             ValueError: A rule is not for parameters of a shape; nothing has changed.
         """
-        writes: dict[tuple[int, int], tuple[Group, bool, Rule, list[int]]] = {}
+        writes: dict[tuple[int, int, int], tuple[Group, Rule | None, list[int]]] = {}
         others: dict[str, Entry] = {}
         for name, rule in rules.items():
             number, row = divmod(self._codes[name], GROUP)
-            key = number, id(rule)
+            group = self._groups[number]
+            key = number, id(rule), int(group.schedule[row])
             if key not in writes:
-                group = self._groups[number]
-                writes[key] = group, group.takes(rule), rule, []
-            _, fits, _, rows = writes[key]
-            if fits:
+                old = group.rule_at(row)
+                chain = replace(old, rule=rule) if isinstance(old, Averaged) else rule
+                writes[key] = group, chain if group.takes(chain) else None, []
+            _, fits, rows = writes[key]
+            if fits is not None:
                 rows.append(row)
             else:
                 others[name] = with_rule(name, self.entry(name), rule)
-        others |= {
-            name: others[name]._replace(clip=clips[name]) for name in clips if name in others
-        }
+        for name in others.keys() & clips.keys():
+            others[name] = others[name]._replace(clip=clips[name])
         placed = self._placed(others)
         with self.guard:
-            for group, _, rule, rows in writes.values():
-                if rows:
-                    group.set_rules(np.array(rows), rule)
+            for group, fits, rows in writes.values():
+                if fits is not None:
+                    group.change_numbers(np.array(rows), fits, formulas(fits)[0].ranges)
             for name in clips.keys() - others.keys():
                 group, row = self.row_of(name)
                 self._set_clips(group, np.array([row]), [clips[name]])
@@ -880,6 +936,11 @@ class Registry:
         self._last = NOTHING if placed else self._parted(last.names, last.codes, last.missing)
 
 
+def _carried(array: Array, old: Layout, new: Layout) -> Array:
+    """A slot taken to another library or device."""
+    return named(new.library).from_host(named(old.library).to_host(array), new)
+
+
 def _alike(group: Group, rows: np.ndarray, values: Mapping[str, Any]) -> list[np.ndarray]:
     """Positions of rows of which one may be asked whether hyperparameters fit all.
 
@@ -888,9 +949,9 @@ def _alike(group: Group, rows: np.ndarray, values: Mapping[str, Any]) -> list[np
     """
     if not rows.size:
         return []
-    known = {name for name, place in group.columns if place is None}
+    known = {name.removeprefix("rule.") for name, place in group.columns if place is None}
     numbers_alone = known >= values.keys() and all(isinstance(x, Real) for x in values.values())
-    by_itself = type(group.rule).__post_init__ is Rule.__post_init__
+    by_itself = type(formulas(group.rule)[0]).__post_init__ is Rule.__post_init__
     if numbers_alone and by_itself and not group.scheduled:
         return [np.arange(len(rows))]
     numbers, schedule = group.numbers[rows], group.schedule[rows]

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from multiopt.averaging import Average
 from multiopt.backend import Array, named
 from multiopt.entry import (
     Entry,
     check_slot_names,
-    chosen,
     described,
     described_rule,
     described_waiting,
     on_host,
     restored,
+    restored_average,
     restored_plateaus,
 )
 from multiopt.layout import Layout
@@ -33,12 +33,14 @@ class Loaded(NamedTuple):
         pending: The state of others, which is to wait.
         reached: Rules with the descriptions of the rules that were saved in their place.
         refused: Names whose state does not fit, and why not.
+        without: Names whose state fits, but for its average, and why that does not.
     """
 
     entries: dict[str, Entry]
     pending: dict[str, Mapping[str, Any]]
     reached: list[tuple[Rule, Mapping[str, Any]]]
     refused: dict[str, str]
+    without: dict[str, str]
 
 
 def shown(layout: Layout) -> Callable[[Array], Array]:
@@ -52,90 +54,127 @@ def shown(layout: Layout) -> Callable[[Array], Array]:
 
 def entries(registry: Registry) -> Iterator[tuple[str, Entry]]:
     """What is held of each name."""
-    return ((name, registry.entry(name)) for name in registry.names)
+    chains: dict[Hashable, Rule] = {}
+    names = registry.names
+    for name, key in zip(names, registry.alike(names), strict=True):
+        if key not in chains:
+            group, row = registry.row_of(name)
+            chains[key] = group.rule_at(row)
+        yield name, registry.entry(name, chains[key])
 
 
 def stored_state(registry: Registry, copied: bool) -> dict[str, Any]:
     """The state by name: to be shown, with copies, or to be written, with the slots themselves."""
-    steps = registry.steps
-    if copied:
-        return {
-            "entries": {n: described(e, shown(e.layout), steps) for n, e in entries(registry)},
-            "pending": {n: described_waiting(stored) for n, stored in registry.pending.items()},
-        }
-    # By what tells them apart: the fields of a rule need not be hashable.
+    steps, pending = registry.steps, registry.pending
     rules: dict[Hashable, dict[str, Any]] = {}
-    found = {}
-    names = registry.names
-    for name, key in zip(names, registry.alike(names), strict=True):
-        group, row = registry.row_of(name)
-        step = int(group.steps[row])
+
+    def stored(entry: Entry, key: Hashable) -> dict[str, Any]:
+        if copied:
+            return described(entry, shown(entry.layout), steps)
         if key not in rules:
-            rules[key] = described_rule(group.rule_at(row), step, steps)
-        found[name] = {
-            "rule": rules[key],
-            "step": step,
-            "slots": group.slots_at(row),
-            "complex": group.layout.is_complex,
-        }
-    return {"entries": found, "pending": registry.pending}
+            rules[key] = described_rule(entry.rule, entry.step, steps)
+        is_complex, slots = entry.layout.is_complex, entry.slots
+        return {"rule": rules[key], "step": entry.step, "slots": slots, "complex": is_complex}
+
+    def waiting(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {n: described_waiting(one) if copied else one for n, one in states.items()}
+
+    found, averages = {}, {}
+    keys = registry.alike(registry.names)
+    for (name, entry), alike in zip(entries(registry), keys, strict=True):
+        found[name] = stored(entry, ("rule", alike))
+        if (average := entry.average) is not None and average.step:
+            averages[name] = stored(average, ("average", alike))
+    parts = {"entries": found, "pending": waiting(pending)}
+    if registry.average is None:
+        return parts
+    means = {name: one["average"] for name, one in pending.items() if "average" in one}
+    return {**parts, "averages": averages, "pending_averages": waiting(means)}
 
 
 def loaded_state(
     registry: Registry,
     states: Mapping[str, Mapping[str, Any]],
+    averages: Mapping[str, Mapping[str, Any]],
     options: Options,
-    known: Mapping[str, Layout] = MappingProxyType({}),
 ) -> Loaded:
     """What to take over of loaded state, if it fits.
 
     Args:
         registry: Who takes it over.
         states: The state by name.
+        averages: That of averages, of some of the names.
         options: How it is taken over.
-        known: The layouts of parameters that another registry knows.
 
     Raises:
         ValueError: State does not fit, and ``strict`` is on.
     """
-    found = Loaded({}, {}, [], {})
+    found = Loaded({}, {}, [], {}, {})
+
+    def admit(name: str, stored: Mapping[str, Any], average: Average | None) -> None:
+        host = stored if options.own else on_host(name, stored)
+        host = {**host, "cast": True} if options.cast else host
+        if average is None:
+            _admit(registry, name, host, found)
+        else:
+            _admit_average(name, host, average, found)
+
     for name, stored in states.items():
         try:
-            host = stored if options.own else on_host(name, stored)
-            stored = {**host, "cast": True} if options.cast else host
-            _admit(registry, name, stored, found, known.get(name))
+            admit(name, stored, None)
         except ValueError as error:
             if options.strict:
                 raise
             found.refused[name] = str(error)
+    kept = {name: registry.average_of(name) for name in averages if name not in found.refused}
+    odd = [name for name, average in kept.items() if average is None]
+    if odd and options.strict:
+        raise ValueError(
+            f"the loaded state has averages of {', '.join(map(repr, odd))}; expected none, for "
+            "names of which this optimizer keeps none: give it an average"
+        )
+    for name, average in kept.items():
+        try:
+            if average is None:
+                raise ValueError("this optimizer keeps none of it")
+            admit(name, averages[name], average)
+        except ValueError as error:
+            if options.strict:
+                raise
+            found.without[name] = str(error)
     return found
 
 
-def _admit(
-    registry: Registry,
-    name: str,
-    stored: Mapping[str, Any],
-    found: Loaded,
-    layout: Layout | None,
-) -> None:
+def _admit(registry: Registry, name: str, stored: Mapping[str, Any], found: Loaded) -> None:
     """Add the state of a name to what is taken over.
 
     Raises:
         ValueError: It does not fit.
     """
-    if name in registry:
-        entry = registry.entry(name)
-        rule, clip, layout = entry.rule, entry.clip, entry.layout
-    elif layout is not None:
-        rule, clip = chosen(registry.rule, name, Rule, "rule"), None
-    else:
+    if name not in registry:
         if isinstance(registry.rule, Rule):
             check_slot_names(name, stored, registry.rule)
             found.reached.append((registry.rule, stored["rule"]))
         found.pending[name] = stored
         return
-    found.entries[name] = restored(name, stored, rule, clip, layout, registry.masters)
+    rule, clip, _, _, layout, average = registry.entry(name)
+    entry = restored(name, stored, rule, clip, layout, registry.masters)
+    # An average belongs to the state that it was saved with.
+    kept = None if average is None else average.rule
+    found.entries[name] = entry._replace(average=restored_average(name, None, kept, layout))
     found.reached.append((rule, stored["rule"]))
+
+
+def _admit_average(name: str, stored: Mapping[str, Any], average: Average, found: Loaded) -> None:
+    """Likewise the average of a name, of whose state it is known that it is taken over."""
+    if name in found.entries:
+        entry = found.entries[name]
+        mean = restored(name, stored, average, None, entry.layout)
+        found.entries[name] = entry._replace(average=mean)
+        found.reached.append((average, stored["rule"]))
+    else:
+        check_slot_names(name, stored, average)
+        found.pending[name] = {**found.pending[name], "average": stored, "keeps": average}
 
 
 def take_over(registry: Registry, loaded: Loaded, steps: int | None, ahead: bool) -> None:

@@ -130,8 +130,12 @@ class Registry:
         begun: dict[str, Known],
         params: dict[str, np.ndarray],
         grads: Mapping[str, np.ndarray],
-    ) -> None:
-        """Step from these entries; replaces the parameters that have a gradient."""
+    ) -> dict[str, np.ndarray]:
+        """Step from these entries; replaces the parameters that have a gradient.
+
+        What was computed comes back, by name, before it is rounded to 16 bits.
+        """
+        computed_params = {}
         for name, known in begun.items():
             dtype = computed(known.dtype)
             old = params[name].astype(dtype)
@@ -150,9 +154,11 @@ class Registry:
                 if MASTER in known.slots:
                     known.slots[MASTER] = np.asarray(new)
                 params[name] = np.asarray(new, known.dtype)
+            computed_params[name] = np.asarray(new)
             self.pending.pop(name, None)
             self.seen[name] = known
         self.steps += bool(grads)
+        return computed_params
 
     def stored(self) -> dict[str, Stored]:
         return {**self.pending, **{name: known.stored() for name, known in self.seen.items()}}
@@ -250,8 +256,8 @@ class Model:
     ) -> None:
         begun = {n: self.main.settled(n, params[n], libraries[n]) for n in grads}
         means = {n: self.means.settled(n, params[n], libraries[n]) for n in grads if self.keeps}
-        self.main.take(begun, params, grads)
-        self.means.take(means, dict(params), grads)
+        computed_params = self.main.take(begun, params, grads)
+        self.means.take(means, computed_params, grads)
 
     def saved(self) -> Saved:
         return deepcopy(Saved(self.main.steps, self.main.stored(), self.means.stored()))

@@ -2,8 +2,9 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import optax
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import multiopt as mo
+from multiopt.rules.rule import NONNEGATIVE, number
 from tests.libraries import NUMPY, Library, assert_equal, engine
 
 AVERAGES = [
@@ -336,3 +338,170 @@ def test_averages_of_names_without_an_entry_are_refused() -> None:
     state["averages"]["z"] = state["averages"]["a"]
     with pytest.raises(mo.CheckpointError, match=r"averages of \['z'\]"):
         mo.Optimizer(mo.SGD(), average=mo.Average()).load_state_dict(state)
+
+
+def mean_of(opt: mo.Optimizer, name: str = "w") -> list[float]:
+    """An average as numbers, which is plain data whatever the library."""
+    mean: list[float] = np.asarray(opt.average(name)).tolist()
+    return mean
+
+
+@pytest.mark.parametrize("name", ["compiled", "blocks", "plain"])
+def test_the_mean_of_16_bits_is_of_what_the_rule_computes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of a parameter whose changes are too small for it moves all the same."""
+    monkeypatch.setenv("MULTIOPT_ENGINE", name)
+    for masters in (False, True):
+        opt = mo.Optimizer(mo.SGD(lr=2.0**-14), average=mo.Average(), master_weights=masters)
+        w = {"w": np.ones(2, np.float16)}
+        for _ in range(2):
+            opt.step(w, {"w": np.ones(2, np.float16)})
+        assert w["w"].tolist() == [1.0, 1.0]
+        # Without a master copy both steps begin at 1.
+        assert mean_of(opt) == [1 - (1.5 if masters else 1.0) * 2.0**-14] * 2
+
+
+@pytest.mark.parametrize("name", ["compiled", "blocks", "plain"])
+def test_the_count_goes_on_where_the_clock_begins_anew(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MULTIOPT_ENGINE", name)
+
+    asked: list[int] = []
+    w = {"w": np.zeros(1), "v": np.zeros(1)}
+    seen, counts = [], []
+
+    def make(rule: mo.Rule) -> mo.Optimizer:
+        return mo.Optimizer(rule, average=mo.Average(decay=lambda k: asked.append(k) or 1.0))
+
+    def step(opt: mo.Optimizer, *names: str) -> None:
+        asked.clear()
+        opt.step({n: w[n] for n in names}, {n: np.ones(1) for n in names})
+        counts.append(tuple(asked))
+        seen.append(w["w"].item())
+
+    opt = make(mo.SGD(lr=1.0))
+    step(opt, "w", "v")
+    step(opt, "w")
+    opt.rule = mo.Adam(lr=0.5)
+    assert opt.state("w").step == 0
+    step(opt, "w", "v")
+    assert (opt.state("w").step, opt.state_dict()["averages"]["w"]["step"]) == (1, 3)
+    np.testing.assert_allclose(opt.average("w"), np.mean(seen), rtol=1e-14)
+    opt.set_hyperparameters(lr=0.25)
+    step(opt, "w", "v")
+    opt.save(tmp_path / "file")
+    resumed = make(mo.Adam(lr=0.25))
+    resumed.load(tmp_path / "file")
+    step(resumed, "w", "v")
+    np.testing.assert_allclose(resumed.average("w"), np.mean(seen), rtol=1e-14)
+    # Each is asked for its own steps: w has taken two when v has taken one.
+    assert counts == [(1,), (2,), (3, 2), (4, 3), (5, 4)]
+
+
+def test_a_schedule_out_of_its_range_changes_nothing() -> None:
+    opt = mo.Optimizer(mo.SGD(lr=1.0), average=mo.Average(decay=lambda k: 3.0 - k))
+    w = {"w": np.zeros(1)}
+    with pytest.raises(ValueError, match=r"parameter 'w': Average: decay must be .* got 2.0 at st"):
+        opt.step(w, {"w": np.ones(1)})
+    assert (w["w"].item(), opt.names, opt.steps) == (0.0, (), 0)
+
+
+def test_an_array_that_a_step_returns_is_no_average(library: Library) -> None:
+    """At the first step the average is the parameter, which is the caller's."""
+    if library.id.startswith("jax"):
+        pytest.skip("arrays that nobody writes")
+    opt = mo.Optimizer(mo.SGD(lr=1.0), average=mo.Average())
+    with engine(library.engine):
+        w = opt.step({"w": library.param(np.zeros(2))}, {"w": library.grad(np.ones(2))})["w"]
+        with torch.no_grad():
+            w[0] = 7.0
+        assert library.numpy(opt.average("w")).tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [mo.Muon(lr=0.1), mo.Adafactor(lr=0.1), mo.LAMB(lr=0.1)],
+    ids=lambda rule: repr(rule)[:5],
+)
+def test_averages_of_rules_that_treat_a_parameter_as_a_whole(rule: mo.Rule) -> None:
+    opt, plain = mo.Optimizer(rule, average=mo.Average()), mo.Optimizer(rule)
+    w, v = ({"w": np.linspace(-1, 1, 6).reshape(2, 3)} for _ in range(2))
+    seen = []
+    for _ in range(4):
+        opt.step(w, {"w": np.sin(w["w"])})
+        plain.step(v, {"w": np.sin(v["w"])})
+        seen.append(w["w"].copy())
+    assert_equal(w["w"], v["w"])
+    np.testing.assert_allclose(opt.average("w"), np.mean(seen, axis=0), rtol=1e-12)
+    assert opt.state("w").slots.keys() == plain.state("w").slots.keys()
+    assert opt.state_dict()["entries"].keys() == plain.state_dict()["entries"].keys()
+    with pytest.raises(ValueError, match=f"for {type(rule).__name__} treats"):
+        opt.step({"z": np.zeros((2, 3), complex)}, {"z": np.ones((2, 3), complex)})
+
+
+def tail(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+    """Step by the only coefficient, and count steps in a slot that has an average's name."""
+    (rate,) = c
+    return param - rate * grad, (slots[0] + rate * grad,)
+
+
+@dataclass(frozen=True)
+class Tail(mo.Rule):
+    """A rule whose names are those of an average too."""
+
+    decay: float = number(0.5, NONNEGATIVE)
+    start: float = number(1.0, NONNEGATIVE)
+    since: float = number(0.0, NONNEGATIVE)
+    average: float = number(0.0, NONNEGATIVE)
+
+    slots: ClassVar = ("average",)
+    update: ClassVar = staticmethod(tail)
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
+        return dict(share=h.decay + h.average + 0.0 * (step + h.start + h.since))
+
+
+@dataclass(frozen=True)
+class Fixed(mo.Rule):
+    """A rule without hyperparameters."""
+
+    slots: ClassVar = ()
+    update: ClassVar = staticmethod(lambda xp, param, grad, slots, c: (param - c.lr * grad, slots))
+
+    @classmethod
+    def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
+        return dict(lr=1.0)
+
+
+@pytest.mark.parametrize("rule", [Tail(), Fixed()], ids=repr)
+@pytest.mark.parametrize("name", ["compiled", "blocks", "plain"])
+def test_a_rule_of_ones_own_and_its_average_keep_apart(
+    name: str, rule: mo.Rule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MULTIOPT_ENGINE", name)
+    opt, plain = mo.Optimizer(rule, average=mo.Average(decay=0.5, start=2)), mo.Optimizer(rule)
+    w, v = {"a": np.ones(3), "b": np.ones(2)}, {"a": np.ones(3), "b": np.ones(2)}
+    expected = None
+    for k in range(5):
+        names = "ab" if k % 2 else "a"
+        for each, params in ((opt, w), (plain, v)):
+            each.step({n: params[n] for n in names}, {n: np.cos(params[n]) for n in names})
+        count = max(k, 1)
+        share = 0.5 / (1 - 0.5**count)
+        expected = w["a"].copy() if count == 1 else expected + share * (w["a"] - expected)
+    for n in "ab":
+        assert_equal(w[n], v[n])
+        ours, theirs = opt.state(n), plain.state(n)
+        assert ours.step == theirs.step
+        assert ours.slots.keys() == theirs.slots.keys()
+        for slot, array in theirs.slots.items():
+            assert_equal(ours.slots[slot], array)
+    assert opt.hyperparameters("a") == plain.hyperparameters("a")
+    np.testing.assert_allclose(opt.average("a"), expected, rtol=1e-13)
+    assert opt.rule == rule
+    if name == "compiled":
+        group, _ = opt._registry.row_of("a")
+        assert type(group).__name__ == "CompiledGroup"

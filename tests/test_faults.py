@@ -261,21 +261,17 @@ class Reference:
             self.after = life.state()
             self.updated, self.skips_after = life.opt.last.updated, life.opt.skips
 
-    def last(
-        self, updated: frozenset[str], averaged: frozenset[str], whole: bool, lost: bool
-    ) -> Any:
+    def last(self, updated: frozenset[str], whole: bool, lost: bool) -> Any:
         """The state after all steps, if the one that was hit did this and no more.
 
         With ``lost`` its new arrays, of libraries that cannot write, did not reach the caller.
         """
-        key = updated, averaged, whole, lost
+        key = updated, whole, lost
         if key not in self._known:
             self._known[key] = self._last(*key)
         return self._known[key]
 
-    def _last(
-        self, updated: frozenset[str], averaged: frozenset[str], whole: bool, lost: bool
-    ) -> Any:
+    def _last(self, updated: frozenset[str], whole: bool, lost: bool) -> Any:
         life = self.world.start()
         given = dict(life.params)
         if whole and updated == frozenset(self.updated):
@@ -283,15 +279,6 @@ class Reference:
         elif updated:
             grads = life.grads(HIT)
             life.step(HIT, {name: grads[name] for name in updated})
-        if life.opt._averages is not None and averaged != updated:
-            # Averages that were left behind.
-            other = self.world.start()
-            if averaged:
-                grads = other.grads(HIT)
-                other.step(HIT, {name: grads[name] for name in averaged})
-            life.opt._averages = other.opt._averages
-            for name in life.params:
-                life.opt._average_of(name)
         if lost:
             life.params = given
         life.finish()
@@ -312,9 +299,7 @@ def check(reference: Reference, life: Life, error: BaseException | None) -> tupl
         if now["averages"][name] != before["averages"][name]:
             assert now["averages"][name] == after["averages"][name], name
             averaged.append(name)
-    # An error of the averages comes after the step; a signal waits for them.
-    is_late = isinstance(error, MemoryError) and set(averaged) <= set(updated)
-    assert is_late or not life.world.averages or averaged == updated
+    assert averaged == (updated if life.world.averages else [])
     assert updated in ([], list(reference.updated))
     # What is told is true.
     is_whole = life.opt.steps > reference.steps or life.opt.skips != reference.skips
@@ -335,7 +320,7 @@ def check(reference: Reference, life: Life, error: BaseException | None) -> tupl
         life.params = {name: life.params[name] for name in life.world.names(HIT)}
     whole = is_whole and set(updated) == set(reference.updated)
     life.finish()
-    expected = reference.last(frozenset(updated), frozenset(averaged), whole, lost)
+    expected = reference.last(frozenset(updated), whole, lost)
     assert life.state() == expected
     return tuple(updated)
 
@@ -701,8 +686,7 @@ def test_want_of_memory_leaves_everything_as_before(world: World) -> None:
             except MemoryError as caught:
                 error, failed = caught, failed + 1
             updated = check(reference, life, error)
-            # An average takes its step when that of its parameter is whole.
-            assert error is None or world.averages or not updated
+            assert error is None or not updated
     assert failed
 
 

@@ -23,7 +23,6 @@ from safetensors.numpy import load_file, save_file
 import multiopt as mo
 from multiopt import checkpoint
 from multiopt.adapters import torch_optim
-from multiopt.registry import Registry
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
 LOCAL = [NUMPY, TORCH, JAX, STRICT]
@@ -787,20 +786,3 @@ def test_a_first_step_that_fails_gives_back_what_a_plateau_had_seen(of: str) -> 
     assert (plateau.observed, plateau(1)) == (0, 0.8)
     other.step({"w": np.ones(2)}, {"w": np.ones(2)})
     assert (plateau.observed, plateau(1)) == (2, 0.4)
-
-
-def test_a_load_drops_many_averages_in_the_time_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """State without averages has none for its names any more; each took the time of all."""
-    opt, plain = mo.Optimizer(mo.SGD(), average=mo.Average()), mo.Optimizer(mo.SGD())
-    params = {str(i): np.ones(1) for i in range(50)}
-    for each in (opt, plain):
-        each.step(params, {name: np.ones(1) for name in params})
-    drops: list[set[str]] = []
-    real = Registry.forget
-    monkeypatch.setattr(
-        Registry, "forget", lambda self, names: (drops.append(set(names)), real(self, names))
-    )
-    opt.load_state_dict(plain.state_dict())
-    assert drops == [set(params)]
-    with pytest.raises(KeyError):
-        opt.average("0")

@@ -5,14 +5,13 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise, repeat
 from math import inf
 from operator import attrgetter, is_
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from multiopt.engine import Arrays, Part, other_fields
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
-from multiopt.rules.rule import named
+from multiopt.rules.rule import named, namespace
 from multiopt_numpy.host import LARGE, HostGroup, Loan
 from multiopt_numpy.tape import Tape, Tapes
 
@@ -369,13 +368,10 @@ class BlockedGroup(HostGroup):
     def _scalars_of(self, rows: np.ndarray, numbers: np.ndarray, counts: np.ndarray) -> list[Any]:
         """The coefficients of each of some rows at its step, as arrays."""
         if self._vectorized:
-            by_name: dict[str, Any] = {}
-            for (name, place), column in zip(self.columns, numbers.T, strict=True):
-                same = column[0].item() if (column == column[0]).all() else column
-                by_name[name] = same if place is None else (*by_name.get(name, ()), same)
+            values = [c[0].item() if (c == c[0]).all() else c for c in numbers.T]
+            h = namespace(self.columns, values, other_fields(self.rule))
             try:
-                h = SimpleNamespace(**by_name, **other_fields(self.rule))
-                return list(named(type(self.rule).scalars(h, counts)).values())
+                return list(named(self.rule.scalars(h, counts)).values())
             except (TypeError, ValueError):
                 self._vectorized = False  # somebody's scalars that take no arrays
         each = [

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
-from multiopt.engine import Group, kind_of
+from multiopt.engine import Group, formulas, kind_of
 from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
 from multiopt_numpy.blocks import BlockedGroup
@@ -94,7 +94,8 @@ def _engine_of(rule: Rule, dtype: str) -> _Compiled | _Blocks | None:
     if not rule.elementwise or kind is None or asked == "plain":
         return None
     key: tuple[Hashable, ...] = asked, kind, dtype
-    if key not in _engines or not type(rule).__module__.startswith("multiopt."):
+    kinds = list(map(type, formulas(rule)))
+    if key not in _engines or not all(kind.__module__.startswith("multiopt.") for kind in kinds):
         # Somebody's formula may have been edited since the last time, or what it uses.
         try:
             _engines[key] = _engine(asked, rule, dtype)
@@ -112,7 +113,7 @@ def _engine(asked: str, rule: Rule, dtype: str) -> _Compiled | _Blocks:
     scalars, slots = traced_scalars(rule), len(rule.slots)
     kinds = coefficient_kinds(rule, scalars)
     text = update_source(rule.update, slots, kinds, scalars)
-    name = f"{type(rule).__name__}-{dtype}"
+    name = "-".join([*(type(part).__name__ for part in formulas(rule)), dtype])
     compiled = _compiled(name, text, dtype, scalars is None) if asked == "compiled" else None
     return compiled or _Blocks(tapes(rule.update, slots, kinds, dtype), scalars is not None)
 

@@ -1,11 +1,12 @@
 """What the engines must know of a rule: its numbers, its choices, and whether it can be theirs."""
 
-import copy
 from collections.abc import Mapping
+from math import isnan
 from typing import Any
 
-from multiopt.engine import number_fields, other_fields
+from multiopt.engine import number_fields, numbers_of, other_fields
 from multiopt.rules import Rule
+from multiopt.rules.rule import with_numbers
 from multiopt_numpy.trace import Kind, NotTraceable, Trace, attempt, trace_scalars
 
 __all__ = [
@@ -18,21 +19,15 @@ __all__ = [
 
 def sample_scalars(rule: Rule, dtype: str) -> Any:
     """Coefficients of a rule, for what they are and not for their values. Asks no schedule."""
-    sample = copy.copy(rule)
-    for name in rule.ranges:
-        value = getattr(rule, name)
-        if isinstance(value, tuple):
-            numbers: Any = tuple(0.5 if callable(part) else part for part in value)
-        else:
-            numbers = 0.5 if callable(value) else value
-        object.__setattr__(sample, name, numbers)
-    return sample.coefficients(1, dtype)
+    columns = number_fields(rule)
+    numbers = [0.5 if isnan(number) else number for number in numbers_of(rule, columns)]
+    return with_numbers(rule, columns, numbers).coefficients(1, dtype)
 
 
 def traced_scalars(rule: Rule) -> Trace | None:
     """How the coefficients of a rule are computed; None if only the host can."""
     try:
-        return trace_scalars(type(rule).scalars, number_fields(rule), other_fields(rule))
+        return trace_scalars(rule.scalars, number_fields(rule), other_fields(rule))
     except NotTraceable:
         return None
 

@@ -26,14 +26,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from itertools import product
 from math import isfinite
-from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from multiopt.rules.arithmetic import by_squaring
-from multiopt.rules.rule import Coefficients, named
+from multiopt.rules.rule import Coefficients, named, namespace
 
 _T = TypeVar("_T")
 
@@ -231,14 +230,11 @@ def trace_scalars(
     """
     recorder = _Recorder(is_host=True)
     step = recorder.input("step", Kind.INTEGER)
-    h: dict[str, Any] = dict(others)
-    for name, place in numbers:
-        label = name if place is None else f"{name}[{place}]"
-        number = recorder.input(label, Kind.FLOAT)
-        h[name] = number if place is None else (*h.get(name, ()), number)
+    labels = [name if place is None else f"{name}[{place}]" for name, place in numbers]
+    h = namespace(numbers, [recorder.input(label, Kind.FLOAT) for label in labels], others)
 
     def traced() -> Trace:
-        found = named(scalars(SimpleNamespace(**h), step))
+        found = named(scalars(h, step))
         return recorder.trace(found.values(), list(found))
 
     return attempt("the function scalars", traced)

@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from math import inf, nan, nextafter
 from numbers import Real
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
     "is_schedule",
     "is_shared",
     "named",
+    "namespace",
     "number",
     "switch",
     "with_numbers",
@@ -152,6 +154,9 @@ class Rule(ABC):
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     #: Those of them that are True or False.
     switches: ClassVar[tuple[str, ...]] = ()
+    #: Fields that are rules themselves, whose hyperparameters count as those of this one: see
+    #: ``multiopt.averaging``.
+    nested: ClassVar[tuple[str, ...]] = ()
     #: Whether ``update`` treats each element by itself. One that does not runs as it stands, for
     #: each parameter by itself, on arrays in row-major order.
     elementwise: ClassVar[bool] = True
@@ -375,16 +380,41 @@ def with_numbers(
 
     Args:
         rule: The rule.
-        fields: The hyperparameters, with the place in those that are tuples, in their order.
+        fields: The hyperparameters, with the place in those that are tuples, in their order. Those
+            of a nested rule have its field and a dot before their names.
         values: The value of each.
     """
     made = copy.copy(rule)
-    for (name, place), value in zip(fields, values, strict=True):
+    for inner in rule.nested:
+        object.__setattr__(made, inner, copy.copy(getattr(made, inner)))
+    for (label, place), value in zip(fields, values, strict=True):
+        inner, _, name = label.rpartition(".")
+        owner = getattr(made, inner) if inner else made
         if place is not None:
-            parts = getattr(made, name)
+            parts = getattr(owner, name)
             value = (*parts[:place], value, *parts[place + 1 :])
-        object.__setattr__(made, name, value)
+        object.__setattr__(owner, name, value)
     return made
+
+
+def namespace(
+    fields: Sequence[tuple[str, int | None]], values: Sequence[Any], others: Mapping[str, Any]
+) -> SimpleNamespace:
+    """What ``scalars`` may get in the place of a rule: its hyperparameters as attributes.
+
+    Args:
+        fields: Those that are numbers, as for ``with_numbers``.
+        values: What stands for each.
+        others: The others.
+    """
+    flat = dict(others)
+    for (label, place), value in zip(fields, values, strict=True):
+        flat[label] = value if place is None else (*flat.get(label, ()), value)
+    h = SimpleNamespace()
+    for label, value in flat.items():
+        inner, _, name = label.rpartition(".")
+        setattr(vars(h).setdefault(inner, SimpleNamespace()) if inner else h, name, value)
+    return h
 
 
 def named(c: Any) -> dict[str, Any]:

@@ -296,14 +296,6 @@ class Step:
         for part in self.parts:
             part.group.run(part)
 
-    def updated(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """The names that are updated, their parameters after it, and their gradients."""
-        places = sorted(self.places())
-        params = self._arrays.params.copy()
-        for place, array in self.replaced.items():
-            params[place] = array
-        return [self.names[k] for k in places], params[places], self._arrays.grads[places]
-
     def left_over(self) -> list[tuple[Array, Member, Array]]:
         """The clipped gradients that could not be left in their own place, with their parameters.
 

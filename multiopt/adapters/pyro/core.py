@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.averaging import Average
 from multiopt.backend import named
 from multiopt.engine import Array
-from multiopt.entry import Entry, chosen, restored, slot_shapes
+from multiopt.entry import Entry, chosen_average, restored, restored_average, slot_shapes
 from multiopt.layout import Layout
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
@@ -53,7 +52,7 @@ class Core(Optimizer):
             raise
 
     def _after(self, step: Step) -> None:
-        """Leave the clipped gradients behind, and take averages along."""
+        """Leave the clipped gradients behind."""
         backend = named("torch")
         for param, member, grad in step.left_over():
             clipped = backend.closed(grad, member.param)
@@ -64,8 +63,6 @@ class Core(Optimizer):
                 param.grad = clipped.to(param.grad.dtype)
             else:
                 param.grad.detach().copy_(clipped)
-        if self._averages is not None:
-            self._follow(step)
 
     def enter(self, name: str, label: str, rule: Rule, clip: Clip | None, layout: Layout) -> None:
         """Take a name in before its first step.
@@ -78,9 +75,9 @@ class Core(Optimizer):
             layout: Its layout.
         """
         slot_shapes(name, rule, layout)
-        if self._averages is not None:
-            self._choices[name] = chosen(self._average, label, Average, "average")
-        self._registry.put({name: Entry(rule, clip, 0, {}, layout)})
+        chosen = chosen_average(self._registry.average, label)
+        average = restored_average(name, None, chosen, layout)
+        self._registry.put({name: Entry(rule, clip, 0, {}, layout, average)})
 
     def entry(self, name: str) -> Entry:
         """What is held of a name."""
@@ -94,14 +91,13 @@ class Core(Optimizer):
 
     def average_entry(self, name: str) -> Entry | None:
         """What is held of the average of a name, if one is kept and there was a step."""
-        if self._averages is None or name not in self._averages:
-            return None
-        return self._averages.entry(name)
+        average = self._registry.entry(name).average
+        return average if average is not None and average.step else None
 
     def set_clock(self, name: str, step: int) -> None:
         """Set how many steps a name has taken."""
         group, row = self._registry.row_of(name)
-        group.steps[row] = step
+        group.set_clock(row, step)
 
     def start_anew(self, name: str) -> None:
         """Drop the clock and the slots of a name, and nothing else."""
@@ -133,19 +129,16 @@ class Core(Optimizer):
         Raises:
             ValueError: A state does not fit; nothing has changed.
         """
-        known, averages, skips = self._registry, {}, dict(self._registry.skips)
+        known, skips = self._registry, dict(self._registry.skips)
         made = {}
         for name, (stored, rule, clip) in states.items():
-            layout = known.entry(name).layout
-            made[name] = restored(name, stored, rule, clip, layout, known.masters)
-            choice = None if self._averages is None else self._choices[name]
-            if choice is not None and (average := stored.get("average")) is not None:
-                averages[name] = restored(name, average, choice, None, layout)
+            _, _, _, _, layout, average = known.entry(name)
+            entry = restored(name, stored, rule, clip, layout, known.masters)
+            if average is not None:
+                average = restored_average(name, stored.get("average"), average.rule, layout)
+            made[name] = entry._replace(average=average)
             if counts := stored.get("skips"):
                 skips[name] = Skips(*counts)
         with self._guard:
             known.put(made)
             known.skips = skips
-            if self._averages is not None:
-                self._averages.forget(made)
-                self._averages.put(averages)
