@@ -565,7 +565,7 @@ class Registry:
             rule = (
                 self.rule if isinstance(self.rule, Rule) else chosen(self.rule, name, Rule, "rule")
             )
-            average = self.average_of(name)
+            average = None if self.average is None else self.average_of(name)
             key: Hashable = id(rule), id(average), type(param), alike
             if alike is None or key not in kinds:
                 layout = backend.layout(param, label)
@@ -641,8 +641,8 @@ class Registry:
         """The group of a kind of rule and of parameters."""
         backend = named(layout.library)
         has_masters = self.masters and layout.dtype != layout.compute_dtype
-        kind = kind_of(rule)
-        key = kind or id(rule), layout.with_shape(()), has_masters, backend.wanted(layout)
+        kind = kind_of(rule) or tuple(map(id, formulas(rule)))
+        key = kind, layout.with_shape(()), has_masters, backend.wanted(layout)
         if key not in self._kinds:
             group = backend.group(rule, layout, has_masters)
             group.number = max(self._groups, default=-1) + 1

@@ -13,6 +13,7 @@ import torch
 
 import multiopt as mo
 from multiopt.rules.rule import NONNEGATIVE, number
+from multiopt_numpy.compiled.group import CompiledGroup
 from tests.libraries import NUMPY, Library, assert_equal, engine
 
 AVERAGES = [
@@ -505,3 +506,47 @@ def test_a_rule_of_ones_own_and_its_average_keep_apart(
     if name == "compiled":
         group, _ = opt._registry.row_of("a")
         assert type(group).__name__ == "CompiledGroup"
+
+
+@pytest.mark.parametrize("name", ["compiled", "blocks", "plain"])
+def test_numbers_and_rules_change_as_without_an_average(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MULTIOPT_ENGINE", name)
+
+    def run(average: Any) -> tuple[mo.Optimizer, dict[str, np.ndarray]]:
+        opt = mo.Optimizer(mo.Adam(lr=0.5), average=average)
+        params = {n: np.linspace(-1, 1, 4) for n in "abc"}
+
+        def step(names: str) -> None:
+            opt.step({n: params[n] for n in names}, {n: np.sin(params[n]) for n in names})
+
+        step("ab")
+        opt.set_hyperparameters("a", lr=0.25, betas=(0.5, lambda k: 0.9))
+        step("abc")
+        opt.set_hyperparameters(lr=0.125)
+        step("abc")
+        opt.set_hyperparameters("b", amsgrad=True)
+        opt.clip = mo.Clip(norm=0.5)
+        step("abc")
+        opt.rule = lambda n: mo.SGD(momentum=0.5) if n == "a" else mo.AdamW(lr=lambda k: 0.1 / k)
+        step("ac")
+        return opt, params
+
+    (opt, w), (plain, v) = run(lambda n: mo.Average() if n != "b" else None), run(None)
+    for n in "abc":
+        assert_equal(w[n], v[n])
+        assert opt.hyperparameters(n) == plain.hyperparameters(n)
+        assert opt.state(n).step == plain.state(n).step
+    counts = {n: one["step"] for n, one in opt.state_dict()["averages"].items()}
+    assert counts == {"a": 5, "c": 4}
+
+
+def test_an_averaged_rule_runs_as_the_rule_does() -> None:
+    """The kernel computes the coefficients of both."""
+    opt = mo.Optimizer(mo.Adam(), average=mo.Average(decay=0.9))
+    opt.step({"w": np.ones(2, np.float32)}, {"w": np.ones(2, np.float32)})
+    group = opt._registry.row_of("w")[0]
+    assert type(group) is CompiledGroup
+    assert not group._given
+    assert [type(group) for group in opt._registry._groups.values()] == [CompiledGroup]
