@@ -1,6 +1,7 @@
-"""Write ``docs/rules.md`` from the rules' own code: ``python docs/make_rules.py``.
+"""Write the tables of rules from the rules' own declarations: ``python docs/make_rules.py``.
 
-``tests/test_rules_table.py`` compares the file with what comes out here.
+They are ``docs/rules.md`` and the table in ``README.md``. ``tests/test_rules_table.py`` compares
+both with what comes out here.
 """
 
 import inspect
@@ -17,6 +18,10 @@ from multiopt import rules
 from multiopt_numpy.forms import are_uniform
 
 FILE = Path(__file__).parent / "rules.md"
+README = Path(__file__).parent.parent / "README.md"
+
+#: How the table in the README begins.
+HEAD = "| rule | like | options beside `lr` |\n|---|---|---|\n"
 
 INTRODUCTION = """# The rules
 
@@ -24,6 +29,11 @@ This page is made from the code by `docs/make_rules.py`. Names and defaults are 
 `torch.optim` where it has the rule, else those of Pyro or of the paper. Every number may also be a
 schedule, `step -> number`. The pages under `spec/rules/` have the formulas, in the order in which
 they are computed, and the differences from the peers with their reasons.
+
+`weight_decay` is an L2 penalty, added to the gradient, as in torch. With
+`decoupled_weight_decay=True` the parameter shrinks by its learning rate times `weight_decay`
+instead, as it always does in `AdamW`, `Adafactor`, `Lion` and `Muon`. In `LAMB` the decay is a part
+of the direction.
 
 *Runs* says how: compiled, elements by themselves; so, with coefficients computed by the host, where
 one needs a function such as `0.96 ** x`, so that results are equal on all libraries of one machine,
@@ -35,13 +45,32 @@ but not across machines; or each parameter as a whole, as the code stands.
 def table() -> str:
     """The table, in Markdown."""
     lines = ["| rule | source | options and defaults | also in | runs |", "|---|---|---|---|---|"]
-    lines += [_row(getattr(mo, name)) for name in sorted(rules.__all__) if name != "Rule"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(_row, _rules())])
 
 
 def page() -> str:
     """The whole page."""
     return INTRODUCTION + table() + "\n"
+
+
+def readme() -> str:
+    """The README with its table."""
+    before, after = README.read_text(encoding="utf-8").split(HEAD)
+    rest = after[after.index("\n\n") :]
+    return before + HEAD + "\n".join(map(_short_row, _rules())) + rest
+
+
+def _rules() -> list[type[mo.Rule]]:
+    """All rules, by name."""
+    names = sorted(rules.__all__, key=str.casefold)
+    return [getattr(rules, name) for name in names if name != "Rule"]
+
+
+def _short_row(rule: type[mo.Rule]) -> str:
+    options = ", ".join(f"`{f.name}`" for f in fields(rule) if f.name != "lr")
+    library, name = _peers(rule)[0].split(" ")
+    modules = {"torch": "torch.optim", "Pyro": "pyro.optim", "optax": "optax"}
+    return f"| `{rule.__name__}` | `{modules[library]}.{name.strip('`')}` | {options} |"
 
 
 def _row(rule: type[mo.Rule]) -> str:
@@ -85,3 +114,4 @@ def _peers(rule: type[mo.Rule]) -> list[str]:
 
 if __name__ == "__main__":
     FILE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Random lives of parameters: rules, clips, shapes, dtypes, values, and which step has which."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import multiopt as mo
+from multiopt import rules as registered
 from tests.libraries import Library, engine
 
 #: Sizes on both sides of a block of the summation tree, and of several.
@@ -101,119 +103,86 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
     )
 
 
+LR = st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step])
+BETA = st.sampled_from([0.0, 0.5, 0.9, 0.999])
+EPS = st.sampled_from([0.0, 1e-8, 1e-3])
+UNBOUNDED = st.sampled_from([1e-3, 10.0, float("inf")])
+
+#: The numbers of rules, by hyperparameter; those of a rule alone, by its class too.
+VALUES: dict[Any, st.SearchStrategy[Any]] = {
+    "lr": LR,
+    "eta": LR,
+    "betas": st.tuples(BETA, BETA),
+    "alpha": BETA,
+    "rho": BETA | st.just(1.0),
+    "t": BETA | st.just(1.0),
+    "eps": EPS,
+    "weight_decay": st.sampled_from([0.0, 1e-2, 0.5]),
+    "momentum": st.sampled_from([0.0, 0.5, 0.9]),
+    "dampening": st.sampled_from([0.0, 0.3]),
+    "momentum_decay": st.sampled_from([0.0, 4e-3, 0.4, 10.0]),
+    "lr_decay": st.sampled_from([0.0, 0.1]),
+    "initial_accumulator_value": st.sampled_from([0.0, 0.1]),
+    "clip_norm": UNBOUNDED,
+    "lrd": st.sampled_from([1.0, 0.9, 3.0]),
+    "delta": st.sampled_from([1e-16, 0.3, -0.5]),
+    "etas": st.sampled_from([(0.5, 1.2), (0.0, 3.0), (lambda step: 1 / step, 1.2)]),
+    "step_sizes": st.sampled_from([(1e-6, 50.0), (0.0, float("inf")), (0.5, 0.1)]),
+    "lambd": st.sampled_from([0.0, 1e-4, 0.5]),
+    "t0": st.sampled_from([0.0, 5.0, 1e6]),
+    "beta2_decay": st.sampled_from([-0.8, -0.5, 0.0]),
+    "d": st.sampled_from([1.0, 2.0, float("inf")]),
+    # Of the frequencies of a series there is no equality.
+    "dct_dim": st.none(),
+    (mo.ASGD, "alpha"): st.sampled_from([0.0, 0.75, 3.0]),
+    (mo.Adafactor, "eps"): st.tuples(st.none() | EPS, EPS),
+}
+
+#: The rules whose results are equal everywhere.
+EQUAL = [getattr(mo, name) for name in registered.__all__ if name not in ("Rule", "Muon")]
+
+
+def options(rule: type[mo.Rule]) -> st.SearchStrategy[dict[str, Any]]:
+    """All hyperparameters of a rule, as it declares them."""
+    return st.fixed_dictionaries(
+        {
+            f.name: st.sampled_from(rule.choices[f.name])
+            if f.name in rule.choices
+            else VALUES.get((rule, f.name), VALUES.get(f.name))
+            for f in fields(rule)
+        }
+    ).map(accepted)
+
+
+def accepted(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without a Nesterov that SGD refuses."""
+    if not options.get("nesterov"):
+        return options
+    if options["momentum"] == 0:
+        return {**options, "nesterov": False}
+    return {**options, "dampening": 0.0}
+
+
 def rules() -> st.SearchStrategy[mo.Rule]:
-    return st.one_of(elementwise_rules(), whole_rules())
+    return elementwise_rules() | whole_rules()
 
 
 def whole_rules() -> st.SearchStrategy[mo.Rule]:
-    lr = st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step])
-    beta = st.sampled_from([0.0, 0.5, 0.9, 0.999])
-    eps = st.sampled_from([0.0, 1e-6, 1e-3])
-    common = {"lr": lr, "weight_decay": st.sampled_from([0.0, 0.5]), "maximize": st.booleans()}
     return st.one_of(
-        st.builds(mo.LAMB, **common, betas=st.tuples(beta, beta), eps=eps),
-        st.builds(
-            mo.Adafactor,
-            **common,
-            beta2_decay=st.sampled_from([-0.8, -0.5, 0.0]),
-            eps=st.tuples(st.none() | eps, eps),
-            d=st.sampled_from([1.0, 2.0, float("inf")]),
-        ),
+        options(rule).map(partial(make, rule)) for rule in EQUAL if not per_element(rule)
     )
 
 
 def elementwise_rules() -> st.SearchStrategy[mo.Rule]:
-    lr = st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step])
-    beta = st.sampled_from([0.0, 0.5, 0.9, 0.999])
-    eps = st.sampled_from([0.0, 1e-8, 1e-3])
-    decay = st.sampled_from([0.0, 1e-2, 0.5])
-    adam = {"lr": lr, "betas": st.tuples(beta, beta), "eps": eps, "weight_decay": decay}
-    amsgrad = {"amsgrad": st.sampled_from([False, True, "corrected"]), "maximize": st.booleans()}
-    decoupled = {"decoupled_weight_decay": st.booleans(), "maximize": st.booleans()}
-    momentum = st.sampled_from([0.0, 0.5, 0.9])
-    return st.one_of(
-        st.builds(
-            mo.SGD,
-            lr=lr,
-            momentum=momentum,
-            dampening=st.sampled_from([0.0, 0.3]),
-            weight_decay=decay,
-            maximize=st.booleans(),
-        ),
-        st.builds(mo.SGD, lr=lr, momentum=st.sampled_from([0.5, 0.9]), nesterov=st.just(True)),
-        st.builds(mo.Adam, **adam, **amsgrad),
-        st.builds(mo.AdamW, **adam, **amsgrad),
-        st.builds(
-            mo.ClippedAdam,
-            **adam,
-            clip_norm=st.sampled_from([1e-3, 10.0, float("inf")]),
-            lrd=st.sampled_from([1.0, 0.9, 3.0]),
-            centered_variance=st.booleans(),
-        ),
-        st.builds(
-            mo.Adagrad,
-            lr=lr,
-            lr_decay=st.sampled_from([0.0, 0.1]),
-            weight_decay=decay,
-            initial_accumulator_value=st.sampled_from([0.0, 0.1]),
-            eps=eps,
-            maximize=st.booleans(),
-        ),
-        st.builds(
-            mo.Adadelta,
-            lr=lr,
-            rho=beta | st.just(1.0),
-            eps=eps,
-            weight_decay=decay,
-            maximize=st.booleans(),
-        ),
-        st.builds(
-            mo.Rprop,
-            lr=lr,
-            etas=st.sampled_from([(0.5, 1.2), (0.0, 3.0), (lambda step: 1 / step, 1.2)]),
-            step_sizes=st.sampled_from([(1e-6, 50.0), (0.0, float("inf")), (0.5, 0.1)]),
-            maximize=st.booleans(),
-        ),
-        st.builds(
-            mo.AdagradRMSProp,
-            eta=lr,
-            delta=st.sampled_from([1e-16, 0.3, -0.5]),
-            t=beta | st.just(1.0),
-        ),
-        st.builds(
-            mo.RMSprop,
-            lr=lr,
-            alpha=beta,
-            eps=eps,
-            weight_decay=decay,
-            momentum=momentum,
-            centered=st.booleans(),
-            maximize=st.booleans(),
-        ),
-        st.builds(
-            mo.ASGD,
-            lr=lr,
-            lambd=st.sampled_from([0.0, 1e-4, 0.5]),
-            alpha=st.sampled_from([0.0, 0.75, 3.0]),
-            t0=st.sampled_from([0.0, 5.0, 1e6]),
-            weight_decay=decay,
-            maximize=st.booleans(),
-        ),
-        st.builds(
-            mo.Lion,
-            lr=lr,
-            betas=st.tuples(beta, beta),
-            weight_decay=decay,
-            maximize=st.booleans(),
-        ),
-        st.builds(mo.DCTAdam, lr=lr, clip_norm=st.sampled_from([1e-3, 10.0, float("inf")])),
-        st.builds(mo.Adamax, **adam, maximize=st.booleans()),
-        st.builds(
-            mo.NAdam, **adam, **decoupled, momentum_decay=st.sampled_from([0.0, 4e-3, 0.4, 10.0])
-        ),
-        st.builds(mo.RAdam, **adam, **decoupled),
-        st.builds(mo.AdaBelief, **adam, **decoupled),
-    )
+    return st.one_of(options(rule).map(partial(make, rule)) for rule in EQUAL if per_element(rule))
+
+
+def make(rule: type[mo.Rule], options: dict[str, Any]) -> mo.Rule:
+    return rule(**options)
+
+
+def per_element(rule: type[mo.Rule]) -> bool:
+    return rule().elementwise
 
 
 def clips() -> st.SearchStrategy[mo.Clip | None]:

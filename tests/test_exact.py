@@ -1,6 +1,6 @@
 """The rules against exact arithmetic: random histories, recomputed with mpmath."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -182,6 +182,7 @@ OPTIONS = {
 @given(data=st.data())
 def test_rule_is_close_to_exact_arithmetic(rule: str, dtype: str, data: st.DataObject) -> None:
     history = data.draw(histories(rule, dtype))
+    assert history.options.keys() == {f.name for f in fields(getattr(mo, rule))}
     opt = mo.Optimizer(getattr(mo, rule)(**history.options))
     w = np.array(history.param, dtype)
     steps = []
