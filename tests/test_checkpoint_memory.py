@@ -13,6 +13,7 @@ import pytest
 
 import multiopt as mo
 from multiopt.registry import Registry
+from multiopt.table import Table
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library
 
 LIBRARIES = pytest.mark.parametrize("library", [NUMPY, TORCH, JAX, STRICT], ids=lambda one: one.id)
@@ -87,9 +88,8 @@ def some(name: str) -> mo.Average:
 
 def held_by(opt: mo.Optimizer) -> str:
     """All that an optimizer holds in this process, what it remembers of its last step included."""
-    registries = [known for known in (opt._registry, opt._averages) if known is not None]
-    slots = [slot for slot in Registry.__slots__ if slot != "__weakref__"]
-    return repr([getattr(known, slot) for known in registries for slot in slots])
+    slots = {*Registry.__slots__, *Table.__slots__} - {"__weakref__"}
+    return repr([getattr(opt._registry, slot) for slot in sorted(slots)])
 
 
 @pytest.mark.parametrize("average", [None, mo.Average(), some], ids=str)

@@ -200,7 +200,7 @@ FAULTS = [
     ),
     Fault(
         "rows of a step in another order than its names",
-        "multiopt/registry.py",
+        "multiopt/table.py",
         "rows = codes - number * GROUP if number else codes",
         "rows = np.sort(codes - number * GROUP)",
         "test_rows.py::test_every_name_is_as_if_it_were_alone",
@@ -214,7 +214,7 @@ FAULTS = [
     ),
     Fault(
         "a schedule that is asked for one of its names",
-        "multiopt/registry.py",
+        "multiopt/step/numbers.py",
         "rows = part.rows[which[alike]]",
         "rows = part.rows[which[:1]]",
         "test_rows.py::test_every_name_is_as_if_it_were_alone",
@@ -229,7 +229,7 @@ FAULTS = [
     Fault(
         "a step that goes on with the row of a name that is forgotten",
         "multiopt/registry.py",
-        "for n, count in self.skips.items() if n not in gone}\n            self._last = NOTHING",
+        "for n, count in self.skips.items() if n not in gone}\n            self.last = NOTHING",
         "for n, count in self.skips.items() if n not in gone}",
         "test_rows.py::test_every_name_is_as_if_it_were_alone",
     ),

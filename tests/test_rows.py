@@ -16,7 +16,8 @@ import pytest
 
 import multiopt as mo
 from multiopt.engine import Group, Part
-from multiopt.registry import GROUP, Registry
+from multiopt import registry as registries
+from multiopt.registry import Registry
 from multiopt_numpy.host import HostGroup
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
@@ -252,7 +253,7 @@ def test_every_name_is_as_if_it_were_alone(seed: int, name: str) -> None:
 
 def rows_of_another_name(patch: pytest.MonkeyPatch) -> None:
     """Two names of one shape change places."""
-    find = Registry._find
+    find = Registry.find
 
     def swapped(self: Registry, names: list[str]) -> Any:
         rows = find(self, names)
@@ -263,7 +264,7 @@ def rows_of_another_name(patch: pytest.MonkeyPatch) -> None:
                     break
         return rows
 
-    patch.setattr(Registry, "_find", swapped)
+    patch.setattr(Registry, "find", swapped)
 
 
 def stale_numbers(patch: pytest.MonkeyPatch) -> None:
@@ -278,16 +279,16 @@ def stale_numbers(patch: pytest.MonkeyPatch) -> None:
 
 def stale_schedules(patch: pytest.MonkeyPatch) -> None:
     """A row that has moved has the numbers of an earlier step."""
-    move = Registry._move
+    move = registries.move
 
-    def moved(self: Registry, rows: Any, to: Any, fresh: dict[int, int]) -> Any:
-        found = move(self, rows, to, fresh)
+    def moved(known: Registry, rows: Any, to: Any, fresh: dict[int, int]) -> Any:
+        found = move(known, rows, to, fresh)
         for place in to:
-            group, row = self._groups[fresh[place] // GROUP], fresh[place] % GROUP
+            group, row = known.at(fresh[place])
             group.set_rules(np.array([row]), group.rule_at(row))
         return found
 
-    patch.setattr(Registry, "_move", moved)
+    patch.setattr(registries, "move", moved)
 
 
 def clocks_counted_twice(patch: pytest.MonkeyPatch) -> None:
@@ -307,9 +308,9 @@ def freed_rows_written(patch: pytest.MonkeyPatch) -> None:
     forget = Registry.forget
 
     def forgotten(self: Registry, names: Any) -> None:
-        last = self._last
+        last = self.last
         forget(self, names)
-        self._last = last
+        self.last = last
 
     patch.setattr(Registry, "forget", forgotten)
 

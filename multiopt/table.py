@@ -1,0 +1,441 @@
+"""Names are rows: which row of which group each name has.
+
+All that is known of a name stands in the columns of its group. The table has a code for each name:
+the number of the group and the row in it.
+
+>>> import numpy as np
+>>> from multiopt.entry import Entry
+>>> from multiopt.layout import Layout
+>>> from multiopt.rules import SGD
+>>> from multiopt.table import Table
+>>> table = Table()
+>>> layout = Layout("numpy", (3,), "float64", "cpu")
+>>> table.put({"w": Entry(SGD(lr=0.5), None, 0, {}, layout)})
+>>> table.names, table.rule_of("w").lr, table.clock("w")
+(('w',), 0.5, 0)
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from multiopt.averaging import Averaged
+from multiopt.backend import named
+from multiopt.engine import Group, Numbered, formulas, kind_of
+from multiopt.entry import Entry, all_slots, chained, changed, unchained, with_rule
+from multiopt.guard import Guard
+from multiopt.layout import Layout, address
+from multiopt.rules import Rule
+from multiopt.step.checks import check_name
+from multiopt.step.clip import Clip, Together
+from multiopt.step.run import Rows, RowsOfGroup
+
+__all__ = ["GROUP", "NOTHING", "Table"]
+
+#: A code is the number of a group times this, plus a row.
+GROUP = 1 << 40
+
+#: A name that is not known, in the place of its code.
+MISSING = -1
+
+
+class _Codes(dict[str, int]):
+    """Names with their codes; a name that is not known has one too, and is not added.
+
+    Attributes:
+        missed: Whether one was asked for that is not known.
+    """
+
+    missed = False
+
+    def __missing__(self, name: object) -> int:
+        self.missed = True
+        return MISSING
+
+
+#: No names.
+NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [])
+
+
+class Table:
+    """Names with their rows.
+
+    Args:
+        masters: Whether 16-bit parameters have master copies.
+        guard: That of the optimizer.
+
+    Attributes:
+        last: The last list of names that a step had, with its rows.
+        pending: Loaded state of names not seen yet, as a state dict has it, slots NumPy arrays.
+            Where it came with an average, that is under ``"average"``, and under ``"keeps"`` what
+            average this optimizer keeps of the name.
+    """
+
+    __slots__ = (
+        *("_clips", "_codes", "_everything", "_everything_at", "_garbage", "_groups", "_kinds"),
+        *("guard", "last", "masters", "pending"),
+    )
+
+    def __init__(self, masters: bool = False, guard: Guard | None = None) -> None:
+        """Know no name yet."""
+        self.masters = masters
+        self.guard = Guard() if guard is None else guard
+        self.pending: dict[str, Mapping[str, Any]] = {}
+        self._codes = _Codes()
+        self._groups: dict[int, Group] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._clips: Numbered[Clip | None] = Numbered(None, None)
+        self.last = NOTHING
+        # Codes of rows that no name has any more.
+        self._garbage: list[int] = []
+        self._everything, self._everything_at = np.arange(0), 0
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a name has been seen."""
+        return name in self._codes
+
+    def __len__(self) -> int:
+        """The number of names seen."""
+        return len(self._codes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names seen so far, oldest first."""
+        return tuple(self._codes)
+
+    def row_of(self, name: str) -> tuple[Group, int]:
+        """The group of a name, and its row.
+
+        Raises:
+            KeyError: The name has not been seen.
+        """
+        if name not in self._codes:
+            why = "its loaded state is pending" if name in self.pending else "it was never stepped"
+            raise KeyError(f"no state for parameter {name!r}: {why}")
+        return self.at(self._codes[name])
+
+    def at(self, code: int) -> tuple[Group, int]:
+        """The group and the row that a code stands for."""
+        number, row = divmod(code, GROUP)
+        return self._groups[number], row
+
+    def rule_of(self, name: str) -> Rule:
+        """The rule of a name, its schedules in their places."""
+        group, row = self.row_of(name)
+        return formulas(group.rule_at(row))[0]
+
+    def scheduled_rules(self) -> dict[str, Rule]:
+        """The rules of all names that have schedules."""
+        if not any(group.scheduled for group in self._groups.values()):
+            return {}
+        found = {}
+        for name in self.names:
+            group, row = self.row_of(name)
+            if group.schedule[row]:
+                found[name] = group.rule_at(row)
+        return found
+
+    def alike(self, names: Sequence[str]) -> list[Hashable]:
+        """For each name what is equal for those of the same rule, schedules included, and clock."""
+        codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
+        numbers = codes // GROUP
+        found: list[Hashable] = [None] * len(names)
+        for number, group in self._groups.items():
+            places = np.flatnonzero(numbers == number)
+            rows = codes[places] - number * GROUP
+            columns = [group.numbers[rows], group.schedule[rows], group.steps[rows]]
+            table = np.column_stack([*columns, np.full(len(rows), number)])
+            keys = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
+            for place, key in zip(places.tolist(), keys, strict=True):
+                found[place] = key
+        return found
+
+    def clock(self, name: str) -> int:
+        """How many steps a name has taken."""
+        group, row = self.row_of(name)
+        return int(group.steps[row])
+
+    def entry(self, name: str, chain: Rule | None = None) -> Entry:
+        """What is held of a name, its slots as they are in memory.
+
+        Args:
+            name: The name.
+            chain: The rule of its row, if it is known.
+        """
+        group, row = self.row_of(name)
+        rule = group.rule_at(row) if chain is None else chain
+        slots = group.slots_at(row)
+        clip = self._clips[int(group.clip[row])]
+        layout = group.layout_at(row)
+        return unchained(Entry(rule, clip, int(group.steps[row]), slots, layout))
+
+    def find(self, names: list[str]) -> Rows:
+        """The rows of a list of names; those that are not known have none."""
+        known = self._codes
+        known.missed = False
+        codes = np.fromiter(map(known.__getitem__, names), np.int64, len(names))
+        missing = np.flatnonzero(codes < 0).tolist() if known.missed else []
+        for place in missing:
+            check_name("params", names[place])
+        return self.parted(names, codes, missing)
+
+    def parted(self, names: list[str], codes: np.ndarray, missing: list[int]) -> Rows:
+        """A list of names with their rows by group.
+
+        Args:
+            names: The names.
+            codes: Their codes.
+            missing: The places of those that have none.
+        """
+        count = len(names)
+        if len(self._everything) < count:
+            self._everything = np.arange(2 * count)
+            self._everything_at = address(self._everything)
+        if len(self._groups) == 1 and not missing and count:
+            ((number, group),) = self._groups.items()
+            rows = codes - number * GROUP if number else codes
+            places = self._everything[:count]
+            parts = [(group, rows, places, (address(rows), self._everything_at))]
+        else:
+            numbers, parts = codes // GROUP, []
+            for number, group in self._groups.items():
+                places = np.flatnonzero(numbers == number)
+                if places.size:
+                    rows = codes[places] - number * GROUP
+                    parts.append((group, rows, places, (address(rows), address(places))))
+        groups = [part[0] for part in parts]
+        scheduled = any(group.scheduled for group in groups)
+        clipping = any(group.clipping for group in groups)
+        together = self._together(names, parts) if clipping else None
+        return Rows(names, codes, parts, scheduled, clipping, together, missing)
+
+    def _together(self, names: Sequence[str], parts: Iterable[RowsOfGroup]) -> Together | None:
+        """The clips of some rows that measure several gradients together."""
+        shared = self._clips.having(lambda clip: clip is not None and clip.global_norm is not None)
+        if not shared:
+            return None
+        used = {int(n) for group, rows, *_ in parts for n in np.unique(group.clip[rows])}
+        clips = {number: clip for number, clip in shared if number in used and clip is not None}
+        return Together.of(names, clips) if clips else None
+
+    def group_for(self, rule: Rule, layout: Layout) -> Group:
+        """The group of a kind of rule and of parameters."""
+        backend = named(layout.library)
+        has_masters = self.masters and layout.dtype != layout.compute_dtype
+        kind = kind_of(rule) or tuple(map(id, formulas(rule)))
+        key = kind, layout.with_shape(()), has_masters, backend.wanted(layout)
+        if key not in self._kinds:
+            group = backend.group(rule, layout, has_masters)
+            group.number = max(self._groups, default=-1) + 1
+            self._kinds[key], self._groups[group.number] = group.number, group
+        return self._groups[self._kinds[key]]
+
+    def _drop_empty(self) -> None:
+        """Let go of groups without rows."""
+        for key, number in list(self._kinds.items()):
+            if not len(self._groups[number]):
+                del self._kinds[key], self._groups[number]
+
+    def give_clips(self, group: Group, rows: np.ndarray, clips: Sequence[Clip | None]) -> None:
+        """Give rows their clips."""
+        if all(clip is clips[0] for clip in clips):
+            group.set_clips(rows, clips[0], self._number_of_clip(clips[0]))
+            return
+        for row, clip in zip(rows.tolist(), clips, strict=True):
+            group.set_clips(np.array([row]), clip, self._number_of_clip(clip))
+
+    def _number_of_clip(self, clip: Clip | None) -> int:
+        def used() -> np.ndarray:
+            return np.concatenate([group.clip for group in self._groups.values()])
+
+        return self._clips.number(clip, clip, used)
+
+    def placed(self, entries: Mapping[str, Entry]) -> dict[str, int]:
+        """New rows with what is held of some names, by name; nothing is registered.
+
+        Raises:
+            ValueError: A rule is not for parameters of a shape.
+        """
+        codes: dict[str, int] = {}
+        # All names that are alike get their rows at once.
+        alike: dict[Hashable, list[str]] = {}
+        for name, entry in entries.items():
+            average = entry.average
+            means = (None, False) if average is None else (id(average.rule), bool(average.slots))
+            kind = entry.layout.with_shape(()), id(entry.rule), bool(entry.slots), means
+            alike.setdefault(kind, []).append(name)
+        try:
+            for names in alike.values():
+                mine = [entries[name] for name in names]
+                chain, averages = chained(mine[0]), [entry.average for entry in mine]
+                group = self.group_for(chain, mine[0].layout)
+                shapes = [entry.layout.shape for entry in mine]
+                known = {shape: group.slot_names(shape) for shape in set(shapes)}
+                slots = [all_slots(entry, known[entry.layout.shape]) for entry in mine]
+                rows = group.add(shapes, slots if slots[0] else None)
+                made = (rows + group.number * GROUP).tolist()
+                codes.update(zip(names, made, strict=True))
+                group.set_rules(rows, chain)
+                self.give_clips(group, rows, [entry.clip for entry in mine])
+                group.steps[rows] = [entry.step for entry in mine]
+                if group.has_averages:
+                    seen = [0 if average is None else average.step for average in averages]
+                    group.numbers[rows, -1] = group.steps[rows] - np.array(seen)
+        except BaseException:
+            self.free(codes.values())
+            raise
+        return {name: codes[name] for name in entries}
+
+    def put(self, entries: Mapping[str, Entry]) -> None:
+        """Hold this of some names from now on, in the place of what is held of them.
+
+        Raises:
+            ValueError: A rule is not for parameters of a shape; nothing has changed.
+        """
+        placed = self.placed(entries)
+        with self.guard:
+            self.replace_rows(placed)
+        self.sweep()
+
+    def change(self, rules: Mapping[str, Rule], clips: Mapping[str, Clip | None]) -> None:
+        """Change the rules of some names, and the clips of some of them; their state stays.
+
+        Raises:
+            ValueError: A rule is not for parameters of a shape; nothing has changed.
+        """
+        writes: dict[tuple[int, int, int], tuple[Group, Rule | None, list[int]]] = {}
+        others: dict[str, Entry] = {}
+        for name, rule in rules.items():
+            number, row = divmod(self._codes[name], GROUP)
+            group = self._groups[number]
+            key = number, id(rule), int(group.schedule[row])
+            if key not in writes:
+                old = group.rule_at(row)
+                chain = replace(old, rule=rule) if isinstance(old, Averaged) else rule
+                writes[key] = group, chain if group.takes(chain) else None, []
+            _, fits, rows = writes[key]
+            if fits is not None:
+                rows.append(row)
+            else:
+                others[name] = with_rule(name, self.entry(name), rule)
+        for name in others.keys() & clips.keys():
+            others[name] = others[name]._replace(clip=clips[name])
+        placed = self.placed(others)
+        with self.guard:
+            for group, fits, rows in writes.values():
+                if fits is not None:
+                    group.change_numbers(np.array(rows), fits, formulas(fits)[0].ranges)
+            for name in clips.keys() - others.keys():
+                group, row = self.row_of(name)
+                self.give_clips(group, np.array([row]), [clips[name]])
+            self.replace_rows(placed)
+        self.sweep()
+
+    def rows_of(self, names: Iterable[str] | None) -> list[tuple[Group, np.ndarray]]:
+        """The rows of some names, by group; those of all for None."""
+        if names is None:
+            return [(group, group.rows()) for group in self._groups.values()]
+        labels = dict.fromkeys(names)
+        codes = np.fromiter(map(self._codes.__getitem__, labels), np.int64, len(labels))
+        numbers = codes // GROUP
+        return [
+            (group, codes[numbers == number] - number * GROUP)
+            for number, group in self._groups.items()
+        ]
+
+    def names_at(self, group: Group, rows: np.ndarray) -> list[str]:
+        """The names that have some rows, oldest first. It looks through all names."""
+        codes = set((rows + group.number * GROUP).tolist())
+        return [name for name, code in self._codes.items() if code in codes]
+
+    def changed_numbers(
+        self,
+        names: Iterable[str] | None,
+        values: Mapping[str, Any],
+        usual: tuple[Any, Rule] | None,
+    ) -> tuple[list[tuple[Group, np.ndarray, Rule]], dict[str, int]]:
+        """What changes with some hyperparameters of some names; nothing is changed yet.
+
+        Args:
+            names: The names; None for all.
+            values: The hyperparameters.
+            usual: A rule that most may have, and the same with these hyperparameters.
+
+        Returns:
+            Rows that are to have the numbers of a rule, and names with new rows.
+
+        Raises:
+            TypeError: The rule of a name has no such hyperparameter.
+            ValueError: A value is out of range.
+        """
+        if self._garbage:
+            self.sweep()
+        writes: list[tuple[Group, np.ndarray, Rule]] = []
+        others: dict[str, Entry] = {}
+        for group, rows in self.rows_of(names):
+            for which in _alike(group, rows, values):
+                mine, old = rows[which], group.rule_at(int(rows[which[0]]))
+                labels, own = partial(self.names_at, group, mine), formulas(old)[0]
+                is_usual = usual is not None and own == usual[0]
+                new = usual[1] if usual is not None and is_usual else changed(labels, own, values)
+                chain = replace(old, rule=new) if isinstance(old, Averaged) else new
+                if group.takes(chain):
+                    writes.append((group, mine, chain))
+                else:
+                    others |= {name: with_rule(name, self.entry(name), new) for name in labels()}
+        return writes, self.placed(others)
+
+    def rename_rows(self, names: Mapping[str, str]) -> None:
+        """Give names new names, in their places."""
+        self._codes = _Codes({names.get(n, n): code for n, code in self._codes.items()})
+        self.last = NOTHING
+
+    def replace_rows(self, placed: Mapping[str, int]) -> None:
+        """Let names have other rows from now on, and look at the last list of names anew."""
+        self._garbage += [self._codes[name] for name in placed if name in self._codes]
+        self._codes.update(placed)
+        last = self.last
+        self.last = NOTHING if placed else self.parted(last.names, last.codes, last.missing)
+
+    def free(self, codes: Iterable[int]) -> None:
+        """Let go of rows."""
+        self._garbage += codes
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Let others take the rows that no name has any more."""
+        with self.guard:
+            while self._garbage:
+                number, row = divmod(self._garbage.pop(), GROUP)
+                self._groups[number].remove(row)
+            self._drop_empty()
+
+
+def _alike(group: Group, rows: np.ndarray, values: Mapping[str, Any]) -> list[np.ndarray]:
+    """Positions of rows of which one may be asked whether hyperparameters fit all.
+
+    They have the same rule, schedules included. Where a number takes the place of a number, and
+    none but its range counts, that is all rows.
+    """
+    if not rows.size:
+        return []
+    known = {name.removeprefix("rule.") for name, place in group.columns if place is None}
+    numbers_alone = known >= values.keys() and all(isinstance(x, Real) for x in values.values())
+    by_itself = type(formulas(group.rule)[0]).__post_init__ is Rule.__post_init__
+    if numbers_alone and by_itself and not group.scheduled:
+        return [np.arange(len(rows))]
+    numbers, schedule = group.numbers[rows], group.schedule[rows]
+    if group.scheduled:
+        # Those of schedules are of the last step.
+        for number in np.unique(schedule).tolist():
+            columns = list(group.schedules[number].columns)
+            numbers[np.ix_(schedule == number, columns)] = 0.0
+    if (numbers == numbers[0]).all() and (schedule == schedule[0]).all():
+        return [np.arange(len(rows))]
+    table = np.column_stack([numbers, schedule])
+    which = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
+    return [np.flatnonzero(which == number) for number in range(which.max() + 1)]
