@@ -16,7 +16,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import array_api_compat
 import numpy as np
 
-from multiopt.engine import Array, Group, Member
+from multiopt.arrays import Array, Member
+from multiopt.engine import Group
 from multiopt.errors import brief
 from multiopt.layout import PARTS_OF, Layout, address, require_dtype
 from multiopt.reference import ReferenceGroup

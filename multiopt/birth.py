@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from multiopt.arrays import Array
 from multiopt.averaging import Averaged
 from multiopt.backend import backend_of, named
-from multiopt.engine import Array, Group
+from multiopt.engine import Group
 from multiopt.entry import (
     Entry,
     chosen,

@@ -14,9 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_64
 
+from multiopt.arrays import Array
 from multiopt.backend import backend_of, named
 from multiopt.durable import replacing
-from multiopt.engine import Array
 from multiopt.errors import CheckpointError
 from multiopt.file_objects import Source, Target, is_path, label, on_disk, write_whole
 from multiopt.layout import Layout

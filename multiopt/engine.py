@@ -22,18 +22,17 @@ makes five calls, whatever the rows are:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import compress
+from collections.abc import Iterable, Sequence
 from math import inf, nan
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from multiopt.arrays import APART, OVERLAPPING, SHARED_GRADIENTS, Array, Arrays, Member, Part
 from multiopt.averaging import Averaged
-from multiopt.layout import Layout, Words, address
-from multiopt.rules.arithmetic import GROW, SHRINK, clip_coefficient, rescaling
+from multiopt.kinds import Numbered, Schedules, kind_of, number_fields, numbers_of, schedules_of
+from multiopt.layout import Layout
+from multiopt.rules.arithmetic import clip_coefficient, norms
 from multiopt.rules.rule import Rule, with_numbers
 
 if TYPE_CHECKING:
@@ -41,187 +40,13 @@ if TYPE_CHECKING:
     from multiopt.step.clip import Clip
 
 __all__ = [
-    "APART",
     "MASTER",
-    "OVERLAPPING",
-    "SHARED_GRADIENTS",
-    "UNKNOWN",
-    "Arrays",
     "Group",
-    "Member",
-    "Numbered",
-    "Part",
-    "Schedules",
-    "formulas",
-    "kind_of",
-    "norms",
-    "number_fields",
-    "numbers_of",
-    "other_fields",
-    "schedules_of",
 ]
 
-#: A thing that has a number.
-Item = TypeVar("Item")
-
-#: An array of any library.
-Array: TypeAlias = Any
-
-#: Whether memory overlaps that a step writes: with nothing; only gradients with each other; a
-#: parameter with something; nobody has looked.
-APART, SHARED_GRADIENTS, OVERLAPPING, UNKNOWN = range(4)
-
-#: What is held where nothing is.
-NO_ARRAYS = np.empty(0, object)
 
 #: The name of the slot that is no rule's: what a 16-bit parameter is rounded from, in float32.
 MASTER = "master_param"
-
-
-class Arrays:
-    """The arrays of a step, by place in its list of names. One object serves all steps.
-
-    Attributes:
-        params: The parameters, an array of objects.
-        grads: The gradients, likewise; None for a name that is to be left alone.
-        own: Whether the gradients are the parameters' own, as torch's ``.grad``.
-        spans: Where memory that is written or read begins, and where it ends: of parameters first,
-            then of gradients. Zero where there is none.
-        order: The order of the beginnings at the last step, of as many; None before the first.
-        overlap: Whether memory that is written overlaps with any other, as far as it is known.
-        words: What compiled code is told: the identities of ``params`` and ``grads``, the addresses
-            of the beginnings and of the ends, how many parameters there are, the address of
-            ``order`` or 0.
-    """
-
-    __slots__ = ("_room", "grads", "order", "overlap", "own", "params", "spans", "words")
-
-    def __init__(self) -> None:
-        """Hold none."""
-        self.release()
-        self._room = self.spans = np.zeros((2, 0), np.int64)
-        self.words = Words(6)
-        self.own, self.overlap = False, UNKNOWN
-        self.order: np.ndarray | None = None
-
-    def take(self, params: np.ndarray, grads: np.ndarray, own: bool) -> None:
-        """Hold those of a step, of which nothing is looked at yet."""
-        self.params, self.grads, self.own = params, grads, own
-        values, count = self.words.values, 2 * len(params)
-        values[0], values[1] = id(params), id(grads)
-        if count != self.spans.shape[1]:
-            if count > self._room.shape[1]:
-                self._room = np.zeros((2, 2 * count), np.int64)
-                values[2] = start = address(self._room)
-                values[3] = start + self._room.strides[0]
-            self.spans = self._room[:, :count]
-            values[4], values[5], self.order = len(params), 0, None
-        self.spans.fill(0)
-        self.overlap = UNKNOWN
-
-    def release(self) -> None:
-        """Hold none any more."""
-        self.params = self.grads = NO_ARRAYS
-
-    def set_order(self, order: np.ndarray) -> None:
-        """Remember the order of the beginnings."""
-        self.order, self.words.values[5] = order, address(order)
-
-
-@dataclass(slots=True, eq=False)
-class Part:
-    """The rows of a group that a step is about.
-
-    Attributes:
-        group: The group.
-        rows: The rows.
-        places: The place of each in the list of names of the step.
-        at: The addresses of the two.
-        fresh: The positions in ``rows`` of those that are new; None if none is.
-        odd: After ``look``, the positions in ``rows`` that need to be lent something.
-        owned: After ``look``, whether all arrays are known to own their memory, so that two of them
-            overlap only if they are one object.
-        params: The parameters, for engines that keep a list.
-        grads: The gradients, likewise.
-        norms: After ``clip_by_norm``, by position the norm of the gradient; -1 for no bound.
-        clipped: After ``run``, for each row whether its gradient was clipped, as far as the host
-            knows; None for no clips.
-        limited: By position, the same as a value on a device, of which only that knows; None for
-            no such values.
-    """
-
-    group: "Group"
-    rows: np.ndarray
-    places: np.ndarray
-    at: tuple[int, int]
-    fresh: np.ndarray | None = None
-    odd: Sequence[int] = ()
-    owned: bool = False
-    params: Any = ()
-    grads: Any = ()
-    norms: np.ndarray | None = None
-    clipped: np.ndarray | None = None
-    limited: Mapping[int, Any] | None = None
-
-    def take(self, rows: np.ndarray, places: np.ndarray) -> None:
-        """Be about these rows, at these places."""
-        self.rows, self.places, self.at = rows, places, (address(rows), address(places))
-
-    def keep(self, which: np.ndarray) -> None:
-        """Leave out the rows that are not marked."""
-        self.take(self.rows[which], self.places[which])
-        if self.params:
-            self.params = list(compress(self.params, which))
-            self.grads = list(compress(self.grads, which))
-
-
-@dataclass(slots=True)
-class Member:
-    """One parameter of a step, as Python has looked at it.
-
-    Attributes:
-        name: Its name.
-        place: Its place in the list of names.
-        row: Its row.
-        backend: The backend of its library.
-        param: Its array, or the parts of a complex one.
-        grad: Its gradient, likewise, which nothing may change.
-        layout: Its layout.
-        slots: Its slots, where the engine is the rule as it stands.
-        master: What a 16-bit parameter was rounded from, if that is kept.
-        rule: The rule, with the numbers of this step.
-        scalars: The coefficients of this step, rounded to the compute dtype.
-        scales: Clip coefficients, rounded likewise, applied one after the other.
-        bound: Bound of each element of the scaled gradient, rounded likewise, or None.
-    """
-
-    name: str
-    place: int
-    row: int
-    backend: "Backend"
-    param: Array
-    grad: Array
-    layout: Layout
-    slots: tuple[Array, ...] = ()
-    master: Array | None = None
-    rule: Rule | None = None
-    scalars: Any = None
-    scales: list[float] = field(default_factory=list)
-    bound: float | None = None
-
-
-class Schedules(NamedTuple):
-    """The hyperparameters of a row that are schedules.
-
-    Attributes:
-        columns: Of each, its column of numbers.
-        names: The hyperparameter.
-        schedules: The callable.
-    """
-
-    columns: tuple[int, ...]
-    names: tuple[str, ...]
-    schedules: tuple[Callable[[int], float], ...]
 
 
 class Group(ABC):
@@ -575,135 +400,3 @@ class Group(ABC):
     @abstractmethod
     def forget(self, part: Part) -> None:
         """Hold nothing of a step any more, whether it ended or not."""
-
-
-class Numbered(Generic[Item]):
-    """Things by small numbers, which columns hold; what no column holds any more is let go.
-
-    Args:
-        key: What tells the thing apart that has the number 0.
-        item: That thing.
-    """
-
-    def __init__(self, key: Hashable, item: Item) -> None:
-        """Have one thing."""
-        self._items: dict[int, Item] = {0: item}
-        self._keys: dict[int, Hashable] = {0: key}
-        self._numbers: dict[Hashable, int] = {key: 0}
-        self._next, self._most = 1, 16
-
-    def number(self, key: Hashable, item: Item, column: Callable[[], np.ndarray]) -> int:
-        """The number of a thing.
-
-        Args:
-            key: What tells it apart.
-            item: The thing, which is held, so that an ``id`` in its key stays its own.
-            column: The numbers that are in use.
-        """
-        if key not in self._numbers:
-            if len(self._items) > self._most:
-                used = {0, *np.unique(column()).tolist()}
-                for number in self._items.keys() - used:
-                    del self._items[number], self._numbers[self._keys.pop(number)]
-                self._most = 16 + 2 * len(used)
-            self._items[self._next], self._keys[self._next] = item, key
-            self._numbers[key] = self._next
-            self._next += 1
-        return self._numbers[key]
-
-    def having(self, test: Callable[[Item], bool]) -> list[tuple[int, Item]]:
-        """The things that pass a test, with their numbers."""
-        return [(number, item) for number, item in self._items.items() if test(item)]
-
-    def __getitem__(self, number: int) -> Item:
-        """The thing that has a number."""
-        return self._items[number]
-
-
-def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
-    """The numbers among the hyperparameters: field, and place in it where the field is a tuple.
-
-    None in the place of a number is a choice.
-    """
-    found: list[tuple[str, int | None]] = [
-        (f"{inner}.{name}", place)
-        for inner in rule.nested
-        for name, place in number_fields(getattr(rule, inner))
-    ]
-    for name in rule.ranges:
-        value = getattr(rule, name)
-        if isinstance(value, tuple):
-            found += [(name, place) for place, part in enumerate(value) if part is not None]
-        elif value is not None:
-            found.append((name, None))
-    return found
-
-
-def other_fields(rule: Rule) -> dict[str, Any]:
-    """The hyperparameters that are no numbers: switches, and choices of other kinds."""
-    declared = {*rule.ranges, *rule.nested}
-    found = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in declared}
-    for inner in rule.nested:
-        found |= {f"{inner}.{name}": x for name, x in other_fields(getattr(rule, inner)).items()}
-    return found
-
-
-def formulas(rule: Rule) -> list[Rule]:
-    """The rules whose formulas a rule computes: those in it, or itself."""
-    return [getattr(rule, inner) for inner in rule.nested] or [rule]
-
-
-def kind_of(rule: Rule) -> Hashable | None:
-    """What rules have in common that may share a group: all but the values of their numbers.
-
-    None if that cannot be looked up, for a choice is a list, say.
-    """
-    choices = tuple(other_fields(rule).items())
-    computed = tuple((type(part), part.update, part.slots) for part in formulas(rule))
-    kind = computed, tuple(number_fields(rule)), choices
-    try:
-        hash(kind)
-    except TypeError:
-        return None
-    return kind
-
-
-def numbers_of(rule: Rule, columns: Sequence[tuple[str, int | None]]) -> list[float]:
-    """The numbers of a rule; NaN in the place of a schedule."""
-    return [nan if callable(value) else value for value in _values_of(rule, columns)]
-
-
-def schedules_of(rule: Rule, columns: Sequence[tuple[str, int | None]]) -> Schedules:
-    """The schedules of a rule."""
-    found = [
-        (number, columns[number][0], value)
-        for number, value in enumerate(_values_of(rule, columns))
-        if callable(value)
-    ]
-    return Schedules(*zip(*found, strict=True)) if found else Schedules((), (), ())
-
-
-def _values_of(rule: Rule, columns: Sequence[tuple[str, int | None]]) -> list[Any]:
-    values = [(attrgetter(name)(rule), place) for name, place in columns]
-    return [value if place is None else value[place] for value, place in values]
-
-
-def norms(count: int, squares: Callable[[np.ndarray, float], np.ndarray]) -> np.ndarray:
-    """Norms that neither overflow nor underflow.
-
-    A sum of squares near the ends of float64's range is taken again of scaled gradients.
-
-    Args:
-        count: How many norms.
-        squares: For some of them the sums of squares of the gradients times a factor.
-    """
-    if not count:
-        return np.empty(0)
-    totals = squares(np.arange(count), 1.0)
-    found: np.ndarray = np.sqrt(totals)
-    factors = rescaling(np, totals)
-    for factor in (SHRINK, GROW):
-        which = np.flatnonzero(factors == factor)
-        if which.size:
-            found[which] = np.sqrt(squares(which, factor)) / factor
-    return found

@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from multiopt import checkpoint
+from multiopt.arrays import Array
 from multiopt.averaging import Average
 from multiopt.checkpoint import Contents
-from multiopt.engine import Array, formulas
 from multiopt.entry import Changed, changed, check_average, check_clip, check_rule
 from multiopt.errors import CheckpointError, brief
 from multiopt.file_objects import Source, Target, label
 from multiopt.guard import Guard, exclusive, mending
+from multiopt.kinds import formulas
 from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
 from multiopt.plateaus import warn_of_plateaus
 from multiopt.registry import Registry

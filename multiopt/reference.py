@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from multiopt.engine import Array, Arrays, Group, Member, Part
+from multiopt.arrays import Array, Arrays, Member, Part
+from multiopt.engine import Group
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend, Result

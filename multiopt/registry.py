@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from multiopt.arrays import Array, Arrays, Part
 from multiopt.averaging import Average, Averaged
 from multiopt.backend import named
 from multiopt.birth import Undo, begin, move
-from multiopt.engine import Array, Arrays, Part
 from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
 from multiopt.guard import Guard
 from multiopt.rules import Rule

@@ -25,9 +25,10 @@ import numpy as np
 
 from multiopt.averaging import Averaged
 from multiopt.backend import named
-from multiopt.engine import Group, Numbered, formulas, kind_of
+from multiopt.engine import Group
 from multiopt.entry import Entry, all_slots, chained, changed, unchained, with_rule
 from multiopt.guard import Guard
+from multiopt.kinds import Numbered, formulas, kind_of
 from multiopt.layout import Layout, address
 from multiopt.rules import Rule
 from multiopt.step.checks import check_name

@@ -7,7 +7,7 @@ import hypothesis
 import jax
 import pytest
 
-from multiopt.engine import Arrays
+from multiopt.arrays import Arrays
 from multiopt_numpy.compiled.group import CompiledGroup
 from tests.libraries import LIBRARIES, Library, missing
 

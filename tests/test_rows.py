@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import multiopt as mo
-from multiopt.engine import Group, Part
 from multiopt import registry as registries
+from multiopt.arrays import Part
+from multiopt.engine import Group
 from multiopt.registry import Registry
 from multiopt_numpy.host import HostGroup
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine

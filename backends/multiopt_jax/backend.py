@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from multiopt.arrays import Member
 from multiopt.backend import Array, Backend
-from multiopt.engine import Group, Member
+from multiopt.engine import Group
 from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines

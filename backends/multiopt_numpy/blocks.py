@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multiopt.engine import Arrays, Part, other_fields
+from multiopt.arrays import Arrays, Part
+from multiopt.kinds import other_fields
 from multiopt.rules.arithmetic import BLOCK, block_sums, clamp, rounded, tree_sum
 from multiopt.rules.rule import named, namespace
 from multiopt_numpy.host import LARGE, HostGroup, Loan

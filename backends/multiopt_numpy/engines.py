@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
-from multiopt.engine import Group, formulas, kind_of
+from multiopt.engine import Group
+from multiopt.kinds import formulas, kind_of
 from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
 from multiopt_numpy.blocks import BlockedGroup

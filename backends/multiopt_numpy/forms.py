@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import isnan
 from typing import Any
 
-from multiopt.engine import number_fields, numbers_of, other_fields
+from multiopt.kinds import number_fields, numbers_of, other_fields
 from multiopt.rules import Rule
 from multiopt.rules.rule import with_numbers
 from multiopt_numpy.trace import Kind, NotTraceable, Trace, attempt, trace_scalars

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from multiopt.arrays import Member
 from multiopt.backend import Array, Backend, Result
-from multiopt.engine import Group, Member
+from multiopt.engine import Group
 from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines

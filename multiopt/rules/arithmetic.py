@@ -24,6 +24,7 @@ __all__ = [
     "clip_coefficient",
     "maximum",
     "means",
+    "norms",
     "one_minus_power",
     "power",
     "rescaling",
@@ -253,6 +254,27 @@ def rescaling(xp: Any, total: Any) -> Any:
     ``SHRINK`` where it is near overflow, ``GROW`` where it is near underflow, 1 where it is exact.
     """
     return xp.where(total < 2.0**1000, xp.where(total < 2.0**-900, GROW, 1.0), SHRINK)
+
+
+def norms(count: int, squares: Callable[[np.ndarray, float], np.ndarray]) -> np.ndarray:
+    """Norms that neither overflow nor underflow.
+
+    A sum of squares near the ends of float64's range is taken again of scaled gradients.
+
+    Args:
+        count: How many norms.
+        squares: For some of them the sums of squares of the gradients times a factor.
+    """
+    if not count:
+        return np.empty(0)
+    totals = squares(np.arange(count), 1.0)
+    found: np.ndarray = np.sqrt(totals)
+    factors = rescaling(np, totals)
+    for factor in (SHRINK, GROW):
+        which = np.flatnonzero(factors == factor)
+        if which.size:
+            found[which] = np.sqrt(squares(which, factor)) / factor
+    return found
 
 
 def sum_of_squares(xp: Any, x: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from multiopt.arrays import Array, Member
 from multiopt.backend import backend_of
-from multiopt.engine import Array, Member
 from multiopt.errors import brief
 from multiopt.layout import Layout
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from multiopt.engine import Part
+from multiopt.arrays import Part
 from multiopt.errors import brief
 from multiopt.rules.arithmetic import Host, clip_coefficient, rescaling, tree_sum
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from multiopt.arrays import Part
 from multiopt.backend import identities
-from multiopt.engine import Group, Part
+from multiopt.engine import Group
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_shared
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from multiopt.engine import Part
+from multiopt.arrays import Part
 from multiopt.step.clip import Clip
 
 __all__ = ["Outcome", "Report", "abridged"]

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
+from multiopt.arrays import APART, SHARED_GRADIENTS, UNKNOWN, Array, Arrays, Member, Part
 from multiopt.backend import backend_of
-from multiopt.engine import APART, SHARED_GRADIENTS, UNKNOWN, Array, Arrays, Group, Member, Part
+from multiopt.engine import Group
 from multiopt.layout import Layout
 from multiopt.step.checks import (
     check_layout,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from multiopt.engine import APART, UNKNOWN, Array, Arrays, Part
+from multiopt.arrays import APART, UNKNOWN, Array, Arrays, Part
 from multiopt.layout import Words, address
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels

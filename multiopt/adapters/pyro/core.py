@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from multiopt.arrays import Array
 from multiopt.backend import named
-from multiopt.engine import Array
 from multiopt.entry import Entry, chosen_average, restored, restored_average, slot_shapes
 from multiopt.layout import Layout
 from multiopt.optimizer import Optimizer

@@ -53,9 +53,9 @@ from multiopt.adapters.torch_state import (
     read,
     whole_number,
 )
+from multiopt.arrays import Array
 from multiopt.averaging import Average
 from multiopt.backend import identities, named
-from multiopt.engine import Array
 from multiopt.entry import (
     check_slot_names,
     described,
