@@ -107,9 +107,10 @@ class ReferenceGroup(Group):
         members = self._members_of(part)
         for member in members:
             row = member.row
-            rule = self.rule_now(row)
-            member.rule = rule
-            member.scalars = rule.coefficients(int(self.steps[row]) + 1, self.dtype.name)
+            # Which slots there are, and so the formula, the kind says: a schedule may give a zero.
+            member.rule = self.rule
+            numbers = self.rule_now(row)
+            member.scalars = numbers.coefficients(int(self.steps[row]) + 1, self.dtype.name)
             member.scales = [float(self.own[row]), float(self.shared[row])]
             bound = float(self.bound[row])
             member.bound = None if bound == np.inf else bound
