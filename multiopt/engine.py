@@ -39,10 +39,7 @@ if TYPE_CHECKING:
     from multiopt.backend import Backend
     from multiopt.step.clip import Clip
 
-__all__ = [
-    "MASTER",
-    "Group",
-]
+__all__ = ["MASTER", "Group"]
 
 
 #: The name of the slot that is no rule's: what a 16-bit parameter is rounded from, in float32.

@@ -6,7 +6,7 @@
 >>> columns = number_fields(rule)
 >>> [name for name, _ in columns], numbers_of(rule, columns)
 (['lr', 'momentum', 'dampening', 'weight_decay'], [0.5, 0.9, 0.0, 0.0])
->>> [kind_of(rule) == kind_of(other) for other in (SGD(lr=0.1), SGD(maximize=True))]
+>>> [kind_of(rule) == kind_of(other) for other in (SGD(momentum=0.5), SGD(maximize=True))]
 [True, False]
 """
 

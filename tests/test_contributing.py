@@ -21,7 +21,7 @@ MODULES = ("multiopt", "multiopt_numpy", "multiopt_torch", "multiopt_jax")
 OTHERS = re.compile(r"^(np|rule|opt|array_api_compat)\.|\.(py|md|json|toml)$")
 
 #: What the arguments of engines are.
-ARGUMENTS = {"part": "engine.Part", "arrays": "engine.Arrays"}
+ARGUMENTS = {"part": "arrays.Part", "arrays": "arrays.Arrays"}
 
 
 def sections() -> list[tuple[str, str]]:
@@ -34,7 +34,9 @@ def sections() -> list[tuple[str, str]]:
 def found(dotted: str) -> Any:
     """What a name stands for that begins with a package, or with a module of ``multiopt``."""
     first, *rest = dotted.split(".")
-    names = [*ARGUMENTS.get(first, first).split("."), *rest]
+    # ``arrays.spans`` is of an argument, ``arrays.Part`` of a module.
+    start = ARGUMENTS.get(first, first) if rest[0].islower() else first
+    names = [*start.split("."), *rest]
     if names[0] not in MODULES:
         names = ["multiopt", *names]
     at, thing = 1, import_module(names[0])
