@@ -164,3 +164,35 @@ def test_a_handler_that_looks_takes_no_loaded_state(monkeypatch: pytest.MonkeyPa
     call()
     assert "momentum_buffer" in opt.optim_objs[tensors[0]].state_dict()["state"][0]
     assert not opt._state_waiting_to_be_consumed
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_loaded_state_mends_what_a_handler_has_torn(
+    scheduled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: Any) -> None:
+        raise TimeoutError("the time is up")
+
+    opt, tensors, call = started(scheduled)
+    before, state = seen_values(tensors), opt.get_state()
+    call()
+    expected = seen_values(tensors), opt.get_state()
+    opt, tensors, call = started(scheduled)
+    with handling({signal.SIGTERM: give_up}):
+        hit_once(monkeypatch)
+        with pytest.raises(TimeoutError):
+            call()
+    for refused in (call, opt.get_state):
+        with pytest.raises(RuntimeError, match="the time is up"):
+            refused()
+    # Parameters of before, and the state that belongs to them.
+    with torch.no_grad():
+        for tensor, values in zip(tensors, before, strict=True):
+            tensor.copy_(torch.tensor(values))
+    opt.set_state(state)
+    call()
+    assert (seen_values(tensors), str(opt.get_state())) == (expected[0], str(expected[1]))
+
+
+def seen_values(tensors: list[torch.Tensor]) -> list[Any]:
+    return [tensor.tolist() for tensor in tensors]

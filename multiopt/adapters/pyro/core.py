@@ -30,6 +30,19 @@ class Core(Optimizer):
         # Pyro passes over tensors without a gradient, whatever they are.
         self._registry.needs_gradients = False
 
+    def check_whole(self, what: str) -> None:
+        """Refuse to show what is torn."""
+        self._guard.check_whole(what)
+
+    def end_torn(self) -> bool:
+        """Whether it was torn; then it holds nothing any more, and may begin anew."""
+        if self._guard.torn is None:
+            return False
+        with self._guard:
+            self._registry.forget(self._registry.known())
+            self._guard.torn = None
+        return True
+
     def check_free(self, what: str) -> None:
         """Refuse a change in the middle of a step."""
         self._guard.check(what)

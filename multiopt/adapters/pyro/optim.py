@@ -727,6 +727,12 @@ class JointOptim(PyroOptim):
                     raise CheckpointError(REMEDY.sub(remedy, str(error))) from None
             for stored in loaded.values():
                 restored_plateaus(rule, stored["rule"])
+        if self._core.end_torn():
+            # Every tensor begins anew: with the state of its name, if there is some.
+            self._ids = b""
+            for tracked in self._tensors:
+                self._sources.unwatch(tracked)
+                self._tensors.remove(tracked)
         self._state_waiting_to_be_consumed.update(loaded)
         clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
         self._core.resume(max(clocks, default=0) if steps is None else steps)
@@ -797,6 +803,7 @@ class JointOptim(PyroOptim):
 
     def _stored(self) -> dict[str, dict[str, Any]]:
         """The state by label as a state dict has it: of tensors that have a name, and waiting."""
+        self._core.check_whole("the state of the optimizer")
         self._forget_abandoned()
         self._follow_if_free()
         found = {}
