@@ -140,7 +140,7 @@ FAULTS = [
         "backends/multiopt_numpy/engines.py",
         ' or not all(kind.__module__.startswith("multiopt.") for kind in kinds)',
         "",
-        "test_trace.py::test_an_edited_rule_is_a_new_one_for_the_next_optimizer",
+        "test_trace.py::test_an_edited_rule_is_a_new_one_for_the_next_optimizer[SCALE-3.0-compiled]",
     ),
     Fault(
         "JAX computed by XLA",
