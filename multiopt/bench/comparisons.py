@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import multiopt as mo
-from multiopt.bench import files, svi
+from multiopt.bench import files, svi, varies
 from multiopt.bench.memory import stream
 from multiopt.bench.ours import distinct, drop_in, on_jax, on_numpy, on_torch
 from multiopt.bench.paired import Side
@@ -78,6 +78,9 @@ NUMPY, TORCH, FUSED = on_numpy(), on_torch(), in_torch("fused")
 BLOCKS = on_numpy("NumPy without fast")
 CLIP = {"clip_norm": 1.0}
 
+#: Where a variation of ten arrays has a target of its own.
+VARIATION_TARGETS = {"a gradient missing": 1.2, "two dtypes": 2.1, "two rules": 1.9}
+
 CHECKPOINT: Any = {"unit": TIME, "turns": ("cold",), "alike": False}
 
 COMPARISONS = (
@@ -145,6 +148,44 @@ COMPARISONS = (
         for side, against in (
             (files.save, files.safetensors_save()),
             (files.load, files.safetensors_load()),
+        )
+    ),
+    *(
+        Comparison(
+            *("varies", "few small", varies.varying(what), NUMPY, VARIATION_TARGETS.get(what, 2.5)),
+            unit=TIME,
+            turns=("hot",),
+            alike=False,
+        )
+        for what in varies.VARIATIONS
+    ),
+    *(
+        Comparison("varies", work, side, NUMPY, target, unit=TIME, turns=("hot",), alike=False)
+        for work, side, target in (
+            ("many small", varies.changed_rate(), 1.15),
+            ("many small", varies.scheduled(), 1.15),
+            ("many new", varies.one_new(), 2.0),
+        )
+    ),
+    *(
+        Comparison(
+            *("varies", work, varies.drawn(library), varies.in_turn(library), target),
+            unit=TIME,
+            turns=("hot",),
+            alike=False,
+        )
+        for library, targets in (("NumPy", (1.3, 1.8)), ("torch", (1.3, 2.2)))
+        for work, target in zip(("many small", "thousands"), targets, strict=True)
+    ),
+    *(
+        Comparison(
+            "varies", work, side("drop-in"), side("pyro.optim"), target, alike=False, turns=("hot",)
+        )
+        for work, side, target in (
+            ("many small", varies.drawn_by, 35),
+            ("thousands", varies.drawn_by, 35),
+            ("two thousand", varies.one_of_all, 2.5),
+            ("many small", varies.moved_by, 20),
         )
     ),
     Comparison(

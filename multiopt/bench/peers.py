@@ -172,16 +172,8 @@ def torch_values(leaves: dict[str, Any]) -> Arrays:
     return {name: leaf.detach().numpy() for name, leaf in leaves.items()}
 
 
-def pyro_run(
-    work: Work, optimizer_class: Callable[..., Any], clip_args: dict[str, Any] | None
-) -> Run:
-    """A run of an optimizer of ``pyro.optim``, or of one that takes its place.
-
-    Args:
-        work: The parameters; they are put into Pyro's store.
-        optimizer_class: Called with the settings of the optimizer and those of the clip.
-        clip_args: The settings of the clip, or None.
-    """
+def pyro_leaves(work: Work) -> dict[str, Any]:
+    """The work as unconstrained parameters of Pyro's store, which have a gradient."""
     import pyro
 
     def made() -> dict[str, Any]:
@@ -193,7 +185,20 @@ def pyro_run(
             leaves[name].grad = given.grad
         return leaves
 
-    leaves = _shared(("pyro", work), made)
+    return _shared(("pyro", work), made)
+
+
+def pyro_run(
+    work: Work, optimizer_class: Callable[..., Any], clip_args: dict[str, Any] | None
+) -> Run:
+    """A run of an optimizer of ``pyro.optim``, or of one that takes its place.
+
+    Args:
+        work: The parameters; they are put into Pyro's store.
+        optimizer_class: Called with the settings of the optimizer and those of the clip.
+        clip_args: The settings of the clip, or None.
+    """
+    leaves = pyro_leaves(work)
     optimizer = optimizer_class({"lr": LR}, clip_args)
     params = set(leaves.values())
     return Run(lambda: optimizer(params), lambda: torch_values(leaves))
