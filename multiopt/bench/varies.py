@@ -149,7 +149,6 @@ def one_new() -> Side:
             name = f"new {next(numbers)}"
             more, its = np.ones(shape, np.float32), np.ones(shape, np.float32)
             opt.step({**params, name: more}, {**grads, name: its})
-            opt.forget(name)
 
         return Run(step, lambda: params)
 
