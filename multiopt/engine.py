@@ -59,10 +59,13 @@ class Group(ABC):
         columns: The hyperparameters that are numbers, with the place in those that are tuples.
         kind: What rules have in common that may share it.
         steps: By row, how many steps were taken: the clock.
-        numbers: By row, the hyperparameters that are numbers, in the order of ``columns``; those
-            that are schedules have the number of the last step.
+        numbers: By row, the hyperparameters that are numbers, in the order of ``columns``; for a
+            schedule what it gave last.
         shapes: By row, the shape, parts of complex ones included.
     """
+
+    #: Whether ``look`` itself fills the spans of all arrays that it takes as they are.
+    fills_spans: ClassVar = False
 
     #: What a new row has in each column.
     FRESH: ClassVar = {
@@ -297,7 +300,7 @@ class Group(ABC):
         Args:
             part: The part.
             arrays: The arrays of the step.
-            last: Whether it is the last part of the step, so that ``arrays.overlap`` may be told.
+            last: Whether all other spans are filled, so that ``arrays.overlap`` may be told.
         """
 
     def locate(self, part: Part, arrays: Arrays) -> None:  # noqa: B027 -- most have nothing to do

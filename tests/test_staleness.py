@@ -391,6 +391,25 @@ def test_two_names_may_not_come_to_share_memory(name: str, how: str) -> None:
     pair.step(params, grads)
 
 
+@pytest.mark.parametrize(
+    "kinds", [("blocks", "compiled"), ("compiled", "blocks"), ("plain", "compiled")]
+)
+def test_names_of_two_engines_may_not_share_memory(kinds: tuple[str, str]) -> None:
+    """One was begun before ``MULTIOPT_ENGINE`` was set."""
+    memory, opt = np.ones(20, np.float32), mo.Optimizer(mo.Adam())
+    params, grads = {"a": memory[:10], "b": memory[10:]}, dict.fromkeys("ab", np.ones(10, "f"))
+    for name, kind in zip("ab", kinds, strict=True):
+        with engine(kind):
+            opt.step({name: params[name]}, {name: grads[name]})
+    for _ in range(3):
+        opt.step(params, grads)
+    before = memory.copy()
+    with pytest.raises(ValueError, match="'a' and 'b' share memory"):
+        opt.step({**params, "b": memory[5:15]}, grads)
+    assert_equal(memory, before)
+    opt.step(params, grads)
+
+
 OVERLAPS: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
     "the parameter itself": lambda p, g: {**g, "b": p["b"]},
     "a view of the parameter": lambda p, g: {**g, "b": p["b"][:]},

@@ -126,10 +126,11 @@ class Step:
         """
         arrays, parts = self._arrays, self.parts
         odd: list[tuple[Part, int]] = []
-        empty, last = 0, len(parts) - 1
+        empty, last, filled = 0, len(parts) - 1, True
         for k, part in enumerate(parts):
             group = part.group
-            group.look(part, arrays, k == last)
+            filled = filled and group.fills_spans
+            group.look(part, arrays, filled and k == last)
             empty += group.empty
             if part.odd:
                 odd += [(part, position) for position in part.odd]

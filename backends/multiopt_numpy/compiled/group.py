@@ -56,15 +56,15 @@ class CompiledGroup(HostGroup):
 
     Args:
         backend: As for ``Group``.
-        layout: Likewise.
-        rule: Likewise.
-        has_masters: Likewise.
+        layout, rule, has_masters: Likewise.
         kernel: The update.
         given: Whether it gets coefficients and computes none.
         look: How to look at the arrays; None if all are lent.
     """
 
     FRESH: ClassVar = {**HostGroup.FRESH, "clipped": (np.uint8, 0), "bad": (np.uint8, 0)}
+
+    fills_spans: ClassVar = True
 
     clipped: np.ndarray
     bad: np.ndarray
@@ -86,7 +86,7 @@ class CompiledGroup(HostGroup):
         self._table = np.zeros((0, 0), np.int64)
         #: By shape, its numbers in memory and how many rows have it.
         self._shapes: dict[tuple[int, ...], tuple[np.ndarray, list[int]]] = {}
-        #: How many elements all rows have, and how many rows have no dimensions.
+        # How many elements all rows have, and how many rows have no dimensions.
         self._elements = self._scalars = 0
         self._found = np.empty((3, 0), np.int64)
         self._answer = Words(1)
