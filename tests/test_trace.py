@@ -51,7 +51,7 @@ def run_as_python(text: str, dtype: str) -> dict[str, Any]:
         "dtype": np.dtype(dtype).type,
         "inf": math.inf,
         "nan": math.nan,
-        "njit": lambda function: function,
+        **dict.fromkeys(("njit", "inlined"), lambda function: function),
         "sqrt": np.sqrt,
     }
     exec(text, known)
