@@ -28,9 +28,15 @@ def vectors(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(backend, "PACKAGES", {**backend.PACKAGES})
     exec(compile(code, str(PAGE), "exec"), module.__dict__)
     backend.PACKAGES["vectors"] = "vectors"  # type: ignore[index]
-    backend.named.cache_clear()
+    forget_backends()
     yield module
+    forget_backends()
+
+
+def forget_backends() -> None:
+    """Let each be found anew, by name and by type: or a test would know two of a library."""
     backend.named.cache_clear()
+    backend._backend_by_type.clear()
 
 
 def blocks() -> list[str]:
