@@ -223,22 +223,18 @@ class Registry(Table):
         """The gradients that parameters carry themselves."""
         names, grads = rows.names, None
         # At first sight each is asked by itself whether it can have one.
-        missing = rows.missing
-        asked = {k: own_gradient(names[k], params[k]) for k in missing}
-        backends = {part[0].backend for part in rows.parts}
-        if len(backends) == 1 and len(missing) < len(names):
-            grads = backends.pop().gradients(params)
+        asked = {k: own_gradient(names[k], params[k]) for k in rows.missing}
+        if rows.backend is not None:
+            grads = rows.backend.gradients(params)
         if grads is None:
             found = [
                 asked[k] if k in asked else own_gradient(name, params[k])
                 for k, name in enumerate(names)
             ]
             grads = np.fromiter(found, object, len(found))
-        if self.needs_gradients:
+        if self.needs_gradients and not (names and grads[0] is not None):
             check_gradients(names, params, grads)
         return grads
-
-    # Names that are new, or have moved
 
     # What a step leaves behind
 

@@ -59,7 +59,7 @@ class _Codes(dict[str, int]):
 
 
 #: No names.
-NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [])
+NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [], None)
 
 
 class Table:
@@ -212,7 +212,9 @@ class Table:
         scheduled = any(group.scheduled for group in groups)
         clipping = any(group.clipping for group in groups)
         together = self._together(names, parts) if clipping else None
-        return Rows(names, codes, parts, scheduled, clipping, together, missing)
+        backends = {group.backend for group in groups}
+        backend = backends.pop() if len(backends) == 1 else None
+        return Rows(names, codes, parts, scheduled, clipping, together, missing, backend)
 
     def _together(self, names: Sequence[str], parts: Iterable[RowsOfGroup]) -> Together | None:
         """The clips of some rows that measure several gradients together."""

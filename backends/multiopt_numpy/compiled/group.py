@@ -256,7 +256,7 @@ class CompiledGroup(HostGroup):
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
         """See ``Group``."""
-        rows, kernel = part.rows, norm_kernels(self.dtype.name)["finite"]
+        rows, kernel = part.rows, norm_kernels(self.layout.compute_dtype)["finite"]
         self.bad[rows] = 0
         if self._elements > MANY and self._is_large(rows):
             self._share(kernel, rows, threads, [address(self.bad)])
@@ -271,7 +271,7 @@ class CompiledGroup(HostGroup):
         self, part: Part, which: np.ndarray, factor: float, threads: int | None
     ) -> np.ndarray:
         """See ``Group``."""
-        kernels, rows = norm_kernels(self.dtype.name), part.rows[which]
+        kernels, rows = norm_kernels(self.layout.compute_dtype), part.rows[which]
         factors, totals = np.array([factor]), np.zeros(len(rows))
         if not self._elements > MANY or not self._is_large(rows):
             columns = (rows, self.own, factors, self._room, totals)
@@ -295,7 +295,7 @@ class CompiledGroup(HostGroup):
             return
         words = self._measure.values
         words[0], words[1] = part.at[0], len(part.rows)
-        norm_kernels(self.dtype.name)["measure"].alone(self._measure.address)
+        norm_kernels(self.layout.compute_dtype)["measure"].alone(self._measure.address)
         part.norms = self.norm[part.rows]
 
     # Updating
@@ -328,7 +328,7 @@ class CompiledGroup(HostGroup):
         for row, values, step in zip(rows.tolist(), numbers, steps.tolist(), strict=True):
             key = values.tobytes() + step.to_bytes(8, "little")
             if key not in known:
-                known[key] = list(self.rule_now(row).coefficients(step, self.dtype.name))
+                known[key] = list(self.rule_now(row).coefficients(step, self.layout.compute_dtype))
             coefficients[row] = known[key]
 
     def _run(self, part: Part) -> None:
