@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MASTER", "Group"]
 
-
 #: The name of the slot that is no rule's: what a 16-bit parameter is rounded from, in float32.
 MASTER = "master_param"
 

@@ -29,6 +29,7 @@ from multiopt.arrays import Array, Arrays, Part
 from multiopt.averaging import Average, Averaged
 from multiopt.backend import named
 from multiopt.birth import Undo, begin, move
+from multiopt.changes import changed_numbers
 from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
 from multiopt.guard import Guard
 from multiopt.rules import Rule
@@ -362,7 +363,7 @@ class Registry(Table):
             ValueError: A value is out of range; nothing has changed.
         """
         usual = (self.rule, rule) if isinstance(rule, Rule) else None
-        writes, placed = self.changed_numbers(names, values, usual)
+        writes, placed = changed_numbers(self, names, values, usual)
         with self.guard:
             for group, rows, new in writes:
                 group.change_numbers(rows, new, values)

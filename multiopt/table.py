@@ -16,17 +16,13 @@ the number of the group and the row in it.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from multiopt.averaging import Averaged
 from multiopt.backend import named
 from multiopt.engine import Group
-from multiopt.entry import Entry, all_slots, chained, changed, unchained, with_rule
+from multiopt.entry import Entry, all_slots, chained, unchained
 from multiopt.guard import Guard
 from multiopt.kinds import Numbered, formulas, kind_of
 from multiopt.layout import Layout, address
@@ -304,40 +300,6 @@ class Table:
             self.replace_rows(placed)
         self.sweep()
 
-    def change(self, rules: Mapping[str, Rule], clips: Mapping[str, Clip | None]) -> None:
-        """Change the rules of some names, and the clips of some of them; their state stays.
-
-        Raises:
-            ValueError: A rule is not for parameters of a shape; nothing has changed.
-        """
-        writes: dict[tuple[int, int, int], tuple[Group, Rule | None, list[int]]] = {}
-        others: dict[str, Entry] = {}
-        for name, rule in rules.items():
-            number, row = divmod(self._codes[name], GROUP)
-            group = self._groups[number]
-            key = number, id(rule), int(group.schedule[row])
-            if key not in writes:
-                old = group.rule_at(row)
-                chain = replace(old, rule=rule) if isinstance(old, Averaged) else rule
-                writes[key] = group, chain if group.takes(chain) else None, []
-            _, fits, rows = writes[key]
-            if fits is not None:
-                rows.append(row)
-            else:
-                others[name] = with_rule(name, self.entry(name), rule)
-        for name in others.keys() & clips.keys():
-            others[name] = others[name]._replace(clip=clips[name])
-        placed = self.placed(others)
-        with self.guard:
-            for group, fits, rows in writes.values():
-                if fits is not None:
-                    group.change_numbers(np.array(rows), fits, formulas(fits)[0].ranges)
-            for name in clips.keys() - others.keys():
-                group, row = self.row_of(name)
-                self.give_clips(group, np.array([row]), [clips[name]])
-            self.replace_rows(placed)
-        self.sweep()
-
     def rows_of(self, names: Iterable[str] | None) -> list[tuple[Group, np.ndarray]]:
         """The rows of some names, by group; those of all for None."""
         if names is None:
@@ -354,43 +316,6 @@ class Table:
         """The names that have some rows, oldest first. It looks through all names."""
         codes = set((rows + group.number * GROUP).tolist())
         return [name for name, code in self._codes.items() if code in codes]
-
-    def changed_numbers(
-        self,
-        names: Iterable[str] | None,
-        values: Mapping[str, Any],
-        usual: tuple[Any, Rule] | None,
-    ) -> tuple[list[tuple[Group, np.ndarray, Rule]], dict[str, int]]:
-        """What changes with some hyperparameters of some names; nothing is changed yet.
-
-        Args:
-            names: The names; None for all.
-            values: The hyperparameters.
-            usual: A rule that most may have, and the same with these hyperparameters.
-
-        Returns:
-            Rows that are to have the numbers of a rule, and names with new rows.
-
-        Raises:
-            TypeError: The rule of a name has no such hyperparameter.
-            ValueError: A value is out of range.
-        """
-        if self._garbage:
-            self.sweep()
-        writes: list[tuple[Group, np.ndarray, Rule]] = []
-        others: dict[str, Entry] = {}
-        for group, rows in self.rows_of(names):
-            for which in _alike(group, rows, values):
-                mine, old = rows[which], group.rule_at(int(rows[which[0]]))
-                labels, own = partial(self.names_at, group, mine), formulas(old)[0]
-                is_usual = usual is not None and own == usual[0]
-                new = usual[1] if usual is not None and is_usual else changed(labels, own, values)
-                chain = replace(old, rule=new) if isinstance(old, Averaged) else new
-                if group.takes(chain):
-                    writes.append((group, mine, chain))
-                else:
-                    others |= {name: with_rule(name, self.entry(name), new) for name in labels()}
-        return writes, self.placed(others)
 
     def rename_rows(self, names: Mapping[str, str]) -> None:
         """Give names new names, in their places."""
@@ -416,29 +341,3 @@ class Table:
                 number, row = divmod(self._garbage.pop(), GROUP)
                 self._groups[number].remove(row)
             self._drop_empty()
-
-
-def _alike(group: Group, rows: np.ndarray, values: Mapping[str, Any]) -> list[np.ndarray]:
-    """Positions of rows of which one may be asked whether hyperparameters fit all.
-
-    They have the same rule, schedules included. Where a number takes the place of a number, and
-    none but its range counts, that is all rows.
-    """
-    if not rows.size:
-        return []
-    known = {name.removeprefix("rule.") for name, place in group.columns if place is None}
-    numbers_alone = known >= values.keys() and all(isinstance(x, Real) for x in values.values())
-    by_itself = type(formulas(group.rule)[0]).__post_init__ is Rule.__post_init__
-    if numbers_alone and by_itself and not group.scheduled:
-        return [np.arange(len(rows))]
-    numbers, schedule = group.numbers[rows], group.schedule[rows]
-    if group.scheduled:
-        # Those of schedules are of the last step.
-        for number in np.unique(schedule).tolist():
-            columns = list(group.schedules[number].columns)
-            numbers[np.ix_(schedule == number, columns)] = 0.0
-    if (numbers == numbers[0]).all() and (schedule == schedule[0]).all():
-        return [np.arange(len(rows))]
-    table = np.column_stack([numbers, schedule])
-    which = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
-    return [np.flatnonzero(which == number) for number in range(which.max() + 1)]

@@ -7,6 +7,7 @@ import numpy as np
 
 from multiopt.arrays import Array
 from multiopt.backend import named
+from multiopt.changes import change
 from multiopt.entry import Entry, chosen_average, restored, restored_average, slot_shapes
 from multiopt.layout import Layout
 from multiopt.optimizer import Optimizer
@@ -130,7 +131,7 @@ class Core(Optimizer):
 
     def change(self, rules: Mapping[str, Rule], clips: Mapping[str, Clip | None]) -> None:
         """Change the rules of some names, and the clips of some of them."""
-        self._registry.change(rules, clips)
+        change(self._registry, rules, clips)
 
     def resume(self, steps: int) -> None:
         """Go on counting the steps of the optimizer from a number."""
