@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise, repeat
 from math import inf
 from operator import attrgetter, is_
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class _Places:
     def __init__(self, group: "BlockedGroup", rows: np.ndarray) -> None:
         """Order the rows by their places."""
         self.rows = rows
+        self._pack: tuple[np.ndarray, list[np.ndarray]] | None = None
         chunk, offset = group.chunk[rows], group.offset[rows]
         order = np.lexsort((offset, chunk))
         #: The order, None if it is that of the rows.
@@ -67,6 +69,20 @@ class _Places:
                 where = np.repeat(starts - packed, sizes) + np.arange(int(sizes.sum()))
             low = int(ends[begin - 1]) if begin else 0
             self.segments.append((arrays, where, slice(low, low + int(sizes.sum()))))
+
+    def packed(
+        self, params: list[np.ndarray], dtype: np.dtype
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """A copy of the parameters, one after the other, and its parts, as ``parts``.
+
+        They are the memory of the step before: to cut it into 1000 parts takes 0.5 ms.
+        """
+        if self._pack is None:
+            pack = np.empty(self.total, dtype)
+            self._pack = pack, self.parts(pack)
+        if params:
+            np.concatenate(params, axis=None, out=self._pack[0], casting="no")
+        return self._pack
 
     def parts(self, pack: np.ndarray) -> list[np.ndarray]:
         """Of an array as long as the pack, the part of each row, in its shape."""
@@ -110,8 +126,8 @@ class _Packed:
         """Copy the parameters; nothing is computed yet."""
         self._places, self._tape, self._slot_count = places, tape, slot_count
         self._grad, self._scalars, self._room = grad, scalars, room
-        self._param = _joined(params, places.total, grad.dtype)
-        self._pairs = [(places.parts(self._param), params)]
+        self._param, parts = places.packed(params, grad.dtype)
+        self._pairs = [(parts, params)]
         self._kept: list[np.ndarray] = []
         self._segments = places.segments
         if slots is not None:
@@ -253,7 +269,7 @@ class BlockedGroup(HostGroup):
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """See ``Group``."""
         grads = arrays.grads[part.places].tolist()
-        if None in set(map(type, grads)) or any(grad is None for grad in grads):
+        if NoneType in set(map(type, grads)):
             part.keep(np.array([grad is not None for grad in grads], bool))
             grads = arrays.grads[part.places].tolist()
         part.params, part.grads = arrays.params[part.places].tolist(), grads
@@ -389,11 +405,12 @@ class BlockedGroup(HostGroup):
     ) -> _Packed:
         """Small parameters side by side, in copies."""
         rows = part.rows if len(which) == len(part.rows) else part.rows[which]
+        is_all = len(which) == len(part.rows)
         places, positions = self._places, which.tolist()
         if places is None or places.rows is not rows:
             places = self._places = _Places(self, rows)
-        params = places.ordered([part.params[k] for k in positions])
-        grads = places.ordered([part.grads[k] for k in positions])
+        params = places.ordered(part.params if is_all else [part.params[k] for k in positions])
+        grads = places.ordered(part.grads if is_all else [part.grads[k] for k in positions])
         grad = _joined(grads, places.total, self.dtype)
         if part.clipped is not None:
             columns = [self.own[rows], self.shared[rows], self.bound[rows]]
