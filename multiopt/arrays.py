@@ -95,7 +95,7 @@ class Part:
         rows: The rows.
         places: The place of each in the list of names of the step.
         at: The addresses of the two.
-        fresh: The positions in ``rows`` of those that are new; None if none is.
+        fresh: The places of names that are new, also of other parts; None if none is.
         odd: After ``look``, the positions in ``rows`` that need to be lent something.
         owned: After ``look``, whether all arrays are known to own their memory, so that two of them
             overlap only if they are one object.

@@ -341,6 +341,26 @@ def test_what_went_wrong_is_refused(name: str, how: str, clip: Any) -> None:
 
 
 @on_engines
+@pytest.mark.parametrize("before", [(), ("a",), ("a", "z")], ids=len)
+def test_a_new_tensor_is_looked_at_beside_names_without_a_gradient(
+    name: str, before: tuple[str, ...]
+) -> None:
+    with engine(name):
+        opt, params = mo.Optimizer(mo.SGD()), tensors()
+        known = {"a": params["a"], "z": params["c"]}
+        for tensor in known.values():
+            tensor.grad = torch.ones_like(tensor)
+        opt.step(known)
+        for each in before:
+            known[each].grad = None
+        values = params["c"].detach().clone()
+        with pytest.raises(ValueError, match="'b' is no leaf"):
+            opt.step({"a": known["a"], "b": retained(params["b"]), "z": known["z"]})
+        assert len(opt) == 2
+        assert torch.equal(known["z"].detach(), values)
+
+
+@on_engines
 @pytest.mark.parametrize("of", [np.array, torch.tensor], ids=["numpy", "torch"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_may_not_become_thirty_two(name: str, of: Any, dtype: str) -> None:

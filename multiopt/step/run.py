@@ -97,7 +97,7 @@ class Step:
         if fresh:
             new = np.fromiter(fresh, np.int64, len(fresh))
             for part in self.parts:
-                part.fresh = np.flatnonzero(np.isin(part.places, new))
+                part.fresh = new
         self._threads, self._leave_clipped = threads, leave_clipped
         # What is left behind clipped is written, once for all who share it.
         self._writes_grads = leave_clipped and rows.clipping

@@ -215,13 +215,11 @@ class CompiledGroup(HostGroup):
         assert holds is not None
         # A tensor with a gradient of its own was a leaf when its name was first seen. To ask all
         # of them again takes 60 ns a tensor and a question, a quarter of a step.
-        count = len(places)
-        asked = np.arange(count) if not arrays.own else part.fresh
-        if asked is not None and part.odd:
-            asked = np.setdiff1d(asked, part.odd)
-        if asked is not None and asked.size:
-            mine = places[asked[asked < count]]
-            if not holds(arrays.params[mine], arrays.grads[mine], False):
+        if not arrays.own or part.fresh is not None:
+            mine = np.delete(places, part.odd) if part.odd else places
+            if arrays.own and part.fresh is not None:
+                mine = mine[np.isin(mine, part.fresh)]
+            if mine.size and not holds(arrays.params[mine], arrays.grads[mine], False):
                 return False
         if arrays.own and self._scalars:
             mine = np.flatnonzero(self._table[part.rows, NDIM] == 0)
