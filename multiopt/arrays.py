@@ -132,6 +132,13 @@ class Part:
             self.params = list(compress(self.params, which))
             self.grads = list(compress(self.grads, which))
 
+    def look_at_all(self, arrays: Arrays) -> None:
+        """Leave out the rows that have no gradient, and let Python look at all others."""
+        has = np.array([grad is not None for grad in arrays.grads[self.places]], bool)
+        if not has.all():
+            self.keep(has)
+        self.odd = range(len(self.rows))
+
 
 @dataclass(slots=True)
 class Member:

@@ -40,7 +40,6 @@ def changed_numbers(
         TypeError: The rule of a name has no such hyperparameter.
         ValueError: A value is out of range.
     """
-    table.sweep()
     writes: list[tuple[Group, np.ndarray, Rule]] = []
     others: dict[str, Entry] = {}
     for group, rows in table.rows_of(names):

@@ -69,10 +69,7 @@ class ReferenceGroup(Group):
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """See ``Group``: Python looks at every array."""
-        has = np.array([grad is not None for grad in arrays.grads[part.places]], bool)
-        if not has.all():
-            part.keep(has)
-        part.odd = range(len(part.rows))
+        part.look_at_all(arrays)
         self._members = {}
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:

@@ -316,7 +316,6 @@ class Registry(Table):
             self.rename_rows(names)
             self.pending = {names.get(n, n): stored for n, stored in self.pending.items()}
             self.skips = {names.get(n, n): count for n, count in self.skips.items()}
-            self.last = NOTHING
 
     def set_rules(self, rule: Rule | Callable[[str], Rule]) -> None:
         """Change the rules of all names, and of those to come.
@@ -330,9 +329,8 @@ class Registry(Table):
             entries[name] = with_rule(name, self.entry(name), chosen(rule, name, Rule, "rule"))
         placed = self.placed(entries)
         with self.guard:
-            self._garbage += self._codes.values()
-            self._codes.update(placed)
-            self.last, self.rule = NOTHING, rule
+            self.replace_rows(placed)
+            self.rule = rule
         self.sweep()
 
     def set_clips(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
@@ -345,7 +343,7 @@ class Registry(Table):
         with self.guard:
             for name, one in clips.items():
                 group, row = self.row_of(name)
-                group.set_clips(np.array([row]), one, self._number_of_clip(one))
+                self.give_clips(group, np.array([row]), [one])
             self.last, self.clip = NOTHING, clip
 
     def set_numbers(

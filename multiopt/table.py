@@ -303,6 +303,8 @@ class Table:
     def rows_of(self, names: Iterable[str] | None) -> list[tuple[Group, np.ndarray]]:
         """The rows of some names, by group; those of all for None."""
         if names is None:
+            if self._garbage:
+                self.sweep()
             return [(group, group.rows()) for group in self._groups.values()]
         labels = dict.fromkeys(names)
         codes = np.fromiter(map(self._codes.__getitem__, labels), np.int64, len(labels))

@@ -215,8 +215,8 @@ FAULTS = [
     Fault(
         "a schedule that is asked for one of its names",
         "multiopt/step/numbers.py",
-        "rows = part.rows[which[alike]]",
-        "rows = part.rows[which[:1]]",
+        "left, mine = rows[~alike], rows[alike]",
+        "left, mine = rows[~alike], rows[alike][:1]",
         "test_rows.py::test_every_name_is_as_if_it_were_alone",
     ),
     Fault(

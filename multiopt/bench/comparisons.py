@@ -163,7 +163,7 @@ COMPARISONS = (
         Comparison("varies", work, side, NUMPY, target, unit=TIME, turns=("hot",), alike=False)
         for work, side, target in (
             ("many small", varies.changed_rate(), 1.15),
-            ("many small", varies.scheduled(), 1.15),
+            ("many small", varies.varying("a schedule"), 1.15),
             ("many new", varies.one_new(), 2.0),
         )
     ),

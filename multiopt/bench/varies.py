@@ -27,7 +27,6 @@ __all__ = [
     "moved_by",
     "one_new",
     "one_of_all",
-    "scheduled",
     "varying",
 ]
 
@@ -80,11 +79,6 @@ def changed_rate() -> Side:
         return Run(step, lambda: params)
 
     return Side("NumPy, lr set before each step", begin)
-
-
-def scheduled() -> Side:
-    """A built-in schedule."""
-    return varying("a schedule")
 
 
 def drawn(library: str) -> Side:

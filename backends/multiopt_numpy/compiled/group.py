@@ -172,10 +172,7 @@ class CompiledGroup(HostGroup):
         """See ``Group``."""
         look, seen, count = self._look, self._seen, len(part.rows)
         if look is None or seen is None:
-            has = np.array([grad is not None for grad in arrays.grads[part.places]], bool)
-            if not has.all():
-                part.keep(has)
-            part.odd = range(len(part.rows))
+            part.look_at_all(arrays)
             return
         words = seen.values
         if part.at is not self._at or count > self._found.shape[1]:
@@ -189,9 +186,7 @@ class CompiledGroup(HostGroup):
             look.kernel.alone(seen.address, self._answer.address)
         except Exception:
             # The library would not say what an array is. Python looks at each, and says which.
-            has = np.array([grad is not None for grad in arrays.grads[part.places]], bool)
-            part.keep(has)
-            part.odd = range(len(part.rows))
+            part.look_at_all(arrays)
             return
         answer = self._answer.values[0]
         if answer != count:
