@@ -23,7 +23,7 @@ from multiopt.layout import Layout
 from multiopt.metadata import PAIR, check_nesting
 from multiopt.metadata import described as described_metadata
 from multiopt.metadata import restored as restored_metadata
-from multiopt.schedules import check_description
+from multiopt.schedules.description import check_description
 
 __all__ = ["PARTS", "VERSION", "Contents", "Listed", "check_state_dict", "listed", "read", "write"]
 

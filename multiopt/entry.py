@@ -16,8 +16,9 @@ from multiopt.engine import MASTER
 from multiopt.errors import brief
 from multiopt.layout import Layout
 from multiopt.rules import Rule
-from multiopt.schedules import Plateau, Schedule, check_description, plain, plateaus
-from multiopt.schedules import described as described_schedule
+from multiopt.schedules import Plateau, Schedule
+from multiopt.schedules.description import check_description, plain, plateaus
+from multiopt.schedules.description import described as described_schedule
 from multiopt.step.clip import Clip
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
-from multiopt.schedules import left_behind
+from multiopt.schedules.description import left_behind
 from multiopt.step.report import abridged
 
 __all__ = ["warn_of_plateaus"]

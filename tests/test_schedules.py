@@ -42,6 +42,7 @@ from multiopt.schedules import (
     Shared,
     StepDecay,
 )
+from multiopt.schedules.description import described
 from tests.libraries import LIBRARIES, NUMPY, TORCH, Library, assert_equal, engine
 
 LOCAL = [library for library in LIBRARIES if not library.needs_cuda]
@@ -241,7 +242,7 @@ def test_a_schedule_is_a_value(schedule: Schedule) -> None:
     assert copy.deepcopy(schedule) == schedule
     with pytest.raises(AttributeError):
         schedule.initial = 1.0  # type: ignore[attr-defined]
-    json.dumps(schedules.described(schedule), allow_nan=False)
+    json.dumps(described(schedule), allow_nan=False)
     assert mo.Adam(lr=schedule) == mo.Adam(lr=again)
 
 
@@ -249,7 +250,7 @@ def test_every_schedule_is_public_and_tested() -> None:
     kinds = {
         c.__name__
         for c in (Schedule, *Schedule.__subclasses__())
-        if c.__module__ == schedules.__name__
+        if c.__module__.startswith(f"{schedules.__name__}.")
     }
     assert kinds == set(schedules.__all__)
     assert {type(s).__name__ for s in examples()} == kinds - {"Schedule", "Plateau"}
