@@ -27,17 +27,19 @@ import numpy as np
 import torch
 
 from multiopt import checkpoint
-from multiopt.adapters import torch_state
-from multiopt.adapters.torch_state import (
+from multiopt.adapters import torch_file
+from multiopt.adapters.torch_settings import (
     DECOUPLED,
-    for_torch,
-    fresh_state,
     group_settings,
     in_torch,
-    parameter_from_torch,
-    parameter_to_torch,
     rule_class_of,
     rule_of,
+)
+from multiopt.adapters.torch_state import (
+    for_torch,
+    fresh_state,
+    parameter_from_torch,
+    parameter_to_torch,
     state_dict_of,
     without_clock,
 )
@@ -70,7 +72,7 @@ def read(path: Source, map_location: Any = None) -> Any:
     >>> read("run.pt")["optimizer"]
     {'state': {}, 'param_groups': []}
     """
-    return torch_state.read(path, map_location)
+    return torch_file.read(path, map_location)
 
 
 def from_torch(

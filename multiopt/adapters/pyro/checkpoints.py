@@ -24,12 +24,12 @@ from copy import deepcopy
 from typing import Any
 
 from multiopt.adapters.pyro.constructors import CONSTRUCTORS
+from multiopt.adapters.torch_settings import rule_class_of
 from multiopt.adapters.torch_state import (
     for_torch,
     parameter_from_torch,
     parameter_to_torch,
     parameters_from_torch,
-    rule_class_of,
     state_dict_of,
     without_clock,
 )

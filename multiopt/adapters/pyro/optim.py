@@ -41,16 +41,15 @@ from multiopt.adapters.pyro.settings import (
     with_setting,
 )
 from multiopt.adapters.pyro.tracking import ModuleNames, Tracked, TrackedTensors
+from multiopt.adapters.torch_file import is_safetensors, read
+from multiopt.adapters.torch_settings import number
 from multiopt.adapters.torch_state import (
     derived_numbers,
     fresh_state,
-    is_safetensors,
     leave_out,
-    number,
     parameter_from_torch,
     parameter_to_torch,
     parameters_from_torch,
-    read,
     whole_number,
 )
 from multiopt.arrays import Array

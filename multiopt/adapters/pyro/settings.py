@@ -12,7 +12,7 @@ import torch
 from multiopt import rules
 from multiopt.adapters.pyro.dct import OF_TENSORS
 from multiopt.adapters.pyro.tracking import ALONE, Tracked
-from multiopt.adapters.torch_state import (
+from multiopt.adapters.torch_settings import (
     DECOUPLED,
     from_plain,
     group_settings,

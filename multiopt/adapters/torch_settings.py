@@ -1,0 +1,205 @@
+"""Settings of parameter groups of torch and Pyro, and the rules that they are of."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from inspect import signature
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from multiopt import rules
+from multiopt.rules import Rule
+from multiopt.rules.arithmetic import power
+
+__all__ = [
+    "BESIDE",
+    "DECOUPLED",
+    "KNOWN",
+    "check_settings",
+    "from_plain",
+    "group_settings",
+    "in_torch",
+    "lacking",
+    "number",
+    "plain_settings",
+    "refuse_subsamples",
+    "rule_class_of",
+    "rule_of",
+    "rule_settings",
+]
+
+#: Optimizers that torch has not, but Pyro.
+OF_PYRO = ("AdagradRMSProp", "ClippedAdam", "DCTAdam")
+
+#: Settings of all rules.
+KNOWN = {
+    field.name for name in rules.__all__ if name != "Rule" for field in fields(getattr(rules, name))
+}
+
+#: What torch and Pyro keep in groups beside them.
+BESIDE = {"capturable", "differentiable", "foreach", "fused", "params", "subsample_aware"}
+
+#: Of those, what a group may lack: older versions of torch and Pyro do not have them, and the
+#: dimension of time is the tensor's in Pyro.
+OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"}
+
+#: Settings that are True or False; one of them may be a word as well.
+SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules.__all__))
+
+#: The switch with which torch's Adam is its AdamW.
+DECOUPLED = "decoupled_weight_decay"
+
+
+def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The settings of a parameter group of torch after a step.
+
+    Args:
+        constructor: The class of the torch optimizer.
+        rule: The description of the rule in a state dict.
+        step: How many steps were taken.
+    """
+    defaults, rule = _default_group(constructor), in_torch(rule)
+    group = {k: from_plain(rule[k]) if k in rule else v for k, v in defaults.items()}
+    if "lrd" in group:
+        # Pyro's ClippedAdam keeps the rate that it has come to.
+        group["lr"] *= power(group["lrd"], step)
+    return group
+
+
+def rule_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The settings of a group of torch after a step, as a rule has them.
+
+    Raises:
+        ValueError: A decay has brought the learning rate so far down that it cannot be another.
+    """
+    settings = plain_settings({k: v for k, v in group.items() if k != "params"})
+    if "lrd" in settings and settings["lr"]:
+        decay = power(settings["lrd"], step)
+        if not decay:
+            raise ValueError(
+                f"lr is 0 after {step} decays by lrd={settings['lrd']!r}; got {settings['lr']!r}: "
+                "start anew to raise it"
+            )
+        settings["lr"] /= decay
+    return settings
+
+
+def in_torch(rule: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a rule with the switch that torch's Adam has, and its AdamW has on."""
+    return {DECOUPLED: rule["name"] == "AdamW", **rule}
+
+
+@cache
+def lacking(rule_class: type[Rule]) -> frozenset[str]:
+    """The options of a rule that torch's optimizer of this name does not have."""
+    theirs = getattr(torch.optim, rule_class.__name__, None)
+    own = {field.name for field in fields(rule_class)}
+    return frozenset(own - signature(theirs).parameters.keys() if theirs else ())
+
+
+@cache
+def _default_group(constructor: Any) -> dict[str, Any]:
+    # Of two dimensions, since Muon takes no others.
+    (group,) = constructor([torch.empty(0, 0)]).state_dict()["param_groups"]
+    del group["params"]
+    return dict(group)
+
+
+def check_settings(rule_class: type[Rule], group: Mapping[str, Any]) -> None:
+    """Refuse a group of another optimizer. Settings that no rule has, users may have added.
+
+    Raises:
+        ValueError: It has settings that are not of this rule, or lacks some.
+    """
+    own = {field.name for field in fields(rule_class)}
+    missing = sorted(own - OPTIONAL - group.keys())
+    foreign = sorted((KNOWN - own - OPTIONAL) & group.keys())
+    if missing or foreign:
+        raise ValueError(
+            f"expected the settings {sorted(own - OPTIONAL)}; got {foreign} besides and none for "
+            f"{missing}: it is that of another optimizer"
+        )
+
+
+def refuse_subsamples(settings: Mapping[str, Any]) -> None:
+    """Refuse the option that only Pyro's own class has.
+
+    Raises:
+        ValueError: It is on.
+    """
+    if settings.get("subsample_aware"):
+        raise ValueError(
+            "subsample_aware=True is not for a callable of names, nor for state that is loaded "
+            "here: use pyro.optim.DCTAdam, which this one gives for a dict with that option"
+        )
+
+
+def plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of torch as rules have them: 0 and 1 are no truth values there."""
+    settings = {name: number(value) for name, value in given.items()}
+    for name in SWITCHES & settings.keys():
+        if settings[name] in (0, 1):
+            settings[name] = bool(settings[name])
+    return settings
+
+
+def number(value: Any) -> Any:
+    """A setting as rules have it: torch allows tensors, arrays and lists for numbers and pairs."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.item() if prod(value.shape) == 1 else value.tolist()
+    return tuple(number(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+def from_plain(value: Any) -> Any:
+    """A hyperparameter from plain data: pairs are lists there, infinity a word."""
+    if isinstance(value, list | tuple):
+        return tuple(from_plain(part) for part in value)
+    return float(value) if value in ("inf", "-inf") else value
+
+
+def rule_of(name: str, words: Mapping[str, Any]) -> Rule:
+    """The rule that a description in a state dict is of, its schedules numbers.
+
+    Args:
+        name: That of the parameter, for messages.
+        words: The description.
+
+    Raises:
+        ValueError: It is that of no rule of multiopt's.
+    """
+    kind = words.get("name")
+    if kind not in rules.__all__ or kind == "Rule":
+        raise ValueError(f"parameter {name!r} has the rule {kind!r}; expected one of multiopt's")
+    rule_class = getattr(rules, kind)
+    known = [field.name for field in fields(rule_class)]
+    try:
+        rule: Rule = rule_class(**{key: from_plain(words[key]) for key in known if key in words})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
+    return rule
+
+
+def rule_class_of(given: Any) -> type[Rule]:
+    """The rule that a torch optimizer follows.
+
+    Args:
+        given: The class of the torch optimizer, one of torch's or Pyro's own, or the function of
+            ``pyro.optim``; or the class of the rule.
+
+    Raises:
+        TypeError: There is none.
+    """
+    name = getattr(given, "__name__", "")
+    rule_class: Any = getattr(rules, name, None)
+    is_known = rule_class is not None and (name in OF_PYRO or hasattr(torch.optim, name))
+    theirs = getattr(given, "__module__", "").partition(".")[0] in ("torch", "pyro")
+    if not is_known or not (given is rule_class or theirs):
+        raise TypeError(
+            "expected the class of an optimizer of torch or Pyro that multiopt has a rule for, "
+            f"such as torch.optim.Adam, or that rule; got {given!r}"
+        )
+    found: type[Rule] = rule_class
+    return found
