@@ -14,7 +14,6 @@ the last bit, on NumPy, PyTorch and JAX arrays.
 from multiopt import schedules
 from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
-from multiopt.loading import LoadReport
 from multiopt.optimizer import Optimizer, State
 from multiopt.rules import (
     ASGD,
@@ -39,6 +38,7 @@ from multiopt.rules import (
     Rule,
 )
 from multiopt.skipping import Skips
+from multiopt.state.loading import LoadReport
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report
 

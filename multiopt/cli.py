@@ -14,7 +14,7 @@ from multiopt.bench.machine import cores
 from multiopt.bench.show import bench
 from multiopt.demo.show import demo
 from multiopt.errors import CheckpointError
-from multiopt.show import show
+from multiopt.state.show import show
 
 __all__ = ["main"]
 

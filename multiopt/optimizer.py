@@ -8,24 +8,24 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from multiopt import checkpoint
 from multiopt.arrays import Array
 from multiopt.averaging import Average
-from multiopt.checkpoint import Contents
 from multiopt.entry import Changed, changed, check_average, check_clip, check_rule
 from multiopt.errors import CheckpointError, brief
-from multiopt.file_objects import Source, Target, label
 from multiopt.guard import Guard, exclusive, mending
 from multiopt.kinds import formulas
-from multiopt.loading import LoadReport, Options, names_of, renamed, wanted_names
-from multiopt.plateaus import warn_of_plateaus
 from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.skipping import Skips, check_limit
+from multiopt.state import file as checkpoint
+from multiopt.state.file import Contents
+from multiopt.state.file_objects import Source, Target, label
+from multiopt.state.loading import LoadReport, Options, names_of, renamed, wanted_names
+from multiopt.state.plateaus import warn_of_plateaus
+from multiopt.state.taking import loaded_state, shown, stored_state, take_over
 from multiopt.step.checks import as_dict, check_known
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report, abridged
-from multiopt.stored import loaded_state, shown, stored_state, take_over
 from multiopt.untraced import untraced
 
 __all__ = ["Optimizer", "State"]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import multiopt as mo
-from multiopt import checkpoint
+from multiopt.state import file as checkpoint
 from tests.histories import History, arrays, histories
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, assert_equal
 

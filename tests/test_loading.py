@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import multiopt as mo
-from multiopt import checkpoint
 from multiopt.adapters import torch_optim
+from multiopt.state import file as checkpoint
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
 LOCAL = [NUMPY, TORCH, JAX, STRICT]
@@ -719,7 +719,7 @@ def test_a_file_copied_by_another_program_loads(tmp_path: Path) -> None:
 def test_too_many_names_for_a_header_are_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multiopt.checkpoint.LARGEST_HEADER", 2000)
+    monkeypatch.setattr("multiopt.state.file.LARGEST_HEADER", 2000)
     opt = stepped(**{f"w{i}": ones(1) for i in range(20)})
     with pytest.raises(ValueError, match="save fewer names in one file"):
         opt.save(tmp_path / "run")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import multiopt as mo
-from multiopt import checkpoint
+from multiopt.state import file as checkpoint
 from tests.libraries import assert_equal
 
 FILES = Path(__file__).parent / "checkpoints"

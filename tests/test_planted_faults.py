@@ -179,7 +179,7 @@ FAULTS = [
     ),
     Fault(
         "pending state lost by saving",
-        "multiopt/stored.py",
+        "multiopt/state/taking.py",
         '"pending": waiting(pending)}',
         '"pending": {}}',
         "test_checkpoint.py::test_pending_state_survives_save_load_save",

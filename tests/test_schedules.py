@@ -24,7 +24,7 @@ from torch.optim import lr_scheduler
 
 import multiopt as mo
 import multiopt.adapters.pyro as drop_in
-from multiopt import checkpoint, schedules
+from multiopt import schedules
 from multiopt.rules.rule import NONNEGATIVE, number
 from multiopt.schedules import (
     Constant,
@@ -43,6 +43,7 @@ from multiopt.schedules import (
     StepDecay,
 )
 from multiopt.schedules.description import described
+from multiopt.state import file as checkpoint
 from tests.libraries import LIBRARIES, NUMPY, TORCH, Library, assert_equal, engine
 
 LOCAL = [library for library in LIBRARIES if not library.needs_cuda]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import multiopt as mo
-from multiopt import checkpoint
 from multiopt.adapters.torch_optim import from_torch, read, rules_of, to_torch
 from multiopt.adapters.torch_state import parameter_from_torch
+from multiopt.state import file as checkpoint
 
 #: Options for which an optimizer keeps all that it may keep, and some that are only torch's.
 SETTINGS: dict[str, list[dict[str, Any]]] = {

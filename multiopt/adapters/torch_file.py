@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from multiopt.errors import CheckpointError
-from multiopt.file_objects import Source, check_readable, is_path, label
+from multiopt.state.file_objects import Source, check_readable, is_path, label
 
 __all__ = ["is_safetensors", "read"]
 

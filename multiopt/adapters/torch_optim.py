@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from multiopt import checkpoint
 from multiopt.adapters import torch_file
 from multiopt.adapters.torch_settings import (
     DECOUPLED,
@@ -45,8 +44,9 @@ from multiopt.adapters.torch_state import (
 )
 from multiopt.entry import check_slot_names, in_parts
 from multiopt.errors import CheckpointError
-from multiopt.file_objects import Source
 from multiopt.rules import Rule
+from multiopt.state import file as checkpoint
+from multiopt.state.file_objects import Source
 
 __all__ = ["from_torch", "read", "rules_of", "to_torch"]
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from multiopt import checkpoint
 from multiopt.adapters.torch_settings import (
     BESIDE,
     KNOWN,
@@ -23,7 +22,6 @@ from multiopt.adapters.torch_settings import (
     rule_settings,
 )
 from multiopt.backend import named
-from multiopt.checkpoint import LAST_STEP
 from multiopt.engine import MASTER
 from multiopt.entry import check_slot_names, described_rule, on_host
 from multiopt.errors import CheckpointError, brief
@@ -31,6 +29,8 @@ from multiopt.layout import COMPUTE_DTYPE
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
 from multiopt.rules.nadam import product_of_shares
+from multiopt.state import file as checkpoint
+from multiopt.state.file import LAST_STEP
 
 __all__ = [
     "derived_numbers",

@@ -14,8 +14,8 @@ from multiopt.adapters.pyro.optim import JointOptim, PyroOptim
 from multiopt.adapters.pyro.tracking import Tracked
 from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
-from multiopt.file_objects import Target
 from multiopt.rules import Rule
+from multiopt.state.file_objects import Target
 
 __all__ = ["PyroLRScheduler"]
 

@@ -23,7 +23,6 @@ from pyro.params.param_store import (
     user_param_name,
 )
 
-from multiopt import checkpoint
 from multiopt.adapters.pyro.constructors import RULES, Settings, has_rule
 from multiopt.adapters.pyro.core import Core
 from multiopt.adapters.pyro.dct import marked
@@ -63,12 +62,13 @@ from multiopt.entry import (
     restored_plateaus,
 )
 from multiopt.errors import CheckpointError, brief
-from multiopt.file_objects import Source, Target
 from multiopt.guard import Guard, exclusive
-from multiopt.metadata import described as describe_metadata
-from multiopt.plateaus import warn_of_plateaus
 from multiopt.rules import Rule
 from multiopt.skipping import Skips
+from multiopt.state import file as checkpoint
+from multiopt.state.file_objects import Source, Target
+from multiopt.state.metadata import described as describe_metadata
+from multiopt.state.plateaus import warn_of_plateaus
 from multiopt.step.report import Report
 
 __all__ = ["JointOptim", "PyroOptim"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.checkpoint import PARTS, listed
+from multiopt.state.file import PARTS, listed
 from multiopt.tables import table
 
 __all__ = ["show"]

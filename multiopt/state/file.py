@@ -16,14 +16,14 @@ from xxhash import xxh3_64
 
 from multiopt.arrays import Array
 from multiopt.backend import backend_of, named
-from multiopt.durable import replacing
 from multiopt.errors import CheckpointError
-from multiopt.file_objects import Source, Target, is_path, label, on_disk, write_whole
 from multiopt.layout import Layout
-from multiopt.metadata import PAIR, check_nesting
-from multiopt.metadata import described as described_metadata
-from multiopt.metadata import restored as restored_metadata
 from multiopt.schedules.description import check_description
+from multiopt.state.durable import replacing
+from multiopt.state.file_objects import Source, Target, is_path, label, on_disk, write_whole
+from multiopt.state.metadata import PAIR, check_nesting
+from multiopt.state.metadata import described as described_metadata
+from multiopt.state.metadata import restored as restored_metadata
 
 __all__ = ["PARTS", "VERSION", "Contents", "Listed", "check_state_dict", "listed", "read", "write"]
 
@@ -124,7 +124,7 @@ def write(
             bytes are handed over, from where it is.
         state_dict: As ``Optimizer.state_dict`` gives it, with arrays of any library. An entry whose
             slots are the parts of complex ones has a true ``"complex"``.
-        metadata: What else to keep: see ``multiopt.metadata``.
+        metadata: What else to keep: see ``multiopt.state.metadata``.
 
     Raises:
         OSError: The file cannot be written.

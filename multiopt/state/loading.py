@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from multiopt.checkpoint import PARTS
 from multiopt.errors import brief
+from multiopt.state.file import PARTS
 
 __all__ = ["LoadReport", "Options", "names_of", "renamed", "wanted_names"]
 

@@ -18,9 +18,9 @@ from multiopt.entry import (
     restored_plateaus,
 )
 from multiopt.layout import Layout
-from multiopt.loading import Options
 from multiopt.registry import Registry
 from multiopt.rules import Rule
+from multiopt.state.loading import Options
 
 __all__ = ["Loaded", "entries", "loaded_state", "shown", "stored_state", "take_over"]
 

@@ -1,0 +1,1 @@
+"""What is saved of a name, and the file of it."""
