@@ -258,11 +258,11 @@ class Group(ABC):
             values[column] = schedule
         return with_numbers(self.rule, self.columns, values)
 
-    def counts(self, rows: np.ndarray) -> np.ndarray:
+    def counts(self, rows: np.ndarray | slice) -> np.ndarray:
         """How many steps the averages of rows have seen; their clocks where there are none."""
         steps: np.ndarray = self.steps[rows]
         if self.has_averages:
-            steps -= self.numbers[rows, -1].astype(np.int64)
+            return steps - self.numbers[rows, -1].astype(np.int64)
         return steps
 
     def set_clock(self, row: int, step: int) -> None:

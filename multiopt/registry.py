@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.arrays import Array, Arrays, Part
+from multiopt.arrays import Array, Arrays
 from multiopt.averaging import Average, Averaged
 from multiopt.backend import named
 from multiopt.birth import Undo, begin, move
@@ -207,7 +207,7 @@ class Registry(Table):
         """
         count = self.steps + 1
         if self.on_nonfinite == "propagate":
-            ask_schedules(rows.names, [Part(*part) for part in rows.parts], arrays.grads, count)
+            ask_schedules(rows.names, [part[:3] for part in rows.parts], arrays.grads, count)
             return rows
         step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
         try:
@@ -215,7 +215,8 @@ class Registry(Table):
                 rows = move(self, rows, moved, fresh)
                 step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
             step.check_finite(self.on_nonfinite)
-            ask_schedules(rows.names, step.parts, arrays.grads, count)
+            found = [(part.group, part.rows, part.places) for part in step.parts]
+            ask_schedules(rows.names, found, arrays.grads, count)
         finally:
             step.forget()
         return rows

@@ -215,8 +215,8 @@ FAULTS = [
     Fault(
         "a schedule that is asked for one of its names",
         "multiopt/step/numbers.py",
-        "left, mine = rows[~alike], rows[alike]",
-        "left, mine = rows[~alike], rows[alike][:1]",
+        "(step + 1, seen + 1), rows[which])",
+        "(step + 1, seen + 1), rows[which[:1]])",
         "test_rows.py::test_every_name_is_as_if_it_were_alone",
     ),
     Fault(

@@ -323,15 +323,19 @@ class Rule(ABC):
         Raises:
             ValueError: It is no number.
         """
-        refusal = f"{type(self).__name__}: the schedule of {name} gave no number at step {step}"
+
+        def refusal(why: object) -> ValueError:
+            what = f"{type(self).__name__}: the schedule of {name}"
+            return ValueError(f"{what} gave no number at step {step}: {why}")
+
         try:
             given = schedule(step)
         except Exception as error:
-            raise ValueError(f"{refusal}: {error}") from error
+            raise refusal(error) from error
         try:
-            return _number(given)
+            return given if type(given) is float else _number(given)
         except Exception as error:  # of any kind: it may be an array of any library
-            raise ValueError(f"{refusal}: got {brief(given)}") from error
+            raise refusal(f"got {brief(given)}") from error
 
     def in_range(self, name: str, number: Any, step: int) -> float:
         """What a schedule gave, if it is in the range of its hyperparameter.
@@ -339,6 +343,8 @@ class Rule(ABC):
         Raises:
             ValueError: It is not.
         """
+        if type(number) is float and self.ranges[name].holds(number):
+            return number + 0.0  # not -0.0, as below
         checked: float = self._checked(name, number, f" at step {step}")
         return checked
 
