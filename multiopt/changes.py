@@ -1,9 +1,8 @@
 """Changes of the hyperparameters and the rules of names, between steps: they write columns."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from multiopt.engine import Group
 from multiopt.entry import Entry, changed, with_rule
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
+from multiopt.rules.rule import plain_numbers
 from multiopt.step.clip import Clip
 from multiopt.table import Table
 
@@ -24,7 +24,7 @@ def changed_numbers(
     names: Iterable[str] | None,
     values: Mapping[str, Any],
     usual: tuple[Any, Rule] | None,
-) -> tuple[list[tuple[Group, np.ndarray, Rule]], dict[str, int]]:
+) -> tuple[list[Callable[[], None]], dict[str, int]]:
     """What changes with some hyperparameters of some names; nothing is changed yet.
 
     Args:
@@ -34,23 +34,28 @@ def changed_numbers(
         usual: A rule that most may have, and the same with these hyperparameters.
 
     Returns:
-        Rows that are to have the numbers of a rule, and names with new rows.
+        What writes columns, and names with new rows.
 
     Raises:
         TypeError: The rule of a name has no such hyperparameter.
         ValueError: A value is out of range.
     """
-    writes: list[tuple[Group, np.ndarray, Rule]] = []
+    writes: list[Callable[[], None]] = []
     others: dict[str, Entry] = {}
     for group, rows in table.rows_of(names):
-        for which in _alike(group, rows, values):
-            mine, old = rows[which], group.rule_at(int(rows[which[0]]))
+        # Numbers in the place of numbers: no rule is made, and all rows are written at once.
+        numbers = None if group.scheduled else plain_numbers(formulas(group.rule)[0], values)
+        if numbers is not None:
+            writes.append(partial(group.write_numbers, rows, numbers))
+            continue
+        for mine in _alike(group, rows):
+            old = group.rule_at(int(mine[0]))
             labels, own = partial(table.names_at, group, mine), formulas(old)[0]
             is_usual = usual is not None and own == usual[0]
             new = usual[1] if usual is not None and is_usual else changed(labels, own, values)
             chain = replace(old, rule=new) if isinstance(old, Averaged) else new
             if group.takes(chain):
-                writes.append((group, mine, chain))
+                writes.append(partial(group.change_numbers, mine, chain, values))
             else:
                 others |= {name: with_rule(name, table.entry(name), new) for name in labels()}
     return writes, table.placed(others)
@@ -90,19 +95,10 @@ def change(table: Table, rules: Mapping[str, Rule], clips: Mapping[str, Clip | N
     table.sweep()
 
 
-def _alike(group: Group, rows: np.ndarray, values: Mapping[str, Any]) -> list[np.ndarray]:
-    """Positions of rows of which one may be asked whether hyperparameters fit all.
-
-    They have the same rule, schedules included. Where a number takes the place of a number, and
-    none but its range counts, that is all rows.
-    """
+def _alike(group: Group, rows: np.ndarray) -> list[np.ndarray]:
+    """Rows that have the same rule, schedules included."""
     if not rows.size:
         return []
-    known = {name.removeprefix("rule.") for name, place in group.columns if place is None}
-    numbers_alone = known >= values.keys() and all(isinstance(x, Real) for x in values.values())
-    by_itself = type(formulas(group.rule)[0]).__post_init__ is Rule.__post_init__
-    if numbers_alone and by_itself and not group.scheduled:
-        return [np.arange(len(rows))]
     numbers, schedule = group.numbers[rows], group.schedule[rows]
     if group.scheduled:
         # Those of schedules are of the last step.
@@ -110,7 +106,7 @@ def _alike(group: Group, rows: np.ndarray, values: Mapping[str, Any]) -> list[np
             columns = list(group.schedules[number].columns)
             numbers[np.ix_(schedule == number, columns)] = 0.0
     if (numbers == numbers[0]).all() and (schedule == schedule[0]).all():
-        return [np.arange(len(rows))]
+        return [rows]
     table = np.column_stack([numbers, schedule])
     which = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
-    return [np.flatnonzero(which == number) for number in range(which.max() + 1)]
+    return [rows[which == number] for number in range(which.max() + 1)]

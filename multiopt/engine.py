@@ -22,7 +22,7 @@ makes five calls, whatever the rows are:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf, nan
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,6 +98,12 @@ class Group(ABC):
         self.has_masters = has_masters
         self.dtype = np.dtype(layout.compute_dtype)
         self.columns, self.kind = number_fields(rule), kind_of(rule)
+        #: The columns of hyperparameters that are one number.
+        self.column_of = {
+            name.removeprefix("rule."): column
+            for column, (name, place) in enumerate(self.columns)
+            if place is None
+        }
         #: Whether there are averages; then the last column says since when.
         self.has_averages = isinstance(rule, Averaged)
         self.shapes: list[tuple[int, ...]] = []
@@ -134,6 +140,10 @@ class Group(ABC):
         """The rows that are taken."""
         rows = np.arange(len(self.shapes))
         return np.setdiff1d(rows, self._free) if self._free else rows
+
+    def all_or(self, rows: np.ndarray) -> np.ndarray | slice:
+        """Different rows as an index of columns: a slice, which takes half the time, for all."""
+        return slice(len(rows)) if len(rows) == len(self.shapes) else rows
 
     def add(
         self, shapes: Sequence[tuple[int, ...]], slots: Sequence[Sequence[Array]] | None = None
@@ -238,6 +248,11 @@ class Group(ABC):
         schedules = schedules_of(rule, self.columns)
         if schedules.columns or self.scheduled:
             self.set_schedules(rows, schedules)
+
+    def write_numbers(self, rows: np.ndarray, values: Mapping[str, float]) -> None:
+        """Give rows without schedules some numbers, by the names that ``plain_numbers`` has."""
+        for name, value in values.items():
+            self.numbers[self.all_or(rows), self.column_of[name]] = value
 
     def set_schedules(self, rows: np.ndarray, schedules: Schedules) -> None:
         """Give rows some schedules in the place of those that they have."""

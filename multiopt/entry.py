@@ -16,6 +16,7 @@ from multiopt.engine import MASTER
 from multiopt.errors import brief
 from multiopt.layout import Layout
 from multiopt.rules import Rule
+from multiopt.rules.rule import plain_numbers, with_numbers
 from multiopt.schedules import Plateau, Schedule
 from multiopt.schedules.description import check_description, plain, plateaus
 from multiopt.schedules.description import described as described_schedule
@@ -231,6 +232,10 @@ def changed(
         TypeError: The rule has no hyperparameter of that name.
         ValueError: A value is out of range.
     """
+    numbers = plain_numbers(rule, values)
+    if numbers is not None:
+        # To make a rule takes ten times as long.
+        return with_numbers(rule, [(name, None) for name in numbers], [*numbers.values()])
     known = [f.name for f in fields(rule)]
     unknown = ", ".join(key for key in values if key not in known)
     try:

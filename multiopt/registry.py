@@ -364,9 +364,10 @@ class Registry(Table):
         usual = (self.rule, rule) if isinstance(rule, Rule) else None
         writes, placed = changed_numbers(self, names, values, usual)
         with self.guard:
-            for group, rows, new in writes:
-                group.change_numbers(rows, new, values)
+            for write in writes:
+                write()
             self.replace_rows(placed)
             if rule is not None:
                 self.rule = rule
-        self.sweep()
+        if self._garbage:
+            self.sweep()

@@ -58,6 +58,11 @@ class _Codes(dict[str, int]):
 NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [], None)
 
 
+def _are_scheduled(parts: Iterable[RowsOfGroup]) -> bool:
+    """Whether rows may have schedules."""
+    return any(part[0].scheduled for part in parts)
+
+
 class Table:
     """Names with their rows.
 
@@ -205,12 +210,13 @@ class Table:
                     rows = codes[places] - number * GROUP
                     parts.append((group, rows, places, (address(rows), address(places))))
         groups = [part[0] for part in parts]
-        scheduled = any(group.scheduled for group in groups)
         clipping = any(group.clipping for group in groups)
         together = self._together(names, parts) if clipping else None
         backends = {group.backend for group in groups}
         backend = backends.pop() if len(backends) == 1 else None
-        return Rows(names, codes, parts, scheduled, clipping, together, missing, backend)
+        return Rows(
+            names, codes, parts, _are_scheduled(parts), clipping, together, missing, backend
+        )
 
     def _together(self, names: Sequence[str], parts: Iterable[RowsOfGroup]) -> Together | None:
         """The clips of some rows that measure several gradients together."""
@@ -328,8 +334,11 @@ class Table:
         """Let names have other rows from now on, and look at the last list of names anew."""
         self._garbage += [self._codes[name] for name in placed if name in self._codes]
         self._codes.update(placed)
-        last = self.last
-        self.last = NOTHING if placed else self.parted(last.names, last.codes, last.missing)
+        scheduled = _are_scheduled(self.last.parts)
+        if placed:
+            self.last = NOTHING
+        elif scheduled != self.last.scheduled:
+            self.last = self.last._replace(scheduled=scheduled)
 
     def free(self, codes: Iterable[int]) -> None:
         """Let go of rows."""

@@ -278,6 +278,14 @@ def stale_numbers(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def stale_plain_numbers(patch: pytest.MonkeyPatch) -> None:
+    """The same, where no rule is made."""
+    write = Group.write_numbers
+    patch.setattr(
+        Group, "write_numbers", lambda self, rows, numbers: write(self, rows[:1], numbers)
+    )
+
+
 def stale_schedules(patch: pytest.MonkeyPatch) -> None:
     """A row that has moved has the numbers of an earlier step."""
     move = registries.move
@@ -344,8 +352,8 @@ def slots_of_who_was_here(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS = [
-    *(rows_of_another_name, stale_numbers, stale_schedules, clocks_counted_twice),
-    *(freed_rows_written, rows_taken_twice, slots_of_who_was_here),
+    *(rows_of_another_name, stale_numbers, stale_plain_numbers, stale_schedules),
+    *(clocks_counted_twice, freed_rows_written, rows_taken_twice, slots_of_who_was_here),
 ]
 
 
