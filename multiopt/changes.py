@@ -44,7 +44,8 @@ def changed_numbers(
     others: dict[str, Entry] = {}
     for group, rows in table.rows_of(names):
         # Numbers in the place of numbers: no rule is made, and all rows are written at once.
-        numbers = None if group.scheduled else plain_numbers(formulas(group.rule)[0], values)
+        scheduled = group.scheduled and group.schedule[rows].any()
+        numbers = None if scheduled else plain_numbers(formulas(group.rule)[0], values)
         if numbers is not None:
             writes.append(partial(group.write_numbers, rows, numbers))
             continue

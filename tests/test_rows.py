@@ -38,7 +38,7 @@ KINDS = {"shape": SHAPES, "dtype": DTYPES, "library": LIBRARIES, "rule": RULES}
 CLIPS = [None, None, mo.Clip(norm=1.0), mo.Clip(value=0.3)]
 STEPS = 60
 
-RATES: list[Any] = [0.5, 0.05, 0.0, falling, mo.schedules.Linear(0.5, 0.1, steps=5)]
+RATES: list[Any] = [0.5, 0.05, 0.2, 0.0, falling, mo.schedules.Linear(0.5, 0.1, steps=5)]
 
 
 @dataclass
@@ -145,6 +145,7 @@ class Lives:
     def change_numbers(self) -> None:
         seen = [name for name in self.params if name in self.opt]
         names, lr = self.some(seen, 6) if seen else [], self.one(RATES)
+        names = seen if self.rng.random() < 0.5 else names
         self.opt.set_hyperparameters(names, lr=lr)
         for name in names:
             self.rules[name] = replace(self.rules[name], lr=lr)  # type: ignore[call-arg]
