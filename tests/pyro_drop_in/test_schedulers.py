@@ -21,8 +21,8 @@ from torch.distributions import constraints
 import multiopt as mo
 import multiopt.adapters.pyro as optim
 from multiopt.adapters.pyro import lr_scheduler
-from multiopt.adapters.pyro.core import Core
 from multiopt.adapters.pyro.optim import JointOptim
+from multiopt.registry import Registry
 from tests.pyro_drop_in.tensors import BOTH, give, param
 
 
@@ -461,18 +461,20 @@ def test_rules_of_the_past_are_forgotten() -> None:
     assert len(scheduler._rules) < 100
 
 
-def test_the_rules_of_a_step_change_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_stand_alike_get_their_numbers_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     scheduler, changes = made(optim, "OneCycleLR", "AdamW"), []
     scheduler([give(param(name)) for name in "abc"])
-    change = Core.change
+    set_numbers = Registry.set_numbers
     monkeypatch.setattr(
-        Core, "change", lambda core, *given: changes.append(given) or change(core, *given)
+        Registry,
+        "set_numbers",
+        lambda known, *given: changes.append(given) or set_numbers(known, *given),
     )
     scheduler.step()
-    ((rules, clips),) = changes
-    assert list(rules) == ["a", "b", "c"]
-    assert len({id(rule) for rule in rules.values()}) == 1
-    assert not clips
+    ((names, values),) = changes
+    assert (names, set(values)) == (["a", "b", "c"], {"lr", "betas"})
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -494,26 +496,31 @@ def test_schedulers_that_stand_alike_step_as_each_by_itself(
         if not shares:
             monkeypatch.setattr(lr_scheduler, "PLAIN", set())
         found = []
-        # Those of one call stand alike; "c" comes later, and "b" is moved by hand.
+        # Those of one call stand alike; "c" comes later, "a" is moved by hand, "d" begins anew.
         a, b, c, d = (give(param(name)) for name in "abcd")
-        for t in range(6):
+        for t in range(8):
             scheduler([a, b, d] if t < 2 else [a, b, c, d])
             if t == 3:
-                scheduler.optim_objs[b].optimizer.param_groups[0]["lr"] = 0.25
+                scheduler.optim_objs[a].optimizer.param_groups[0]["lr"] = 0.25
             with monkeypatch.context() as patch:
                 patch.setattr(kind, "step", counted)
                 scheduler.step(*([0.5] if name == "ReduceLROnPlateau" else []))
-            objects = scheduler.optim_objs
-            found += [objects[x].state_dict() for x in objects]
-            found += [dict(objects[x].optimizer.param_groups[0], params=None) for x in objects]
+            if t == 4:
+                del scheduler.optim_objs[d]
+            for one in scheduler.get_state().values():
+                found.append((one["scheduler"], one["optimizer"]["param_groups"]))
+        objects = scheduler.optim_objs
+        found += [objects[x].state_dict() for x in objects]
+        found += [dict(objects[x].optimizer.param_groups[0], params=None) for x in objects]
         lists = [v for x in objects for v in vars(objects[x]).values() if isinstance(v, list)]
         assert len(set(map(id, lists))) == len(lists)
         return found, len(steps)
 
     (shared, some), (alone, every) = run(True), run(False)
     assert shared == alone
-    assert every == 3 * 2 + 4 * 4
-    assert some == every if name in BY_ITSELF else some < every
+    # The scheduler of "d" is made twice, but the second time in a call.
+    assert every == 2 * 3 + 6 * 4
+    assert some == every if name in BY_ITSELF else some == 2 * 1 + 2 + 2 * 3 + 3 * 4
 
 
 # A program of Pyro

@@ -1,6 +1,6 @@
 """The optimizer inside the drop-in, whose names are given to tensors."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,10 @@ class Core(Optimizer):
             self._registry.forget(self._registry.known())
             self._guard.torn = None
         return True
+
+    def forget_all(self, names: Iterable[str]) -> None:
+        """Drop all that is held of some names."""
+        self._registry.forget(names)
 
     def check_free(self, what: str) -> None:
         """Refuse a change in the middle of a step."""
@@ -121,9 +125,9 @@ class Core(Optimizer):
         """The rule of a name."""
         return self._registry.rule_of(name)
 
-    def alike(self, names: Sequence[str]) -> list[Hashable]:
-        """For each name what is equal for those of the same rule and the same clock."""
-        return self._registry.alike(names)
+    def set_numbers(self, names: Sequence[str], values: Mapping[str, Any]) -> None:
+        """Change some hyperparameters of some names."""
+        self._registry.set_numbers(names, values)
 
     def clock(self, name: str) -> int:
         """How many steps a name has taken."""

@@ -1,20 +1,21 @@
 """``pyro.optim.lr_scheduler``: torch's schedulers, one for each parameter, as in Pyro."""
 
-from collections.abc import Callable, Collection, Hashable, Mapping
-from copy import copy, deepcopy
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import fields
 from inspect import signature
 from types import NoneType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pyro.optim
 import torch
 
 from multiopt.adapters.pyro.constructors import Settings, has_rule
 from multiopt.adapters.pyro.optim import JointOptim, PyroOptim
+from multiopt.adapters.pyro.settings import has_schedule
 from multiopt.adapters.pyro.tracking import Tracked
 from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
-from multiopt.rules import Rule
 from multiopt.state.file_objects import Target
 
 __all__ = ["PyroLRScheduler"]
@@ -84,6 +85,11 @@ class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):
 PLAIN = {NoneType, bool, int, float, str, list, dict, tuple}
 
 
+def _state(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler has of its own."""
+    return {name: value for name, value in vars(scheduler).items() if name != "optimizer"}
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value is a number, or consists of numbers and words alone."""
     parts = value.values() if isinstance(value, dict) else value
@@ -92,27 +98,21 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-class _Move(NamedTuple):
-    """How a scheduler has moved.
-
-    Attributes:
-        where: What it was, and what the tensor had.
-        changed: Its attributes that are others now.
-        extra: What the parameter group has beside the settings now.
-        rule: The new rule; None for no change.
-    """
-
-    where: tuple[Any, ...]
-    changed: dict[str, Any]
-    extra: dict[str, Any]
-    rule: Rule | None
-
-
 class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of *args in Pyro
     """One whose parameters are stepped together by multiopt.
 
-    A scheduler of torch moves the settings of each parameter.
+    A scheduler of torch moves the settings of each parameter. Those that stand alike fly together:
+    torch steps the scheduler of the first one, and the others get its numbers, all at once. Their
+    own schedulers catch up before anybody sees them; from then on they are stepped by themselves.
     """
+
+    def _begin(self, *given: Any) -> None:
+        super()._begin(*given)
+        # By tensor: those that nobody has looked at since they came, those that are stepped by
+        # themselves, and the others in their flights, the leader first.
+        self._arrived: dict[Tracked, None] = {}
+        self._alone: dict[Tracked, None] = {}
+        self._flights: list[dict[Tracked, None]] = []
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step every parameter's scheduler.
@@ -122,57 +122,77 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             **kwargs: Likewise.
         """
         self._guard.check("a scheduler's step")
-        self._forget_abandoned()
-        tensors = list(self._tensors)
-        self._settle(tensors)
-        alike = self._core.alike([tracked.key for tracked in tensors])
-        moves: list[_Move] = []
+        self._settle(self._tensors)
+        if self._arrived:
+            self._arrange()
+        for flight in self._flights:
+            leader = next(iter(flight))
+            before, extra = self._core.rule_of(leader.key), dict(leader.extra)
+            leader.scheduler.step(*args, **kwargs)
+            now = self._core.rule_of(leader.key)
+            names = [f.name for f in fields(now) if getattr(now, f.name) != getattr(before, f.name)]
+            if names and len(flight) > 1:
+                values = {name: getattr(now, name) for name in names}
+                self._core.set_numbers([tracked.key for tracked in flight], values)
+            if leader.extra != extra:
+                for tracked in flight:
+                    tracked.extra = dict(leader.extra)
         self._collects = True
         try:
-            for tracked, number in zip(tensors, alike, strict=True):
-                self._step_scheduler(tracked, number, moves, args, kwargs)
+            for tracked in self._alone:
+                tracked.scheduler.step(*args, **kwargs)
         finally:
             self._take_changes()
 
-    def _step_scheduler(
-        self, tracked: Tracked, alike: Hashable, moves: list["_Move"], args: Any, kwargs: Any
-    ) -> None:
-        """Step the scheduler of a tensor, or let it follow one that was just where it is.
+    def _arrange(self) -> None:
+        """Let those that have come fly with others that stand alike, or step by themselves."""
+        flights = {self._standing(next(iter(flight))): flight for flight in self._flights}
+        for tracked in self._arrived:
+            standing = self._standing(tracked)
+            if standing is None:
+                self._alone[tracked] = None
+            else:
+                if standing not in flights:
+                    flights[standing] = {}
+                    self._flights.append(flights[standing])
+                tracked.flight = flights[standing]
+                tracked.flight[tracked] = None
+        self._arrived = {}
 
-        Args:
-            tracked: The tensor.
-            alike: What is equal for tensors of the same settings and the same clock.
-            moves: How schedulers have moved in this step; takes one more.
-            args: What torch's scheduler takes.
-            kwargs: Likewise.
-        """
-        scheduler = tracked.scheduler
-        before = {**vars(scheduler), "optimizer": None}
-        # To step one of torch takes 10 us, to let it follow 2. Only numbers tell all that it does.
-        plain = (
-            type(scheduler).__module__ == torch.optim.lr_scheduler.__name__
-            and PLAIN.issuperset(map(type, before.values()))
-            and not tracked.given
-        )
-        where = type(scheduler), alike, before, tracked.extra
-        for move in moves if plain else ():
-            if move.where == where:
-                for name, value in move.changed.items():
-                    setattr(scheduler, name, copy(value))
-                tracked.extra = dict(move.extra)
-                if move.rule is not None:
-                    self._changes[tracked] = move.rule
-                return
-        plain = plain and _is_plain(before)
-        where = deepcopy(where) if plain else where
-        scheduler.step(*args, **kwargs)
-        if plain:
-            changed = {
-                name: value
-                for name, value in vars(scheduler).items()
-                if name != "optimizer" and value != where[2].get(name)
-            }
-            moves.append(_Move(where, changed, dict(tracked.extra), self._changes.get(tracked)))
+    def _standing(self, tracked: Tracked) -> Hashable | None:
+        """What those have in common that move alike; None for who has to move by itself."""
+        state, rule = _state(tracked.scheduler), self._core.rule_of(tracked.key)
+        if (
+            # Only numbers tell all that a scheduler does, and only torch's own hold nothing else.
+            type(tracked.scheduler).__module__ != torch.optim.lr_scheduler.__name__
+            or not _is_plain(state)
+            # What is set here is not what a rule has if that depends on the clock, or is given.
+            or tracked.given
+            or getattr(rule, "lrd", 1.0) != 1.0
+            or has_schedule(rule)
+        ):
+            return None
+        return rule, repr(state), repr(tracked.extra)
+
+    def _leave(self, tracked: Tracked) -> None:
+        """Take a tensor out of its flight."""
+        self._arrived.pop(tracked, None)
+        self._alone.pop(tracked, None)
+        if (flight := tracked.flight) is None:
+            return
+        leader = next(iter(flight))
+        del flight[tracked]
+        tracked.flight = None
+        self._flights = [flight for flight in self._flights if flight]
+        behind = next(iter(flight), None) if tracked is leader else tracked
+        if behind is not None:
+            vars(behind.scheduler).update(deepcopy(_state(leader.scheduler)))
+
+    def _forget(self, tensors: Iterable[Tracked]) -> None:
+        tensors = list(tensors)
+        for tracked in tensors:
+            self._leave(tracked)
+        super()._forget(tensors)
 
     def save(self, filename: Target) -> None:
         """Write ``get_state()`` to a file in Pyro's format; a schedule is torch's own state."""
@@ -197,15 +217,19 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
                 self._forget([tracked])
                 raise
             tracked.scheduler = scheduler
+            self._arrived[tracked] = None
         return tracked
 
     def _object(self, tracked: Tracked) -> Any:
+        self._leave(tracked)
+        self._alone[tracked] = None
         return tracked.scheduler
 
     # State
 
     def _describe(self, tracked: Tracked) -> dict[str, Any]:
-        scheduler = deepcopy(tracked.scheduler.state_dict())
+        leader = tracked if tracked.flight is None else next(iter(tracked.flight))
+        scheduler = deepcopy(leader.scheduler.state_dict())
         return {**super()._describe(tracked), "scheduler": scheduler}
 
     def _to_torch(self, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,6 +276,10 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
 
     def _take(self, loaded: Collection[tuple[Tracked, Mapping[str, Any]]]) -> None:
         # Schedules first, for those of torch may still fail, and can be put back.
+        for tracked, _ in loaded:
+            if tracked not in self._alone:
+                self._leave(tracked)
+                self._arrived[tracked] = None
         schedulers = [tracked.scheduler for tracked, _ in loaded]
         before = [dict(vars(scheduler)) for scheduler in schedulers]
         try:

@@ -463,10 +463,12 @@ class JointOptim(PyroOptim):
 
     def _forget(self, tensors: Iterable[Tracked]) -> None:
         """Drop the entries of tensors; presented again, they start anew."""
-        for tracked in tensors:
+        gone = list(tensors)
+        for tracked in gone:
             self._sources.unwatch(tracked)
             self._tensors.remove(tracked)
-            self._core.forget(tracked.key)
+        if gone:
+            self._core.forget_all([tracked.key for tracked in gone])
 
     def _forget_abandoned(self) -> None:
         """Drop the entries of tensors that nobody else holds, but not in the middle of a call."""
@@ -729,9 +731,7 @@ class JointOptim(PyroOptim):
         if self._core.end_torn():
             # Every tensor begins anew: with the state of its name, if there is some.
             self._ids = b""
-            for tracked in self._tensors:
-                self._sources.unwatch(tracked)
-                self._tensors.remove(tracked)
+            self._forget(self._tensors)
         self._state_waiting_to_be_consumed.update(loaded)
         clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
         self._core.resume(max(clocks, default=0) if steps is None else steps)

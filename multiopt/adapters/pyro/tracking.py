@@ -44,6 +44,7 @@ class Tracked:
         extra: What its parameter group holds beside the settings: keys of schedulers and of users.
         view: What ``optim_objs`` shows, once somebody has asked.
         scheduler: Its scheduler of torch, if there is one.
+        flight: The tensors whose schedulers move as its own does, if there are any.
     """
 
     tensor: torch.Tensor | None
@@ -54,6 +55,7 @@ class Tracked:
     extra: dict[str, Any] = field(default_factory=dict)
     view: Any = None
     scheduler: Any = None
+    flight: dict["Tracked", None] | None = None
 
     @property
     def alive(self) -> torch.Tensor:
