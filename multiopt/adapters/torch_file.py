@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,31 +22,43 @@ __all__ = ["is_safetensors", "read"]
 REFUSED = re.compile(r"GLOBAL (\S+)|<class '(\S+)'>|unrecognized function (.+)")
 
 
-def read(file: Source, map_location: Any = None) -> Any:
-    """What ``torch.save`` wrote to a file: plain data and tensors, read with ``weights_only=True``.
+def read(path: Source, map_location: Any = None) -> Any:
+    """Read a file of ``torch.save``: plain data and tensors, never code (``weights_only=True``).
 
     Args:
-        file: The path of the file, or a binary file object, read from where it is.
+        path: The file, or a binary file object, which is read from where it is.
         map_location: As in ``torch.load``; by default tensors come to the CPU.
+
+    Returns:
+        What was saved, whatever it is. ``from_torch`` wants the optimizer's part of it.
 
     Raises:
         CheckpointError: The file is damaged, of another kind, or would run code.
         OSError: The file cannot be read.
         TypeError: It is neither a path nor a binary file object.
+
+    >>> import torch
+    >>> from multiopt.adapters.torch_optim import read
+    >>> torch.save({"epoch": 3, "optimizer": {"state": {}, "param_groups": []}}, "run.pt")
+    >>> read("run.pt")["optimizer"]
+    {'state': {}, 'param_groups': []}
     """
-    with _opened(file) as opened:
-        start = opened.tell()
+    with _opened(path) as opened:
+        can_be_sought = getattr(opened, "seekable", lambda: False)()
+        # As torch needs it.
+        file = opened if can_be_sought else BytesIO(opened.read())
+        start = file.tell()
         try:
             with _numpy_numbers():
-                found = torch.load(opened, map_location or "cpu", weights_only=True)
+                found = torch.load(file, map_location or "cpu", weights_only=True)
             return _with_arrays(found, {})
         except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
             # torch's own words advise to read the file with weights_only=False.
             advises = "weights_only" in str(error)
-            opened.seek(start)
+            file.seek(start)
             raise CheckpointError(
-                f"{label(file)}: expected a checkpoint that torch.load reads with "
-                f"weights_only=True, plain data and tensors; {_refusal(opened, error, advises)}"
+                f"{label(path)}: expected a checkpoint that torch.load reads with "
+                f"weights_only=True, plain data and tensors; {_refusal(file, error, advises)}"
             ) from (None if advises else error)
 
 
@@ -60,12 +72,16 @@ def is_safetensors(file: Source) -> bool:
         OSError: The file cannot be read.
         TypeError: It is neither a path nor a binary file object.
     """
+    with _opened(file) as opened:
+        return _begins_as_safetensors(opened)
+
+
+def _opened(file: Any) -> AbstractContextManager[BinaryIO]:
+    """A file to read from, which is closed afterwards if it was given by its path."""
     if is_path(file):
-        with Path(os.fsdecode(file)).open("rb") as opened:
-            return _begins_as_safetensors(opened)
-    source: Any = file
-    check_readable(source)
-    return _begins_as_safetensors(source)
+        return Path(os.fsdecode(file)).open("rb")
+    check_readable(file)
+    return nullcontext(file)
 
 
 def _begins_as_safetensors(opened: BinaryIO) -> bool:
@@ -75,19 +91,6 @@ def _begins_as_safetensors(opened: BinaryIO) -> bool:
     beginning = opened.read(9)
     opened.seek(start)
     return beginning[8:] == b"{"
-
-
-@contextmanager
-def _opened(file: Source) -> Iterator[BinaryIO]:
-    """A file that can be sought, as torch needs it."""
-    if is_path(file):
-        with Path(os.fsdecode(file)).open("rb") as opened:
-            yield opened
-        return
-    source: Any = file
-    check_readable(source)
-    can_be_sought = getattr(source, "seekable", lambda: False)()
-    yield source if can_be_sought else BytesIO(source.read())
 
 
 def _refusal(opened: BinaryIO, error: Exception, advises: bool) -> str:
@@ -155,30 +158,33 @@ NUMPY_NUMBERS: list[Any] = [
 ]
 
 
-_READING = RLock()
+#: What torch allows is the same for the whole process: one file is read at a time.
+READING = RLock()
 
 
 @contextmanager
 def _numpy_numbers() -> Iterator[None]:
-    """Let torch read NumPy numbers, by our functions even where users have allowed NumPy's own.
-
-    What is allowed is the same for the whole process: one file is read at a time.
-    """
+    """Let torch read NumPy numbers, by our functions even where users have allowed NumPy's own."""
     names = {name for _, name in NUMPY_NUMBERS}
-    with _READING:
+    with READING:
         before = torch.serialization.get_safe_globals()
-        others = [
-            f
-            for f in before
-            if (f[1] if isinstance(f, tuple) else f"{f.__module__}.{f.__qualname__}") not in names
-        ]
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals([*others, *NUMPY_NUMBERS])
+        _allow([f for f in before if _name_of(f) not in names] + NUMPY_NUMBERS)
         try:
             yield
         finally:
-            torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(before)
+            _allow(before)
+
+
+def _allow(allowed: list[Any]) -> None:
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+
+
+def _name_of(allowed: Any) -> str:
+    """The name under which a file may have what is allowed."""
+    return (
+        allowed[1] if isinstance(allowed, tuple) else f"{allowed.__module__}.{allowed.__qualname__}"
+    )
 
 
 def _with_arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:

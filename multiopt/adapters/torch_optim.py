@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from multiopt.adapters import torch_file
+from multiopt.adapters.torch_file import read
 from multiopt.adapters.torch_settings import (
     DECOUPLED,
     group_settings,
@@ -46,33 +46,8 @@ from multiopt.entry import check_slot_names, in_parts
 from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
 from multiopt.state import file as checkpoint
-from multiopt.state.file_objects import Source
 
 __all__ = ["from_torch", "read", "rules_of", "to_torch"]
-
-
-def read(path: Source, map_location: Any = None) -> Any:
-    """Read a file of ``torch.save``: plain data and tensors, never code (``weights_only=True``).
-
-    Args:
-        path: The file, or a binary file object, which is read from where it is.
-        map_location: As in ``torch.load``; by default tensors come to the CPU.
-
-    Returns:
-        What was saved, whatever it is. ``from_torch`` wants the optimizer's part of it.
-
-    Raises:
-        CheckpointError: The file is damaged, of another kind, or would run code.
-        OSError: The file cannot be read.
-        TypeError: It is neither a path nor a binary file object.
-
-    >>> import torch
-    >>> from multiopt.adapters.torch_optim import read
-    >>> torch.save({"epoch": 3, "optimizer": {"state": {}, "param_groups": []}}, "run.pt")
-    >>> read("run.pt")["optimizer"]
-    {'state': {}, 'param_groups': []}
-    """
-    return torch_file.read(path, map_location)
 
 
 def from_torch(

@@ -1,7 +1,7 @@
 """State to and from the state dicts of torch optimizers, one parameter each, as Pyro keeps them."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import fields
 from inspect import signature
@@ -49,8 +49,20 @@ __all__ = [
 #: Optimizers of torch that count no steps.
 CLOCKLESS = ("SGD", "Muon")
 
-#: What torch keeps beside slots, though the step and the settings say it.
-DERIVED = {"NAdam": ("mu_product",), "ASGD": ("eta", "mu")}
+#: What torch keeps beside slots, though the settings and the steps taken say it.
+DERIVED: dict[str, dict[str, Callable[[Mapping[str, Any], int], Any]]] = {
+    "NAdam": {
+        "mu_product": lambda rule, step: (
+            power(rule["betas"][0], step) * product_of_shares(rule["momentum_decay"], step)
+        ),
+    },
+    "ASGD": {
+        "eta": lambda rule, step: (
+            rule["lr"] / (1 + rule["lambd"] * rule["lr"] * step) ** rule["alpha"]
+        ),
+        "mu": lambda rule, step: 1 / max(1.0, step - rule["t0"]),
+    },
+}
 
 
 def parameter_to_torch(
@@ -129,18 +141,8 @@ def derived_numbers(rule: Mapping[str, Any], step: int) -> dict[str, torch.Tenso
         rule: The description of the rule in a state dict.
         step: How many steps were taken.
     """
-    return {name: scalar(value) for name, value in _derived(rule, step).items()}
-
-
-def _derived(rule: Mapping[str, Any], step: int) -> dict[str, float]:
-    if rule["name"] == "NAdam":
-        shares = product_of_shares(rule["momentum_decay"], step)
-        return {"mu_product": float(power(rule["betas"][0], step) * shares)}
-    if rule["name"] == "ASGD":
-        lr, lambd = rule["lr"], rule["lambd"]
-        eta = lr / (1 + lambd * lr * step) ** rule["alpha"] if step else lr
-        return {"eta": eta, "mu": 1 / max(1.0, step - rule["t0"])}
-    return {}
+    derived = DERIVED.get(rule["name"], {})
+    return {name: scalar(float(value(rule, step))) for name, value in derived.items()}
 
 
 def parameters_from_torch(
@@ -218,29 +220,34 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
     rule = described_rule(rule_class(**settings), step)
     for name in DERIVED.get(rule["name"], ()):
         kept.pop(name, None)
-    slots = {}
     for slot, tensor in kept.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"expected a tensor under {slot!r}; got a {type(tensor).__name__}")
     is_complex = any(tensor.is_complex() for tensor in kept.values())
-    for slot, tensor in kept.items():
-        tensor = torch.view_as_real(tensor.resolve_conj()) if is_complex else tensor
-        dtype = getattr(torch, COMPUTE_DTYPE[str(tensor.dtype).removeprefix("torch.")])
-        slots[slot] = named("torch").to_host(tensor.to(dtype))
-        if not step:
-            # Slots are zero before the first step; Adagrad's sum in torch may not be.
-            slots[slot] = np.zeros_like(slots[slot])
-    loaded = {"rule": rule, "step": step, "slots": slots, "complex": is_complex}
-    # What schedulers and users keep in a group, and settings that the caller may change in place.
-    loaded["group"] = {k: deepcopy(v) for k, v in group.items() if k not in KNOWN | BESIDE}
-    loaded["given"] = {
-        k: deepcopy(v)
-        for k, v in group.items()
-        if k in KNOWN and isinstance(v, torch.Tensor | np.ndarray)
+    slots = {slot: _on_host(tensor, is_complex) for slot, tensor in kept.items()}
+    if not step:
+        # Slots are zero before the first step; Adagrad's sum in torch may not be.
+        slots = {slot: np.zeros_like(array) for slot, array in slots.items()}
+    own = {k: v for k, v in group.items() if isinstance(v, torch.Tensor | np.ndarray)}
+    scheduler = {"scheduler": state["scheduler"]} if "scheduler" in state else {}
+    return {
+        "rule": rule,
+        "step": step,
+        "slots": slots,
+        "complex": is_complex,
+        # What schedulers and users keep in a group.
+        "group": deepcopy({k: v for k, v in group.items() if k not in KNOWN | BESIDE}),
+        # Settings that the caller may change in place.
+        "given": deepcopy({k: v for k, v in own.items() if k in KNOWN}),
+        **deepcopy(scheduler),
     }
-    if "scheduler" in state:
-        loaded["scheduler"] = deepcopy(state["scheduler"])
-    return loaded
+
+
+def _on_host(slot: torch.Tensor, is_complex: bool) -> np.ndarray:
+    """A slot of torch as a NumPy array, complex numbers in two parts."""
+    slot = torch.view_as_real(slot.resolve_conj()) if is_complex else slot
+    dtype = getattr(torch, COMPUTE_DTYPE[str(slot.dtype).removeprefix("torch.")])
+    return named("torch").to_host(slot.to(dtype))
 
 
 def _clock(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
