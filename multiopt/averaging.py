@@ -17,6 +17,7 @@ one pass over the memory updates both:
 """
 
 from dataclasses import dataclass
+from math import ulp
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy as np
 from multiopt.rules.arithmetic import one_minus_power
 from multiopt.rules.rule import (
     FINITE,
+    SHARE,
     Coefficients,
     Hyperparameter,
     Range,
@@ -76,9 +78,7 @@ class Average(Rule):
     ([-1.0], [0.666666666667])
     """
 
-    decay: Hyperparameter = number(
-        1.0, Range("a number > 0 and <= 1", low=5e-324, below=1.0 + 2.0**-52)
-    )
+    decay: Hyperparameter = number(1.0, SHARE._replace(words="a number > 0 and <= 1", low=ulp(0.0)))
     start: float = number(1, Range("an integer >= 1", low=1.0))
 
     slots: ClassVar = ("average",)
@@ -87,8 +87,8 @@ class Average(Rule):
     def __post_init__(self) -> None:
         """Check the hyperparameters."""
         super().__post_init__()
-        if callable(self.start) or self.start != int(self.start):
-            raise ValueError(f"Average: start must be an integer >= 1; got {self.start!r}")
+        whole = not callable(self.start) and self.start == int(self.start)
+        self._require(whole, "start", "an integer >= 1")
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:

@@ -94,7 +94,9 @@ class Adafactor(Rule):
     beta2_decay: Hyperparameter = number(
         -0.8, Range("a finite number <= 0", low=FINITE.low, below=ulp(0.0))
     )
-    eps: tuple[Hyperparameter | None, Hyperparameter] = number((None, 1e-3), NONNEGATIVE)
+    eps: tuple[Hyperparameter | None, Hyperparameter] = number(
+        (None, 1e-3), NONNEGATIVE._replace(optional=True)
+    )
     d: Hyperparameter = number(1.0, Range("a number >= 1", low=1.0, infinite=True))
     weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
     maximize: bool = switch()
@@ -108,7 +110,7 @@ class Adafactor(Rule):
         """Check the hyperparameters."""
         super().__post_init__()
         if self.eps[1] is None:
-            raise ValueError("Adafactor: eps[1] must be a number >= 0; got None")
+            self._refuse("eps[1]", "a number >= 0", None)
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Those of torch: a mean over the last axis, and one over the last but one."""
@@ -134,9 +136,3 @@ class Adafactor(Rule):
             maximizes=h.maximize,
             **decays(h, h.lr, decoupled=True),
         )
-
-    def _checked(self, name: str, value: Any, when: str = "") -> Any:
-        # The first of eps may be left to the dtype.
-        if name == "eps" and value is None:
-            return None
-        return super()._checked(name, value, when)

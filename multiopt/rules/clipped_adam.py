@@ -8,7 +8,7 @@ import numpy as np
 from multiopt.rules.adam import descend, first_moment, moments, second_moment
 from multiopt.rules.arithmetic import clamp, one_minus_power, power
 from multiopt.rules.decay import penalized
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, number, switch
+from multiopt.rules.rule import BOUND, FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["ClippedAdam"]
 
@@ -66,7 +66,7 @@ class ClippedAdam(Rule):
     betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
     eps: Hyperparameter = number(1e-8, NONNEGATIVE)
     weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
-    clip_norm: Hyperparameter = number(10.0, Range("a number >= 0", infinite=True))
+    clip_norm: Hyperparameter = number(10.0, BOUND)
     lrd: Hyperparameter = number(1.0, NONNEGATIVE)
     centered_variance: bool = switch()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, ClassVar
 
 from array_api_compat import device
@@ -10,7 +11,16 @@ from multiopt.rules.adam import first_moment, moments, second_moment
 from multiopt.rules.arithmetic import clamp
 from multiopt.rules.clipped_adam import clipped_adam, decayed_step_size
 from multiopt.rules.cosine import dct, idct, next_fast_len
-from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Range, Rule, Update, number
+from multiopt.rules.rule import (
+    BOUND,
+    FRACTION,
+    NONNEGATIVE,
+    Hyperparameter,
+    Range,
+    Rule,
+    Update,
+    number,
+)
 
 __all__ = ["DCTAdam"]
 
@@ -68,18 +78,13 @@ class DCTAdam(Rule):
     lr: Hyperparameter = number(1e-3, NONNEGATIVE)
     betas: tuple[Hyperparameter, Hyperparameter] = number((0.9, 0.999), FRACTION)
     eps: Hyperparameter = number(1e-8, NONNEGATIVE)
-    clip_norm: Hyperparameter = number(10.0, Range("a number >= 0", infinite=True))
+    clip_norm: Hyperparameter = number(10.0, BOUND)
     lrd: Hyperparameter = number(1.0, NONNEGATIVE)
-    dct_dim: int | None = None
+    dct_dim: int | None = number(
+        None, Range("an integer or None", low=-inf, whole=True, optional=True)
+    )
 
     slots: ClassVar = ("exp_avg", "exp_avg_sq")
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        super().__post_init__()
-        dim = self.dct_dim
-        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
-            raise ValueError(f"DCTAdam: dct_dim must be an integer or None; got {dim!r}")
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]  # an option decides, not the class

@@ -6,7 +6,16 @@ from typing import Any, ClassVar, Literal
 
 from multiopt.rules.arithmetic import maximum, sum_of_squares
 from multiopt.rules.decay import decays, shrunk
-from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Rule, choice, number, switch
+from multiopt.rules.rule import (
+    FINITE,
+    NONNEGATIVE,
+    Hyperparameter,
+    Range,
+    Rule,
+    choice,
+    number,
+    switch,
+)
 
 __all__ = ["Muon"]
 
@@ -91,7 +100,7 @@ class Muon(Rule):
         (3.4445, -4.775, 2.0315), FINITE
     )
     eps: Hyperparameter = number(1e-7, NONNEGATIVE)
-    ns_steps: int = 5
+    ns_steps: int = number(5, Range("an integer from 0 to 99", below=100, whole=True))
     adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = choice(
         None, "original", "match_rms_adamw", default=None
     )
@@ -99,13 +108,6 @@ class Muon(Rule):
     elementwise: ClassVar[bool] = False
     slots: ClassVar = ("momentum_buffer",)
     update: ClassVar = staticmethod(muon)
-
-    def __post_init__(self) -> None:
-        """Check the hyperparameters."""
-        super().__post_init__()
-        steps = self.ns_steps
-        if not (isinstance(steps, int) and not isinstance(steps, bool) and 0 <= steps < 100):
-            raise ValueError(f"Muon: ns_steps must be an integer from 0 to 99; got {steps!r}")
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Those of other rules, for matrices.

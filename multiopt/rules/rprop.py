@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from multiopt.rules.decay import descending
-from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Range, Rule, number, switch
+from multiopt.rules.rule import BOUND, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["Rprop"]
 
@@ -62,9 +62,7 @@ class Rprop(Rule):
 
     lr: Hyperparameter = number(1e-2, NONNEGATIVE)
     etas: tuple[Hyperparameter, Hyperparameter] = number((0.5, 1.2), NONNEGATIVE)
-    step_sizes: tuple[Hyperparameter, Hyperparameter] = number(
-        (1e-6, 50.0), Range("a number >= 0", infinite=True)
-    )
+    step_sizes: tuple[Hyperparameter, Hyperparameter] = number((1e-6, 50.0), BOUND)
     maximize: bool = switch()
 
     slots: ClassVar = ("prev", "step_size")
@@ -74,8 +72,8 @@ class Rprop(Rule):
         """Check the hyperparameters."""
         super().__post_init__()
         shrink, grow = self.etas
-        if not ((callable(shrink) or shrink < 1) and (callable(grow) or grow > 1)):
-            raise ValueError(f"Rprop: etas must be below and above 1; got {self.etas!r}")
+        around = (callable(shrink) or shrink < 1) and (callable(grow) or grow > 1)
+        self._require(around, "etas", "below and above 1")
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:

@@ -3,18 +3,28 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
-from functools import cache
-from math import inf, nan, nextafter
-from numbers import Real
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import numpy as np
 
 from multiopt.errors import brief
+from multiopt.rules.declared import (
+    BOUND,
+    FINITE,
+    FRACTION,
+    NONNEGATIVE,
+    SHARE,
+    Declared,
+    Range,
+    choice,
+    number,
+    switch,
+)
 
 __all__ = [
+    "BOUND",
     "FINITE",
     "FRACTION",
     "NONNEGATIVE",
@@ -43,50 +53,6 @@ Update: TypeAlias = Callable[[Any, Any, Any, tuple[Any, ...], Any], tuple[Any, t
 
 #: What a switch among the coefficients is.
 SWITCH = bool | np.bool_
-
-
-class Range(NamedTuple):
-    """The values that a hyperparameter may take."""
-
-    words: str
-    low: float = 0.0
-    below: float = inf
-    infinite: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Whether a value is in the range; NaN never is."""
-        return self.low <= value < self.below or (self.infinite and value == inf)
-
-
-FINITE = Range("a finite number", low=-np.finfo(np.float64).max.item())
-NONNEGATIVE = Range("a finite number >= 0")
-FRACTION = Range("a number >= 0 and < 1", below=1.0)
-SHARE = Range("a number >= 0 and <= 1", below=nextafter(1.0, inf))
-
-
-def number(default: Any, allowed: Range) -> Any:
-    """Declare a field of a rule that is a number, or a schedule; or a tuple of as many.
-
-    Args:
-        default: The default, a number or a tuple of numbers.
-        allowed: The range of each number.
-    """
-    return field(default=default, metadata={"range": allowed})
-
-
-def choice(*choices: Any, default: Any) -> Any:
-    """Declare a field of a rule that is one of some values.
-
-    Args:
-        choices: The values.
-        default: One of them.
-    """
-    return field(default=default, metadata={"choices": choices})
-
-
-def switch(default: bool = False) -> Any:
-    """Declare a field of a rule that is True or False."""
-    return choice(True, False, default=default)
 
 
 class Coefficients:
@@ -131,7 +97,7 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
-class Rule(ABC):
+class Rule(Declared, ABC):
     """An update rule: a frozen dataclass of hyperparameters with three parts.
 
     * its fields, the hyperparameters, declared with ``number``, ``switch`` and ``choice`` and held
@@ -149,65 +115,12 @@ class Rule(ABC):
     [0.5, 0.5]
     """
 
-    #: The range of each numeric hyperparameter, by name. Each may also be a schedule.
-    ranges: ClassVar[Mapping[str, Range]] = {}
-    #: What each of the others may be that is one of some values.
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    #: Those of them that are True or False.
-    switches: ClassVar[tuple[str, ...]] = ()
     #: Fields that are rules themselves, whose hyperparameters count as those of this one: see
     #: ``multiopt.averaging``.
     nested: ClassVar[tuple[str, ...]] = ()
     #: Whether ``update`` treats each element by itself. One that does not runs as it stands, for
     #: each parameter by itself, on arrays in row-major order.
     elementwise: ClassVar[bool] = True
-
-    def __init_subclass__(cls) -> None:
-        """Collect what the fields are declared to be, those of the parent first."""
-        super().__init_subclass__()
-        declared = {name: x.metadata for name, x in vars(cls).items() if isinstance(x, Field)}
-        for what, known in (("range", "ranges"), ("choices", "choices")):
-            own = {name: kind[what] for name, kind in declared.items() if what in kind}
-            setattr(cls, known, {**getattr(cls, known), **own})
-        cls.switches = tuple(name for name, x in cls.choices.items() if x == (True, False))
-
-    def __post_init__(self) -> None:
-        """Hold the hyperparameters to what they are declared to be, and make numbers floats.
-
-        Raises:
-            ValueError: A hyperparameter is out of its range or of another kind.
-        """
-        kind = type(self).__name__
-        for f in _fields(type(self)):
-            if f.name not in self.ranges:
-                continue
-            value = getattr(self, f.name)
-            a_number = type(value) is float and not isinstance(f.default, tuple)
-            if a_number and self.ranges[f.name].holds(value):
-                # The usual case, in a tenth of the time. Not -0.0: equal rules do the same.
-                object.__setattr__(self, f.name, value + 0.0)
-                continue
-            if isinstance(f.default, tuple) and "range" in f.metadata:
-                length = len(f.default)
-                if not (isinstance(value, tuple | list) and len(value) == length):
-                    words = {2: "a pair", 3: "a triple"}.get(length, f"a tuple of {length}")
-                    raise ValueError(
-                        f"{kind}: {f.name} must be {words} of numbers; got {brief(value)}"
-                    )
-                value = tuple(value)
-            if isinstance(f.default, tuple) and isinstance(value, tuple):
-                checked: Any = tuple(self._checked(f.name, part) for part in value)
-            else:
-                checked = self._checked(f.name, value)
-            object.__setattr__(self, f.name, checked)
-        for name, choices in self.choices.items():
-            value = getattr(self, name)
-            # 1 is equal to True, but no switch.
-            if not any(isinstance(value, type(x)) and value == x for x in choices):
-                *others, last = map(repr, choices)
-                raise ValueError(
-                    f"{kind}: {name} must be {', '.join(others)} or {last}; got {brief(value)}"
-                )
 
     @property
     @abstractmethod
@@ -344,29 +257,21 @@ class Rule(ABC):
         Raises:
             ValueError: It is not.
         """
-        if type(number) is float and self.ranges[name].holds(number):
+        allowed = self.ranges[name]
+        if type(number) is float and allowed.holds(number):
             return number + 0.0  # not -0.0, as below
-        checked: float = self._checked(name, number, f" at step {step}")
+        checked: float = self._checked(name, allowed, number, f" at step {step}")
         return checked
 
-    def _checked(self, name: str, value: Any, when: str = "") -> Any:
+    def _checked(self, name: str, allowed: Range, value: Any, when: str = "") -> Any:
+        if allowed.whole:
+            return super()._checked(name, allowed, value)
         if callable(value):
             return value
-        real = isinstance(value, Real) and not isinstance(value, bool)
-        number = float(value) if real else nan
-        if not self.ranges[name].holds(number):
-            raise ValueError(
-                f"{type(self).__name__}: {name} must be {self.ranges[name].words}, "
-                f"or a schedule step -> number; got {brief(value)}{when}"
-            )
-        # Not -0.0: equal rules do the same.
-        return number + 0.0
-
-
-@cache
-def _fields(rule_class: type[Rule]) -> tuple[Field[Any], ...]:
-    """The hyperparameters; to ask takes a quarter of the time that making a rule takes."""
-    return fields(rule_class)
+        found = allowed.read(value)
+        if not allowed.holds(found):
+            self._refuse(name, f"{allowed.words}, or a schedule step -> number", value, when)
+        return found
 
 
 def _number(given: Any) -> Any:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+from multiopt.rules.declared import POSITIVE_INTEGER
 from multiopt.rules.rule import is_shared
-from multiopt.schedules.base import Schedule, as_tuple, is_count
+from multiopt.schedules.base import Schedule, as_tuple
 
 __all__ = ["Join", "Shared"]
 
@@ -42,7 +43,7 @@ class Join(Schedule):
         )
         self._require(
             len(ends) == len(parts) - 1
-            and all(is_count(n, 1) for n in ends)
+            and all(map(POSITIVE_INTEGER.has, ends))
             and all(a < b for a, b in pairwise(ends)),
             "boundaries",
             f"{len(parts) - 1} integers >= 1 in ascending order, one less than schedules",

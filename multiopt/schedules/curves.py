@@ -1,12 +1,23 @@
 """Schedules that are a formula of the step."""
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import cos, pi
-from typing import ClassVar, Literal
+from typing import Literal
 
-from multiopt.rules.rule import FINITE, FRACTION, NONNEGATIVE
-from multiopt.schedules.base import POSITIVE, Schedule, as_tuple, is_count
+from multiopt.rules.declared import (
+    FINITE,
+    FRACTION,
+    NONNEGATIVE,
+    NONNEGATIVE_INTEGER,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    choice,
+    number,
+    switch,
+    within,
+)
+from multiopt.schedules.base import Schedule, as_tuple
 
 __all__ = [
     "Constant",
@@ -35,9 +46,7 @@ class Constant(Schedule):
     0.1
     """
 
-    value: float
-
-    ranges: ClassVar = {"value": FINITE}
+    value: float = field(metadata=within(FINITE))
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""
@@ -61,11 +70,9 @@ class Exponential(Schedule):
     [0.8, 0.4, 0.2]
     """
 
-    initial: float
-    gamma: float
-    steps: float = 1.0
-
-    ranges: ClassVar = {"initial": FINITE, "gamma": NONNEGATIVE, "steps": POSITIVE}
+    initial: float = field(metadata=within(FINITE))
+    gamma: float = field(metadata=within(NONNEGATIVE))
+    steps: float = number(1.0, POSITIVE)
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""
@@ -87,12 +94,9 @@ class StepDecay(Schedule):
     [0.8, 0.8, 0.4, 0.4, 0.2]
     """
 
-    initial: float
-    step_size: int
-    gamma: float = 0.1
-
-    ranges: ClassVar = {"initial": FINITE, "gamma": NONNEGATIVE}
-    counts: ClassVar = {"step_size": 1}
+    initial: float = field(metadata=within(FINITE))
+    step_size: int = field(metadata=within(POSITIVE_INTEGER))
+    gamma: float = number(0.1, NONNEGATIVE)
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""
@@ -116,17 +120,15 @@ class MultiStep(Schedule):
     [0.8, 0.4, 0.4, 0.2]
     """
 
-    initial: float
+    initial: float = field(metadata=within(FINITE))
     milestones: tuple[int, ...]
-    gamma: float = 0.1
-
-    ranges: ClassVar = {"initial": FINITE, "gamma": NONNEGATIVE}
+    gamma: float = number(0.1, NONNEGATIVE)
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
         given = as_tuple(self.milestones)
-        holds = all(is_count(n, 0) for n in given) and list(given) == sorted(given)
+        holds = all(map(NONNEGATIVE_INTEGER.has, given)) and list(given) == sorted(given)
         self._require(holds, "milestones", "integers >= 0 in ascending order")
         object.__setattr__(self, "milestones", tuple(map(int, given)))
 
@@ -154,13 +156,10 @@ class Polynomial(Schedule):
     [1.0, 0.25, 0.0, 0.0]
     """
 
-    initial: float
-    final: float
-    steps: int
-    power: float = 1.0
-
-    ranges: ClassVar = {"initial": FINITE, "final": FINITE, "power": POSITIVE}
-    counts: ClassVar = {"steps": 1}
+    initial: float = field(metadata=within(FINITE))
+    final: float = field(metadata=within(FINITE))
+    steps: int = field(metadata=within(POSITIVE_INTEGER))
+    power: float = number(1.0, POSITIVE)
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""
@@ -188,12 +187,9 @@ class Linear(Schedule):
     [0.0, 0.25, 1.0, 1.0]
     """
 
-    initial: float
-    final: float
-    steps: int
-
-    ranges: ClassVar = {"initial": FINITE, "final": FINITE}
-    counts: ClassVar = {"steps": 1}
+    initial: float = field(metadata=within(FINITE))
+    final: float = field(metadata=within(FINITE))
+    steps: int = field(metadata=within(POSITIVE_INTEGER))
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""
@@ -217,12 +213,9 @@ class Cosine(Schedule):
     [1.0, 0.8536, 0.5, 0.1464, 0.0, 0.0]
     """
 
-    initial: float
-    steps: int
-    final: float = 0.0
-
-    ranges: ClassVar = {"initial": FINITE, "final": FINITE}
-    counts: ClassVar = {"steps": 1}
+    initial: float = field(metadata=within(FINITE))
+    steps: int = field(metadata=within(POSITIVE_INTEGER))
+    final: float = number(0.0, FINITE)
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""
@@ -248,13 +241,10 @@ class CosineWarmRestarts(Schedule):
     [1.0, 1.0, 0.5, 1.0, 0.8536, 0.5, 0.1464]
     """
 
-    initial: float
-    period: int
-    multiplier: int = 1
-    final: float = 0.0
-
-    ranges: ClassVar = {"initial": FINITE, "final": FINITE}
-    counts: ClassVar = {"period": 1, "multiplier": 1}
+    initial: float = field(metadata=within(FINITE))
+    period: int = field(metadata=within(POSITIVE_INTEGER))
+    multiplier: int = number(1, POSITIVE_INTEGER)
+    final: float = number(0.0, FINITE)
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""
@@ -294,29 +284,19 @@ class OneCycle(Schedule):
     [0.25, 0.625, 1.0, 0.5, 0.0, 0.0]
     """
 
-    peak: float
-    steps: int
-    pct_start: float = 0.3
-    anneal: Literal["cos", "linear"] = "cos"
-    div_factor: float = 25.0
-    final_div_factor: float = 1e4
-    three_phase: bool = False
-
-    ranges: ClassVar = {
-        "peak": FINITE,
-        "pct_start": FRACTION,
-        "div_factor": POSITIVE,
-        "final_div_factor": POSITIVE,
-    }
-    counts: ClassVar = {"steps": 1}
+    peak: float = field(metadata=within(FINITE))
+    steps: int = field(metadata=within(POSITIVE_INTEGER))
+    pct_start: float = number(0.3, FRACTION)
+    anneal: Literal["cos", "linear"] = choice("cos", "linear", default="cos")
+    div_factor: float = number(25.0, POSITIVE)
+    final_div_factor: float = number(1e4, POSITIVE)
+    three_phase: bool = switch()
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        self._require(self.anneal in ("cos", "linear"), "anneal", "'cos' or 'linear'")
-        self._require(isinstance(self.three_phase, bool), "three_phase", "True or False")
-        if self.three_phase:
-            self._require(self.pct_start <= 0.5, "pct_start", "at most 0.5 with three_phase")
+        fits = not self.three_phase or self.pct_start <= 0.5
+        self._require(fits, "pct_start", "at most 0.5 with three_phase")
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""
@@ -358,11 +338,9 @@ class InverseTime(Schedule):
     [1.0, 0.5, 0.25]
     """
 
-    initial: float
-    steps: float = 1.0
-    power: float = 1.0
-
-    ranges: ClassVar = {"initial": FINITE, "steps": POSITIVE, "power": POSITIVE}
+    initial: float = field(metadata=within(FINITE))
+    steps: float = number(1.0, POSITIVE)
+    power: float = number(1.0, POSITIVE)
 
     def __call__(self, step: int) -> float:
         """The number for a step, 1 for the first."""

@@ -4,10 +4,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import inf, isfinite
 from sys import float_info
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from multiopt.rules.rule import FRACTION, NONNEGATIVE
-from multiopt.schedules.base import Schedule, is_count
+from multiopt.rules.declared import (
+    FRACTION,
+    NONNEGATIVE,
+    NONNEGATIVE_INTEGER,
+    choice,
+    number,
+    within,
+)
+from multiopt.schedules.base import Schedule
 
 __all__ = ["Observed", "Plateau", "has_observed", "is_observed"]
 
@@ -63,31 +70,20 @@ class Plateau(Schedule):
     0.4
     """
 
-    initial: float
-    factor: float = 0.1
-    patience: int = 10
-    threshold: float = 1e-4
-    threshold_mode: Literal["rel", "abs"] = "rel"
-    mode: Literal["min", "max"] = "min"
-    cooldown: int = 0
-    smoothing: float = 0.0
-    minimum: float = 0.0
+    initial: float = field(metadata=within(NONNEGATIVE))
+    factor: float = number(0.1, FRACTION)
+    patience: int = number(10, NONNEGATIVE_INTEGER)
+    threshold: float = number(1e-4, NONNEGATIVE)
+    threshold_mode: Literal["rel", "abs"] = choice("rel", "abs", default="rel")
+    mode: Literal["min", "max"] = choice("min", "max", default="min")
+    cooldown: int = number(0, NONNEGATIVE_INTEGER)
+    smoothing: float = number(0.0, FRACTION)
+    minimum: float = number(0.0, NONNEGATIVE)
     _seen: Observed = field(init=False, repr=False)
-
-    ranges: ClassVar = {
-        "initial": NONNEGATIVE,
-        "factor": FRACTION,
-        "threshold": NONNEGATIVE,
-        "smoothing": FRACTION,
-        "minimum": NONNEGATIVE,
-    }
-    counts: ClassVar = {"patience": 0, "cooldown": 0}
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        self._require(self.threshold_mode in ("rel", "abs"), "threshold_mode", "'rel' or 'abs'")
-        self._require(self.mode in ("min", "max"), "mode", "'min' or 'max'")
         self._require(self.minimum <= self.initial, "minimum", f"at most {self.initial!r}")
         best = inf if self.mode == "min" else -inf
         object.__setattr__(self, "_seen", Observed(self.initial, best))
@@ -159,7 +155,7 @@ def is_observed(state: Any) -> bool:
         return False
     counts = [state[f.name] for f in fields(Observed) if f.type is int]
     return (
-        all(is_count(count, 0) and count <= 2**53 for count in counts)
+        all(NONNEGATIVE_INTEGER.has(count) and count <= 2**53 for count in counts)
         and _is_finite(state["value"])
         and state["value"] >= 0
         and (_is_finite(state["best"]) or state["best"] in ("inf", "-inf"))

@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, nan
-from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
 from multiopt.arrays import Part
-from multiopt.errors import brief
 from multiopt.rules.arithmetic import Host, clip_coefficient, rescaling, tree_sum
+from multiopt.rules.declared import BOUND, Declared, Range, number
 
 __all__ = ["Clip", "Together", "clip_by_global_norm"]
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Declared):
     """Bounds for gradients, applied in this order: norm, global norm, value.
 
     A norm is the Euclidean one. A gradient is multiplied by ``min(1, bound / (norm + eps))``; where
@@ -42,22 +40,10 @@ class Clip:
     ([0.6, 0.8], {'w': 5.0})
     """
 
-    norm: float | None = None
-    global_norm: float | None = None
-    value: float | None = None
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        """Check the bounds and store them as floats."""
-        for name in ("norm", "global_norm", "value", "eps"):
-            value = getattr(self, name)
-            if value is None and name != "eps":
-                continue
-            real = isinstance(value, Real) and not isinstance(value, bool)
-            number = float(value) if real else nan
-            if not number >= 0 or (name == "eps" and number == inf):
-                raise ValueError(f"Clip: {name} must be a number >= 0; got {brief(value)}")
-            object.__setattr__(self, name, number)
+    norm: float | None = number(None, BOUND._replace(optional=True))
+    global_norm: float | None = number(None, BOUND._replace(optional=True))
+    value: float | None = number(None, BOUND._replace(optional=True))
+    eps: float = number(1e-6, Range("a number >= 0"))
 
 
 class Together(NamedTuple):
@@ -96,8 +82,8 @@ def clip_by_global_norm(
         The norms.
     """
     found: dict[Clip, float] = {}
-    for number, clip in together.clips.items():
-        mine = [np.flatnonzero(part.group.clip[part.rows] == number) for part in parts]
+    for code, clip in together.clips.items():
+        mine = [np.flatnonzero(part.group.clip[part.rows] == code) for part in parts]
         pairs = [(part, which) for part, which in zip(parts, mine, strict=True) if which.size]
         if not pairs:
             continue
