@@ -7,27 +7,23 @@ packages under ``backends/`` refine it for one library each.
 
 import ctypes
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from numbers import Integral, Number
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar
 
 import array_api_compat
 import numpy as np
 
 from multiopt.arrays import Array, Member
 from multiopt.engine import Group
-from multiopt.errors import brief
+from multiopt.errors import answer, brief
 from multiopt.layout import PARTS_OF, Layout, address, require_dtype
-from multiopt.reference import ReferenceGroup
+from multiopt.reference import ReferenceGroup, is_finite, updated
 from multiopt.rules import Adam, Rule
-from multiopt.rules.arithmetic import clamp, sum_of_squares
 
-__all__ = ["Array", "Backend", "Result", "backend_of", "identities", "named"]
-
-#: What a library answers.
-Answer = TypeVar("Answer")
+__all__ = ["Array", "Backend", "backend_of", "identities", "named", "slot_of", "zeros"]
 
 #: The libraries with a package of their own. A library that nothing has imported is never asked.
 PACKAGES: Mapping[str, str] = {
@@ -41,25 +37,6 @@ CPU = 1
 
 #: The namespace in which array-api-compat has Dask.
 DASK = "array_api_compat.dask.array"
-
-
-class Result(NamedTuple):
-    """What a backend computed for one member; nothing is written yet.
-
-    Attributes:
-        param: The new parameter as ``write`` takes it.
-        slots: The new slots, in the form in which the backend keeps them.
-        grad: The clipped gradient, in the namespace of the computation.
-        master: What the new parameter is rounded from, if the member has a master copy.
-        limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
-            array that is still on its device.
-    """
-
-    param: Array
-    slots: tuple[Array, ...]
-    grad: Array
-    master: Array | None
-    limited: Any
 
 
 class Backend:
@@ -105,7 +82,7 @@ class Backend:
         """Take a step of two numbers on their way to the library and back."""
         xp, layout = self.namespace(layout), layout._replace(shape=(2,))
         numbers = np.array([0.5, 2.0], layout.compute_dtype)
-        slot = self.from_host(numbers, layout)
+        (slot,) = self.closed([numbers], layout)
         back = self.to_host(slot)
         if back.dtype != numbers.dtype or back.tolist() != numbers.tolist():
             raise TypeError(f"{brief(numbers)} comes back as {brief(back)}")
@@ -114,11 +91,12 @@ class Backend:
         member = Member("", 0, 0, self, param, param, layout, (slot,) * len(rule.slots))
         member.rule, member.scalars = rule, rule.coefficients(1, layout.compute_dtype)
         member.scales, member.bound = [0.5], 1.0
-        bool(self._finite(member))
-        result = self._run(member)
+        bool(is_finite(member))
+        param, *slots = self.closed(updated(member).arrays, layout)
+        (param,) = self.rounded([member], [param])
         if layout.is_complex:
-            self.parts(self.whole(result.param))
-        self.to_host(result.slots[0])
+            self.parts(self.whole(param))
+        self.to_host(slots[0])
 
     def bare(self, array: Array) -> Array:
         """The array over the same memory, without what a class of the user's makes of it."""
@@ -183,60 +161,34 @@ class Backend:
         xp = self.namespace(layout)
         return xp.astype(array, getattr(xp, layout.compute_dtype), copy=False)
 
-    def resumed(self, member: Member) -> Array:
-        """The parameter ready for the computation: its master copy, where that rounds to it.
+    def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
+        """Arrays as slots are kept, and as ``write`` takes them.
 
-        Where it does not, the parameter was changed by somebody else, or there was no step yet.
+        Args:
+            arrays: Some of NumPy, or of the namespace, which nobody else writes any more.
+            layout: The layout of their parameters, whatever the shape.
         """
-        param = self.opened(member.param, member.layout)
-        if member.master is None:
-            return param
-        master = self.opened(member.master, member.layout)
-        rounded = self.opened(self.rounded(member.master, member), member.layout)
-        return self.namespace(member.layout).where(rounded == param, master, param)
+        xp = self.namespace(layout)
+        if xp is np or not any(isinstance(array, np.ndarray) for array in arrays):
+            return list(arrays)
+        devices = xp.__array_namespace_info__().devices()
+        device = next((d for d in devices if str(d) == layout.device), None)
+        return [xp.asarray(array, device=device) for array in arrays]
 
-    def rounded(self, master: Array, member: Member) -> Array:
-        """A master copy rounded to the dtype of its parameter."""
-        return self.namespace(member.layout).astype(master, member.param.dtype)
+    def rounded(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
+        """Computed arrays in the dtypes of their parameters.
 
-    def closed(self, computed: Array, param: Array) -> Array:
-        """A computed array in the form in which slots are kept."""
-        return computed
-
-    def sums_of_squares(self, members: Sequence[Member], factor: float) -> list[float]:
-        """For each member the sum of squares of its gradient, scaled so far, times ``factor``.
-
-        Raises:
-            TypeError: The device has no float64.
+        They take the places of those where these are not written.
         """
+        xps = [self.namespace(member.layout) for member in members]
         return [
-            answer(
-                f"the norm of the gradient of {member.name!r} is a float64, which {self.library} "
-                f"does not compute on the device {member.layout.device}",
-                lambda member=member: float(self._sum_of_squares(member, factor)),
-            )
-            for member in members
+            xp.astype(array, member.param.dtype, copy=False)
+            for xp, member, array in zip(xps, members, arrays, strict=True)
         ]
 
-    def _sum_of_squares(self, member: Member, factor: float) -> Array:
-        xp = self.namespace(member.layout)
-        grad = xp.astype(self._scaled(member), xp.float64, copy=False)
-        return sum_of_squares(xp, grad if factor == 1 else factor * grad)
-
-    def finite(self, members: Sequence[Member]) -> list[bool]:
-        """For each member whether its gradient, as it came in, has no infinity and no NaN."""
-        return [bool(self._finite(member)) for member in members]
-
-    def _finite(self, member: Member) -> Array:
-        xp = self.namespace(member.layout)
-        return xp.all(xp.isfinite(self.opened(member.grad, member.layout)))
-
-    def _scaled(self, member: Member) -> Array:
-        grad = self.opened(member.grad, member.layout)
-        for scale in member.scales:
-            if scale != 1:
-                grad = scale * grad
-        return grad
+    def write(self, param: Array, values: Array) -> None:
+        """Turn a parameter into computed values, where that is done in place. It does not fail."""
+        raise NotImplementedError
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """A group for parameters of this kind of rule and of this layout, whatever their shapes."""
@@ -265,62 +217,7 @@ class Backend:
     def touch(self, arrays: np.ndarray) -> None:
         """Let a library know that the memory of its arrays is about to be written."""
 
-    def run(self, members: Sequence[Member]) -> list[Result]:
-        """Clip, then update, all parameters of a step on this backend; write nothing."""
-        return [self._run(member) for member in members]
-
-    def _run(self, member: Member) -> Result:
-        xp = self.namespace(member.layout)
-        grad, limited = self._scaled(member), False
-        if member.bound is not None:
-            limited = xp.any(xp.abs(grad) > member.bound)
-            grad = clamp(xp, grad, member.bound)
-        param = self.resumed(member)
-        rule = member.rule
-        assert rule is not None
-        if not rule.elementwise:
-            # A matrix product depends on strides, which ``asarray`` keeps.
-            param, grad = (_in_rows(xp, x) for x in (param, grad))
-        slots = tuple(self.opened(slot, member.layout) for slot in member.slots)
-        try:
-            new_param, new_slots = rule.update(xp, param, grad, slots, member.scalars)
-        except Exception as error:
-            error.add_note(f"while the rule updated parameter {member.name!r}")
-            raise
-        _check_update(member, param, new_param, new_slots)
-        # A rule may hand on what it was given as a slot; what the caller lent is not ours to keep,
-        # nor is what he gets: that is ``new_param``, where it is neither written nor rounded.
-        is_given = not self.in_place and member.master is None
-        others = (param, grad, *slots, new_param) if is_given else (param, grad, *slots)
-        kept = [
-            xp.asarray(slot, copy=True) if _is_part(slot, others) else slot
-            for slot in (*new_slots, *([] if member.master is None else [new_param]))
-        ]
-        closed = [self.closed(slot, member.param) for slot in kept]
-        master = None if member.master is None else closed.pop()
-        return Result(self.ready(member, new_param), tuple(closed), grad, master, limited)
-
-    def ready(self, member: Member, computed: Array) -> Array:
-        """The computed parameter as ``write`` takes it: all of its writing that may fail.
-
-        Where parameters are written in place it has the memory of ``computed``, and follows it.
-        """
-        xp = self.namespace(member.layout)
-        return xp.astype(computed, getattr(xp, member.layout.dtype), copy=False)
-
-    def all_ready(self, members: Sequence[Member], computed: Sequence[Array]) -> list[Array]:
-        """``ready`` for many."""
-        return [self.ready(member, array) for member, array in zip(members, computed, strict=True)]
-
-    def write(self, member: Member, ready: Array) -> None:
-        """Turn the caller's parameter into the computed one, where that is done in place."""
-        raise NotImplementedError
-
     # Slots outside a step
-
-    def zeros(self, layout: Layout) -> Array:
-        """A new slot."""
-        return self.from_host(np.zeros(layout.shape, layout.compute_dtype), layout)
 
     def to_host(self, array: Array) -> np.ndarray:
         """A slot as a NumPy array of its own."""
@@ -329,13 +226,6 @@ class Backend:
             is_there = array.__dlpack_device__()[0] == CPU
             array = np.from_dlpack(array, device=None if is_there else "cpu")
         return np.array(array)
-
-    def from_host(self, array: np.ndarray, layout: Layout) -> Array:
-        """A NumPy array, which nobody else writes any more, as a slot for a layout."""
-        xp = import_module(self.library)
-        devices = xp.__array_namespace_info__().devices()
-        device = next((d for d in devices if str(d) == layout.device), None)
-        return xp.asarray(array, device=device)
 
     def shown(self, array: Array, layout: Layout) -> Array:
         """A slot as a user gets it: a copy in the parameter's library."""
@@ -352,42 +242,14 @@ class DaskBackend(Backend):
     Left as they come, they would be plans of all steps so far: 40 steps of 120 numbers took 27 s.
     """
 
-    def run(self, members: Sequence[Member]) -> list[Result]:
+    def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
         """See ``Backend``."""
-        results = super().run(members)
-        plans = [(result.param, result.slots, result.master) for result in results]
-        (computed,) = import_module("dask").persist(plans)
-        return [
-            result._replace(param=param, slots=slots, master=master)
-            for result, (param, slots, master) in zip(results, computed, strict=True)
-        ]
+        return list(import_module("dask").persist(*super().closed(arrays, layout)))
 
 
 def identities(objects: np.ndarray) -> bytes:
     """What ``id`` gives for each of the objects: they are the memory of an array of objects."""
     return ctypes.string_at(address(objects), objects.nbytes)
-
-
-def answer(fault: str, ask: Callable[..., Answer], *arguments: Any) -> Answer:
-    """What a library answers.
-
-    Args:
-        fault: What its error means.
-        ask: What asks it.
-        *arguments: What that takes.
-
-    Raises:
-        TypeError: It raises an error of its own.
-    """
-    try:
-        return ask(*arguments)
-    except MemoryError:
-        raise
-    except Exception as error:  # of any kind: libraries have their own
-        raise TypeError(
-            f"{fault}: {brief(error)}; expected an array of NumPy, PyTorch, JAX or another library "
-            "with the whole Array API: convert it"
-        ) from error
 
 
 def _facts(array: Array) -> tuple[str, tuple[int, ...], str]:
@@ -399,38 +261,6 @@ def _facts(array: Array) -> tuple[str, tuple[int, ...], str]:
     return str(array.dtype).rpartition(".")[2], tuple(map(int, shape)), device
 
 
-def _check_update(member: Member, param: Array, new_param: Array, new_slots: Any) -> None:
-    """Refuse what is no update of a parameter.
-
-    Raises:
-        TypeError: The rule broke its contract.
-    """
-    if not isinstance(new_slots, tuple) or len(new_slots) != len(member.slots):
-        raise TypeError(
-            f"the rule of parameter {member.name!r} returned {brief(new_slots)} as slots; expected "
-            f"a tuple of {len(member.slots)}, as many as it has"
-        )
-    for old, new in zip((param, *member.slots), (new_param, *new_slots), strict=True):
-        if new.dtype != param.dtype or new.shape != old.shape:
-            raise TypeError(
-                f"the rule of parameter {member.name!r} returned an array of shape "
-                f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(old.shape)} and "
-                f"{param.dtype}: an update has no literals and keeps shapes"
-            )
-
-
-def _in_rows(xp: Any, array: Array) -> Array:
-    """A copy in row-major order."""
-    return xp.reshape(xp.reshape(array, (-1,), copy=True), array.shape)
-
-
-def _is_part(array: Array, lent: tuple[Array, ...]) -> bool:
-    """Whether an array is one of others, or, in NumPy, may be a view of one."""
-    if isinstance(array, np.ndarray):
-        return any(np.may_share_memory(array, other) for other in lent)
-    return any(array is other for other in lent)
-
-
 @cache
 def named(library: str) -> Backend:
     """The backend of a library, by the name that a ``Layout`` has."""
@@ -438,6 +268,17 @@ def named(library: str) -> Backend:
         backend: Backend = import_module(PACKAGES[library]).BACKEND
         return backend
     return DaskBackend(library) if library == DASK else Backend(library)
+
+
+def slot_of(array: np.ndarray, layout: Layout) -> Array:
+    """A NumPy array, which nobody else writes any more, as a slot for a layout."""
+    (slot,) = named(layout.library).closed([array], layout)
+    return slot
+
+
+def zeros(layout: Layout) -> Array:
+    """A new slot."""
+    return slot_of(np.zeros(layout.shape, layout.compute_dtype), layout)
 
 
 def backend_of(array: Any, label: str) -> Backend:

@@ -8,7 +8,7 @@ import numpy as np
 
 from multiopt.arrays import Array
 from multiopt.averaging import Averaged
-from multiopt.backend import backend_of, named
+from multiopt.backend import backend_of, named, slot_of
 from multiopt.engine import Group
 from multiopt.entry import (
     Entry,
@@ -151,4 +151,4 @@ def move(
 
 def _carried(array: Array, old: Layout, new: Layout) -> Array:
     """A slot taken to another library or device."""
-    return named(new.library).from_host(named(old.library).to_host(array), new)
+    return slot_of(named(old.library).to_host(array), new)

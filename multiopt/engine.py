@@ -152,7 +152,7 @@ class Group(ABC):
 
         Args:
             shapes: Their shapes, parts of complex ones included.
-            slots: Of each all slots in their order, as ``from_host`` gives them, to take possession
+            slots: Of each all slots in their order, as ``closed`` gives them, to take possession
                 of; None for slots of zero.
 
         Raises:

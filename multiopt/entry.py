@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from multiopt.averaging import AVERAGE, Average, Averaged
-from multiopt.backend import Array, backend_of, named
+from multiopt.backend import Array, backend_of, named, zeros
 from multiopt.engine import MASTER
 from multiopt.errors import brief
 from multiopt.layout import Layout
@@ -112,7 +112,6 @@ def all_slots(entry: Entry, names: Iterable[str]) -> list[Array]:
     if not have:
         return []
     shapes, layout = chained(entry).slot_shapes(entry.layout.shape), entry.layout
-    zeros = named(layout.library).zeros
     return [
         have[name] if name in have else zeros(layout.with_shape(shapes.get(name, layout.shape)))
         for name in names
@@ -210,7 +209,6 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
     new = slot_shapes(name, rule, layout)
     if list(new.items()) == list(old.items()):
         return entry._replace(rule=rule)
-    zeros = named(layout.library).zeros
     kept = {slot: entry.slots[slot] for slot, shape in old.items() if new.get(slot) == shape}
     slots = {slot: zeros(layout.with_shape(shape)) for slot, shape in new.items()} | kept
     if MASTER in entry.slots:
@@ -380,10 +378,10 @@ def restored(
                 f"the loaded slot {slot!r} of parameter {name!r} has "
                 f"{_misfit(array, stored['slots'][slot], shapes[slot], layout)}"
             )
-    from_host = named(layout.library).from_host
-    slots = {slot: from_host(arrays[slot], layout) for slot in shapes}
+    closed = named(layout.library).closed([arrays[slot] for slot in shapes], layout)
+    slots = dict(zip(shapes, closed, strict=True))
     if keeps_master and MASTER not in slots:
-        slots[MASTER] = named(layout.library).zeros(layout)
+        slots[MASTER] = zeros(layout)
     return Entry(rule, clip, stored["step"], slots, layout)
 
 

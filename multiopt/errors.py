@@ -1,9 +1,13 @@
 """The exception class of multiopt, others being built-in ones, and what messages are made with."""
 
 import reprlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-__all__ = ["CheckpointError", "brief"]
+__all__ = ["CheckpointError", "answer", "brief"]
+
+#: What a library answers.
+Answer = TypeVar("Answer")
 
 
 class CheckpointError(ValueError):
@@ -34,3 +38,25 @@ def brief(value: Any) -> str:
     ):  # of any kind: classes may be users' own, and a large int has no decimal digits
         return f"<{type(value).__name__}>"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def answer(fault: str, ask: Callable[..., Answer], *arguments: Any) -> Answer:
+    """What a library answers.
+
+    Args:
+        fault: What its error means.
+        ask: What asks it.
+        *arguments: What that takes.
+
+    Raises:
+        TypeError: It raises an error of its own.
+    """
+    try:
+        return ask(*arguments)
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind: libraries have their own
+        raise TypeError(
+            f"{fault}: {brief(error)}; expected an array of NumPy, PyTorch, JAX or another library "
+            "with the whole Array API: convert it"
+        ) from error

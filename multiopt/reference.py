@@ -5,27 +5,47 @@ without a package of ours. All results are new arrays, made before anything is w
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.engine import Group
+from multiopt.errors import answer, brief
+from multiopt.rules.arithmetic import clamp, sum_of_squares
 
 if TYPE_CHECKING:
-    from multiopt.backend import Backend, Result
+    from multiopt.backend import Backend
     from multiopt.layout import Layout
     from multiopt.rules import Rule
 
-__all__ = ["ReferenceGroup"]
+__all__ = ["ReferenceGroup", "is_finite", "resumed", "updated"]
+
+
+class Updated(NamedTuple):
+    """What a rule made of a parameter, in the namespace of the computation.
+
+    Attributes:
+        arrays: The new parameter, the slots, and what the parameter is rounded from if it has a
+            master copy.
+        grad: The clipped gradient.
+        limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
+            array that is still on its device.
+    """
+
+    arrays: list[Array]
+    grad: Array
+    limited: Any
 
 
 class _Computed(NamedTuple):
-    """A parameter of a step with what was computed for it."""
+    """A parameter of a step with what is to be written, and kept."""
 
-    position: int
     member: Member
-    result: "Result"
+    param: Array
+    kept: tuple[Array, ...]
+    grad: Array
+    limited: Any
 
 
 class ReferenceGroup(Group):
@@ -51,11 +71,11 @@ class ReferenceGroup(Group):
         if slots is not None:
             self._slots.update(zip(rows.tolist(), map(tuple, slots), strict=True))
             return
-        zeros, layout = self.backend.zeros, self.layout
         made = {}
         for row, shape in zip(rows.tolist(), shapes, strict=True):
             forms = list(self.rule.slot_shapes(shape).values()) + [shape] * self.has_masters
-            made[row] = tuple(zeros(layout.with_shape(form)) for form in forms)
+            zeros = [np.zeros(form, self.dtype) for form in forms]
+            made[row] = tuple(self.backend.closed(zeros, self.layout))
         self._slots.update(made)
 
     def _drop_slots(self, row: int) -> None:
@@ -83,9 +103,14 @@ class ReferenceGroup(Group):
     def _members_of(self, part: Part) -> list[Member]:
         return [self._members[row] for row in part.rows.tolist()]
 
+    def _fetched(self, values: Sequence[Array]) -> np.ndarray:
+        """Arrays without dimensions as an array of the host, in one transfer."""
+        stack = self.backend.namespace(self.layout).stack
+        return self.backend.to_host(stack(values)) if values else np.empty(0)
+
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
         """See ``Group``."""
-        return np.array(self.backend.finite(self._members_of(part)), bool)
+        return self._fetched(list(map(is_finite, self._members_of(part)))).astype(bool, copy=False)
 
     def squares(
         self, part: Part, which: np.ndarray, factor: float, threads: int | None
@@ -94,7 +119,7 @@ class ReferenceGroup(Group):
         members = [self._members[row] for row in part.rows[which].tolist()]
         for member in members:
             member.scales = [float(self.own[member.row])]
-        return np.array(self.backend.sums_of_squares(members, factor))
+        return self._fetched([_squares(member, factor) for member in members])
 
     @np.errstate(all="ignore")
     def prepare(
@@ -111,31 +136,35 @@ class ReferenceGroup(Group):
             member.scales = [float(self.own[row]), float(self.shared[row])]
             bound = float(self.bound[row])
             member.bound = None if bound == np.inf else bound
-        results = self.backend.run(members)
+        done = list(map(updated, members))
+        closed = iter(self.backend.closed([x for one in done for x in one.arrays], self.layout))
+        kept = [tuple(next(closed) for _ in one.arrays) for one in done]
+        params = [param for param, *_ in kept]
+        if not self.backend.in_place:
+            params = self.backend.rounded(members, params)
         self._computed = [
-            _Computed(k, member, result)
-            for k, (member, result) in enumerate(zip(members, results, strict=True))
+            _Computed(member, param, tuple(slots), one.grad, one.limited)
+            for member, param, (_, *slots), one in zip(members, params, kept, done, strict=True)
         ]
         if self.clipping:
             part.clipped = np.array([any(x != 1 for x in m.scales) for m in members], bool)
             part.limited = {
-                k: result.limited
-                for k, member, result in self._computed
+                k: one.limited
+                for k, (member, one) in enumerate(zip(members, done, strict=True))
                 if member.bound is not None
             }
         if self.backend.in_place:
             return {}
         whole = self.backend.whole if self.layout.is_complex else lambda array: array
-        return {member.place: whole(result.param) for _, member, result in self._computed}
+        return {one.member.place: whole(one.param) for one in self._computed}
 
     @np.errstate(all="ignore")
     def run(self, part: Part) -> None:
         """See ``Group``."""
-        for _, member, result in self._computed:
+        for one in self._computed:
             if self.backend.in_place:
-                self.backend.write(member, result.param)
-            masters = () if result.master is None else (result.master,)
-            self._slots[member.row] = (*result.slots, *masters)
+                self.backend.write(one.member.param, one.param)
+            self._slots[one.member.row] = one.kept
         self.steps[part.rows] += 1
 
     def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
@@ -144,11 +173,127 @@ class ReferenceGroup(Group):
         if clipped is None:
             return []
         return [
-            (member, result.grad)
-            for k, member, result in self._computed
-            if clipped[k] or bool(result.limited)
+            (one.member, one.grad)
+            for one, scaled in zip(self._computed, clipped, strict=True)
+            if scaled or bool(one.limited)
         ]
 
     def forget(self, part: Part) -> None:
         """See ``Group``."""
         self._members, self._computed = {}, []
+
+
+def is_finite(member: Member) -> Array:
+    """Whether a gradient, as it came in, has no infinity and no NaN."""
+    xp = member.backend.namespace(member.layout)
+    return xp.all(xp.isfinite(member.backend.opened(member.grad, member.layout)))
+
+
+def _scaled(member: Member) -> Array:
+    """A gradient times its clip coefficients."""
+    grad = member.backend.opened(member.grad, member.layout)
+    for scale in member.scales:
+        if scale != 1:
+            grad = scale * grad
+    return grad
+
+
+def _squares(member: Member, factor: float) -> Array:
+    """The sum of squares of a gradient, scaled so far, times a factor.
+
+    Raises:
+        TypeError: The device has no float64.
+    """
+    xp, layout = member.backend.namespace(member.layout), member.layout
+
+    def measured() -> Array:
+        grad = xp.astype(_scaled(member), xp.float64, copy=False)
+        return sum_of_squares(xp, grad if factor == 1 else factor * grad)
+
+    what = f"the norm of the gradient of {member.name!r} is a float64, which {layout.library}"
+    return answer(f"{what} does not compute on the device {layout.device}", measured)
+
+
+def resumed(member: Member, param: Array, master: Array) -> Array:
+    """What a parameter is computed from: its master copy, where that rounds to it.
+
+    Where it does not, the parameter was changed by somebody else, or there was no step yet.
+
+    Args:
+        member: The parameter.
+        param: Its array, opened.
+        master: Its master copy, likewise.
+    """
+    backend, layout = member.backend, member.layout
+    (rounded,) = backend.rounded([member], [master])
+    same = backend.opened(rounded, layout) == param
+    return backend.namespace(layout).where(same, master, param)
+
+
+def updated(member: Member) -> Updated:
+    """Clip the gradient of a parameter, then let its rule update it; nothing is written.
+
+    Raises:
+        TypeError: The rule broke its contract.
+    """
+    backend, layout, rule = member.backend, member.layout, member.rule
+    assert rule is not None
+    xp = backend.namespace(layout)
+    grad, limited = _scaled(member), False
+    if member.bound is not None:
+        limited = xp.any(xp.abs(grad) > member.bound)
+        grad = clamp(xp, grad, member.bound)
+    param = backend.opened(member.param, layout)
+    if member.master is not None:
+        param = resumed(member, param, backend.opened(member.master, layout))
+    if not rule.elementwise:
+        # A matrix product depends on strides, which ``asarray`` keeps.
+        param, grad = (_in_rows(xp, x) for x in (param, grad))
+    slots = tuple(backend.opened(slot, layout) for slot in member.slots)
+    try:
+        new_param, new_slots = rule.update(xp, param, grad, slots, member.scalars)
+    except Exception as error:
+        error.add_note(f"while the rule updated parameter {member.name!r}")
+        raise
+    _check_update(member, param, new_param, new_slots)
+    # A rule may hand on what it was given as a slot; what the caller lent is not ours to keep,
+    # nor is what he gets: that is ``new_param``, where it is neither written nor rounded.
+    is_given = not backend.in_place and member.master is None
+    others = (param, grad, *slots, new_param) if is_given else (param, grad, *slots)
+    kept = (*new_slots, *([] if member.master is None else [new_param]))
+    arrays = [xp.asarray(x, copy=True) if _is_part(x, others) else x for x in kept]
+    # What NumPy computes of arrays without dimensions is a scalar.
+    arrays = [np.asarray(x) if isinstance(x, np.generic) else x for x in (new_param, *arrays)]
+    return Updated(arrays, grad, limited)
+
+
+def _check_update(member: Member, param: Array, new_param: Array, new_slots: Any) -> None:
+    """Refuse what is no update of a parameter.
+
+    Raises:
+        TypeError: The rule broke its contract.
+    """
+    if not isinstance(new_slots, tuple) or len(new_slots) != len(member.slots):
+        raise TypeError(
+            f"the rule of parameter {member.name!r} returned {brief(new_slots)} as slots; expected "
+            f"a tuple of {len(member.slots)}, as many as it has"
+        )
+    for old, new in zip((param, *member.slots), (new_param, *new_slots), strict=True):
+        if new.dtype != param.dtype or new.shape != old.shape:
+            raise TypeError(
+                f"the rule of parameter {member.name!r} returned an array of shape "
+                f"{tuple(new.shape)} and dtype {new.dtype}; expected {tuple(old.shape)} and "
+                f"{param.dtype}: an update has no literals and keeps shapes"
+            )
+
+
+def _in_rows(xp: Any, array: Array) -> Array:
+    """A copy in row-major order."""
+    return xp.reshape(xp.reshape(array, (-1,), copy=True), array.shape)
+
+
+def _is_part(array: Array, lent: tuple[Array, ...]) -> bool:
+    """Whether an array is one of others, or, in NumPy, may be a view of one."""
+    if isinstance(array, np.ndarray):
+        return any(np.may_share_memory(array, other) for other in lent)
+    return any(array is other for other in lent)

@@ -27,7 +27,7 @@ import numpy as np
 
 from multiopt.arrays import Array, Arrays
 from multiopt.averaging import Average, Averaged
-from multiopt.backend import named
+from multiopt.backend import named, slot_of
 from multiopt.birth import Undo, begin, move
 from multiopt.changes import changed_numbers
 from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
@@ -118,8 +118,7 @@ class Registry(Table):
             setattr(self, name, value)
         self._arrays = Arrays()
         for name, entry in entries.items():
-            from_host = partial(named(entry.layout.library).from_host, layout=entry.layout)
-            entries[name] = entry.with_converted(from_host)
+            entries[name] = entry.with_converted(partial(slot_of, layout=entry.layout))
         self.put(entries)
 
     # What is known

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import multiopt as mo
+from multiopt import reference
 from multiopt.adapters import pyro as pyro_optim
 from multiopt.backend import Backend, named
 from multiopt.step.run import Step
@@ -661,10 +662,11 @@ MAKING: list[tuple[Any, list[str]]] = [
     (torch, ["zeros", "from_numpy"]),
     (torch.Tensor, ["contiguous", "to", "clone"]),
     (Tape, ["room"]),
-    (type(named("numpy")), ["opened", "closed", "ready"]),
-    (type(named("torch")), ["opened", "closed", "ready"]),
-    (type(named("jax")), ["opened", "all_ready", "whole"]),
-    (Backend, ["ready", "closed", "resumed"]),
+    (type(named("numpy")), ["opened"]),
+    (type(named("torch")), ["opened", "closed", "rounded"]),
+    (type(named("jax")), ["opened", "closed", "rounded", "whole"]),
+    (Backend, ["closed", "rounded"]),
+    (reference, ["updated", "resumed"]),
 ]
 
 

@@ -58,28 +58,26 @@ class JaxBackend(Backend):
         """A NumPy view of a CPU array; float32 if it has 16 bits."""
         return self.namespace(layout).asarray(array).astype(layout.compute_dtype, copy=False)
 
-    def all_ready(self, members: Sequence[Member], computed: Sequence[Array]) -> list[Array]:
-        """New arrays of the parameters' dtypes, where the parameters are, put there all at once."""
+    def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
+        """The arrays, or copies on the device of the layout.
+
+        Slots of CPU arrays are NumPy arrays, for JAX takes 20 us to make one of its own.
+        """
+        return [array if _on_cpu(layout) else _put(array, layout) for array in arrays]
+
+    def rounded(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
+        """New arrays where the parameters are, put there all at once."""
         made: dict[int, Array] = {}
         places: dict[tuple[bool, Any], list[int]] = {}
         for i, member in enumerate(members):
             places.setdefault((member.param.committed, member.param.sharding), []).append(i)
         for (committed, sharding), indices in places.items():
-            arrays = [computed[i].astype(members[i].param.dtype, copy=False) for i in indices]
+            some = [arrays[i].astype(members[i].param.dtype, copy=False) for i in indices]
             # An uncommitted array stays on its device, whatever the default is.
             with jax.default_device(next(iter(sharding.device_set))):
-                put = jax.device_put(arrays, sharding if committed else None)
+                put = jax.device_put(some, sharding if committed else None)
             made.update(zip(indices, put, strict=True))
         return [made[i] for i in range(len(members))]
-
-    def ready(self, member: Member, computed: Array) -> Array:
-        """As ``all_ready``, for one."""
-        (array,) = self.all_ready([member], [computed])
-        return array
-
-    def closed(self, computed: Array, param: Array) -> Array:
-        """An array: what NumPy computes of arrays without dimensions is a scalar."""
-        return np.asarray(computed) if isinstance(computed, np.generic) else computed
 
     def check_surroundings(self, label: str) -> None:
         """Refuse a step while JAX traces, when new arrays are tracers without values."""
@@ -108,15 +106,11 @@ class JaxBackend(Backend):
         """See ``Backend``."""
         return engines.wanted() if _on_cpu(layout) else None
 
-    # Slots. Those of CPU arrays are NumPy arrays, for JAX takes 20 us to make one of its own.
+    # Slots outside a step
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy in NumPy."""
         return np.array(array)
-
-    def from_host(self, array: np.ndarray, layout: Layout) -> Array:
-        """The array, or a copy on the device of the layout."""
-        return array if _on_cpu(layout) else _put(array, layout)
 
     def shown(self, array: Array, layout: Layout) -> Array:
         """A JAX array, on the first of the parameter's devices."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.arrays import Member
 from multiopt.backend import Array, Backend
 from multiopt.engine import Group
 from multiopt.layout import PARTS_OF, Layout, require_dtype
@@ -65,17 +64,9 @@ class NumpyBackend(Backend):
         """The array, subclasses stripped, for reading; a float32 copy if it has 16 bits."""
         return read_only(np.asarray(array).astype(layout.compute_dtype, copy=False))
 
-    def ready(self, member: Member, computed: Array) -> Array:
-        """The values; ``write`` rounds them to the parameter's dtype."""
-        return np.asarray(computed)
-
-    def write(self, member: Member, ready: Array) -> None:
+    def write(self, param: Array, values: Array) -> None:
         """Copy the values into the parameter."""
-        np.copyto(np.asarray(member.param), ready, casting="unsafe")
-
-    def closed(self, computed: Array, param: Array) -> Array:
-        """An array: what NumPy computes of arrays without dimensions is a scalar."""
-        return np.asarray(computed)
+        np.copyto(np.asarray(param), values, casting="unsafe")
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``."""
@@ -96,10 +87,6 @@ class NumpyBackend(Backend):
     def to_host(self, array: Array) -> np.ndarray:
         """A copy."""
         return np.array(array)
-
-    def from_host(self, array: np.ndarray, layout: Layout) -> Array:
-        """The array."""
-        return array
 
     def shown(self, array: Array, layout: Layout) -> Array:
         """A copy."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.engine import Group
+from multiopt.reference import resumed
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -175,25 +176,24 @@ class HostGroup(Group):
 
     def slots_at(self, row: int) -> dict[str, Array]:
         """See ``Group``."""
-        from_host, layout = self.backend.from_host, self.layout_at(row)
-        names = self.slot_names(self.shapes[row])
-        views = zip(names, self._views(row), strict=True)
-        return {name: from_host(view, layout) for name, view in views}
+        slots = self.backend.closed(self._views(row), self.layout)
+        return dict(zip(self.slot_names(self.shapes[row]), slots, strict=True))
 
     # A step
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
         """See ``Group``."""
         row, in_place = int(part.rows[position]), False
-        member.slots = self._views(row)
-        if self.has_masters:
-            *slots, master = member.slots
-            member.slots, member.master = tuple(slots), self.backend.from_host(master, self.layout)
+        views = self._views(row)
+        member.slots = views[:-1] if self.has_masters else views
         param = None if self.has_masters else self._own(member, member.param)
         if param is not None and param.flags.writeable:
             in_place = True
         else:
-            param = np.array(member.backend.resumed(member), order="C")
+            param = member.backend.opened(member.param, member.layout)
+            if self.has_masters:
+                param = resumed(member, param, views[-1])
+            param = np.array(param, order="C")
         grad = None if copy else self._own(member, member.grad)
         grad_is_copy = grad is None
         if grad is None:
@@ -251,7 +251,11 @@ class HostGroup(Group):
             # It works on copies alone. New arrays of what comes out of them may fail to be made.
             self._run(part)
         copied = [loan for loan in self._loans.values() if not loan.in_place]
-        ready = self.backend.all_ready([x.member for x in copied], [x.param for x in copied])
+        ready = [loan.param for loan in copied]
+        if in_place:
+            ready = self.backend.closed(ready, self.layout)
+        else:
+            ready = self.backend.rounded([loan.member for loan in copied], ready)
         for loan, array in zip(copied, ready, strict=True):
             loan.ready = array
         if in_place:
@@ -287,7 +291,7 @@ class HostGroup(Group):
             if self.has_masters:
                 self._views(loan.row)[-1][...] = loan.param
             if self.backend.in_place and not loan.in_place:
-                self.backend.write(loan.member, loan.ready)
+                self.backend.write(loan.member.param, loan.ready)
 
     def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
         """See ``Group``."""

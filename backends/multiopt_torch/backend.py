@@ -16,7 +16,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from multiopt.arrays import Member
-from multiopt.backend import Array, Backend, Result
+from multiopt.backend import Array, Backend
 from multiopt.engine import Group
 from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
@@ -175,13 +175,24 @@ class TorchBackend(Backend):
         tensor = tensor.to(_DTYPES[layout.compute_dtype])
         return read_only(tensor.numpy()) if _on_cpu(layout) else tensor
 
-    def rounded(self, master: Array, member: Member) -> Array:
-        """A master copy rounded to the dtype of its parameter."""
-        return master.to(getattr(torch, member.layout.dtype))
+    def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
+        """Tensors over the memory of NumPy arrays, or copies on the device of the layout."""
+        return [
+            x if isinstance(x, torch.Tensor) else _from_numpy(x).to(layout.device) for x in arrays
+        ]
 
-    def closed(self, computed: Array, param: Array) -> Array:
-        """The computed array as a tensor over the same memory."""
-        return computed if isinstance(computed, torch.Tensor) else _from_numpy(computed)
+    def rounded(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
+        """Tensors."""
+        return [
+            self.closed([array], member.layout)[0].to(getattr(torch, member.layout.dtype))
+            for member, array in zip(members, arrays, strict=True)
+        ]
+
+    def write(self, param: Array, values: Array) -> None:
+        """Copy the values into the tensor; its version counter moves."""
+        # A complex one that has not come in parts is what its memory does not hold.
+        with torch.no_grad():
+            param.copy_(self.whole(values) if param.is_complex() else values)
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``."""
@@ -218,47 +229,13 @@ class TorchBackend(Backend):
         """Move the version counters, by which autograd knows that a tensor was written."""
         _increment_version(arrays)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def sums_of_squares(self, members: Sequence[Member], factor: float) -> list[float]:
-        """See ``Backend``; one transfer for all members of a device."""
-        return _fetched([self._sum_of_squares(member, factor) for member in members])
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def finite(self, members: Sequence[Member]) -> list[bool]:
-        """See ``Backend``; one transfer for all members of a device."""
-        return [bool(x) for x in _fetched([self._finite(member) for member in members])]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def run(self, members: Sequence[Member]) -> list[Result]:
-        """See ``Backend``; outside of the graph of a compiler, which would change the rounding."""
-        return super().run(members)
-
-    def ready(self, member: Member, computed: Array) -> Array:
-        """The values as a tensor; the copy rounds them to the parameter's dtype."""
-        tensor = self.closed(computed, member.param)
-        # It has its parts there, or is what its memory does not hold.
-        is_whole = member.layout.is_complex and member.param.is_complex()
-        return self.whole(tensor) if is_whole else tensor
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def write(self, member: Member, ready: Array) -> None:
-        """Copy the values into the tensor; its version counter moves."""
-        with torch.no_grad():
-            member.param.copy_(ready)
-
     # Slots outside a step
-
-    def zeros(self, layout: Layout) -> Array:
-        """A new slot, made where it stays."""
-        return torch.zeros(layout.shape, dtype=_DTYPES[layout.compute_dtype], device=layout.device)
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy on the CPU."""
-        return np.array(_resolved(array).cpu().numpy())
-
-    def from_host(self, array: np.ndarray, layout: Layout) -> Array:
-        """A tensor over the array, or a copy on the device of the layout."""
-        return _from_numpy(array).to(layout.device)
+        if isinstance(array, torch.Tensor):
+            array = _resolved(array).cpu().numpy()
+        return np.array(array)
 
     def shown(self, array: Array, layout: Layout) -> Array:
         """A clone."""
@@ -340,20 +317,6 @@ def _from_numpy(array: Any) -> torch.Tensor:
     array = np.asarray(array)
     # A rule that leaves the parameter alone hands on what it may only read.
     return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _fetched(scalars: Sequence[Any]) -> list[Any]:
-    """Host numbers of 0-d arrays, with one transfer for all tensors of a device."""
-    by_device: dict[torch.device, list[int]] = {}
-    for i, x in enumerate(scalars):
-        if isinstance(x, torch.Tensor):
-            by_device.setdefault(x.device, []).append(i)
-    fetched = list(scalars)
-    for where in by_device.values():
-        values = torch.stack([scalars[i] for i in where]).tolist()
-        for i, value in zip(where, values, strict=True):
-            fetched[i] = value
-    return [x.item() if isinstance(x, np.ndarray | np.generic) else x for x in fetched]
 
 
 def _is_captured(device: torch.device) -> bool:

@@ -73,7 +73,7 @@ class Core(Optimizer):
         """Leave the clipped gradients behind."""
         backend = named("torch")
         for param, member, grad in step.left_over():
-            clipped = backend.closed(grad, member.param)
+            (clipped,) = backend.closed([grad], member.layout)
             if member.layout.is_complex:
                 clipped = backend.whole(clipped)
             if 0 in param.grad.stride():
