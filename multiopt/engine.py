@@ -111,8 +111,8 @@ class Group(ABC):
         self.schedules = Numbered(((),), Schedules((), (), ()))
         #: What the owner of the group knows it by.
         self.number = 0
-        #: How many rows have schedules; how many have clips.
-        self.scheduled = self.clipping = 0
+        #: How many rows have schedules; how many have clips; how many a bound of their own norm.
+        self.scheduled = self.clipping = self.bounded = 0
         #: How many rows have no elements.
         self.empty = 0
         self._free: list[int] = []
@@ -180,8 +180,9 @@ class Group(ABC):
         """Let go of a row. Others may take its place."""
         self.scheduled -= self.schedule[row] != 0
         self.clipping -= self.clip[row] != 0
+        self.bounded -= self.norm_bound[row] == self.norm_bound[row]
         self.empty -= 0 in self.shapes[row]
-        self.schedule[row] = self.clip[row] = 0
+        self.schedule[row], self.clip[row], self.norm_bound[row] = 0, 0, nan
         self._drop_slots(row)
         self._free.append(row)
 
@@ -295,6 +296,8 @@ class Group(ABC):
             number: What the owner of the group knows it by, 0 for none.
         """
         self.clipping += (len(rows) if number else 0) - int(np.count_nonzero(self.clip[rows]))
+        self.bounded -= len(rows) - int(np.count_nonzero(np.isnan(self.norm_bound[rows])))
+        self.bounded += len(rows) if clip is not None and clip.norm is not None else 0
         self.clip[rows] = number
         self.own[rows] = self.shared[rows] = 1.0
         norm, value, eps = (None, None, 0.0) if clip is None else (clip.norm, clip.value, clip.eps)
@@ -360,13 +363,13 @@ class Group(ABC):
 
     @abstractmethod
     def squares(
-        self, part: Part, which: np.ndarray, factor: float, threads: int | None
+        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
-        """Sums of squares of gradients.
+        """Sums of squares of gradients, in memory that the next call may write.
 
         Args:
             part: The part.
-            which: Positions in ``part.rows``.
+            which: Positions in ``part.rows``; a slice for all.
             factor: What gradients are multiplied by, in float64; first they are by ``own``, in the
                 compute dtype.
             threads: The largest number of threads, or None.

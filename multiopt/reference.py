@@ -112,8 +112,9 @@ class ReferenceGroup(Group):
         """See ``Group``."""
         return self._fetched(list(map(is_finite, self._members_of(part)))).astype(bool, copy=False)
 
+    @np.errstate(all="ignore")
     def squares(
-        self, part: Part, which: np.ndarray, factor: float, threads: int | None
+        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
         """See ``Group``."""
         members = [self._members[row] for row in part.rows[which].tolist()]

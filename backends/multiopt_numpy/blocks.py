@@ -324,12 +324,13 @@ class BlockedGroup(HostGroup):
             [all(np.isfinite(x).all() for x in _blocks(grad)) for grad in part.grads], bool
         )
 
+    @np.errstate(all="ignore")
     def squares(
-        self, part: Part, which: np.ndarray, factor: float, threads: int | None
+        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
         """See ``Group``."""
         totals = []
-        for k in which.tolist():
+        for k in np.arange(len(part.rows))[which].tolist():
             scale = self.dtype.type(self.own[part.rows[k]])
             sums = [
                 block_sums(np, factor * (scale * x).astype(np.float64))

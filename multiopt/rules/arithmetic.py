@@ -22,6 +22,7 @@ __all__ = [
     "by_squaring",
     "clamp",
     "clip_coefficient",
+    "fold",
     "maximum",
     "means",
     "norms",
@@ -313,6 +314,26 @@ def tree_sum(xp: Any, x: Any) -> Any:
     7.0
     """
     return _fold(xp, _zero_padded(xp, x, _power_of_two(x.shape[-1])))
+
+
+def fold(s: Any, n: int) -> float:
+    """The same of ``n`` of Python's own numbers, or in a kernel, in their place.
+
+    The zeros that fill them up are not added: ``x + 0`` is ``x``.
+
+    >>> fold([1.0, 2.0, 4.0], 3)
+    7.0
+    """
+    half = 1
+    while half < n:
+        half *= 2
+    half //= 2
+    while half > 0:
+        for j in range(n - half):
+            s[j] += s[j + half]
+        n = half
+        half //= 2
+    return s[0]  # type: ignore[no-any-return]
 
 
 def means(xp: Any, x: Any) -> Any:

@@ -7,10 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from multiopt.arrays import Part
-from multiopt.rules.arithmetic import Host, clip_coefficient, rescaling, tree_sum
+from multiopt.rules.arithmetic import Host, clip_coefficient, fold, rescaling, tree_sum
 from multiopt.rules.declared import BOUND, Declared, Range, number
 
 __all__ = ["Clip", "Together", "clip_by_global_norm"]
+
+#: Sums that are added up one by one.
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,20 @@ class Together(NamedTuple):
     Attributes:
         clips: They, with the numbers that the column ``clip`` has for them.
         ranks: For each name its place in the order of names, in which is summed.
+        order: The places of the names in that order.
     """
 
     clips: dict[int, Clip]
     ranks: np.ndarray
+    order: np.ndarray
 
     @classmethod
     def of(cls, names: Sequence[str], clips: dict[int, Clip]) -> "Together":
         """Those of some names."""
-        ranks = np.empty(len(names), np.int64)
-        ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
-        return cls(clips, ranks)
+        order = np.array(sorted(range(len(names)), key=names.__getitem__))
+        return cls(clips, np.argsort(order), order)
 
 
-@np.errstate(all="ignore")
 def clip_by_global_norm(
     parts: Sequence[Part], together: Together, threads: int | None
 ) -> dict[Clip, float]:
@@ -83,12 +86,15 @@ def clip_by_global_norm(
     """
     found: dict[Clip, float] = {}
     for code, clip in together.clips.items():
-        mine = [np.flatnonzero(part.group.clip[part.rows] == code) for part in parts]
-        pairs = [(part, which) for part, which in zip(parts, mine, strict=True) if which.size]
+        pairs: list[tuple[Part, np.ndarray | slice]] = []
+        for part in parts:
+            which = _carriers(part, code)
+            if isinstance(which, slice) or which.size:
+                pairs.append((part, which))
         if not pairs:
             continue
         assert clip.global_norm is not None
-        norm = _global_norm(pairs, together.ranks, threads)
+        norm = _global_norm(pairs, together, threads)
         coefficient = clip_coefficient(Host, clip.global_norm, norm, clip.eps)
         for part, which in pairs:
             part.group.shared[part.rows[which]] = part.group.dtype.type(coefficient)
@@ -96,15 +102,34 @@ def clip_by_global_norm(
     return found
 
 
+def _carriers(part: Part, code: int) -> np.ndarray | slice:
+    """The positions of rows with a clip; a slice for all."""
+    column = part.group.clip
+    clips = column[part.group.all_or(part.rows)]
+    if clips.tobytes() == column.dtype.type(code).tobytes() * len(clips):
+        return slice(len(clips))
+    return np.flatnonzero(column[part.rows] == code)
+
+
 def _global_norm(
-    pairs: Sequence[tuple[Part, np.ndarray]], ranks: np.ndarray, threads: int | None
+    pairs: Sequence[tuple[Part, np.ndarray | slice]], together: Together, threads: int | None
 ) -> float:
     """The norm over the gradients at some positions of each part, summed in the order of names."""
-    order = np.argsort(ranks[np.concatenate([part.places[which] for part, which in pairs])])
+    _, first = pairs[0]
+    if isinstance(first, slice) and first.stop == len(together.order):
+        order = together.order  # all names of the step
+    else:
+        places = np.concatenate([part.places[which] for part, which in pairs])
+        order = np.argsort(together.ranks[places])
 
     def squares(factor: float) -> float:
         sums = [part.group.squares(part, which, factor, threads) for part, which in pairs]
-        return float(tree_sum(np, np.concatenate(sums)[order]))
+        ordered = (np.concatenate(sums) if len(sums) > 1 else sums[0])[order]
+        # NumPy takes 5 us for 16 numbers, and Python 50 for 1000.
+        if len(ordered) <= FEW:
+            return fold(ordered.tolist(), len(ordered))
+        with np.errstate(over="ignore"):
+            return float(tree_sum(np, ordered))
 
     total = squares(1.0)
     factor = rescaling(Host, total)

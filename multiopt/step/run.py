@@ -284,7 +284,8 @@ class Step:
         """
         clipping = [part for part in self.parts if part.group.clipping and len(part.rows)]
         for part in clipping:
-            part.group.clip_by_norm(part, self._threads)
+            if part.group.bounded:
+                part.group.clip_by_norm(part, self._threads)
         if together is not None:
             self.global_norms = clip_by_global_norm(clipping, together, self._threads)
 

@@ -62,7 +62,7 @@ class CompiledGroup(HostGroup):
         look: How to look at the arrays; None if all are lent.
     """
 
-    FRESH: ClassVar = {**HostGroup.FRESH, "clipped": (np.uint8, 0), "bad": (np.uint8, 0)}
+    FRESH: ClassVar = {**HostGroup.FRESH, "clipped": (bool, 0), "bad": (np.uint8, 0)}
 
     fills_spans: ClassVar = True
 
@@ -91,6 +91,7 @@ class CompiledGroup(HostGroup):
         self._found = np.empty((3, 0), np.int64)
         self._answer = Words(1)
         self._update, self._measure, self._finite = Words(14), Words(9), Words(8)
+        self._sums, self._factor = Words(8), np.empty(1)
         self._room = np.empty(BLOCK + MANY // BLOCK + 1)
         self._shares: Shares | None = None
         self._seen: Words | None = None
@@ -114,6 +115,9 @@ class CompiledGroup(HostGroup):
         self._update.array[5:12] = [*self._place, *map(address, columns)]
         columns = (self.norm_bound, self.eps, self.norm, self.own, self._room)
         self._measure.array[2:] = [*self._place, *map(address, columns)]
+        self._totals = np.empty(capacity)
+        sums = (self.own, self._factor, self._room, self._totals)
+        self._sums.array[2:] = [*self._place, *map(address, sums)]
         self._finite.array[5:] = [*self._place, address(self.bad)]
         if self._seen is not None:
             self._seen.array[4:6] = self._place
@@ -261,23 +265,23 @@ class CompiledGroup(HostGroup):
         return finite
 
     def squares(
-        self, part: Part, which: np.ndarray, factor: float, threads: int | None
+        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
         """See ``Group``."""
         kernels, rows = norm_kernels(self.layout.compute_dtype), part.rows[which]
-        factors, totals = np.array([factor]), np.zeros(len(rows))
+        count, all_rows = len(rows), isinstance(which, slice)
+        self._factor[0] = factor
         if not self._elements > MANY or not self._is_large(rows):
-            columns = (rows, self.own, factors, self._room, totals)
-            at_rows, *rest = map(address, columns)
-            block = np.array([at_rows, len(rows), *self._place, *rest])
-            kernels["sums"].alone(address(block))
-            return totals
+            words = self._sums.values
+            words[0], words[1] = part.at[0] if all_rows else address(rows), count
+            kernels["sums"].alone(self._sums.address)
+            return self._totals[:count]
         blocks = -(-self.size[rows] // BLOCK)
         first = np.concatenate([[0], np.cumsum(blocks)])
-        sums = np.empty(first[-1])
-        tail = [address(a) for a in (self.own, factors, first, sums)]
+        sums, totals = np.empty(first[-1]), self._totals[:count]
+        tail = [address(a) for a in (self.own, self._factor, first, sums)]
         self._share(kernels["squares"], rows, threads, tail, scratch=True)
-        arguments = np.array([len(rows), *(address(a) for a in (first, sums, totals))])
+        arguments = np.array([count, *(address(a) for a in (first, sums, totals))])
         kernels["totals"].alone(address(arguments))
         return totals
 
@@ -333,7 +337,7 @@ class CompiledGroup(HostGroup):
             if self.backend.in_place:
                 self.steps[part.rows] += 1
         if self.clipping:
-            part.clipped = self.clipped[part.rows] != 0
+            part.clipped = self.clipped[part.rows]
 
     # Running kernels
 

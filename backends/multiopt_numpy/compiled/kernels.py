@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 
-from multiopt.rules.arithmetic import BLOCK
+from multiopt.rules.arithmetic import BLOCK, fold
 from multiopt_numpy.compiled import look, norms, rows, toolbox, update
 from multiopt_numpy.compiled.object_cache import ObjectCode, cached, linked
 from multiopt_numpy.compiled.team import Kernel
@@ -43,10 +43,10 @@ def update_kernel(label: str, text: str, dtype: str) -> Kernel:
 
 @cache
 def norm_kernels(dtype: str) -> dict[str, Kernel]:
-    """``squares``, ``totals``, ``measure`` and ``finite`` for a dtype."""
+    """``squares``, ``sums``, ``totals``, ``measure`` and ``finite`` for a dtype."""
     text = norms.norms_source()
     make = partial(norms.compile_norms, text, dtype)
-    return _loaded(f"norms-{dtype}", [text, dtype], make, norms)
+    return _loaded(f"norms-{dtype}", [text, inspect.getsource(fold), dtype], make, norms)
 
 
 def _loaded(

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from multiopt.rules.arithmetic import BLOCK, clip_coefficient, rescaling
+from multiopt.rules.arithmetic import BLOCK, clip_coefficient, fold, rescaling
 from multiopt_numpy.compiled.object_cache import ObjectCode
 from multiopt_numpy.compiled.rows import GRAD, SIZE
 from multiopt_numpy.compiled.source import Source
@@ -31,23 +31,10 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
     """
     tools, known = toolbox(), compiled(text)
     coefficient, factor_for = known["clip_coefficient"], known["rescaling"]
+    folded = tools.njit(fold)
     njit, words, doubles, flags = tools.njit, tools.words, tools.doubles, tools.bytes
     prefetch = tools.prefetch
     at, number, double = tools.at[dtype], getattr(tools.types, dtype), tools.types.float64
-
-    @njit
-    def fold(s, n):  # type: ignore[no-untyped-def]
-        """Fold ``n`` numbers; the zeros that fill them up are not added: ``x + 0`` is ``x``."""
-        half = 1
-        while half < n:
-            half *= 2
-        half //= 2
-        while half > 0:
-            for j in range(n - half):
-                s[j] += s[j + half]
-            n = half
-            half //= 2
-        return s[0]
 
     @njit
     def eight(g, j, q):  # type: ignore[no-untyped-def]
@@ -82,8 +69,8 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
     def block_sum(g, n, own, factor, s):  # type: ignore[no-untyped-def]
         """The sum of squares of a block of ``n`` elements."""
         if own == 1 and factor == 1:
-            return fold(s, leaves(g, n, s))
-        return fold(s, scaled_leaves(g, n, own, factor, s))
+            return folded(s, leaves(g, n, s))
+        return folded(s, scaled_leaves(g, n, own, factor, s))
 
     itemsize = np.dtype(dtype).itemsize
 
@@ -117,7 +104,7 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
         for b in range(blocks):
             g = at(g_at + b * BLOCK * itemsize)
             sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), own, factor, scratch)
-        return fold(sums, blocks) if blocks > 0 else 0.0
+        return folded(sums, blocks) if blocks > 0 else 0.0
 
     def sums(arguments_at):  # type: ignore[no-untyped-def]
         """The sums of squares of some rows, in their order."""
@@ -161,7 +148,7 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
         n, first, sums_at, out = a[0], words(a[1]), a[2], doubles(a[3])
         for k in range(n):
             blocks = first[k + 1] - first[k]
-            out[k] = fold(doubles(sums_at + first[k] * 8), blocks) if blocks > 0 else 0.0
+            out[k] = folded(doubles(sums_at + first[k] * 8), blocks) if blocks > 0 else 0.0
         return 0
 
     def finite(arguments_at):  # type: ignore[no-untyped-def]
