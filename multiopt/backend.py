@@ -131,8 +131,12 @@ class Backend:
             ValueError: The array cannot be written, or has fewer places than elements.
         """
 
-    def memory(self, param: Array) -> np.ndarray | None:
-        """A NumPy array over the addresses that an update writes; None if it writes none."""
+    def memory(self, array: Array) -> np.ndarray | None:
+        """A NumPy array over the memory of an array, by which the engines of the CPU work on it.
+
+        Read-only if it must not be written; of another dtype, such as ``V4``, if its addresses are
+        known and nothing else; None if not even these are.
+        """
         return None
 
     def gradient(self, param: Array, label: str) -> Array | None:
@@ -210,29 +214,27 @@ class Backend:
         """The gradients that arrays carry themselves, all at once; None if they must be asked."""
         return None
 
-    def memory_of(self, array: Array) -> np.ndarray | None:
-        """A NumPy array over the memory of a CPU array, read-only if that must not change."""
-        return None
-
     def touch(self, arrays: np.ndarray) -> None:
         """Let a library know that the memory of its arrays is about to be written."""
 
     # Slots outside a step
 
     def to_host(self, array: Array) -> np.ndarray:
-        """A slot as a NumPy array of its own."""
+        """An array as one of NumPy, a copy."""
         if hasattr(array, "__dlpack__"):
             # Older libraries cannot be asked to bring it, and need not where it is there.
             is_there = array.__dlpack_device__()[0] == CPU
             array = np.from_dlpack(array, device=None if is_there else "cpu")
         return np.array(array)
 
-    def shown(self, array: Array, layout: Layout) -> Array:
-        """A slot as a user gets it: a copy in the parameter's library."""
-        return import_module(self.library).asarray(array, copy=True)
+    def shown(self, array: Array, layout: Layout | None = None) -> Array:
+        """A copy for the user, as an array of this library.
 
-    def copied(self, array: np.ndarray) -> Array:
-        """A NumPy array as a user gets it: a copy in this library, where it puts new arrays."""
+        Args:
+            array: A slot, or any array of NumPy.
+            layout: That of the parameter; None if it is not known. Then the array goes where the
+                library puts new ones.
+        """
         return import_module(self.library).asarray(array, copy=True)
 
 

@@ -320,7 +320,7 @@ def described_waiting(stored: Mapping[str, Any]) -> dict[str, Any]:
     for slot, array in stored["slots"].items():
         library = libraries.get(slot, "numpy")
         is_there = library.partition(".")[0] in sys.modules
-        slots[slot] = named(library if is_there else "numpy").copied(array)
+        slots[slot] = named(library if is_there else "numpy").shown(array)
     return {"rule": deepcopy(stored["rule"]), "step": stored["step"], "slots": slots}
 
 

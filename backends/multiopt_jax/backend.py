@@ -87,14 +87,9 @@ class JaxBackend(Backend):
                 "tracers without values; call the pure rule.update there"
             )
 
-    def memory_of(self, array: Array) -> np.ndarray | None:
-        """A view of an array on one CPU. Slots are lent as copies.
-
-        A step that cannot make its new arrays must find the slots as they were.
-        """
-        if isinstance(array, np.ndarray) or array.dtype.name not in ("float32", "float64"):
-            return None
-        return np.asarray(array)
+    def memory(self, array: Array) -> np.ndarray | None:
+        """A view, which must not be written."""
+        return np.asarray(array) if array.dtype.name in ("float32", "float64") else None
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``; all arrays are lent, for none can be written."""
@@ -112,12 +107,13 @@ class JaxBackend(Backend):
         """A copy in NumPy."""
         return np.array(array)
 
-    def shown(self, array: Array, layout: Layout) -> Array:
-        """A JAX array, on the first of the parameter's devices."""
-        return _put(np.array(array), layout)
+    def shown(self, array: Array, layout: Layout | None = None) -> Array:
+        """A JAX array, on the first of the parameter's devices.
 
-    def copied(self, array: np.ndarray) -> Array:
-        """A JAX array; a NumPy array where JAX makes none of its dtype now."""
+        A NumPy array where JAX makes none of its dtype now.
+        """
+        if layout is not None:
+            return _put(np.array(array), layout)
         is_known = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
         return (jax.numpy if is_known else np).array(array)
 

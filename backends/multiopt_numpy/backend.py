@@ -52,9 +52,9 @@ class NumpyBackend(Backend):
             raise ValueError(f"{label} is read-only; expected an array to update in place: copy it")
         check_places(param.shape, param.strides, param.itemsize, label)
 
-    def memory(self, param: Array) -> np.ndarray | None:
-        """The parameter itself."""
-        return np.asarray(param)
+    def memory(self, array: Array) -> np.ndarray | None:
+        """The array."""
+        return np.asarray(array)
 
     def namespace(self, layout: Layout) -> Any:
         """NumPy itself."""
@@ -80,19 +80,11 @@ class NumpyBackend(Backend):
         """See ``Backend``."""
         return array.dtype if type(array) is np.ndarray else None
 
-    def memory_of(self, array: Array) -> np.ndarray | None:
-        """The array."""
-        return np.asarray(array)
-
     def to_host(self, array: Array) -> np.ndarray:
         """A copy."""
         return np.array(array)
 
-    def shown(self, array: Array, layout: Layout) -> Array:
-        """A copy."""
-        return np.array(array)
-
-    def copied(self, array: np.ndarray) -> Array:
+    def shown(self, array: Array, layout: Layout | None = None) -> Array:
         """A copy."""
         return np.array(array)
 

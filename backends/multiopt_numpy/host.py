@@ -209,10 +209,10 @@ class HostGroup(Group):
 
     def _own(self, member: Member, array: Array) -> np.ndarray | None:
         """The array's own memory, if an engine takes it as it is."""
-        memory = member.backend.memory_of(array)
-        if memory is None or not (memory.flags.c_contiguous and memory.flags.aligned):
+        memory = member.backend.memory(array)
+        if memory is None or memory.dtype != self.dtype:
             return None
-        return memory if memory.dtype == self.dtype else None
+        return memory if memory.flags.c_contiguous and memory.flags.aligned else None
 
     @abstractmethod
     def _take(self, part: Part, position: int, loan: Loan) -> None:

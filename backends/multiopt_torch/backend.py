@@ -137,9 +137,12 @@ class TorchBackend(Backend):
                 "place: clone it outside, or step inside torch.inference_mode()"
             )
 
-    def memory(self, param: Array) -> np.ndarray | None:
-        """The addresses of the tensor, on whatever device; they are compared, never read."""
-        return np.asarray(_Footprint(param))
+    def memory(self, array: Array) -> np.ndarray | None:
+        """The tensor as NumPy has it, or its addresses, on whatever device; those are not read."""
+        if array.device.type == "cpu" and array.dtype in _DTYPES.values() and not array.is_neg():
+            memory: np.ndarray = array.detach().numpy()
+            return memory
+        return np.asarray(_Footprint(array))
 
     @_undisturbed
     def gradient(self, param: Array, label: str) -> Array | None:
@@ -218,13 +221,6 @@ class TorchBackend(Backend):
             # Some are no tensors, or no leaves, of which torch warns. Python asks one by one.
             return None
 
-    def memory_of(self, array: Array) -> np.ndarray | None:
-        """The memory of a CPU tensor as NumPy has it."""
-        if array.device.type != "cpu" or array.dtype not in _DTYPES.values() or array.is_neg():
-            return None
-        memory: np.ndarray = array.detach().numpy()
-        return memory
-
     def touch(self, arrays: np.ndarray) -> None:
         """Move the version counters, by which autograd knows that a tensor was written."""
         _increment_version(arrays)
@@ -237,13 +233,9 @@ class TorchBackend(Backend):
             array = _resolved(array).cpu().numpy()
         return np.array(array)
 
-    def shown(self, array: Array, layout: Layout) -> Array:
-        """A clone."""
-        return array.clone()
-
-    def copied(self, array: np.ndarray) -> Array:
-        """A tensor on the CPU."""
-        return torch.from_numpy(array.copy())
+    def shown(self, array: Array, layout: Layout | None = None) -> Array:
+        """A clone; of a NumPy array a tensor on the CPU."""
+        return (array if isinstance(array, torch.Tensor) else _from_numpy(array)).clone()
 
 
 #: By their addresses, the types of tensors that compiled code looks at.

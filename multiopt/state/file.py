@@ -205,8 +205,9 @@ def _header(text: str, words: Sequence[str], layouts: Mapping[str, Layout]) -> b
 def _on_host(slot: Array) -> np.ndarray:
     """A slot as a file has it, over its own memory if that is possible."""
     backend = backend_of(slot, "a slot")
-    memory = backend.memory_of(slot)
-    array = backend.to_host(slot) if memory is None else memory
+    array = backend.memory(slot)
+    if array is None or array.dtype.kind not in "fc":
+        array = backend.to_host(slot)
     if np.iscomplexobj(array):
         array = named("numpy").parts(array)
     return np.asarray(array, array.dtype.newbyteorder("<"), order="C")

@@ -171,7 +171,7 @@ def check_no_shared_memory(members: Sequence[Member]) -> None:
     seen: dict[int, str] = {}
     spans = []
     for member in members:
-        memory = member.backend.memory(member.param)
+        memory = member.backend.memory(member.param) if member.backend.in_place else None
         if memory is None:
             continue
         first = seen.setdefault(id(member.param), member.name)

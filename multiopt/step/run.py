@@ -193,8 +193,10 @@ class Step:
         """
         for part, position, member in found:
             part.group.lend(part, position, member, copy, self._arrays)
+            if not member.backend.in_place or member.layout.device != "cpu":
+                continue
             memory = member.backend.memory(member.param)
-            if memory is not None and memory.size and member.layout.device == "cpu":
+            if memory is not None and memory.size:
                 bounds = np.lib.array_utils.byte_bounds(memory)
                 self._arrays.spans[:, member.place] = bounds
 
