@@ -13,7 +13,6 @@ from multiopt.averaging import Average
 from multiopt.entry import Changed, changed, check_average, check_clip, check_rule
 from multiopt.errors import CheckpointError, brief
 from multiopt.guard import Guard, exclusive, mending
-from multiopt.kinds import formulas
 from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.skipping import Skips, check_limit
@@ -21,11 +20,10 @@ from multiopt.state import file as checkpoint
 from multiopt.state.file import Contents
 from multiopt.state.file_objects import Source, Target, label
 from multiopt.state.loading import LoadReport, Options, names_of, renamed, wanted_names
-from multiopt.state.plateaus import warn_of_plateaus
-from multiopt.state.taking import loaded_state, shown, stored_state, take_over
+from multiopt.state.taking import shown, stored_state, taken_over
 from multiopt.step.checks import as_dict, check_known
 from multiopt.step.clip import Clip
-from multiopt.step.report import Report, abridged
+from multiopt.step.report import Report, explain
 from multiopt.untraced import untraced
 
 __all__ = ["Optimizer", "State"]
@@ -408,21 +406,8 @@ class Optimizer:
             return params
         except BaseException as error:
             guard.busy = False
-            self._explain(error, before is not known.outcome)
+            explain(error, before, known.outcome, guard.torn)
             raise
-
-    def _explain(self, error: BaseException, ended: bool) -> None:
-        """Add a note that says what a step has done after which something was raised."""
-        outcome = self._registry.outcome
-        if ended and outcome is not None:
-            error.add_note(f"multiopt: the step was whole; it updated {abridged(outcome.updated)}")
-        elif self._guard.torn is error:
-            error.add_note(
-                "multiopt: the step was writing when this was raised; load an earlier state"
-            )
-        elif not isinstance(error, KeyError | TypeError | ValueError):
-            # The checks say it in words of their own, or it goes without saying.
-            error.add_note("multiopt: nothing was changed by this step")
 
     # State
 
@@ -442,24 +427,7 @@ class Optimizer:
         {'version': 2, 'steps': 0, 'entries': {}, 'pending': {}}
         """
         self._guard.check_whole("state_dict")
-        self._warn_of_plateaus()
-        return self._state_dict(copied=True)
-
-    def _warn_of_plateaus(self) -> None:
-        """Warn of what the state has no place for."""
-        chains = {n: formulas(rule) for n, rule in self._registry.scheduled_rules().items()}
-        warn_of_plateaus({name: parts[0] for name, parts in chains.items()})
-        warn_of_plateaus({name: parts[1] for name, parts in chains.items() if len(parts) > 1})
-
-    def _state_dict(self, copied: bool) -> dict[str, Any]:
-        """The state: to be shown, with copies, or to be written, with the slots themselves."""
-        skips = {name: list(counts) for name, counts in self._registry.skips.items()}
-        return {
-            "version": checkpoint.VERSION,
-            "steps": self.steps,
-            **stored_state(self._registry, copied),
-            **({"skips": skips} if skips else {}),
-        }
+        return stored_state(self._registry, copied=True)
 
     @mending
     def load_state_dict(
@@ -507,62 +475,7 @@ class Optimizer:
         """
         checkpoint.check_state_dict(state_dict)
         new = renamed(names_of(state_dict), wanted_names(names), rename)
-        return self._load(Contents(state_dict), new, Options(strict, cast))
-
-    def _load(self, contents: Contents, new: Mapping[str, str], options: Options) -> LoadReport:
-        """Take over what is wanted, under its new names by the old ones."""
-        state_dict = contents.state_dict
-
-        def wanted(*parts: str) -> dict[str, Mapping[str, Any]]:
-            states = [state for part in parts for state in state_dict.get(part, {}).items()]
-            return {new[name]: stored for name, stored in states if name in new}
-
-        known = self._registry
-        averages = wanted("averages", "pending_averages")
-        loaded = loaded_state(known, wanted("pending", "entries"), averages, options)
-        why = {name: f"its average: {reason}" for name, reason in loaded.without.items()}
-        why |= loaded.refused
-        have = [*names_of(state_dict), *contents.damaged]
-        lost = {new[name] for name in contents.damaged} | loaded.refused.keys()
-        taken = set(new.values()) - lost
-        skips = {name: count for name, count in known.skips.items() if name not in taken}
-        for name, counts in state_dict.get("skips", {}).items():
-            if new.get(name) in taken:
-                skips[new[name]] = Skips(*counts)
-        is_part = len(new) < len(have)
-        steps = state_dict.get("steps")
-        if (is_part and self.steps > 0) or (have and not taken):
-            steps = self.steps
-        rules = {name: entry.rule for name, entry in loaded.entries.items()}
-        if isinstance(known.rule, Rule):
-            rules |= dict.fromkeys(loaded.pending, known.rule)
-        warn_of_plateaus(rules)
-        gone: set[str] = set()
-        if self._guard.torn is not None:
-            # Names that are left alone would stay torn. Those that came later are unheard of.
-            gone = known.known().keys() - loaded.entries.keys() - loaded.pending.keys()
-            if gone and (is_part or len(taken) < len(have)):
-                self._guard.check_whole("load of some names")
-        means = {n: e.average.rule for n, e in loaded.entries.items() if e.average is not None}
-        means |= {n: one["keeps"] for n, one in loaded.pending.items() if "keeps" in one}
-        fit = averages.keys() - loaded.without.keys()
-        warn_of_plateaus({name: rule for name, rule in means.items() if name in fit})
-        with self._guard:
-            if gone:
-                known.forget(gone)
-            take_over(known, loaded, steps, ahead=is_part)
-            known.skips = skips
-            self._guard.torn = None
-        found = {new.get(name, name) for name in have}
-        return LoadReport(
-            restored=tuple(loaded.entries),
-            pending=tuple(loaded.pending),
-            unused={**contents.damaged}
-            | {name: "it was not asked for" for name in have if name not in new}
-            | {old: why[name] for old, name in new.items() if name in why},
-            missing=tuple(name for name in known.names if name not in found),
-            metadata=dict(contents.metadata),
-        )
+        return taken_over(self._registry, Contents(state_dict), new, Options(strict, cast))
 
     def save(self, path: Target, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the state, pending state included, to a file that any backend can load.
@@ -597,8 +510,7 @@ class Optimizer:
         {'epoch': 7, 'loss': nan}
         """
         self._guard.check_whole("save")
-        self._warn_of_plateaus()
-        checkpoint.write(path, self._state_dict(copied=False), metadata)
+        checkpoint.write(path, stored_state(self._registry, copied=False), metadata)
 
     @mending
     def load(
@@ -637,6 +549,6 @@ class Optimizer:
         if strict:
             contents.check_whole(path)
         try:
-            return self._load(contents, new, Options(strict, cast, own=True))
+            return taken_over(self._registry, contents, new, Options(strict, cast, own=True))
         except ValueError as error:
             raise CheckpointError(f"{label(path)}: {error}") from error

@@ -17,12 +17,16 @@ from multiopt.entry import (
     restored_average,
     restored_plateaus,
 )
+from multiopt.kinds import formulas
 from multiopt.layout import Layout
 from multiopt.registry import Registry
 from multiopt.rules import Rule
-from multiopt.state.loading import Options
+from multiopt.skipping import Skips
+from multiopt.state.file import VERSION, Contents
+from multiopt.state.loading import LoadReport, Options, names_of
+from multiopt.state.plateaus import warn_of_plateaus
 
-__all__ = ["Loaded", "entries", "loaded_state", "shown", "stored_state", "take_over"]
+__all__ = ["entries", "shown", "stored_state", "taken_over"]
 
 
 class Loaded(NamedTuple):
@@ -64,7 +68,13 @@ def entries(registry: Registry) -> Iterator[tuple[str, Entry]]:
 
 
 def stored_state(registry: Registry, copied: bool) -> dict[str, Any]:
-    """The state by name: to be shown, with copies, or to be written, with the slots themselves."""
+    """The state: to be shown, with copies, or to be written, with the slots themselves.
+
+    It warns of what there is no place for.
+    """
+    chains = {name: formulas(rule) for name, rule in registry.scheduled_rules().items()}
+    warn_of_plateaus({name: parts[0] for name, parts in chains.items()})
+    warn_of_plateaus({name: parts[1] for name, parts in chains.items() if len(parts) > 1})
     steps, pending = registry.steps, registry.pending
     rules: dict[Hashable, dict[str, Any]] = {}
 
@@ -85,14 +95,85 @@ def stored_state(registry: Registry, copied: bool) -> dict[str, Any]:
         found[name] = stored(entry, ("rule", alike))
         if (average := entry.average) is not None and average.step:
             averages[name] = stored(average, ("average", alike))
-    parts = {"entries": found, "pending": waiting(pending)}
-    if registry.average is None:
-        return parts
-    means = {name: one["average"] for name, one in pending.items() if "average" in one}
-    return {**parts, "averages": averages, "pending_averages": waiting(means)}
+    document: dict[str, Any] = {"version": VERSION, "steps": steps}
+    document |= {"entries": found, "pending": waiting(pending)}
+    if registry.average is not None:
+        means = {name: one["average"] for name, one in pending.items() if "average" in one}
+        document |= {"averages": averages, "pending_averages": waiting(means)}
+    if registry.skips:
+        document["skips"] = {name: list(counts) for name, counts in registry.skips.items()}
+    return document
 
 
-def loaded_state(
+def taken_over(
+    registry: Registry, contents: Contents, new: Mapping[str, str], options: Options
+) -> LoadReport:
+    """Take over loaded state, whole or not at all.
+
+    Args:
+        registry: Who takes it over.
+        contents: The state.
+        new: The names that are wanted, with what they are to be called.
+        options: How it is taken over.
+
+    Raises:
+        ValueError: State does not fit, and ``strict`` is on.
+        RuntimeError: Names that are left alone are torn.
+    """
+    state_dict, guard = contents.state_dict, registry.guard
+
+    def wanted(*parts: str) -> dict[str, Mapping[str, Any]]:
+        states = [state for part in parts for state in state_dict.get(part, {}).items()]
+        return {new[name]: stored for name, stored in states if name in new}
+
+    averages = wanted("averages", "pending_averages")
+    loaded = _loaded_state(registry, wanted("pending", "entries"), averages, options)
+    why = {name: f"its average: {reason}" for name, reason in loaded.without.items()}
+    why |= loaded.refused
+    have = [*names_of(state_dict), *contents.damaged]
+    lost = {new[name] for name in contents.damaged} | loaded.refused.keys()
+    taken = set(new.values()) - lost
+    skips = {name: count for name, count in registry.skips.items() if name not in taken}
+    for name, counts in state_dict.get("skips", {}).items():
+        if new.get(name) in taken:
+            skips[new[name]] = Skips(*counts)
+    is_part = len(new) < len(have)
+    steps = state_dict.get("steps")
+    if (is_part and registry.steps > 0) or (have and not taken):
+        steps = registry.steps
+    rules = {name: entry.rule for name, entry in loaded.entries.items()}
+    if isinstance(registry.rule, Rule):
+        rules |= dict.fromkeys(loaded.pending, registry.rule)
+    warn_of_plateaus(rules)
+    gone: set[str] = set()
+    if guard.torn is not None:
+        # Names that are left alone would stay torn. Those that came later are unheard of.
+        gone = registry.known().keys() - loaded.entries.keys() - loaded.pending.keys()
+        if gone and (is_part or len(taken) < len(have)):
+            guard.check_whole("load of some names")
+    means = {n: e.average.rule for n, e in loaded.entries.items() if e.average is not None}
+    means |= {n: one["keeps"] for n, one in loaded.pending.items() if "keeps" in one}
+    fit = averages.keys() - loaded.without.keys()
+    warn_of_plateaus({name: rule for name, rule in means.items() if name in fit})
+    with guard:
+        if gone:
+            registry.forget(gone)
+        _take_over(registry, loaded, steps, ahead=is_part)
+        registry.skips = skips
+        guard.torn = None
+    found = {new.get(name, name) for name in have}
+    return LoadReport(
+        restored=tuple(loaded.entries),
+        pending=tuple(loaded.pending),
+        unused={**contents.damaged}
+        | {name: "it was not asked for" for name in have if name not in new}
+        | {old: why[name] for old, name in new.items() if name in why},
+        missing=tuple(name for name in registry.names if name not in found),
+        metadata=dict(contents.metadata),
+    )
+
+
+def _loaded_state(
     registry: Registry,
     states: Mapping[str, Mapping[str, Any]],
     averages: Mapping[str, Mapping[str, Any]],
@@ -177,7 +258,7 @@ def _admit_average(name: str, stored: Mapping[str, Any], average: Average, found
         found.pending[name] = {**found.pending[name], "average": stored, "keeps": average}
 
 
-def take_over(registry: Registry, loaded: Loaded, steps: int | None, ahead: bool) -> None:
+def _take_over(registry: Registry, loaded: Loaded, steps: int | None, ahead: bool) -> None:
     """Take over loaded state.
 
     Args:

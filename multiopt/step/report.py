@@ -9,7 +9,7 @@ import numpy as np
 from multiopt.arrays import Part
 from multiopt.step.clip import Clip
 
-__all__ = ["Outcome", "Report", "abridged"]
+__all__ = ["Outcome", "Report", "abridged", "explain"]
 
 #: How many names a note lists.
 LISTED = 5
@@ -99,3 +99,26 @@ class Outcome:
             self.global_norms,
             {self.names[place]: limited[place] for place in sorted(limited)},
         )
+
+
+def explain(
+    error: BaseException, before: Outcome | None, now: Outcome | None, torn: BaseException | None
+) -> None:
+    """Add a note that says what a step has done in which something was raised.
+
+    Args:
+        error: What was raised.
+        before: What became of the step before.
+        now: What became of the last step.
+        torn: What was raised in the middle of writing, if anything was.
+    """
+    if now is not None and now is not before:
+        note = f"the step was whole; it updated {abridged(now.updated)}"
+    elif torn is error:
+        note = "the step was writing when this was raised; load an earlier state"
+    elif isinstance(error, KeyError | TypeError | ValueError):
+        # The checks say it in words of their own, or it goes without saying.
+        return
+    else:
+        note = "nothing was changed by this step"
+    error.add_note(f"multiopt: {note}")

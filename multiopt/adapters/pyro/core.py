@@ -14,6 +14,7 @@ from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
 from multiopt.skipping import Skips
 from multiopt.step.clip import Clip
+from multiopt.step.report import explain
 from multiopt.step.run import Step
 
 __all__ = ["Core"]
@@ -57,16 +58,16 @@ class Core(Optimizer):
 
         Torch's compiler is to be out of reach, as it is of an ``exclusive`` method.
         """
-        known = self._registry
+        guard, known = self._guard, self._registry
         before = known.outcome
-        self._guard.check("step")
+        guard.check("step")
         try:
-            self._guard.busy = True
+            guard.busy = True
             known.step(names, tensors, None, self._after)
-            self._guard.busy = False
+            guard.busy = False
         except BaseException as error:
-            self._guard.busy = False
-            self._explain(error, before is not known.outcome)
+            guard.busy = False
+            explain(error, before, known.outcome, guard.torn)
             raise
 
     def _after(self, step: Step) -> None:
