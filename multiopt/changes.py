@@ -14,7 +14,7 @@ from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import plain_numbers
 from multiopt.step.clip import Clip
-from multiopt.table import Table
+from multiopt.table import NOTHING, Table
 
 __all__ = ["change", "changed_numbers"]
 
@@ -93,6 +93,9 @@ def change(table: Table, rules: Mapping[str, Rule], clips: Mapping[str, Clip | N
             group, row = table.row_of(name)
             table.give_clips(group, np.array([row]), [clips[name]])
         table.replace_rows(placed)
+        if clips:
+            # It knows which clips measure several gradients together.
+            table.last = NOTHING
     table.sweep()
 
 
