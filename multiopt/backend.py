@@ -139,20 +139,25 @@ class Backend:
         """
         return None
 
-    def gradient(self, param: Array, label: str) -> Array | None:
-        """The gradient that an array carries itself, as torch's do.
+    def gradients(
+        self, params: np.ndarray, names: Sequence[str], new: Sequence[int], needed: bool
+    ) -> np.ndarray:
+        """The gradients that arrays carry themselves, as torch's do; None for those without one.
+
+        Args:
+            params: The arrays, the first of which is of this library.
+            names: The names of the parameters.
+            new: The places of those that are seen for the first time.
+            needed: Whether one is to have a gradient, or to get one in a backward.
 
         Raises:
-            TypeError: Arrays of this library carry none.
+            TypeError: An array carries none; or none has one, nor will have one.
+            ValueError: A library keeps none for an array.
         """
         raise TypeError(
-            f"{label} is a {self.library} array, which carries no gradient; "
+            f"parameter {names[0]!r} is a {self.library} array, which carries no gradient; "
             "pass the gradients as the second argument: step(params, grads)"
         )
-
-    def takes_gradients(self, param: Array) -> bool:
-        """Whether a backward may leave a gradient with the array."""
-        return False
 
     # A step
 
@@ -208,10 +213,6 @@ class Backend:
         It is asked of every new parameter, and takes less time than ``layout``; None if only that
         knows.
         """
-        return None
-
-    def gradients(self, params: np.ndarray) -> np.ndarray | None:
-        """The gradients that arrays carry themselves, all at once; None if they must be asked."""
         return None
 
     def touch(self, arrays: np.ndarray) -> None:

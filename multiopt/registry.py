@@ -27,14 +27,13 @@ import numpy as np
 
 from multiopt.arrays import Array, Arrays
 from multiopt.averaging import Average, Averaged
-from multiopt.backend import named, slot_of
+from multiopt.backend import backend_of, named, slot_of
 from multiopt.birth import Undo, begin, move
 from multiopt.changes import changed_numbers
 from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
 from multiopt.guard import Guard
 from multiopt.rules import Rule
 from multiopt.skipping import Skips, counted
-from multiopt.step.checks import check_gradients, own_gradient
 from multiopt.step.clip import Clip
 from multiopt.step.numbers import ask_schedules
 from multiopt.step.report import Outcome
@@ -222,20 +221,11 @@ class Registry(Table):
 
     def _own_gradients(self, rows: Rows, params: np.ndarray) -> np.ndarray:
         """The gradients that parameters carry themselves."""
-        names, grads = rows.names, None
-        # At first sight each is asked by itself whether it can have one.
-        asked = {k: own_gradient(names[k], params[k]) for k in rows.missing}
-        if rows.backend is not None:
-            grads = rows.backend.gradients(params)
-        if grads is None:
-            found = [
-                asked[k] if k in asked else own_gradient(name, params[k])
-                for k, name in enumerate(names)
-            ]
-            grads = np.fromiter(found, object, len(found))
-        if self.needs_gradients and not (names and grads[0] is not None):
-            check_gradients(names, params, grads)
-        return grads
+        names = rows.names
+        if not names:
+            return params
+        backend = backend_of(params[0], f"parameter {names[0]!r}")
+        return backend.gradients(params, names, rows.missing, self.needs_gradients)
 
     # What a step leaves behind
 

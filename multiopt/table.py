@@ -55,7 +55,7 @@ class _Codes(dict[str, int]):
 
 
 #: No names.
-NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [], None)
+NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [])
 
 
 def _are_scheduled(parts: Iterable[RowsOfGroup]) -> bool:
@@ -212,11 +212,7 @@ class Table:
         groups = [part[0] for part in parts]
         clipping = any(group.clipping for group in groups)
         together = self._together(names, parts) if clipping else None
-        backends = {group.backend for group in groups}
-        backend = backends.pop() if len(backends) == 1 else None
-        return Rows(
-            names, codes, parts, _are_scheduled(parts), clipping, together, missing, backend
-        )
+        return Rows(names, codes, parts, _are_scheduled(parts), clipping, together, missing)
 
     def _together(self, names: Sequence[str], parts: Iterable[RowsOfGroup]) -> Together | None:
         """The clips of some rows that measure several gradients together."""

@@ -6,6 +6,7 @@ rounded there (pytorch#31250), NumPy's is. CUDA tensors run the rule as it stand
 
 import ctypes
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import wraps
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -16,8 +17,9 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from multiopt.arrays import Member
-from multiopt.backend import Array, Backend
+from multiopt.backend import Array, Backend, backend_of
 from multiopt.engine import Group
+from multiopt.errors import brief
 from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines
@@ -144,13 +146,40 @@ class TorchBackend(Backend):
             return memory
         return np.asarray(_Footprint(array))
 
+    def gradients(
+        self, params: np.ndarray, names: Sequence[str], new: Sequence[int], needed: bool
+    ) -> np.ndarray:
+        """The ``.grad`` of tensors."""
+        grads = None
+        # Some may be no tensors, or no leaves, of which torch warns: then each is asked by itself.
+        with suppress(Exception):
+            if not new or all(map(_IS_LEAF, params[new])):
+                grads = np.fromiter(map(_GRAD, params), object, len(params))
+        if grads is None:
+            grads = np.fromiter(map(self._gradient, params, names), object, len(params))
+        if needed and not any(grad is not None for grad in grads):
+            with torch._C.DisableTorchFunctionSubclass():
+                if not any(param.requires_grad for param in params):
+                    raise TypeError(
+                        f"no parameter requires a gradient or has one ({brief(list(names))}), so a "
+                        "step would do nothing: pass leaves, as in dict(module.named_parameters()),"
+                        " for the tensors of a state_dict() are detached from them, or pass the "
+                        "gradients as the second argument"
+                    )
+        return grads
+
     @_undisturbed
-    def gradient(self, param: Array, label: str) -> Array | None:
-        """The ``.grad`` of a tensor.
+    def _gradient(self, param: Array, name: str) -> Array | None:
+        """The ``.grad`` of what may be no tensor.
 
         Raises:
-            ValueError: The tensor is not a leaf, so that autograd keeps no gradient for it.
+            TypeError: It is none.
+            ValueError: It is not a leaf, so that autograd keeps no gradient for it.
         """
+        label = f"parameter {name!r}"
+        backend = backend_of(param, label)
+        if backend is not self:
+            backend.gradients(np.fromiter([param], object, 1), [name], [0], needed=False)
         if not (param.is_leaf or param.retains_grad):
             raise ValueError(
                 f"{label} is not a leaf tensor, so it has no .grad; expected a leaf: pass the "
@@ -158,11 +187,6 @@ class TorchBackend(Backend):
             )
         grad: Array | None = param.grad
         return grad
-
-    @_undisturbed
-    def takes_gradients(self, param: Array) -> bool:
-        """Whether the tensor requires a gradient."""
-        return bool(param.requires_grad)
 
     # A step
 
@@ -213,14 +237,6 @@ class TorchBackend(Backend):
             return None
         return array.dtype, array.device, array.layout
 
-    def gradients(self, params: np.ndarray) -> np.ndarray | None:
-        """See ``Backend``."""
-        try:
-            return _gradients(params)
-        except Exception:
-            # Some are no tensors, or no leaves, of which torch warns. Python asks one by one.
-            return None
-
     def touch(self, arrays: np.ndarray) -> None:
         """Move the version counters, by which autograd knows that a tensor was written."""
         _increment_version(arrays)
@@ -240,10 +256,6 @@ class TorchBackend(Backend):
 
 #: By their addresses, the types of tensors that compiled code looks at.
 KINDS = tuple(map(id, PLAIN))
-
-
-def _gradients(params: np.ndarray) -> np.ndarray:
-    return np.fromiter(map(_GRAD, params), object, len(params))
 
 
 _GRAD, _IS_LEAF, _BASE = attrgetter("grad"), attrgetter("is_leaf"), attrgetter("_base")

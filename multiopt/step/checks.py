@@ -1,6 +1,6 @@
 """What comes into a step: names, arrays and gradients, checked before any use."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,42 +13,13 @@ from multiopt.layout import Layout
 
 __all__ = [
     "as_dict",
-    "check_gradients",
     "check_known",
     "check_layout",
     "check_name",
     "check_no_shared_memory",
     "checked_gradient",
-    "own_gradient",
     "refuse_shared",
 ]
-
-
-def own_gradient(name: str, param: Array) -> Array | None:
-    """The gradient that a parameter carries itself.
-
-    Raises:
-        TypeError: Arrays of its library carry none.
-        ValueError: Its library keeps none for this one.
-    """
-    label = f"parameter {name!r}"
-    return backend_of(param, label).gradient(param, label)
-
-
-def check_gradients(names: Sequence[str], params: Iterable[Array], grads: Iterable[Any]) -> None:
-    """Refuse parameters of which none has a gradient of its own, nor will have one.
-
-    Raises:
-        TypeError: There is no gradient, and no parameter that takes part in a backward.
-    """
-    if not names or any(grad is not None for grad in grads):
-        return
-    if not any(backend_of(param, "a parameter").takes_gradients(param) for param in params):
-        raise TypeError(
-            f"no parameter requires a gradient or has one ({brief(list(names))}), so a step would "
-            "do nothing: pass leaves, as in dict(module.named_parameters()), for the tensors of a "
-            "state_dict() are detached from them, or pass the gradients as the second argument"
-        )
 
 
 def check_known(grads: Mapping[str, Array | None], params: Mapping[str, Array]) -> None:

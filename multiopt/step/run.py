@@ -39,7 +39,6 @@ class Rows(NamedTuple):
         clipping: Whether a row may have a clip.
         together: The clips of them that measure several gradients together, if any do.
         missing: The places of names without a row.
-        backend: The backend of all that have one, if it is one.
     """
 
     names: list[str]
@@ -49,7 +48,6 @@ class Rows(NamedTuple):
     clipping: bool
     together: Together | None
     missing: list[int]
-    backend: "Backend | None"
 
 
 class Step:
