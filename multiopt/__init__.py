@@ -11,67 +11,27 @@ the last bit, on NumPy, PyTorch and JAX arrays.
 [-0.01, 0.01]
 """
 
-from multiopt import schedules
+from multiopt import rules, schedules
 from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, State
-from multiopt.rules import (
-    ASGD,
-    LAMB,
-    SGD,
-    AdaBelief,
-    Adadelta,
-    Adafactor,
-    Adagrad,
-    AdagradRMSProp,
-    Adam,
-    Adamax,
-    AdamW,
-    ClippedAdam,
-    DCTAdam,
-    Lion,
-    Muon,
-    NAdam,
-    RAdam,
-    RMSprop,
-    Rprop,
-    Rule,
-)
+from multiopt.rules import *  # noqa: F403  the names of rules stand in one place
 from multiopt.skipping import Skips
 from multiopt.state.loading import LoadReport
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report
 
 __all__ = [
-    "ASGD",
-    "LAMB",
-    "SGD",
-    "AdaBelief",
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "AdagradRMSProp",
-    "Adam",
-    "AdamW",
-    "Adamax",
     "Average",
     "CheckpointError",
     "Clip",
-    "ClippedAdam",
-    "DCTAdam",
-    "Lion",
     "LoadReport",
-    "Muon",
-    "NAdam",
     "Optimizer",
-    "RAdam",
-    "RMSprop",
     "Report",
-    "Rprop",
-    "Rule",
     "Skips",
     "State",
     "schedules",
 ]
+__all__ += rules.__all__
 
 __version__ = "0.1.0"

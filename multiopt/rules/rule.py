@@ -10,40 +10,23 @@ from typing import Any, ClassVar, NoReturn, TypeAlias
 import numpy as np
 
 from multiopt.errors import brief
-from multiopt.rules.declared import (
-    BOUND,
-    FINITE,
-    FRACTION,
-    NONNEGATIVE,
-    SHARE,
-    Declared,
-    Range,
-    choice,
-    number,
-    switch,
-)
+from multiopt.rules import declared
+from multiopt.rules.declared import *  # noqa: F403  what fields of rules are declared with
+from multiopt.rules.declared import Declared, Range
 
 __all__ = [
-    "BOUND",
-    "FINITE",
-    "FRACTION",
-    "NONNEGATIVE",
-    "SHARE",
     "Coefficients",
     "Hyperparameter",
-    "Range",
     "Rule",
     "Update",
-    "choice",
     "is_schedule",
     "is_shared",
     "named",
     "namespace",
-    "number",
     "plain_numbers",
-    "switch",
     "with_numbers",
 ]
+__all__ += declared.__all__
 
 #: A number, or a schedule: a callable that gives the number for each step (1, 2, ...).
 Hyperparameter: TypeAlias = float | Callable[[int], float]

@@ -19,35 +19,11 @@ machine, and in the last bit perhaps not on another.
 0.25
 """
 
+from multiopt.schedules import curves
 from multiopt.schedules.base import Schedule
 from multiopt.schedules.combined import Join, Shared
-from multiopt.schedules.curves import (
-    Constant,
-    Cosine,
-    CosineWarmRestarts,
-    Exponential,
-    InverseTime,
-    Linear,
-    MultiStep,
-    OneCycle,
-    Polynomial,
-    StepDecay,
-)
+from multiopt.schedules.curves import *  # noqa: F403  the names of curves stand in one place
 from multiopt.schedules.plateau import Plateau
 
-__all__ = [
-    "Constant",
-    "Cosine",
-    "CosineWarmRestarts",
-    "Exponential",
-    "InverseTime",
-    "Join",
-    "Linear",
-    "MultiStep",
-    "OneCycle",
-    "Plateau",
-    "Polynomial",
-    "Schedule",
-    "Shared",
-    "StepDecay",
-]
+__all__ = ["Join", "Plateau", "Schedule", "Shared"]
+__all__ += curves.__all__
