@@ -7,7 +7,7 @@ packages under ``backends/`` refine it for one library each.
 
 import ctypes
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from numbers import Integral, Number
@@ -95,34 +95,26 @@ class Backend:
         param, *slots = self.closed(updated(member).arrays, layout)
         (param,) = self.rounded([member], [param])
         if layout.is_complex:
-            self.parts(self.whole(param))
+            self.parts(self.whole(param), layout)
         self.to_host(slots[0])
 
-    def bare(self, array: Array) -> Array:
-        """The array over the same memory, without what a class of the user's makes of it."""
-        return array
+    def parts(self, array: Array, layout: Layout) -> Array:
+        """An array of real numbers over the same memory, without what a user's class makes of it.
 
-    def parts(self, array: Array) -> Array:
-        """The real and imaginary parts of a complex array along one more axis.
-
-        Where arrays can be written, it is a view.
+        A complex array becomes its real and imaginary parts along one more axis. Where arrays can
+        be written, that is a view.
         """
+        if not layout.is_complex:
+            return array
         xp = import_module(self.library)
         return xp.stack([xp.real(array), xp.imag(array)], axis=-1)
 
     def whole(self, parts: Array) -> Array:
-        """The complex array of such parts."""
+        """The complex array of its parts."""
         host = np.ascontiguousarray(self.to_host(parts))
         complex_ = next(name for name, part in PARTS_OF.items() if part == host.dtype.name)
         xp, device = import_module(self.library), array_api_compat.device(parts)
         return xp.asarray(host.view(complex_)[..., 0], device=device)
-
-    def check_surroundings(self, label: str) -> None:
-        """Refuse a step where this library has no values to compute with.
-
-        Raises:
-            TypeError: A transformation of the library is at work.
-        """
 
     def check_writable(self, param: Array, label: str) -> None:
         """Refuse a parameter that cannot be updated.
@@ -202,18 +194,6 @@ class Backend:
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """A group for parameters of this kind of rule and of this layout, whatever their shapes."""
         return ReferenceGroup(self, layout, rule, has_masters)
-
-    def wanted(self, layout: Layout) -> Hashable:
-        """What else decides which engine a group has, of all that may change."""
-        return None
-
-    def alike(self, array: Array) -> Hashable | None:
-        """What an array has in common with others of which only the shape may differ.
-
-        It is asked of every new parameter, and takes less time than ``layout``; None if only that
-        knows.
-        """
-        return None
 
     def touch(self, arrays: np.ndarray) -> None:
         """Let a library know that the memory of its arrays is about to be written."""

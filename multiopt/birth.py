@@ -53,6 +53,7 @@ def begin(
         undo: Takes what takes back what else has been done.
     """
     names, codes = rows.names, rows.codes.copy()
+    layouts: dict[Hashable, tuple[Layout, Layout]] = {}
     kinds: dict[Hashable, tuple[Group, Rule, list[int]]] = {}
     shapes: dict[int, tuple[int, ...]] = {}
     clips: dict[int, Clip | None] = {}
@@ -61,27 +62,21 @@ def begin(
         if grads[place] is None:
             continue
         name, param = names[place], params[place]
-        label = f"parameter {name!r}"
-        backend = backend_of(param, label)
-        alike = backend.alike(param)
+        form = _form(param)
+        if form is None or form not in layouts:
+            label = f"parameter {name!r}"
+            layout = backend_of(param, label).layout(param, label)
+            layouts[form] = layout, layout.with_shape(())
+        layout, alike = layouts[form]
+        shapes[place] = layout.shape
         rule = registry.rule
         if not isinstance(rule, Rule):
             rule = chosen(rule, name, Rule, "rule")
         average = None if registry.average is None else registry.average_of(name)
-        key: Hashable = id(rule), id(average), type(param), alike
-        if alike is None or key not in kinds:
-            layout = backend.layout(param, label)
-            if alike is None:
-                key = id(rule), id(average), layout.with_shape(())
-            if key not in kinds:
-                chain = rule if average is None else Averaged(rule, average)
-                kinds[key] = registry.group_for(chain, layout), chain, []
-            shapes[place] = layout.shape
-        else:
-            group = kinds[key][0]
-            shape = tuple(param.shape)
-            shapes[place] = (*shape, 2) if group.layout.is_complex else shape
-        layout = kinds[key][0].layout.with_shape(shapes[place])
+        key = id(rule), id(average), alike
+        if key not in kinds:
+            chain = rule if average is None else Averaged(rule, average)
+            kinds[key] = registry.group_for(chain, layout), chain, []
         clip = chosen_clip(registry.clip, name)
         if name not in registry.pending:
             clips[place] = clip
@@ -109,6 +104,19 @@ def begin(
     for place, code in fresh.items():
         codes[place] = code
     return registry.parted(names, codes, [place for place in rows.missing if place not in fresh])
+
+
+def _form(array: Array) -> Hashable | None:
+    """What arrays have in common that have one layout: to find that takes longer.
+
+    None if an array does not say. That it can be stepped is found out when it is looked at.
+    """
+    try:
+        form = type(array), array.shape, array.dtype, array.device
+        hash(form)
+    except Exception:  # of any kind: libraries have their own
+        return None
+    return form
 
 
 def _check_shapes(group: Group, rule: Rule, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:

@@ -14,7 +14,7 @@ from multiopt.averaging import AVERAGE, Average, Averaged
 from multiopt.backend import Array, backend_of, named, zeros
 from multiopt.engine import MASTER
 from multiopt.errors import brief
-from multiopt.layout import Layout
+from multiopt.layout import Layout, parts_of
 from multiopt.rules import Rule
 from multiopt.rules.rule import plain_numbers, with_numbers
 from multiopt.schedules import Plateau, Schedule
@@ -326,8 +326,7 @@ def described_waiting(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def in_parts(slots: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Slots, the real and imaginary parts of those that are complex along one more axis."""
-    parts = named("numpy").parts
-    return {name: parts(x) if np.iscomplexobj(x) else x for name, x in slots.items()}
+    return {name: parts_of(x) if np.iscomplexobj(x) else x for name, x in slots.items()}
 
 
 def restored(

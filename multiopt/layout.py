@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "Words", "address", "require_dtype"]
+__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "Words", "address", "parts_of", "require_dtype"]
 
 #: The dtypes of parameters, and the dtype in which each one is computed and keeps its slots.
 COMPUTE_DTYPE: Mapping[str, str] = {
@@ -89,6 +89,12 @@ def require_dtype(dtype: str, label: str) -> None:
             f"{label} has dtype {dtype}; expected one of {', '.join(sorted(known))}: convert it to "
             "a floating dtype"
         )
+
+
+def parts_of(array: np.ndarray) -> np.ndarray:
+    """A view of a complex array: its real and imaginary parts along one more axis."""
+    kind = np.dtype(PARTS_OF[array.dtype.name]).newbyteorder(array.dtype.byteorder)
+    return array[..., np.newaxis].view(kind)
 
 
 def address(array: np.ndarray) -> int:

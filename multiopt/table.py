@@ -228,7 +228,7 @@ class Table:
         backend = named(layout.library)
         has_masters = self.masters and layout.dtype != layout.compute_dtype
         kind = kind_of(rule) or tuple(map(id, formulas(rule)))
-        key = kind, layout.with_shape(()), has_masters, backend.wanted(layout)
+        key = kind, layout.with_shape(()), has_masters
         if key not in self._kinds:
             group = backend.group(rule, layout, has_masters)
             group.number = max(self._groups, default=-1) + 1

@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import multiopt as mo
+from multiopt_jax import backend as jax_backend
 from tests.libraries import LIBRARIES, NUMPY, Library, assert_equal
 
 
@@ -601,15 +602,24 @@ def test_a_step_among_fake_tensors_points_to_the_pure_update(seen: bool) -> None
     assert opt.step({"w": w}, {"w": grad})["w"].tolist() == [0.5, 0.5]
 
 
-def test_a_step_among_tracers_points_to_the_pure_update() -> None:
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("policy", ["propagate", "raise"])
+@pytest.mark.parametrize("clip", [None, mo.Clip(norm=9.0), mo.Clip(value=9.0)])
+def test_a_step_among_tracers_points_to_the_pure_update(
+    on_cpu: bool, policy: Any, clip: mo.Clip | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The arrays are concrete, but what is made of them inside is not.
-    opt, w = mo.Optimizer(mo.SGD()), jnp.ones(2)
+    monkeypatch.setattr(jax_backend, "_on_cpu", lambda layout: on_cpu)
+    opt, w = mo.Optimizer(mo.SGD(), clip, on_nonfinite=policy), jnp.ones(2)
     with pytest.raises(
         TypeError, match=r"inside a JAX transformation.*; call the pure rule\.update"
     ):
         jax.jit(lambda x: opt.step({"w": w}, {"w": w})["w"] + x)(1.0)
     assert len(opt) == 0
     assert opt.step({"w": w}, {"w": w})["w"].tolist() == [0.999, 0.999]
+    with pytest.raises(TypeError, match="inside a JAX transformation"):
+        jax.jit(lambda x: opt.step({"w": w}, {"w": w})["w"] + x)(1.0)
+    assert opt.state("w").step == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

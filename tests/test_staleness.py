@@ -416,7 +416,8 @@ def test_two_names_may_not_come_to_share_memory(name: str, how: str) -> None:
 )
 def test_names_of_two_engines_may_not_share_memory(kinds: tuple[str, str]) -> None:
     """One was begun before ``MULTIOPT_ENGINE`` was set."""
-    memory, opt = np.ones(20, np.float32), mo.Optimizer(mo.Adam())
+    rules = {"a": mo.Adam(), "b": mo.Adam(amsgrad=True)}
+    memory, opt = np.ones(20, np.float32), mo.Optimizer(rules.__getitem__)
     params, grads = {"a": memory[:10], "b": memory[10:]}, dict.fromkeys("ab", np.ones(10, "f"))
     for name, kind in zip("ab", kinds, strict=True):
         with engine(kind):

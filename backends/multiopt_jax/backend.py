@@ -5,7 +5,7 @@ and may contract a product and a sum. Arrays on other devices run the rule as it
 equality to the last bit is not claimed for them.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -42,8 +42,10 @@ class JaxBackend(Backend):
             )
         return Layout.of("jax", array.shape, dtype, _device(array.sharding))
 
-    def parts(self, array: Array) -> Array:
-        """A new array."""
+    def parts(self, array: Array, layout: Layout) -> Array:
+        """The array, or a new one."""
+        if not layout.is_complex:
+            return array
         return jax.numpy.stack([array.real, array.imag], axis=-1)
 
     def whole(self, parts: Array) -> Array:
@@ -77,15 +79,8 @@ class JaxBackend(Backend):
             with jax.default_device(next(iter(sharding.device_set))):
                 put = jax.device_put(some, sharding if committed else None)
             made.update(zip(indices, put, strict=True))
+            _check_values(put[0], f"parameter {members[indices[0]].name!r}")
         return [made[i] for i in range(len(members))]
-
-    def check_surroundings(self, label: str) -> None:
-        """Refuse a step while JAX traces, when new arrays are tracers without values."""
-        if isinstance(jax.device_put(np.zeros(())), jax.core.Tracer):
-            raise TypeError(
-                f"{label}: a step was taken inside a JAX transformation, where new arrays are "
-                "tracers without values; call the pure rule.update there"
-            )
 
     def memory(self, array: Array) -> np.ndarray | None:
         """A view, which must not be written."""
@@ -97,14 +92,11 @@ class JaxBackend(Backend):
             return super().group(rule, layout, has_masters)
         return engines.group(self, layout, rule, has_masters, lambda: None)
 
-    def wanted(self, layout: Layout) -> Hashable:
-        """See ``Backend``."""
-        return engines.wanted() if _on_cpu(layout) else None
-
     # Slots outside a step
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy in NumPy."""
+        _check_values(array, "an array")
         return np.array(array)
 
     def shown(self, array: Array, layout: Layout | None = None) -> Array:
@@ -116,6 +108,19 @@ class JaxBackend(Backend):
             return _put(np.array(array), layout)
         is_known = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
         return (jax.numpy if is_known else np).array(array)
+
+
+def _check_values(array: Array, label: str) -> None:
+    """Refuse what was made while JAX traces, and has no values.
+
+    Raises:
+        TypeError: It is a tracer.
+    """
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(
+            f"{label}: a step was taken inside a JAX transformation, where new arrays are tracers "
+            "without values; call the pure rule.update there"
+        )
 
 
 def _put(array: np.ndarray, layout: Layout) -> Array:

@@ -1,6 +1,5 @@
 """NumPy arrays, computed by the rule as it stands and updated in place: the reference."""
 
-from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from multiopt.backend import Array, Backend
 from multiopt.engine import Group
-from multiopt.layout import PARTS_OF, Layout, require_dtype
+from multiopt.layout import Layout, parts_of, require_dtype
 from multiopt.rules import Rule
 from multiopt_numpy import engines
 from multiopt_numpy.compiled.group import Look
@@ -36,10 +35,9 @@ class NumpyBackend(Backend):
         require_dtype(dtype, label)
         return Layout.of("numpy", array.shape, dtype, "cpu")
 
-    def parts(self, array: Array) -> Array:
-        """A view."""
-        kind = np.dtype(PARTS_OF[array.dtype.name]).newbyteorder(array.dtype.byteorder)
-        return np.asarray(array)[..., np.newaxis].view(kind)
+    def parts(self, array: Array, layout: Layout) -> Array:
+        """The array, or a view."""
+        return parts_of(np.asarray(array)) if layout.is_complex else array
 
     def whole(self, parts: Array) -> Array:
         """A view."""
@@ -71,14 +69,6 @@ class NumpyBackend(Backend):
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``."""
         return engines.group(self, layout, rule, has_masters, _look, numpy_arrays=True)
-
-    def wanted(self, layout: Layout) -> Hashable:
-        """See ``Backend``."""
-        return engines.wanted()
-
-    def alike(self, array: Array) -> Hashable | None:
-        """See ``Backend``."""
-        return array.dtype if type(array) is np.ndarray else None
 
     def to_host(self, array: Array) -> np.ndarray:
         """A copy."""

@@ -23,11 +23,7 @@ if TYPE_CHECKING:
     from multiopt.backend import Backend
     from multiopt.layout import Layout
 
-if TYPE_CHECKING:
-    from multiopt.backend import Backend
-    from multiopt.layout import Layout
-
-__all__ = ["group", "wanted"]
+__all__ = ["group"]
 
 #: The environment variable that asks for an engine: "compiled" (the default), "blocks" or "plain".
 VARIABLE = "MULTIOPT_ENGINE"
@@ -49,11 +45,6 @@ class _Blocks(NamedTuple):
 
 #: What runs rules of a kind, computed in a dtype; None where only the rule itself can.
 _engines: dict[Hashable, _Compiled | _Blocks | None] = {}
-
-
-def wanted() -> str:
-    """The engine that is asked for."""
-    return os.environ.get(VARIABLE, "compiled")
 
 
 def group(
@@ -89,7 +80,7 @@ def group(
 
 def _engine_of(rule: Rule, dtype: str) -> _Compiled | _Blocks | None:
     """What runs rules of this kind; None if only the rule itself can."""
-    kind, asked = kind_of(rule), wanted()
+    kind, asked = kind_of(rule), os.environ.get(VARIABLE, "compiled")
     if asked not in ("compiled", "blocks", "plain"):
         raise ValueError(f"{VARIABLE} is {asked!r}; expected compiled, blocks or plain")
     if not rule.elementwise or kind is None or asked == "plain":

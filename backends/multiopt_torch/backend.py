@@ -5,7 +5,7 @@ rounded there (pytorch#31250), NumPy's is. CUDA tensors run the rule as it stand
 """
 
 import ctypes
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
 from operator import attrgetter
@@ -110,13 +110,12 @@ class TorchBackend(Backend):
         return Layout.of("torch", array.shape, dtype, device)
 
     @_undisturbed
-    def bare(self, array: Array) -> Array:
-        """The tensor, or one of no user's class over the same memory."""
-        return array if type(array) in PLAIN else array.detach()
-
-    def parts(self, array: Array) -> Array:
-        """A view; a tensor whose memory holds the conjugates stays as it is until it is opened."""
-        tensor = array.detach()
+    def parts(self, array: Array, layout: Layout) -> Array:
+        """The tensor, or a view; one that holds the conjugates stays whole until it is opened."""
+        tensor = array if type(array) in PLAIN else array.detach()
+        if not layout.is_complex:
+            return tensor
+        tensor = tensor.detach()
         return tensor if tensor.is_conj() else torch.view_as_real(tensor)
 
     def whole(self, parts: Array) -> Array:
@@ -226,16 +225,6 @@ class TorchBackend(Backend):
         if not _on_cpu(layout):
             return super().group(rule, layout, has_masters)
         return engines.group(self, layout, rule, has_masters, _look)
-
-    def wanted(self, layout: Layout) -> Hashable:
-        """See ``Backend``."""
-        return engines.wanted() if _on_cpu(layout) else None
-
-    def alike(self, array: Array) -> Hashable | None:
-        """See ``Backend``."""
-        if type(array) not in PLAIN or array.is_nested:
-            return None
-        return array.dtype, array.device, array.layout
 
     def touch(self, arrays: np.ndarray) -> None:
         """Move the version counters, by which autograd knows that a tensor was written."""

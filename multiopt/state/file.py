@@ -17,7 +17,7 @@ from xxhash import xxh3_64
 from multiopt.arrays import Array
 from multiopt.backend import backend_of, named
 from multiopt.errors import CheckpointError
-from multiopt.layout import Layout
+from multiopt.layout import Layout, parts_of
 from multiopt.schedules.description import check_description
 from multiopt.state.durable import replacing
 from multiopt.state.file_objects import Source, Target, is_path, label, on_disk, write_whole
@@ -209,7 +209,7 @@ def _on_host(slot: Array) -> np.ndarray:
     if array is None or array.dtype.kind not in "fc":
         array = backend.to_host(slot)
     if np.iscomplexobj(array):
-        array = named("numpy").parts(array)
+        array = parts_of(array)
     return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable
 from itertools import starmap
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from multiopt.step.checks import (
     refuse_shared,
 )
 from multiopt.step.clip import Clip, Together, clip_by_global_norm
-
-if TYPE_CHECKING:
-    from multiopt.backend import Backend
 
 __all__ = ["Rows", "RowsOfGroup", "Step"]
 
@@ -167,18 +164,12 @@ class Step:
                 check_layout(name, layout, expected)
                 moved[place] = layout
                 continue
-            param, grad = backend.bare(param), backend.bare(grad)
-            if layout.is_complex:
-                param, grad = backend.parts(param), backend.parts(grad)
+            param, grad = backend.parts(param, layout), backend.parts(grad, layout)
             member = Member(name, place, row, backend, param, grad, layout)
             self._members[place] = part, member
             found.append((part, position, member))
-        asked: set[Backend] = set()
         for _, _, member in found:
             label = f"parameter {member.name!r}"
-            if member.backend not in asked:
-                member.backend.check_surroundings(label)
-                asked.add(member.backend)
             member.backend.check_writable(self._arrays.params[member.place], label)
         return found
 
