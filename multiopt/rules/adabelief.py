@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
-from multiopt.rules.adam import descend, first_moment, moments, second_moment
-from multiopt.rules.arithmetic import one_minus_power
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.adam import adam_scalars, descend, first_moment, second_moment
+from multiopt.rules.decay import descending, penalized, shrunk
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["AdaBelief"]
@@ -64,12 +61,4 @@ class AdaBelief(Rule):
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """The numbers of a step."""
-        beta1, beta2 = h.betas
-        return dict(
-            **moments(beta1, beta2),
-            step_size=h.lr / one_minus_power(beta1, step),
-            root_scale=1.0 / np.sqrt(one_minus_power(beta2, step)),
-            eps=h.eps,
-            maximizes=h.maximize,
-            **decays(h, h.lr, h.decoupled_weight_decay),
-        )
+        return adam_scalars(h, step, h.decoupled_weight_decay)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from multiopt.rules.adam import second_moment
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.decay import descending, descent, penalized, shrunk
 from multiopt.rules.rule import NONNEGATIVE, SHARE, Hyperparameter, Rule, number, switch
 
 __all__ = ["Adadelta"]
@@ -66,6 +66,5 @@ class Adadelta(Rule):
             beta2=h.rho,
             one_minus_beta2=1.0 - h.rho,
             eps=h.eps,
-            maximizes=h.maximize,
-            **decays(h, h.lr, h.decoupled_weight_decay),
+            **descent(h, h.lr, h.decoupled_weight_decay),
         )

@@ -8,7 +8,7 @@ import numpy as np
 
 from multiopt.rules.adam import second_moment
 from multiopt.rules.arithmetic import maximum, means, root_mean_square
-from multiopt.rules.decay import decays, descending, shrunk
+from multiopt.rules.decay import descending, descent, shrunk
 from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Range, Rule, number, switch
 
 __all__ = ["Adafactor"]
@@ -133,6 +133,5 @@ class Adafactor(Rule):
             takes_machine_eps=eps1 is None,
             eps2=eps2,
             inverse_d=1.0 / h.d,
-            maximizes=h.maximize,
-            **decays(h, h.lr, decoupled=True),
+            **descent(h, h.lr, decoupled=True),
         )

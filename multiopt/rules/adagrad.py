@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from multiopt.rules.adam import descend
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.decay import descending, descent, penalized, shrunk
 from multiopt.rules.rule import NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["Adagrad"]
@@ -74,6 +74,5 @@ class Adagrad(Rule):
             step_size=rate,
             root_scale=1.0,
             eps=h.eps,
-            maximizes=h.maximize,
-            **decays(h, rate, h.decoupled_weight_decay),
+            **descent(h, rate, h.decoupled_weight_decay),
         )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from multiopt.rules.arithmetic import maximum, one_minus_power
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.decay import descending, descent, penalized, shrunk
 from multiopt.rules.rule import (
     FRACTION,
     NONNEGATIVE,
@@ -76,7 +76,7 @@ def descend(xp: Any, param: Any, exp_avg: Any, exp_avg_sq: Any, c: Any) -> Any:
 
 
 def adam_scalars(h: Any, step: Any, decoupled: bool) -> dict[str, Any]:
-    """The numbers of a step of Adam or AdamW."""
+    """The numbers of a step of Adam, AdamW or AdaBelief."""
     beta1, beta2 = h.betas
     correction2 = one_minus_power(beta2, step)
     return dict(
@@ -85,8 +85,7 @@ def adam_scalars(h: Any, step: Any, decoupled: bool) -> dict[str, Any]:
         root_scale=1.0 / np.sqrt(correction2),
         second_moment_scale=1.0 / correction2,
         eps=h.eps,
-        maximizes=h.maximize,
-        **decays(h, h.lr, decoupled),
+        **descent(h, h.lr, decoupled),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from multiopt.rules.adam import first_moment, moments
 from multiopt.rules.arithmetic import maximum, one_minus_power
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.decay import descending, descent, penalized, shrunk
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["Adamax"]
@@ -67,6 +67,5 @@ class Adamax(Rule):
             **moments(beta1, beta2),
             step_size=h.lr / one_minus_power(beta1, step),
             eps=h.eps,
-            maximizes=h.maximize,
-            **decays(h, h.lr, h.decoupled_weight_decay),
+            **descent(h, h.lr, h.decoupled_weight_decay),
         )

@@ -5,19 +5,20 @@ A decay that is off is not computed: ``0 * param`` is NaN where the parameter is
 
 from typing import Any
 
-__all__ = ["decays", "descending", "penalized", "shrunk"]
+__all__ = ["descending", "descent", "penalized", "shrunk"]
 
 
-def decays(h: Any, rate: Any, decoupled: bool) -> dict[str, Any]:
-    """The coefficients of ``penalized`` and ``shrunk``, of which one or none is on.
+def descent(h: Any, rate: Any, decoupled: bool) -> dict[str, Any]:
+    """The coefficients of ``descending``, ``penalized`` and ``shrunk``.
 
     Args:
-        h: What has the ``weight_decay``.
+        h: What has the ``weight_decay`` and, unless the rule only descends, ``maximize``.
         rate: The learning rate of the step.
         decoupled: Whether the decay shrinks the parameter, or else joins the gradient.
     """
     is_on = h.weight_decay != 0
     return {
+        "maximizes": getattr(h, "maximize", False),
         "weight_decay": h.weight_decay,
         "penalizes": not decoupled and is_on,
         "shrinkage": 1.0 - rate * h.weight_decay,

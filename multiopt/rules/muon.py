@@ -5,7 +5,7 @@ from math import sqrt
 from typing import Any, ClassVar, Literal
 
 from multiopt.rules.arithmetic import maximum, sum_of_squares
-from multiopt.rules.decay import decays, shrunk
+from multiopt.rules.decay import descent, shrunk
 from multiopt.rules.rule import (
     FINITE,
     NONNEGATIVE,
@@ -138,5 +138,5 @@ class Muon(Rule):
             lr=h.lr,
             rms=0.2,
             matches_adamw=h.adjust_lr_fn == "match_rms_adamw",
-            **decays(h, h.lr, decoupled=True),
+            **descent(h, h.lr, decoupled=True),
         )

@@ -8,7 +8,7 @@ import numpy as np
 
 from multiopt.rules.adam import first_moment, moments, second_moment
 from multiopt.rules.arithmetic import one_minus_power, power, vectorized
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.decay import descending, descent, penalized, shrunk
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["NAdam"]
@@ -107,6 +107,5 @@ class NAdam(Rule):
             momentum_step=h.lr * next_momentum / (1.0 - product * next_momentum),
             root_scale=1.0 / np.sqrt(one_minus_power(beta2, step)),
             eps=h.eps,
-            maximizes=h.maximize,
-            **decays(h, h.lr, h.decoupled_weight_decay),
+            **descent(h, h.lr, h.decoupled_weight_decay),
         )

@@ -7,7 +7,7 @@ import numpy as np
 
 from multiopt.rules.adam import descend, first_moment, moments, second_moment
 from multiopt.rules.arithmetic import by_squaring, one_minus_power
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.decay import descending, descent, penalized, shrunk
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
 
 __all__ = ["RAdam"]
@@ -105,6 +105,5 @@ class RAdam(Rule):
             root_scale=1.0,
             eps=h.eps,
             rectifies=rectifies,
-            maximizes=h.maximize,
-            **decays(h, h.lr, h.decoupled_weight_decay),
+            **descent(h, h.lr, h.decoupled_weight_decay),
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multiopt.rules.adam import first_moment, moments, second_moment
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.decay import descending, descent, penalized, shrunk
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, Update, number, switch
 
 __all__ = ["RMSprop"]
@@ -121,6 +121,5 @@ class RMSprop(Rule):
             lr=h.lr,
             eps=h.eps,
             momentum=h.momentum,
-            maximizes=h.maximize,
-            **decays(h, h.lr, h.decoupled_weight_decay),
+            **descent(h, h.lr, h.decoupled_weight_decay),
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.rules.decay import decays, descending, penalized, shrunk
+from multiopt.rules.decay import descending, descent, penalized, shrunk
 from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Rule, Update, number, switch
 
 __all__ = ["SGD"]
@@ -92,7 +92,6 @@ class SGD(Rule):
             lr=h.lr,
             momentum=h.momentum,
             gradient_share=np.where(step == 1, 1.0, 1.0 - h.dampening),
-            maximizes=h.maximize,
             nesterov=h.nesterov,
-            **decays(h, h.lr, h.decoupled_weight_decay),
+            **descent(h, h.lr, h.decoupled_weight_decay),
         )
