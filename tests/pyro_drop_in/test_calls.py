@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import multiopt.adapters.pyro as optim
+from multiopt.registry import Registry
 from tests.pyro_drop_in.tensors import BOTH, NAMES, give, param
 
 
@@ -287,10 +288,17 @@ def test_an_integer_for_a_switch(module: Any) -> None:
     np.testing.assert_allclose(loc.detach(), -0.95)
 
 
-def test_equal_settings_share_one_rule() -> None:
+def test_tensors_of_equal_settings_are_taken_in_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[dict[str, Any]] = []
+    put = Registry.put
+    monkeypatch.setattr(
+        Registry, "put", lambda known, given: entered.append(given) or put(known, given)
+    )
     opt = optim.Adam(lambda name: {"lr": 0.1})
     opt({give(param(name)) for name in "abc"})
-    assert len({id(opt._core.entry(name).rule) for name in "abc"}) == 1
+    (entries,) = entered
+    assert set(entries) == {"a", "b", "c"}
+    assert len({id(entry.rule) for entry in entries.values()}) == 1
 
 
 @BOTH

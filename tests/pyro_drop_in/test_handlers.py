@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import multiopt.adapters.pyro as optim
+from multiopt.registry import Registry
 from tests.pyro_drop_in.tensors import param
 from tests.signals import handling, hit_once, opcodes, points
 
@@ -65,13 +66,13 @@ def test_a_handler_that_looks_does_not_forget_what_is_being_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opt, tensors, call = started()
-    enter = opt._core.enter
+    put = Registry.put
 
-    def entered(*arguments: Any) -> None:
-        enter(*arguments)
+    def entered(known: Registry, entries: Any) -> None:
+        put(known, entries)
         assert set(opt.get_state()) == {"a", "b"}
 
-    monkeypatch.setattr(type(opt._core), "enter", lambda self, *arguments: entered(*arguments))
+    monkeypatch.setattr(Registry, "put", entered)
     tensors.append(param("c", size=1))
     call()
     assert set(opt.get_state()) == {"a", "b", "c"}

@@ -13,7 +13,7 @@ import torch
 from multiopt.adapters.pyro.constructors import Settings, has_rule
 from multiopt.adapters.pyro.optim import JointOptim, PyroOptim
 from multiopt.adapters.pyro.settings import has_schedule
-from multiopt.adapters.pyro.tracking import Tracked
+from multiopt.adapters.pyro.tensor import TensorOptimizer
 from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
 from multiopt.state.file_objects import Target
@@ -110,9 +110,9 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         super()._begin(*given)
         # By tensor: those that nobody has looked at since they came, those that are stepped by
         # themselves, and the others in their flights, the leader first.
-        self._arrived: dict[Tracked, None] = {}
-        self._alone: dict[Tracked, None] = {}
-        self._flights: list[dict[Tracked, None]] = []
+        self._arrived: dict[TensorOptimizer, None] = {}
+        self._alone: dict[TensorOptimizer, None] = {}
+        self._flights: list[dict[TensorOptimizer, None]] = []
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step every parameter's scheduler.
@@ -127,71 +127,67 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             self._arrange()
         for flight in self._flights:
             leader = next(iter(flight))
-            before, extra = self._core.rule_of(leader.key), dict(leader.extra)
+            before, extra = leader.rule, dict(leader.extra)
             leader.scheduler.step(*args, **kwargs)
-            now = self._core.rule_of(leader.key)
+            now = leader.rule
             names = [f.name for f in fields(now) if getattr(now, f.name) != getattr(before, f.name)]
             if names and len(flight) > 1:
                 values = {name: getattr(now, name) for name in names}
-                self._core.set_numbers([tracked.key for tracked in flight], values)
+                self._known.set_numbers([one.key for one in flight], values)
             if leader.extra != extra:
-                for tracked in flight:
-                    tracked.extra = dict(leader.extra)
-        self._collects = True
-        try:
-            for tracked in self._alone:
-                tracked.scheduler.step(*args, **kwargs)
-        finally:
-            self._take_changes()
+                for one in flight:
+                    one.extra = dict(leader.extra)
+        for one in self._alone:
+            one.scheduler.step(*args, **kwargs)
 
     def _arrange(self) -> None:
         """Let those that have come fly with others that stand alike, or step by themselves."""
         flights = {self._standing(next(iter(flight))): flight for flight in self._flights}
-        for tracked in self._arrived:
-            standing = self._standing(tracked)
+        for one in self._arrived:
+            standing = self._standing(one)
             if standing is None:
-                self._alone[tracked] = None
+                self._alone[one] = None
             else:
                 if standing not in flights:
                     flights[standing] = {}
                     self._flights.append(flights[standing])
-                tracked.flight = flights[standing]
-                tracked.flight[tracked] = None
+                one.flight = flights[standing]
+                one.flight[one] = None
         self._arrived = {}
 
-    def _standing(self, tracked: Tracked) -> Hashable | None:
+    def _standing(self, one: TensorOptimizer) -> Hashable | None:
         """What those have in common that move alike; None for who has to move by itself."""
-        state, rule = _state(tracked.scheduler), self._core.rule_of(tracked.key)
+        state, rule = _state(one.scheduler), one.rule
         if (
             # Only numbers tell all that a scheduler does, and only torch's own hold nothing else.
-            type(tracked.scheduler).__module__ != torch.optim.lr_scheduler.__name__
+            type(one.scheduler).__module__ != torch.optim.lr_scheduler.__name__
             or not _is_plain(state)
             # What is set here is not what a rule has if that depends on the clock, or is given.
-            or tracked.given
+            or one.given
             or getattr(rule, "lrd", 1.0) != 1.0
             or has_schedule(rule)
         ):
             return None
-        return rule, repr(state), repr(tracked.extra)
+        return rule, repr(state), repr(one.extra)
 
-    def _leave(self, tracked: Tracked) -> None:
+    def _leave(self, one: TensorOptimizer) -> None:
         """Take a tensor out of its flight."""
-        self._arrived.pop(tracked, None)
-        self._alone.pop(tracked, None)
-        if (flight := tracked.flight) is None:
+        self._arrived.pop(one, None)
+        self._alone.pop(one, None)
+        if (flight := one.flight) is None:
             return
         leader = next(iter(flight))
-        del flight[tracked]
-        tracked.flight = None
+        del flight[one]
+        one.flight = None
         self._flights = [flight for flight in self._flights if flight]
-        behind = next(iter(flight), None) if tracked is leader else tracked
+        behind = next(iter(flight), None) if one is leader else one
         if behind is not None:
             vars(behind.scheduler).update(deepcopy(_state(leader.scheduler)))
 
-    def _forget(self, tensors: Iterable[Tracked]) -> None:
+    def _forget(self, tensors: Iterable[TensorOptimizer]) -> None:
         tensors = list(tensors)
-        for tracked in tensors:
-            self._leave(tracked)
+        for one in tensors:
+            self._leave(one)
         super()._forget(tensors)
 
     def save(self, filename: Target) -> None:
@@ -208,29 +204,31 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         settings = {"optimizer": constructor, "optim_args": optim_args, **self.kwargs}
         return self.pt_scheduler_constructor, settings, clip_args
 
-    def _meet(self, tensor: torch.Tensor, label: str | None) -> Tracked:
-        tracked = super()._meet(tensor, label)
-        if tracked.scheduler is None:
-            try:
-                scheduler = self.pt_scheduler_constructor(self._view(tracked), **self.kwargs)
-            except BaseException:
-                self._forget([tracked])
-                raise
-            tracked.scheduler = scheduler
-            self._arrived[tracked] = None
-        return tracked
+    def _meet(self, tensors: Iterable[torch.Tensor]) -> list[TensorOptimizer]:
+        met = super()._meet(tensors)
+        try:
+            for one in met:
+                # It sets the first rate, which is no change from somewhere else.
+                self._guard.busy = False
+                one.scheduler = self.pt_scheduler_constructor(one, **self.kwargs)
+                self._guard.busy = True
+                self._arrived[one] = None
+        except BaseException:
+            self._forget(met)
+            raise
+        return met
 
-    def _object(self, tracked: Tracked) -> Any:
-        self._leave(tracked)
-        self._alone[tracked] = None
-        return tracked.scheduler
+    def _object(self, one: TensorOptimizer) -> Any:
+        self._leave(one)
+        self._alone[one] = None
+        return one.scheduler
 
     # State
 
-    def _describe(self, tracked: Tracked) -> dict[str, Any]:
-        leader = tracked if tracked.flight is None else next(iter(tracked.flight))
+    def _describe(self, one: TensorOptimizer) -> dict[str, Any]:
+        leader = one if one.flight is None else next(iter(one.flight))
         scheduler = deepcopy(leader.scheduler.state_dict())
-        return {**super()._describe(tracked), "scheduler": scheduler}
+        return {**super()._describe(one), "scheduler": scheduler}
 
     def _to_torch(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         scheduler = deepcopy(stored["scheduler"])
@@ -274,18 +272,18 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
                 f"none for {missing}"
             )
 
-    def _take(self, loaded: Collection[tuple[Tracked, Mapping[str, Any]]]) -> None:
+    def _take(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
         # Schedules first, for those of torch may still fail, and can be put back.
-        for tracked, _ in loaded:
-            if tracked not in self._alone:
-                self._leave(tracked)
-                self._arrived[tracked] = None
-        schedulers = [tracked.scheduler for tracked, _ in loaded]
+        for one, _ in loaded:
+            if one not in self._alone:
+                self._leave(one)
+                self._arrived[one] = None
+        schedulers = [one.scheduler for one, _ in loaded]
         before = [dict(vars(scheduler)) for scheduler in schedulers]
         try:
-            for tracked, stored in loaded:
+            for one, stored in loaded:
                 if "scheduler" in stored:
-                    self._load_schedule(tracked, stored["scheduler"])
+                    self._load_schedule(one, stored["scheduler"])
             super()._take(loaded)
         except BaseException:
             for scheduler, attributes in zip(schedulers, before, strict=True):
@@ -293,13 +291,13 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
                 vars(scheduler).update(attributes)
             raise
 
-    def _load_schedule(self, tracked: Tracked, state: Any) -> None:
+    def _load_schedule(self, one: TensorOptimizer, state: Any) -> None:
         try:
-            tracked.scheduler.load_state_dict(deepcopy(state))
+            one.scheduler.load_state_dict(deepcopy(state))
         except Exception as error:  # of any kind: classes may be users' own
             raise CheckpointError(
-                f"the schedule of {tracked.key!r} is not one that "
-                f"{type(tracked.scheduler).__name__} loads ({type(error).__name__}: {error})"
+                f"the schedule of {one.key!r} is not one that "
+                f"{type(one.scheduler).__name__} loads ({type(error).__name__}: {error})"
             ) from error
 
 

@@ -8,8 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
-from copy import deepcopy
-from functools import cache, lru_cache, partial
+from functools import cache
 from inspect import Parameter, signature
 from typing import Any, Literal, NoReturn, cast
 
@@ -17,57 +16,45 @@ import numpy as np
 import pyro
 import pyro.optim
 import torch
-from pyro.params.param_store import (
-    module_from_param_with_module_name,
-    normalize_param_name,
-    user_param_name,
-)
+from pyro.params.param_store import normalize_param_name
 
 from multiopt.adapters.pyro.constructors import RULES, Settings, has_rule
 from multiopt.adapters.pyro.core import Core
 from multiopt.adapters.pyro.dct import marked
-from multiopt.adapters.pyro.objects import Clocks, OptimObjs, TensorOptimizer
+from multiopt.adapters.pyro.files import read_file, write_file
+from multiopt.adapters.pyro.followed import Clocks, Sources
+from multiopt.adapters.pyro.names import ModuleNames
 from multiopt.adapters.pyro.settings import (
-    EqualRules,
-    Sources,
     changeable,
     clips_itself,
-    has_schedule,
     make_clip,
     make_rule,
     restored_rule,
-    settings_now,
-    with_setting,
+    settings_of,
 )
-from multiopt.adapters.pyro.tracking import ModuleNames, Tracked, TrackedTensors
+from multiopt.adapters.pyro.tensor import TensorOptimizer
+from multiopt.adapters.pyro.tracking import KnownTensors
+from multiopt.adapters.pyro.views import OptimObjs
 from multiopt.adapters.torch_file import is_safetensors, read
-from multiopt.adapters.torch_settings import number
-from multiopt.adapters.torch_state import (
-    derived_numbers,
-    fresh_state,
-    leave_out,
-    parameter_from_torch,
-    parameter_to_torch,
-    parameters_from_torch,
-    whole_number,
-)
+from multiopt.adapters.torch_state import parameter_to_torch, parameters_from_torch
 from multiopt.arrays import Array
 from multiopt.averaging import Average
-from multiopt.backend import identities, named
+from multiopt.backend import named
+from multiopt.changes import change
 from multiopt.entry import (
+    Entry,
     check_slot_names,
-    described,
-    described_rule,
-    in_parts,
+    chosen_average,
+    restored,
+    restored_average,
     restored_plateaus,
+    slot_shapes,
 )
 from multiopt.errors import CheckpointError, brief
-from multiopt.guard import Guard, exclusive
+from multiopt.guard import exclusive
 from multiopt.rules import Rule
 from multiopt.skipping import Skips
-from multiopt.state import file as checkpoint
 from multiopt.state.file_objects import Source, Target
-from multiopt.state.metadata import described as describe_metadata
 from multiopt.state.plateaus import warn_of_plateaus
 from multiopt.step.report import Report
 
@@ -78,9 +65,6 @@ REMEDY = re.compile(
     r"forget the name to start anew$"
     r"|load with the rule that was saved, step, then assign opt\.rule$"
 )
-
-#: How many different settings are remembered.
-SHARED = 64
 
 #: How many tensors a call asks whether anybody else holds them, and twice as many as it adds.
 ASKED = 1
@@ -201,41 +185,33 @@ class JointOptim(PyroOptim):
         self, constructor: Any, optim_args: Settings, clip_args: Settings | None, more: Any
     ) -> None:
         """Check the arguments."""
-        self._constructor = constructor
+        self._constructor, self._rule_class, self._more = constructor, RULES[constructor], more
         # The names under which Pyro's Horovod wrapper and users' code look for them.
         self.pt_optim_args = optim_args
         self.pt_clip_args = {} if clip_args is None else clip_args
         # Loaded state by label, for the next tensor that is presented under it.
         self._state_waiting_to_be_consumed: dict[str, dict[str, Any]] = {}
-        self._rule_class = RULES[constructor]
-        self._rules = EqualRules()
-        # Of rules without schedules, in torch's terms: the settings, and the rule with one of them
-        # changed. Most parameters are alike.
-        self._read = lru_cache(SHARED)(partial(settings_now, constructor))
-        self._write = lru_cache(SHARED, typed=True)(partial(with_setting, constructor))
-        self._guard = Guard()
-        # New rules by tensor, while they are collected.
-        self._changes: dict[Tracked, Rule] = {}
-        self._collects = False
-        self._tensors = TrackedTensors()
-        self._names = ModuleNames()
-        self._sources = Sources()
-        self._clocks = Clocks()
+        self._core = Core(self._rule_class(), **more)
+        self._known, self._guard = self._core.known, self._core.guard
+        self._tensors, self._names = KnownTensors(), ModuleNames()
+        self._sources, self._clocks = Sources(), Clocks()
         # Of the last call: which objects the tensors are, the order in which they are stepped, and
         # their keys in it. A number stands for the same tensor as long as none was forgotten.
         self._ids = b""
         self._order = np.empty(0, np.intp)
         self._keys: list[str] = []
         self._unnamed = 0
-        self._core, self._more = Core(self._rule_class(), **more), more
         for what, settings in (("optim_args", optim_args), ("clip_args", self.pt_clip_args)):
             if not isinstance(settings, dict) and not callable(settings):
                 raise TypeError(f"{what} must be a dict or a callable; got {brief(settings)}")
-        rule = self._rule_class()
-        if isinstance(self.pt_optim_args, dict):
-            rule = self._rule(self.pt_optim_args)
+        rule = self._usual_rule() or self._rule_class()
         if isinstance(self.pt_clip_args, dict):
             make_clip(self.pt_clip_args, rule)
+
+    def _usual_rule(self) -> Rule | None:
+        """The rule of all tensors; None if it goes by their names."""
+        settings = self.pt_optim_args
+        return make_rule(self._rule_class, settings) if isinstance(settings, dict) else None
 
     def __repr__(self) -> str:
         """How it was made, and how many tensors there are."""
@@ -280,9 +256,11 @@ class JointOptim(PyroOptim):
         tensors = np.fromiter(params, object, len(params))
         self._follow()
         before = len(self._tensors)
-        if (ids := identities(tensors)) != self._ids:
+        # What an array of objects has in memory are their identities.
+        if (ids := tensors.tobytes()) != self._ids:
             self._look_up(tensors, ids)
-        self._forget(self._tensors.abandoned(ASKED + 2 * (len(self._tensors) - before)))
+        if gone := self._tensors.abandoned(ASKED + 2 * (len(self._tensors) - before)):
+            self._forget(gone)
         tensors = tensors[self._order]
         if self._state_waiting_to_be_consumed:
             self._settle(filter(None, map(self._tensors.get, tensors)))
@@ -293,7 +271,8 @@ class JointOptim(PyroOptim):
             if said != str(error):
                 raise type(error)(said) from None
             raise
-        self._clocks.say_all(self._clock)
+        if self._clocks:
+            self._clocks.say_all()
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings, and the state by name."""
@@ -301,14 +280,14 @@ class JointOptim(PyroOptim):
             "arguments": self._arguments(),
             "more": self._more,
             "waiting": self._stored_or_warn(),
-            "steps": self._core.steps,
+            "steps": self._known.steps,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin with the settings, all state waiting."""
         type(self).__init__(self, *state["arguments"], **state["more"])
         self._state_waiting_to_be_consumed = state["waiting"]
-        self._core.resume(state["steps"])
+        self._known.steps = state["steps"]
 
     def _arguments(self) -> tuple[Any, ...]:
         return self._constructor, self.pt_optim_args, self.pt_clip_args
@@ -376,99 +355,69 @@ class JointOptim(PyroOptim):
     def _look_up(self, tensors: np.ndarray, ids: bytes) -> None:
         """Find the keys of tensors, each once; at first sight their settings are asked for."""
         self._ids = b""
-        places = {number: place for place, number in enumerate(memoryview(ids).cast("Q"))}
+        numbers = np.frombuffer(ids, np.uintp)
         # A set has them in no order. In that of their addresses a step of 1000 that finds its
         # caches filled by other work takes 0.75 ms instead of 1.
-        numbers = sorted(places)
-        self._order = np.fromiter(map(places.__getitem__, numbers), np.intp, len(numbers))
-        keys = self._tensors.keys(numbers)
+        order = numbers.argsort()
+        listed = numbers[order].tolist()
+        if len(set(listed)) < len(listed):
+            order = np.unique(numbers, return_index=True)[1]
+            listed = numbers[order].tolist()
+        keys = self._tensors.keys(listed)
         if None in keys:
-            names = self._names_now(search=True)
-            for tensor in tensors:
-                if self._tensors.get(tensor) is None:
-                    self._meet(tensor, names(tensor))
-            keys = self._tensors.keys(numbers)
-        self._keys, self._ids = cast("list[str]", keys), ids
+            unknown = [tensor for tensor in tensors if self._tensors.get(tensor) is None]
+            self._meet(list({id(tensor): tensor for tensor in unknown}.values()))
+            keys = self._tensors.keys(listed)
+        self._order, self._keys, self._ids = order, cast("list[str]", keys), ids
 
-    def _meet(self, tensor: torch.Tensor, label: str | None) -> Tracked:
-        """Take a tensor in that is seen for the first time."""
-        if (twice := self._tensors.get(tensor)) is not None:
-            return twice
-        settings = self._settings("optim_args", tensor, label)
-        rule = marked(self._rule(settings), tensor)
-        tracked = Tracked(tensor, self._unused_key(label), label)
-        # Pyro leaves it at no settings, where there are none at first sight.
-        tracked.clip_args = self._settings("clip_args", tensor, label) or {}
-        tracked.given = {name: value for name, value in settings.items() if changeable(value)}
-        clip = make_clip(tracked.clip_args, rule)
-        layout = named("torch").layout(tensor, f"parameter {tracked.key!r}")
-        dotted = tracked.key if label is None else normalize_param_name(label)
-        self._core.enter(tracked.key, dotted, self._rules.one(rule), clip, layout)
-        self._tensors.add(tracked)
-        self._sources.watch(tracked)
-        return tracked
+    def _meet(self, tensors: Iterable[torch.Tensor]) -> list[TensorOptimizer]:
+        """Take in tensors that are seen for the first time."""
+        name, usual = self._names.of_tensors(search=True), self._usual_rule()
+        met: list[TensorOptimizer] = []
+        entries: dict[str, Entry] = {}
+        rules: dict[Rule, Rule] = {}
+        for tensor in tensors:
+            label = name(tensor)
+            settings = settings_of("optim_args", self.pt_optim_args, tensor, label)
+            rule = marked(usual or make_rule(self._rule_class, settings), tensor)
+            # Names of one rule get their rows at once.
+            rule = rules.setdefault(rule, rule)
+            one = TensorOptimizer(self, tensor, self._unused_key(label, entries), label)
+            # Pyro leaves it at no settings, where there are none at first sight.
+            one.clip_args = settings_of("clip_args", self.pt_clip_args, tensor, label) or {}
+            one.given = {name: value for name, value in settings.items() if changeable(value)}
+            clip = make_clip(one.clip_args, rule)
+            layout = named("torch").layout(tensor, f"parameter {one.key!r}")
+            slot_shapes(one.key, rule, layout)
+            dotted = one.key if label is None else normalize_param_name(label)
+            chosen = chosen_average(self._known.average, dotted)
+            average = restored_average(one.key, None, chosen, layout)
+            entries[one.key] = Entry(rule, clip, 0, {}, layout, average)
+            met.append(one)
+        self._known.put(entries)
+        for one in met:
+            self._tensors.add(one)
+            self._sources.watch(one)
+        return met
 
-    def _names_now(self, search: bool = False) -> Callable[[torch.Tensor], str | None]:
-        """How tensors are called, in the param store or in modules.
-
-        Args:
-            search: Whether to look for modules if that is where parameters are.
-        """
-        in_store = pyro.get_param_store().param_name
-        if search and pyro.settings.get("module_local_params"):
-            self._names.add_callers()
-        in_modules = self._names.current()
-
-        def name(tensor: torch.Tensor) -> str | None:
-            found: str | None = in_store(tensor)
-            return in_modules.get(id(tensor)) if found is None else found
-
-        return name
-
-    def _unused_key(self, label: str | None) -> str:
+    def _unused_key(self, label: str | None, others: Collection[str]) -> str:
         """A name for the core that says in messages which parameter is meant."""
         if label is None:
             self._unnamed += 1
             return f"unnamed tensor {self._unnamed}"
         key, number_of_it = label, 1
-        while key in self._core:
+        while key in self._known or key in others:
             number_of_it += 1
             key = f"{label} ({number_of_it})"
         return key
 
-    def _settings(self, what: str, tensor: torch.Tensor, label: str | None) -> dict[str, Any]:
-        settings: Settings = getattr(self, f"pt_{what}")
-        if isinstance(settings, dict):
-            return settings
-        if label is None:
-            raise ValueError(
-                f"{what} is a callable of names, but a tensor of shape {tuple(tensor.shape)} is in "
-                "no param store and has none; pass a dict, or name_by(module)"
-            )
-        parameters = list(signature(settings).parameters.values())
-        by_name = len(parameters) == 1
-        if what == "clip_args" and by_name:
-            # Pyro always gives this one two arguments, which *arguments takes.
-            by_name = parameters[0].kind is not Parameter.VAR_POSITIONAL
-        if by_name:
-            given = settings(normalize_param_name(label))
-        else:
-            given = settings(module_from_param_with_module_name(label), user_param_name(label))
-        if not isinstance(given, dict):
-            raise TypeError(f"{what} gave {brief(given)} for parameter {label!r}; expected a dict")
-        return given
-
-    def _rule(self, settings: Mapping[str, Any]) -> Rule:
-        return self._rules.one(make_rule(self._rule_class, settings))
-
-    def _forget(self, tensors: Iterable[Tracked]) -> None:
+    def _forget(self, tensors: Iterable[TensorOptimizer]) -> None:
         """Drop the entries of tensors; presented again, they start anew."""
         gone = list(tensors)
-        for tracked in gone:
-            self._sources.unwatch(tracked)
-            self._tensors.remove(tracked)
-        if gone:
-            self._core.forget_all([tracked.key for tracked in gone])
+        for one in gone:
+            self._sources.unwatch(one)
+            self._tensors.remove(one)
+        self._known.forget([one.key for one in gone])
 
     def _forget_abandoned(self) -> None:
         """Drop the entries of tensors that nobody else holds, but not in the middle of a call."""
@@ -476,82 +425,47 @@ class JointOptim(PyroOptim):
             self._ids = b""
             self._forget(abandoned)
 
-    def _start_anew(self, tracked: Tracked) -> None:
+    def _start_anew(self, one: TensorOptimizer) -> None:
         """Forget a tensor, with loaded state that waits for it and does not fit it.
 
         What fits waits on, as in Pyro, where only new tensors take it.
         """
         self._guard.check("deleting a tensor")
-        label = self._names_now()(tracked.alive) or tracked.label
+        label = self._names.of_tensors()(one.alive) or one.label
         waiting = dict(self._state_waiting_to_be_consumed)
         try:
-            self._settle([tracked])
+            self._settle([one])
         except (ValueError, TypeError):
             waiting = {name: stored for name, stored in waiting.items() if name != label}
         self._state_waiting_to_be_consumed = waiting
         self._ids = b""
-        self._forget([tracked])
+        self._forget([one])
 
     # Settings
 
     def _follow(self) -> None:
         """Take over what the caller has changed in his own objects, and in clocks."""
-        if changed := self._sources.changed():
+        if self._sources and (changed := self._sources.changed()):
             rules = {}
-            for tracked in changed:
-                rule = self._core.rule_of(tracked.key)
-                for name, given in tracked.given.items():
-                    rule = self._with_setting(tracked, rule, name, number(given))
-                rules[tracked] = rule
+            for one in changed:
+                rules[one] = one.rule
+                for name, given in one.given.items():
+                    rules[one] = one.with_setting(rules[one], name, given)
             self._change_rules(rules, rules)
             self._sources.renew()
-        for tracked, step in self._clocks.written().items():
-            self._set_clock(tracked, step)
+        if self._clocks:
+            for one, step in self._clocks.written().items():
+                one.set_clock(step)
 
     def _follow_if_free(self) -> None:
         """The same for who looks, but not in the middle of a call."""
         if not self._guard.busy:
             self._follow()
 
-    def _group(self, tracked: Tracked) -> Mapping[str, Any]:
-        """The settings of a tensor as they are now, in torch's terms; not to be changed."""
-        rule = self._changes.get(tracked) or self._core.rule_of(tracked.key)
-        step = self._core.clock(tracked.key)
-        if has_schedule(rule):
-            return settings_now(self._constructor, rule, step, self._core.steps)
-        return self._read(rule, step)
-
-    def _change(self, tracked: Tracked, name: str, value: Any) -> None:
-        """Change one setting of a tensor, in torch's terms."""
-        # Schedulers change settings when they are made, in the middle of a call.
-        self._core.check_free(f"changing {name!r}")
-        rule = self._changes.get(tracked) or self._core.rule_of(tracked.key)
-        rule = self._with_setting(tracked, rule, name, number(value))
-        if changeable(value) or name in tracked.given:
-            tracked.given.pop(name, None)
-            if changeable(value):
-                tracked.given[name] = value
-            self._sources.watch(tracked)
-        self._changes[tracked] = rule
-        if not self._collects:
-            self._take_changes()
-
-    def _with_setting(self, tracked: Tracked, rule: Rule, name: str, value: Any) -> Rule:
-        step = self._core.clock(tracked.key)
-        if has_schedule(rule):
-            changed = with_setting(self._constructor, rule, step, name, value)
-        else:
-            changed = self._write(rule, step, name, value)
-        return self._rules.one(changed)
-
-    def _take_changes(self) -> None:
-        """Give the tensors their new rules."""
-        self._collects = False
-        changes, self._changes = self._changes, {}
-        self._change_rules(changes)
-
     def _change_rules(
-        self, rules: Mapping[Tracked, Rule], clipped: Collection[Tracked] | None = None
+        self,
+        rules: Mapping[TensorOptimizer, Rule],
+        clipped: Collection[TensorOptimizer] | None = None,
     ) -> None:
         """Change the rules of tensors.
 
@@ -561,133 +475,62 @@ class JointOptim(PyroOptim):
                 by themselves.
         """
         if clipped is None:
-            clipped = [tracked for tracked, rule in rules.items() if clips_itself(rule)]
+            clipped = [one for one, rule in rules.items() if clips_itself(rule)]
         clips = {one.key: make_clip(one.clip_args, rules[one]) for one in clipped}
-        if rules:
-            self._core.change({tracked.key: rule for tracked, rule in rules.items()}, clips)
-
-    # Clocks and slots
-
-    def _clock(self, tracked: Tracked) -> int:
-        """How many steps a tensor has taken."""
-        return self._core.clock(tracked.key)
-
-    def _state_now(self, tracked: Tracked) -> dict[str, Any]:
-        """The state of a tensor in torch's terms, its slots those in memory."""
-        entry = self._core.entry(tracked.key)
-        if not entry.step:
-            return fresh_state(self._constructor, self._group(tracked), tracked.alive)
-        clock: Any = entry.step
-        if not self._constructor.__module__.startswith("pyro."):
-            clock = self._clocks.shown(tracked, entry.step)
-        rule = described_rule(entry.rule, entry.step, self._core.steps)
-        derived = derived_numbers(rule, entry.step)
-        return {"step": clock, **derived, **self._core.slots(tracked.key)}
-
-    def _set_state(self, tracked: Tracked, name: str, value: Any) -> None:
-        """Write the clock or a slot of a tensor.
-
-        Raises:
-            KeyError: There is no such slot.
-            TypeError: It cannot be written.
-            ValueError: The value does not fit.
-        """
-        self._core.check_free(f"changing {name!r}")
-        entry = self._core.entry(tracked.key)
-        slots = self._core.slots(tracked.key)
-        label = f"the state of {tracked.key!r}"
-        if not entry.step:
-            raise TypeError(
-                f"{label} is empty before the first step; expected a whole one: load_state_dict"
-            )
-        if name == "step":
-            self._set_clock(tracked, whole_number(value))
-        elif name in slots:
-            given, slot = torch.as_tensor(value), slots[name]
-            if given.shape != slot.shape or given.is_complex() > slot.is_complex():
-                raise ValueError(
-                    f"{label}: {name!r} would have shape {tuple(given.shape)} and dtype "
-                    f"{given.dtype}; expected {tuple(slot.shape)} and {slot.dtype}"
-                )
-            slot.copy_(given)
-        elif name in self._state_now(tracked):
-            raise TypeError(f"{label}: {name!r} follows from the step and the settings: set those")
-        else:
-            raise KeyError(f"{label} has no {name!r}; it has {', '.join(self._state_now(tracked))}")
-
-    def _set_clock(self, tracked: Tracked, step: int) -> None:
-        """Set the clock of a tensor; a rate that has decayed stays where it is, as in Pyro."""
-        rate = self._group(tracked).get("lr")
-        self._core.set_clock(tracked.key, step)
-        self._clocks.say(tracked, step)
-        self._keep_rate(tracked, rate)
-
-    def _clear_state(self, tracked: Tracked) -> None:
-        """Let a tensor begin again, its settings as they are."""
-        self._core.check_free("clearing the state")
-        rate = self._group(tracked).get("lr")
-        self._core.start_anew(tracked.key)
-        self._keep_rate(tracked, rate)
-
-    def _keep_rate(self, tracked: Tracked, rate: Any) -> None:
-        rule = self._core.rule_of(tracked.key)
-        if rate != self._group(tracked).get("lr") and not has_schedule(rule):
-            self._change_rules({tracked: self._with_setting(tracked, rule, "lr", rate)})
+        change(self._known, {one.key: rule for one, rule in rules.items()}, clips)
 
     # Loaded state
 
-    def _settle(self, tensors: Iterable[Tracked]) -> None:
+    def _settle(self, tensors: Iterable[TensorOptimizer]) -> None:
         """Give tensors the loaded state that waits under their names, all of them or none."""
         waiting = self._state_waiting_to_be_consumed
         if not waiting:
             return
-        name, in_store = self._names_now(), dict(pyro.get_param_store().named_parameters())
-        takers: dict[str, Tracked] = {}
-        for tracked in tensors:
-            label = name(tracked.alive) or tracked.label
+        name, in_store = self._names.of_tensors(), dict(pyro.get_param_store().named_parameters())
+        takers: dict[str, TensorOptimizer] = {}
+        for one in tensors:
+            label = name(one.alive) or one.label
             # Of two tensors of one name, the one in the store takes it.
-            if label in waiting and (label not in takers or in_store.get(label) is tracked.tensor):
-                takers[label] = tracked
-        self._take([(tracked, waiting[label]) for label, tracked in takers.items()])
+            if label in waiting and (label not in takers or in_store.get(label) is one.tensor):
+                takers[label] = one
+        self._take([(one, waiting[label]) for label, one in takers.items()])
         for label in takers:
             waiting.pop(label, None)
 
-    def _take(self, loaded: Collection[tuple[Tracked, Mapping[str, Any]]]) -> None:
-        """Give tensors loaded state, all of them or none."""
-        states = {}
-        for tracked, stored in loaded:
-            entry = self._core.entry(tracked.key)
-            dtype = entry.layout.compute_dtype
-            slots = {k: array.astype(dtype) for k, array in stored["slots"].items()}
-            rule = self._rules.one(restored_rule(stored["rule"], entry.rule))
-            clip = make_clip(tracked.clip_args, rule)
-            states[tracked.key] = {**stored, "slots": slots}, rule, clip
+    def _take(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
+        """Give tensors loaded state with the rules that come with it, all of them or none.
+
+        Raises:
+            ValueError: A state does not fit; nothing has changed.
+        """
+        known, skips = self._known, dict(self._known.skips)
+        entries: dict[str, Entry] = {}
+        rules: dict[Rule, Rule] = {}
         try:
-            self._core.restore(states)
+            for one, stored in loaded:
+                _, _, _, _, layout, average = known.entry(one.key)
+                rule = restored_rule(stored["rule"], one.rule)
+                rule = rules.setdefault(rule, rule)
+                clip = make_clip(one.clip_args, rule)
+                cast_ = {**stored, "cast": True}
+                entry = restored(one.key, cast_, rule, clip, layout, known.masters)
+                if average is not None:
+                    average = restored_average(one.key, stored.get("average"), average.rule, layout)
+                entries[one.key] = entry._replace(average=average)
+                if counts := stored.get("skips"):
+                    skips[one.key] = Skips(*counts)
         except ValueError as error:
             remedy = "del optim_objs[tensor] to start anew without it"
             raise ValueError(REMEDY.sub(remedy, str(error))) from None
-        for stored, rule, _ in states.values():
-            restored_plateaus(rule, stored["rule"], ahead=True)
-        for tracked, stored in loaded:
-            self._restore_beside(tracked, stored)
-
-    def _load(self, tracked: Tracked, state: Mapping[str, Any]) -> None:
-        """Load the state of one tensor in torch's format.
-
-        Raises:
-            CheckpointError: It has another form.
-            ValueError: It does not fit; nothing has changed.
-        """
-        self._guard.check("loading")
-        self._take([(tracked, parameter_from_torch(tracked.key, self._rule_class, state))])
-
-    def _restore_beside(self, tracked: Tracked, stored: Mapping[str, Any]) -> None:
-        """Give a tensor what was loaded beside its entry."""
-        tracked.given = dict(stored.get("given", {}))
-        self._sources.watch(tracked)
-        if "group" in stored:
-            tracked.extra = dict(stored["group"])
+        with self._guard:
+            known.put(entries)
+            known.skips = skips
+        for one, stored in loaded:
+            restored_plateaus(entries[one.key].rule, stored["rule"], ahead=True)
+            one.given = dict(stored.get("given", {}))
+            self._sources.watch(one)
+            if "group" in stored:
+                one.extra = dict(stored["group"])
 
     def get_state(self) -> dict[str, Any]:
         """The state by parameter name, in Pyro's format, loaded state that waits included.
@@ -717,9 +560,8 @@ class JointOptim(PyroOptim):
             loaded: The state by label.
             steps: How many steps the optimizer has taken; if unknown, the largest clock.
         """
-        self._guard.check("loading")
-        if isinstance(self.pt_optim_args, dict):
-            rule = self._rule(self.pt_optim_args)
+        self._guard.check_idle("loading")
+        if (rule := self._usual_rule()) is not None:
             for label, stored in loaded.items():
                 try:
                     check_slot_names(label, stored, restored_rule(stored["rule"], rule))
@@ -728,13 +570,14 @@ class JointOptim(PyroOptim):
                     raise CheckpointError(REMEDY.sub(remedy, str(error))) from None
             for stored in loaded.values():
                 restored_plateaus(rule, stored["rule"])
-        if self._core.end_torn():
+        if self._guard.torn is not None:
             # Every tensor begins anew: with the state of its name, if there is some.
             self._ids = b""
             self._forget(self._tensors)
+            self._guard.torn = None
         self._state_waiting_to_be_consumed.update(loaded)
         clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
-        self._core.resume(max(clocks, default=0) if steps is None else steps)
+        self._known.steps = max(clocks, default=0) if steps is None else steps
 
     def save(self, filename: Target) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
@@ -744,23 +587,8 @@ class JointOptim(PyroOptim):
         may be a binary file object.
         """
         stored = self._stored_or_warn()
-        parts = "rule", "step", "slots", "complex"
-        averages = {label: one["average"] for label, one in stored.items() if "average" in one}
-        skips = {label: list(one["skips"]) for label, one in stored.items() if "skips" in one}
-        document: dict[str, Any] = {
-            "version": checkpoint.VERSION,
-            "steps": self._core.steps,
-            "entries": {
-                label: {part: one.get(part) for part in parts} for label, one in stored.items()
-            },
-            "pending": {},
-        }
-        warn_of_plateaus({key: self._core.rule_of(key) for key in self._core})
-        more = {"averages": averages, "skips": skips}
-        document |= {name: part for name, part in more.items() if part}
-        groups = {label: _plain_group(label, one.get("group", {})) for label, one in stored.items()}
-        groups = {label: group for label, group in groups.items() if group}
-        checkpoint.write(filename, document, {"param_groups": groups} if groups else None)
+        warn_of_plateaus({key: self._known.rule_of(key) for key in self._known.names})
+        write_file(filename, stored, self._known.steps)
 
     def load(self, filename: Source, map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
@@ -780,50 +608,31 @@ class JointOptim(PyroOptim):
         if not is_safetensors(filename):
             self.set_state(read(filename, map_location))
             return
-        contents = checkpoint.read(filename)
-        contents.check_whole(filename)
-        document = dict(contents.state_dict)
-        parts = {**document["pending"], **document["entries"]}
-        loaded = {label: _in_parts(stored) for label, stored in parts.items()}
-        if self._more.get("average") is not None:
-            for part in ("pending_averages", "averages"):
-                for label, stored in document.pop(part, {}).items():
-                    loaded[label]["average"] = _in_parts(stored)
-        for label, counts in document.pop("skips", {}).items():
-            if label in loaded:
-                loaded[label]["skips"] = counts
-        for label, group in _groups_of(contents.metadata).items():
-            if label in loaded:
-                loaded[label]["group"] = group
-        leave_out(document, loaded, stacklevel=3)
-        if isinstance(self.pt_optim_args, dict):
-            warn_of_plateaus(dict.fromkeys(loaded, self._rule(self.pt_optim_args)))
-        self._wait(loaded, document.get("steps"))
+        loaded, steps = read_file(filename, averages=self._more.get("average") is not None)
+        if (rule := self._usual_rule()) is not None:
+            warn_of_plateaus(dict.fromkeys(loaded, rule))
+        self._wait(loaded, steps)
 
     def _stored(self) -> dict[str, dict[str, Any]]:
         """The state by label as a state dict has it: of tensors that have a name, and waiting."""
-        self._core.check_whole("the state of the optimizer")
+        self._guard.check_whole("the state of the optimizer")
         self._forget_abandoned()
         self._follow_if_free()
-        found = {}
-        in_store = [
-            (label, self._tensors.get(tensor))
-            for label, tensor in pyro.get_param_store().named_parameters()
+        store, in_modules = pyro.get_param_store(), self._names.current()
+        labelled = [
+            *((in_modules.get(id(one.tensor)), one) for one in self._tensors),
+            *((label, self._tensors.get(tensor)) for label, tensor in store.named_parameters()),
         ]
-        in_modules = self._names.current()
-        named_by_modules = [
-            (in_modules.get(id(tracked.tensor)), tracked) for tracked in self._tensors
-        ]
-        for label, tracked in (*named_by_modules, *in_store):
-            if label is not None and tracked is not None:
-                found[label] = self._describe(tracked)
+        found = {
+            label: self._describe(one)
+            for label, one in labelled
+            if label is not None and one is not None
+        }
         return {**found, **self._state_waiting_to_be_consumed}
 
     def _stored_or_warn(self) -> dict[str, dict[str, Any]]:
-        stored = self._stored()
-        name = self._names_now()
-        unnamed = sum(name(tracked.alive) is None for tracked in self._tensors)
-        if unnamed:
+        stored, name = self._stored(), self._names.of_tensors()
+        if unnamed := sum(name(one.alive) is None for one in self._tensors):
             warnings.warn(
                 f"{unnamed} tensors are in no param store and in no known module; their state is "
                 "not saved",
@@ -831,18 +640,9 @@ class JointOptim(PyroOptim):
             )
         return stored
 
-    def _describe(self, tracked: Tracked) -> dict[str, Any]:
-        """The state of a tensor as a state dict has it, its slots NumPy arrays, and more."""
-        entry = self._core.entry(tracked.key)
-        to_host, steps = named(entry.layout.library).to_host, self._core.steps
-        stored = described(entry, to_host, steps)
-        stored["complex"] = entry.layout.is_complex
-        stored["given"], stored["group"] = deepcopy((tracked.given, tracked.extra))
-        if (average := self._core.average_entry(tracked.key)) is not None:
-            stored["average"] = described(average, to_host, steps)
-        if (skips := self._core.skips.get(tracked.key)) is not None:
-            stored["skips"] = tuple(skips)
-        return stored
+    def _describe(self, one: TensorOptimizer) -> dict[str, Any]:
+        """All that is held of a tensor."""
+        return one.described()
 
     # What users of ``optim_objs`` reach
 
@@ -858,43 +658,6 @@ class JointOptim(PyroOptim):
             raise TypeError("optim_objs can be emptied by assigning {}, not filled")
         self.optim_objs.clear()
 
-    def _object(self, tracked: Tracked) -> Any:
+    def _object(self, one: TensorOptimizer) -> Any:
         """What ``optim_objs`` has for a tensor."""
-        return self._view(tracked)
-
-    def _view(self, tracked: Tracked) -> TensorOptimizer:
-        if tracked.view is None:
-            tracked.view = TensorOptimizer(self, tracked)
-        view: TensorOptimizer = tracked.view
-        return view
-
-
-def _in_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Loaded state with the parts of complex slots, and the word that they are."""
-    slots = stored["slots"]
-    is_complex = any(map(np.iscomplexobj, slots.values()))
-    return {**stored, "slots": in_parts(slots), "complex": is_complex}
-
-
-def _plain_group(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file can hold of the keys that schedulers and users have put into a group."""
-    kept = {}
-    for name, value in group.items():
-        try:
-            describe_metadata({name: value})
-        except ValueError:
-            warnings.warn(
-                f"left out {name!r} in the param_groups of {label!r}, a {type(value).__name__}: a "
-                "file holds numbers, strings, lists and mappings of them",
-                stacklevel=4,
-            )
-        else:
-            kept[name] = value
-    return kept
-
-
-def _groups_of(metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The groups in the metadata of a file, which may be somebody else's."""
-    groups = metadata.get("param_groups")
-    known = groups if isinstance(groups, dict) else {}
-    return {label: group for label, group in known.items() if isinstance(group, dict)}
+        return one

@@ -1,17 +1,22 @@
 """Settings in the terms of torch and Pyro: rules and clips made of them, and changes of them."""
 
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import lru_cache
+from inspect import Parameter, signature
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+from pyro.params.param_store import (
+    module_from_param_with_module_name,
+    normalize_param_name,
+    user_param_name,
+)
 
 from multiopt import rules
+from multiopt.adapters.pyro.constructors import Settings
 from multiopt.adapters.pyro.dct import OF_TENSORS
-from multiopt.adapters.pyro.tracking import ALONE, Tracked
 from multiopt.adapters.torch_settings import (
     DECOUPLED,
     from_plain,
@@ -24,14 +29,13 @@ from multiopt.adapters.torch_settings import (
     rule_settings,
 )
 from multiopt.entry import described_rule
+from multiopt.errors import brief
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.step.clip import Clip
 
 __all__ = [
     "EXECUTION",
-    "EqualRules",
-    "Sources",
     "changeable",
     "clips_itself",
     "has_schedule",
@@ -39,6 +43,7 @@ __all__ = [
     "make_rule",
     "restored_rule",
     "settings_now",
+    "settings_of",
     "with_setting",
 ]
 
@@ -47,6 +52,42 @@ EXECUTION = ("capturable", "foreach", "fused")
 
 #: The settings of a clip in Pyro, and one that Pyro does not have, by the names that ``Clip`` has.
 CLIPS = {"norm": "clip_norm", "global_norm": "clip_global_norm", "value": "clip_value"}
+
+
+def settings_of(
+    what: str, given: Settings, tensor: torch.Tensor, label: str | None
+) -> dict[str, Any]:
+    """The settings of a tensor, asked for by its name where the caller gave a callable.
+
+    Args:
+        what: What they are called.
+        given: What the caller gave.
+        tensor: The tensor.
+        label: Its name in the param store, if it has one.
+
+    Raises:
+        ValueError: It has no name to ask by.
+        TypeError: The callable gave no dict.
+    """
+    if isinstance(given, dict):
+        return given
+    if label is None:
+        raise ValueError(
+            f"{what} is a callable of names, but a tensor of shape {tuple(tensor.shape)} is in "
+            "no param store and has none; pass a dict, or name_by(module)"
+        )
+    parameters = list(signature(given).parameters.values())
+    by_name = len(parameters) == 1
+    if what == "clip_args" and by_name:
+        # Pyro always gives this one two arguments, which *arguments takes.
+        by_name = parameters[0].kind is not Parameter.VAR_POSITIONAL
+    if by_name:
+        found = given(normalize_param_name(label))
+    else:
+        found = given(module_from_param_with_module_name(label), user_param_name(label))
+    if not isinstance(found, dict):
+        raise TypeError(f"{what} gave {brief(found)} for parameter {label!r}; expected a dict")
+    return found
 
 
 def make_rule(rule_class: type[Rule], settings: Mapping[str, Any]) -> Rule:
@@ -112,6 +153,11 @@ def with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any)
         TypeError: The setting decides how a torch optimizer is made.
         ValueError: The value is out of range.
     """
+    change = _with_setting if has_schedule(rule) else _with_number
+    return change(constructor, rule, step, name, value)
+
+
+def _with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:
     before = settings_now(constructor, rule, step)
     if name == DECOUPLED and isinstance(rule, rules.AdamW):
         # torch's AdamW shows the switch of its Adam, and it can be turned off.
@@ -155,7 +201,7 @@ def restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
 def settings_now(
     constructor: Any, rule: Rule, step: int, count: int | None = None
 ) -> Mapping[str, Any]:
-    """The settings of a parameter group of torch after a step.
+    """The settings of a parameter group of torch after a step; not to be changed.
 
     Args:
         constructor: The class of the torch optimizer.
@@ -163,7 +209,22 @@ def settings_now(
         step: How many steps the parameter has taken.
         count: How many the optimizer has taken; by default as many.
     """
-    return group_settings(constructor, described_rule(rule, step, count), step)
+    if has_schedule(rule):
+        return group_settings(constructor, described_rule(rule, step, count), step)
+    return _settings_at(constructor, rule, step)
+
+
+# Most parameters are alike: the last few of each are remembered.
+
+
+@lru_cache(64)
+def _settings_at(constructor: Any, rule: Rule, step: int) -> Mapping[str, Any]:
+    return group_settings(constructor, described_rule(rule, step), step)
+
+
+@lru_cache(64, typed=True)
+def _with_number(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:
+    return _with_setting(constructor, rule, step, name, value)
 
 
 def has_schedule(rule: Rule) -> bool:
@@ -171,117 +232,8 @@ def has_schedule(rule: Rule) -> bool:
     return any(is_schedule(getattr(rule, name)) for name in rule.ranges)
 
 
-class EqualRules:
-    """One object for equal rules, as long as anybody has it.
-
-    The core computes the numbers of a step once for each object.
-    """
-
-    def __init__(self) -> None:
-        """Know no rule."""
-        self._rules: WeakValueDictionary[tuple[Any, ...], Rule] = WeakValueDictionary()
-
-    def one(self, rule: Rule) -> Rule:
-        """The first of the rules that are equal to this one."""
-        return self._rules.setdefault((type(rule), *vars(rule).values()), rule)
-
-    def __len__(self) -> int:
-        """How many different rules there are."""
-        return len(self._rules)
-
-
-# What the caller may change
-
-
 def changeable(value: Any) -> bool:
     """Whether a setting is, or has in it, an object whose value the caller may change."""
-    return next(_objects(value), None) is not None
-
-
-def _objects(value: Any) -> Iterator[Any]:
-    if isinstance(value, torch.Tensor | np.ndarray | list | dict):
-        yield value
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return
-    for part in value:
-        yield from _objects(part)
-
-
-@dataclass(slots=True)
-class _Source:
-    """An object from which settings were read, what it held then, and whose settings they are."""
-
-    given: Any
-    held: Any
-    users: dict[Tracked, None]
-
-
-class Sources:
-    """The caller's own objects from which settings were read: Pyro reads them anew at each step.
-
-    >>> from multiopt.adapters.pyro.tracking import Tracked
-    >>> clip_args, sources = {"clip_norm": 1.0}, Sources()
-    >>> loc = Tracked(None, "loc", "loc", clip_args)
-    >>> sources.watch(loc)
-    >>> clip_args["clip_norm"] = 2.0
-    >>> sources.changed() == [loc]
-    True
-    """
-
-    def __init__(self) -> None:
-        """Watch nothing."""
-        self._by_id: dict[int, _Source] = {}
-        self._watched: dict[Tracked, list[int]] = {}
-
-    def watch(self, tracked: Tracked) -> None:
-        """Watch the settings of a tensor as they are now, and no earlier ones of it."""
-        self.unwatch(tracked)
-        settings = list(tracked.given.values())
-        # A dict that nobody else holds, such as most callables make, stays as it is.
-        if sys.getrefcount(tracked.clip_args) > ALONE:
-            settings.append(tracked.clip_args)
-        objects = {id(given): given for value in settings for given in _objects(value)}
-        if objects:
-            self._watched[tracked] = list(objects)
-        for number_, given in objects.items():
-            # Others may not have followed its last change yet.
-            if number_ not in self._by_id:
-                self._by_id[number_] = _Source(given, _held(given), {})
-            self._by_id[number_].users[tracked] = None
-
-    def unwatch(self, tracked: Tracked) -> None:
-        """Watch no settings of a tensor."""
-        for number_ in self._watched.pop(tracked, ()):
-            users = self._by_id[number_].users
-            del users[tracked]
-            if not users:
-                del self._by_id[number_]
-
-    def changed(self) -> list[Tracked]:
-        """The tensors whose settings have changed since ``renew``."""
-        found: dict[Tracked, None] = {}
-        for source in self._by_id.values():
-            if source.held != _held(source.given):
-                found |= source.users
-        return list(found)
-
-    def renew(self) -> None:
-        """Take the settings for known as they are now."""
-        for source in self._by_id.values():
-            source.held = _held(source.given)
-
-
-def _held(given: Any) -> Any:
-    """What an object holds itself; the objects in it are watched by themselves."""
-    if isinstance(given, torch.Tensor | np.ndarray):
-        return given.tolist()
-    if isinstance(given, dict):
-        return {name: _known(value) for name, value in given.items()}
-    return [_known(value) for value in given]
-
-
-def _known(value: Any) -> Any:
-    """A number as it is, an object by its identity."""
-    return id(value) if changeable(value) else value
+    if isinstance(value, tuple):
+        return any(map(changeable, value))
+    return isinstance(value, torch.Tensor | np.ndarray | list)

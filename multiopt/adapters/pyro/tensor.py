@@ -1,0 +1,269 @@
+"""One tensor of an optimizer of the drop-in: what ``optim_objs`` has for it, and all that is held.
+
+What is read here is what the next step uses, and what is written here is what it will use; what
+cannot be written is an error that says what to do instead.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import proxy
+
+import torch
+
+from multiopt.adapters.pyro.settings import changeable, has_schedule, settings_now, with_setting
+from multiopt.adapters.pyro.views import Group, Groups, State
+from multiopt.adapters.torch_settings import number
+from multiopt.adapters.torch_state import (
+    derived_numbers,
+    fresh_state,
+    parameter_from_torch,
+    parameter_to_torch,
+    whole_number,
+)
+from multiopt.backend import named
+from multiopt.entry import described, described_rule
+from multiopt.rules import Rule
+
+if TYPE_CHECKING:
+    from multiopt.adapters.pyro.followed import Source
+    from multiopt.adapters.pyro.optim import JointOptim
+
+__all__ = ["TensorOptimizer"]
+
+
+class TensorOptimizer(torch.optim.Optimizer):
+    """The part of ``torch.optim.Optimizer`` that users of ``optim_objs`` and schedulers touch.
+
+    It does not hold the optimizer that it is of.
+
+    Args:
+        owner: That optimizer.
+        tensor: The tensor.
+        key: Its name in the core: the label, made unique.
+        label: Its name in the param store or in a module, at first sight; None if it had none.
+
+    Attributes:
+        tensor: The tensor; None once it is forgotten.
+        clip_args: The caller's settings for its clip, which may change.
+        given: Those of its settings that are the caller's tensors, arrays or lists, which may
+            change.
+        extra: What its parameter group holds beside the settings: keys of schedulers and of users.
+        sources: What of the caller's is watched for it.
+        scheduler: Its scheduler of torch, if there is one.
+        flight: The tensors whose schedulers move as its own does, if there are any.
+    """
+
+    #: Torch's schedulers warn if they move before it: there is none of what was never called.
+    _opt_called = True
+
+    def __init__(
+        self, owner: "JointOptim", tensor: torch.Tensor, key: str, label: str | None
+    ) -> None:
+        """Nothing is held of it yet."""
+        # Without torch's own, which would make a state and groups of its own.
+        self._owner: Any = proxy(owner)
+        self.tensor: torch.Tensor | None = tensor
+        self.key, self.label = key, label
+        self.clip_args: Mapping[str, Any] = {}
+        self.given: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}
+        self.sources: list[Source] = []
+        self.scheduler: Any = None
+        self.flight: dict[TensorOptimizer, None] | None = None
+
+    @property
+    def alive(self) -> torch.Tensor:
+        """The tensor.
+
+        Raises:
+            ReferenceError: It is forgotten.
+        """
+        if self.tensor is None:
+            raise ReferenceError(
+                f"the tensor {self.key!r} is gone: nobody held it, or it was deleted from "
+                "optim_objs"
+            )
+        return self.tensor
+
+    # What torch's has
+
+    @property
+    def param_groups(self) -> Any:
+        """The one group, of the settings as they are now; setting one counts from the next step."""
+        return Groups([Group(self)])
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> NoReturn:
+        Groups.refuse()
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # likewise
+        """The settings as they are now; they would be those of other tensors, which do not come."""
+        return dict(self.settings())
+
+    @property
+    def state(self) -> Any:
+        """The clock and the slots, by tensor."""
+        return State(self)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if state:
+            self.state.update(state)
+        else:
+            self.state.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``: copies."""
+        self.alive  # noqa: B018 -- raises if it is gone
+        self._owner._follow_if_free()
+        return parameter_to_torch(self._owner._constructor, self.described())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``.
+
+        Raises:
+            CheckpointError: It has another form.
+            ValueError: It does not fit; nothing has changed.
+        """
+        self.alive  # noqa: B018 -- likewise
+        self._owner._guard.check("loading")
+        stored = parameter_from_torch(self.key, self._owner._rule_class, state_dict)
+        self._owner._take([(self, stored)])
+
+    def add_param_group(self, param_group: Any) -> NoReturn:
+        """Refuse."""
+        raise TypeError("this is an optimizer of one tensor; call the whole one with the tensors")
+
+    def step(self) -> None:  # type: ignore[override]
+        """A step of this tensor alone, clipped as ever."""
+        self._owner([self.alive])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradient, or replace it by zeros."""
+        tensor = self.alive
+        if set_to_none:
+            tensor.grad = None
+        elif tensor.grad is not None:
+            tensor.grad = torch.zeros_like(tensor.grad)
+
+    # Settings
+
+    @property
+    def rule(self) -> Rule:
+        """Its rule."""
+        rule: Rule = self._owner._known.rule_of(self.key)
+        return rule
+
+    @property
+    def clock(self) -> int:
+        """How many steps it has taken."""
+        clock: int = self._owner._known.clock(self.key)
+        return clock
+
+    def settings(self) -> Mapping[str, Any]:
+        """The settings as they are now, in torch's terms; not to be changed."""
+        owner = self._owner
+        return settings_now(owner._constructor, self.rule, self.clock, owner._known.steps)
+
+    def with_setting(self, rule: Rule, name: str, value: Any) -> Rule:
+        """A rule with one setting changed, in torch's terms, after the steps it has taken."""
+        return with_setting(self._owner._constructor, rule, self.clock, name, number(value))
+
+    def change(self, name: str, value: Any) -> None:
+        """Change one setting, in torch's terms.
+
+        Raises:
+            TypeError: It cannot be changed.
+            ValueError: The value is out of range.
+        """
+        owner = self._owner
+        owner._guard.check(f"changing {name!r}")
+        rule = self.with_setting(self.rule, name, value)
+        if changeable(value) or name in self.given:
+            self.given = {k: v for k, v in self.given.items() if k != name}
+            if changeable(value):
+                self.given[name] = value
+            owner._sources.watch(self)
+        owner._change_rules({self: rule})
+
+    # Clock and slots
+
+    def values(self) -> dict[str, Any]:
+        """The clock and the slots in torch's terms, the slots those in memory."""
+        owner = self._owner
+        constructor, entry = owner._constructor, owner._known.entry(self.key)
+        if not entry.step:
+            return fresh_state(constructor, self.settings(), self.alive)
+        clock: Any = entry.step
+        if not constructor.__module__.startswith("pyro."):
+            clock = owner._clocks.shown(self, entry.step)
+        rule = described_rule(entry.rule, entry.step, owner._known.steps)
+        whole = named(entry.layout.library).whole
+        slots = entry.converted(whole) if entry.layout.is_complex else entry.slots
+        return {"step": clock, **derived_numbers(rule, entry.step), **slots}
+
+    def write(self, name: str, value: Any) -> None:
+        """Write the clock or a slot.
+
+        Raises:
+            KeyError: There is no such slot.
+            TypeError: It cannot be written.
+            ValueError: The value does not fit.
+        """
+        self._owner._guard.check(f"changing {name!r}")
+        label = f"the state of {self.key!r}"
+        if not self.clock:
+            raise TypeError(
+                f"{label} is empty before the first step; expected a whole one: load_state_dict"
+            )
+        values = self.values()
+        if name == "step":
+            self.set_clock(whole_number(value))
+        elif name not in values:
+            raise KeyError(f"{label} has no {name!r}; it has {', '.join(values)}")
+        elif name not in self._owner._known.entry(self.key).slots:
+            raise TypeError(f"{label}: {name!r} follows from the step and the settings: set those")
+        else:
+            given, slot = torch.as_tensor(value), values[name]
+            if given.shape != slot.shape or given.is_complex() > slot.is_complex():
+                raise ValueError(
+                    f"{label}: {name!r} would have shape {tuple(given.shape)} and dtype "
+                    f"{given.dtype}; expected {tuple(slot.shape)} and {slot.dtype}"
+                )
+            slot.copy_(given)
+
+    def set_clock(self, step: int) -> None:
+        """Set the clock; a rate that has decayed stays where it is, as in Pyro."""
+        rate = self.settings().get("lr")
+        group, row = self._owner._known.row_of(self.key)
+        group.set_clock(row, step)
+        self._owner._clocks.say(self, step)
+        self._keep_rate(rate)
+
+    def begin_again(self) -> None:
+        """Drop the clock and the slots, and keep the settings as they are."""
+        self._owner._guard.check("clearing the state")
+        known, rate = self._owner._known, self.settings().get("lr")
+        known.put({self.key: known.entry(self.key)._replace(step=0, slots={})})
+        self._keep_rate(rate)
+
+    def _keep_rate(self, rate: Any) -> None:
+        rule = self.rule
+        if rate != self.settings().get("lr") and not has_schedule(rule):
+            self._owner._change_rules({self: self.with_setting(rule, "lr", rate)})
+
+    def described(self) -> dict[str, Any]:
+        """All that is held of it as a state dict has it, its slots NumPy arrays, and more."""
+        known = self._owner._known
+        entry = known.entry(self.key)
+        to_host, steps = named(entry.layout.library).to_host, known.steps
+        stored = described(entry, to_host, steps)
+        stored["complex"] = entry.layout.is_complex
+        stored["given"], stored["group"] = deepcopy((self.given, self.extra))
+        if entry.average is not None and entry.average.step:
+            stored["average"] = described(entry.average, to_host, steps)
+        if (skips := known.skips.get(self.key)) is not None:
+            stored["skips"] = tuple(skips)
+        return stored

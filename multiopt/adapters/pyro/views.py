@@ -1,0 +1,228 @@
+"""The dicts that ``optim_objs`` of the drop-in shows: live views of what is held of tensors."""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from multiopt.adapters.pyro.settings import EXECUTION
+
+if TYPE_CHECKING:
+    from multiopt.adapters.pyro.optim import JointOptim
+    from multiopt.adapters.pyro.tensor import TensorOptimizer
+
+__all__ = ["Group", "Groups", "OptimObjs", "State"]
+
+#: What helps who wants a parameter to begin again.
+START_ANEW = "del optim_objs[tensor] to start it anew"
+
+
+class OptimObjs(MutableMapping[torch.Tensor, Any]):
+    """The live tensors of an optimizer; deleting one makes it start anew."""
+
+    def __init__(self, owner: "JointOptim") -> None:
+        """Look at an optimizer."""
+        self._owner = owner
+
+    def __getitem__(self, tensor: torch.Tensor) -> Any:
+        """What stands for the torch optimizer of a tensor, or its scheduler, loaded state taken."""
+        one = self._one(tensor)
+        if not self._owner._guard.busy:
+            self._owner._settle([one])
+        return self._owner._object(one)
+
+    def __setitem__(self, tensor: torch.Tensor, value: Any) -> NoReturn:
+        """Refuse."""
+        raise TypeError(
+            "optim_objs takes no optimizers: its entries are made at first sight; change their "
+            f"param_groups and state, or {START_ANEW}"
+        )
+
+    def __delitem__(self, tensor: torch.Tensor) -> None:
+        """Forget a tensor, with loaded state that waits for it and does not fit it."""
+        self._owner._start_anew(self._one(tensor))
+
+    def pop(self, tensor: torch.Tensor, *default: Any) -> Any:
+        """Forget a tensor; loaded state that fits waits on."""
+        if tensor not in self and default:
+            return default[0]
+        found = self._owner._object(self._one(tensor))
+        del self[tensor]
+        return found
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        # That of MutableMapping would look at each, which takes the loaded state that waits.
+        for tensor in self:
+            del self[tensor]
+
+    def _one(self, tensor: torch.Tensor) -> "TensorOptimizer":
+        one = self._owner._tensors.get(tensor)
+        if one is None:
+            raise KeyError(tensor)
+        return one
+
+    def __contains__(self, tensor: object) -> bool:
+        """Whether a tensor has been presented."""
+        return isinstance(tensor, torch.Tensor) and self._owner._tensors.get(tensor) is not None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """The tensors."""
+        return iter([one.alive for one in self._owner._tensors])
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._owner._tensors)
+
+
+class Groups(list["Group"]):
+    """The groups of one tensor: one, which can be changed and not replaced."""
+
+    @staticmethod
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        """Refuse a change of the list."""
+        raise TypeError(
+            "param_groups is the one group of one tensor; expected changes of its settings: "
+            "param_groups[0].update(...)"
+        )
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = refuse
+    append = extend = insert = pop = remove = clear = sort = reverse = refuse
+
+
+class _View(MutableMapping[Any, Any]):
+    """A live view of one tensor."""
+
+    def __init__(self, one: "TensorOptimizer") -> None:
+        """Look at it."""
+        self._one = one
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(list(iter(self)))
+
+    def __repr__(self) -> str:
+        """As a dict."""
+        return repr(dict(self))
+
+
+class Group(_View):
+    """The settings of a tensor as they are now; writing one changes its rule.
+
+    What is no setting is kept, as in torch: schedulers put their own numbers here, and users tags.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        """A setting; the caller's own object, if he gave one that may change."""
+        tensor = self._one.alive
+        if name == "params":
+            return (tensor,)
+        for known in (self._one.extra, self._one.given):
+            if name in known:
+                return known[name]
+        return self._one.settings()[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Change a setting from the next step on.
+
+        Raises:
+            TypeError: It cannot be changed.
+            ValueError: The value is out of range.
+        """
+        if name == "params":
+            raise TypeError("the tensor of a group cannot be changed; call the optimizer with it")
+        if name == "differentiable" and value:
+            raise ValueError(
+                "differentiable=True: the update is not part of an autograd graph here; use "
+                "torch.optim"
+            )
+        if name in EXECUTION or name not in self._one.settings():
+            self._one.extra[name] = value
+        else:
+            self._one.change(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        """Delete what is no setting.
+
+        Raises:
+            KeyError: There is nothing of this name.
+            TypeError: It is a setting.
+        """
+        if name not in self:
+            raise KeyError(name)
+        if name not in self._one.extra or name in EXECUTION:
+            raise TypeError(f"{name!r} is a setting, which cannot be deleted: set it")
+        del self._one.extra[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the settings."""
+        self._one.alive  # noqa: B018 -- raises if it is gone
+        return iter(dict.fromkeys([*self._one.settings(), *self._one.extra, "params"]))
+
+
+class State(_View):
+    """The state of one tensor, by that tensor, as ``torch.optim.Optimizer.state``.
+
+    To empty it makes the parameter begin again, as it does torch's optimizers.
+    """
+
+    def __getitem__(self, tensor: torch.Tensor) -> "Slots":
+        """Its clock and its slots, empty before the first step."""
+        if tensor is not self._one.alive:
+            raise KeyError(tensor)
+        return Slots(self._one)
+
+    def __setitem__(self, tensor: torch.Tensor, values: Mapping[str, Any]) -> None:
+        """Take the place of its clock and its slots."""
+        slots = self[tensor]
+        if not values:
+            slots.clear()
+        else:
+            group = {**self._one.settings(), **self._one.extra, "params": [0]}
+            self._one.load_state_dict({"state": {0: dict(values)}, "param_groups": [group]})
+
+    def __delitem__(self, tensor: torch.Tensor) -> None:
+        """Let it begin again."""
+        self[tensor].clear()
+
+    def clear(self) -> None:
+        """Let it begin again."""
+        self[self._one.alive].clear()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """The tensor, if there is anything of it."""
+        tensor = self._one.alive
+        return iter([tensor] if self[tensor] else [])
+
+
+class Slots(_View):
+    """The clock and the slots of a tensor, under torch's names; the slots are those in memory."""
+
+    def _now(self) -> dict[str, Any]:
+        self._one.alive  # noqa: B018 -- raises if it is gone
+        return self._one.values()
+
+    def __getitem__(self, name: str) -> Any:
+        """A slot, the clock, or a number that follows from clock and settings."""
+        return self._now()[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Write a slot or the clock; see ``TensorOptimizer.write``."""
+        self._one.write(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        """Refuse to leave half a state."""
+        if name not in self:
+            raise KeyError(name)
+        raise TypeError(
+            f"the state of {self._one.key!r} needs {name!r}: set it, clear the state, or "
+            f"{START_ANEW}"
+        )
+
+    def clear(self) -> None:
+        """Let the parameter begin again."""
+        self._one.begin_again()
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._now())
