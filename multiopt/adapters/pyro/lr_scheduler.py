@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import fields
 from inspect import signature
 from types import NoneType
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 
 from multiopt.adapters.pyro.constructors import Settings, has_rule
 from multiopt.adapters.pyro.optim import JointOptim, PyroOptim
-from multiopt.adapters.pyro.settings import has_schedule
+from multiopt.adapters.pyro.settings import differing, has_schedule
 from multiopt.adapters.pyro.tensor import TensorOptimizer
 from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
@@ -129,10 +128,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             leader = next(iter(flight))
             before, extra = leader.rule, dict(leader.extra)
             leader.scheduler.step(*args, **kwargs)
-            now = leader.rule
-            names = [f.name for f in fields(now) if getattr(now, f.name) != getattr(before, f.name)]
-            if names and len(flight) > 1:
-                values = {name: getattr(now, name) for name in names}
+            if values := differing(leader.rule, before):
                 self._known.set_numbers([one.key for one in flight], values)
             if leader.extra != extra:
                 for one in flight:

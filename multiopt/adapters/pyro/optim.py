@@ -7,7 +7,7 @@ param store.
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, ValuesView
 from functools import cache
 from inspect import Parameter, signature
 from typing import Any, Literal, NoReturn, cast
@@ -195,6 +195,7 @@ class JointOptim(PyroOptim):
         self._known, self._guard = self._core.known, self._core.guard
         self._tensors, self._names = KnownTensors(), ModuleNames()
         self._sources, self._clocks = Sources(), Clocks()
+        self._rules: dict[Hashable, Rule] = {}
         # Of the last call: which objects the tensors are, the order in which they are stepped, and
         # their keys in it. A number stands for the same tensor as long as none was forgotten.
         self._ids = b""

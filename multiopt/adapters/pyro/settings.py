@@ -36,11 +36,14 @@ from multiopt.step.clip import Clip
 
 __all__ = [
     "EXECUTION",
+    "SHARED",
     "changeable",
     "clips_itself",
+    "differing",
     "has_schedule",
     "make_clip",
     "make_rule",
+    "remembered_settings",
     "restored_rule",
     "settings_now",
     "settings_of",
@@ -49,6 +52,9 @@ __all__ = [
 
 #: Arguments of torch's optimizers about how they run, not about what they compute.
 EXECUTION = ("capturable", "foreach", "fused")
+
+#: How many different settings are remembered.
+SHARED = 64
 
 #: The settings of a clip in Pyro, and one that Pyro does not have, by the names that ``Clip`` has.
 CLIPS = {"norm": "clip_norm", "global_norm": "clip_global_norm", "value": "clip_value"}
@@ -146,6 +152,12 @@ def clips_itself(rule: Rule) -> bool:
     return isinstance(rule, rules.ClippedAdam | rules.DCTAdam)
 
 
+def differing(rule: Rule, before: Rule) -> dict[str, Any]:
+    """The hyperparameters of a rule that are others than those of one before."""
+    now = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    return {name: value for name, value in now.items() if value != getattr(before, name)}
+
+
 def with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:
     """A rule with one setting changed, in torch's terms, after a step.
 
@@ -209,20 +221,14 @@ def settings_now(
         step: How many steps the parameter has taken.
         count: How many the optimizer has taken; by default as many.
     """
-    if has_schedule(rule):
-        return group_settings(constructor, described_rule(rule, step, count), step)
-    return _settings_at(constructor, rule, step)
+    return group_settings(constructor, described_rule(rule, step, count), step)
 
 
-# Most parameters are alike: the last few of each are remembered.
+#: The same for rules without schedules: most parameters are alike.
+remembered_settings = lru_cache(SHARED)(settings_now)
 
 
-@lru_cache(64)
-def _settings_at(constructor: Any, rule: Rule, step: int) -> Mapping[str, Any]:
-    return group_settings(constructor, described_rule(rule, step), step)
-
-
-@lru_cache(64, typed=True)
+@lru_cache(SHARED, typed=True)
 def _with_number(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:
     return _with_setting(constructor, rule, step, name, value)
 

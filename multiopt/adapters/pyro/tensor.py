@@ -4,14 +4,23 @@ What is read here is what the next step uses, and what is written here is what i
 cannot be written is an error that says what to do instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import proxy
 
 import torch
 
-from multiopt.adapters.pyro.settings import changeable, has_schedule, settings_now, with_setting
+from multiopt.adapters.pyro.settings import (
+    SHARED,
+    changeable,
+    clips_itself,
+    differing,
+    has_schedule,
+    remembered_settings,
+    settings_now,
+    with_setting,
+)
 from multiopt.adapters.pyro.views import Group, Groups, State
 from multiopt.adapters.torch_settings import number
 from multiopt.adapters.torch_state import (
@@ -152,9 +161,15 @@ class TensorOptimizer(torch.optim.Optimizer):
 
     @property
     def rule(self) -> Rule:
-        """Its rule."""
-        rule: Rule = self._owner._known.rule_of(self.key)
-        return rule
+        """Its rule. Most parameters are alike: the last few different ones are remembered."""
+        group, row = self._owner._known.row_of(self.key)
+        seen: dict[Hashable, Rule] = self._owner._rules
+        looks = group, int(group.schedule[row]), group.numbers[row].tobytes()
+        if looks not in seen:
+            if len(seen) >= SHARED:
+                seen.clear()
+            seen[looks] = self._owner._known.rule_of(self.key)
+        return seen[looks]
 
     @property
     def clock(self) -> int:
@@ -164,8 +179,11 @@ class TensorOptimizer(torch.optim.Optimizer):
 
     def settings(self) -> Mapping[str, Any]:
         """The settings as they are now, in torch's terms; not to be changed."""
-        owner = self._owner
-        return settings_now(owner._constructor, self.rule, self.clock, owner._known.steps)
+        constructor, known = self._owner._constructor, self._owner._known
+        group, row = known.row_of(self.key)
+        if group.schedule[row]:
+            return settings_now(constructor, self.rule, self.clock, known.steps)
+        return remembered_settings(constructor, self.rule, self.clock)
 
     def with_setting(self, rule: Rule, name: str, value: Any) -> Rule:
         """A rule with one setting changed, in torch's terms, after the steps it has taken."""
@@ -180,13 +198,17 @@ class TensorOptimizer(torch.optim.Optimizer):
         """
         owner = self._owner
         owner._guard.check(f"changing {name!r}")
-        rule = self.with_setting(self.rule, name, value)
+        before = self.rule
+        rule = self.with_setting(before, name, value)
         if changeable(value) or name in self.given:
             self.given = {k: v for k, v in self.given.items() if k != name}
             if changeable(value):
                 self.given[name] = value
             owner._sources.watch(self)
-        owner._change_rules({self: rule})
+        if type(rule) is not type(before) or clips_itself(rule):
+            owner._change_rules({self: rule})
+        elif rule != before:
+            owner._known.set_numbers([self.key], differing(rule, before))
 
     # Clock and slots
 
