@@ -168,6 +168,10 @@ class HostGroup(Group):
             if chunk is self._open:
                 self._open = None
 
+    def chunk_arrays(self, number: int) -> Sequence[np.ndarray]:
+        """The slots in a chunk, one after the other, of one axis."""
+        return self._chunks[number].arrays
+
     def _views(self, row: int) -> tuple[np.ndarray, ...]:
         """The slots of a row, as they are in memory."""
         arrays, begin = self._chunks[int(self.chunk[row])].arrays, int(self.offset[row])
