@@ -135,6 +135,8 @@ class Declared:
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     #: Those of them that are True or False.
     switches: ClassVar[tuple[str, ...]] = ()
+    #: What else a number may be, in messages.
+    beside: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         """Collect what the fields are declared to be, those of the parent first."""
@@ -182,7 +184,9 @@ class Declared:
         """A number that is in its range."""
         found = allowed.read(value)
         if not allowed.holds(found):
-            self._refuse(name, allowed.words, value, when)
+            self._refuse(
+                name, f"{allowed.words}{'' if allowed.whole else self.beside}", value, when
+            )
         return found
 
     def _require(self, holds: bool, name: str, words: str) -> None:

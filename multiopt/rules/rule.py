@@ -98,6 +98,7 @@ class Rule(Declared, ABC):
     [0.5, 0.5]
     """
 
+    beside: ClassVar[str] = ", or a schedule step -> number"
     #: Fields that are rules themselves, whose hyperparameters count as those of this one: see
     #: ``multiopt.averaging``.
     nested: ClassVar[tuple[str, ...]] = ()
@@ -247,14 +248,9 @@ class Rule(Declared, ABC):
         return checked
 
     def _checked(self, name: str, allowed: Range, value: Any, when: str = "") -> Any:
-        if allowed.whole:
-            return super()._checked(name, allowed, value)
-        if callable(value):
+        if callable(value) and not allowed.whole:
             return value
-        found = allowed.read(value)
-        if not allowed.holds(found):
-            self._refuse(name, f"{allowed.words}, or a schedule step -> number", value, when)
-        return found
+        return super()._checked(name, allowed, value, when)
 
 
 def _number(given: Any) -> Any:
