@@ -770,7 +770,7 @@ def test_nonfinite_gradients_raise_by_name(library: Library) -> None:
         (lambda: mo.Adam(lr=-1), ValueError, "Adam: lr must be a finite number >= 0, or a sch"),
         (lambda: mo.Adam(lr=float("nan")), ValueError, "Adam: lr must be a finite number >= 0"),
         (lambda: mo.Adam(lr=float("inf")), ValueError, "Adam: lr must be a finite number >= 0"),
-        (lambda: mo.Adam(lr=10**400), ValueError, "Adam: lr must be .*; got <int>"),
+        (lambda: mo.Adam(lr=10**400), ValueError, "Adam: lr must be .*; got 1000"),
         (lambda: mo.Adam(lr="fast"), ValueError, "Adam: lr must be .*; got 'fast'"),
         (lambda: mo.Adam(lr=True), ValueError, "Adam: lr must be .*; got True"),
         (lambda: mo.Adam(betas=(0.9, 1.0)), ValueError, "betas must be a number >= 0 and < 1"),
