@@ -10,9 +10,9 @@ import numpy as np
 
 from multiopt.arrays import Arrays, Part
 from multiopt.kinds import other_fields
-from multiopt.rules.arithmetic import BLOCK, block_sums, rounded, tree_sum
+from multiopt.rules.arithmetic import rounded
 from multiopt.rules.rule import named, namespace
-from multiopt_numpy.host import LARGE, HostGroup, Loan
+from multiopt_numpy.host import LARGE, HostGroup, blocks
 from multiopt_numpy.runs import Places, Run, clip, joined
 from multiopt_numpy.tape import Tape, Tapes
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from multiopt.rules import Rule
 
 __all__ = ["BlockedGroup"]
-
-#: Elements that are measured or clipped at a time: whole blocks of the summation tree.
-CHUNK = 8 * BLOCK
 
 NO_ROWS = np.empty(0, np.int64)
 
@@ -75,11 +72,10 @@ class BlockedGroup(HostGroup):
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """See ``Group``."""
-        part.look_at_all(arrays)
-        part.params = params = arrays.params[part.places].tolist()
-        part.grads = grads = arrays.grads[part.places].tolist()
+        super().look(part, arrays, last)
         if not self._itself:
             return
+        params, grads = part.params, part.grads
         known, shapes = self._known
         if known is not part.rows:
             shapes = [self.shapes[row] for row in part.rows.tolist()]
@@ -117,38 +113,11 @@ class BlockedGroup(HostGroup):
                     starts[where] = low = array.ctypes.data
                     ends[where] = low + size
 
-    def _take(self, part: Part, position: int, loan: Loan) -> None:
-        part.params[position], part.grads[position] = loan.param, loan.grad
-
-    # Measuring
-
-    def finite(self, part: Part, threads: int | None) -> np.ndarray:
-        """See ``Group``."""
-        return np.array(
-            [all(np.isfinite(x).all() for x in _blocks(grad)) for grad in part.grads], bool
-        )
-
-    @np.errstate(all="ignore")
-    def squares(
-        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
-    ) -> np.ndarray:
-        """See ``Group``."""
-        totals = []
-        for k in np.arange(len(part.rows))[which].tolist():
-            scale = self.dtype.type(self.own[part.rows[k]])
-            sums = [
-                block_sums(np, factor * (scale * x).astype(np.float64))
-                for x in _blocks(part.grads[k])
-            ]
-            totals.append(float(tree_sum(np, np.concatenate(sums))) if sums else 0.0)
-        return np.array(totals)
-
     # Updating
 
     @np.errstate(all="ignore")
-    def _prepare(self, part: Part, leave_clipped: bool, threads: int | None, counts: bool) -> None:
+    def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:
         rows = part.rows
-        self._counts = counts
         if self.clipping:
             part.clipped = np.zeros(len(rows), bool)
         self._runs = []
@@ -228,8 +197,7 @@ class BlockedGroup(HostGroup):
                 pairs.append((places.parts(grad), grads))
         segments, count = places.segments, len(self.rule.slots)
         if not self.backend.in_place:
-            lent = [self._loans[row].slots or () for row in rows.tolist()]
-            segments = places.lent(places.ordered(lent))
+            segments = places.lent(places.ordered(list(map(self._slots_in_use, rows.tolist()))))
         (arrays, where, _), *more = segments
         if more or not isinstance(where, slice):
             slots = [np.empty(places.total, self.dtype) for _ in range(count)]
@@ -252,40 +220,30 @@ class BlockedGroup(HostGroup):
     ) -> Run:
         """A large parameter, in place."""
         row, pairs = int(part.rows[k]), []
-        slots = self._views(row)
-        if row in self._loans and (lent := self._loans[row].slots) is not None:
-            slots = lent
-        arrays = part.params[k], part.grads[k], *slots[: len(self.rule.slots)]
-        param, grad, *slots_ = (array.reshape(-1) for array in arrays)
+        arrays = part.params[k], part.grads[k], *self._slots_in_use(row)
+        param, grad, *slots = (array.reshape(-1) for array in arrays)
         if part.clipped is not None:
             numbers = [self.dtype.type(x[row]) for x in (self.own, self.shared, self.bound)]
             part.clipped[k] = numbers[0] != 1 or numbers[1] != 1
             if part.clipped[k] or numbers[2] != inf:
                 clipped = np.empty_like(grad)
-                for x, out in zip(_blocks(grad), _blocks(clipped), strict=True):
+                for x, out in zip(blocks(grad), blocks(clipped), strict=True):
                     part.clipped[k] |= clip(x, numbers, out).any()
                 if leave_clipped:
                     pairs.append(([clipped], [grad]))
                 grad = clipped
-        return Run(tape, param, grad, slots_, scalars, room, pairs=pairs)
+        return Run(tape, param, grad, slots, scalars, room, pairs=pairs)
 
     @np.errstate(all="ignore")
     def _run(self, part: Part) -> None:
         for run in self._runs:
             run.run()
-        if self._counts:
-            self.steps[part.rows] += 1
+        self.steps[part.rows] += self.backend.in_place
 
     def forget(self, part: Part) -> None:
         """See ``Group``."""
         super().forget(part)
-        part.params = part.grads = ()
         self._runs = []
-
-
-def _blocks(array: np.ndarray) -> Iterable[np.ndarray]:
-    flat = array.reshape(-1)
-    return (flat[low : low + CHUNK] for low in range(0, len(flat), CHUNK))
 
 
 def _same(column: np.ndarray, dtype: np.dtype) -> Any:

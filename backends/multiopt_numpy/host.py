@@ -17,13 +17,14 @@ import numpy as np
 from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.engine import Group
 from multiopt.reference import resumed
+from multiopt.rules.arithmetic import BLOCK, block_sums, tree_sum
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
     from multiopt.layout import Layout
     from multiopt.rules import Rule
 
-__all__ = ["LARGE", "HostGroup", "Loan"]
+__all__ = ["LARGE", "HostGroup", "Loan", "blocks"]
 
 #: Elements of a parameter from which on its slots are an allocation of their own.
 LARGE = 4096
@@ -32,6 +33,9 @@ LARGE = 4096
 #: one parameter keeps of others that are gone is no more than a chunk.
 SMALLEST, LARGEST = 2**10, 2**14
 
+
+#: Elements that are measured or clipped at a time: whole blocks of the summation tree.
+CHUNK = 8 * BLOCK
 
 #: What a step returns that writes its arrays.
 NONE_REPLACED: dict[int, Array] = {}
@@ -55,7 +59,6 @@ class Loan:
     """What an engine works on in the place of a parameter's own arrays.
 
     Attributes:
-        row: Its row.
         member: The parameter.
         param: The parameter's own memory, or a copy.
         grad: The gradient's own memory, or a copy.
@@ -65,7 +68,6 @@ class Loan:
         ready: The result as it is written to the parameter, over the memory of ``param``.
     """
 
-    row: int
     member: Member
     param: np.ndarray
     grad: np.ndarray
@@ -183,7 +185,19 @@ class HostGroup(Group):
         slots = self.backend.closed(self._views(row), self.layout)
         return dict(zip(self.slot_names(self.shapes[row]), slots, strict=True))
 
+    def _slots_in_use(self, row: int) -> tuple[np.ndarray, ...]:
+        """The slots of the rule that a step updates: those of a row, or what is lent of them."""
+        loan = self._loans.get(row)
+        slots = self._views(row) if loan is None or loan.slots is None else loan.slots
+        return slots[: len(self.rule.slots)]
+
     # A step
+
+    def look(self, part: Part, arrays: Arrays, last: bool) -> None:
+        """See ``Group``: Python looks at every array."""
+        part.look_at_all(arrays)
+        part.params = arrays.params[part.places].tolist()
+        part.grads = arrays.grads[part.places].tolist()
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
         """See ``Group``."""
@@ -205,7 +219,7 @@ class HostGroup(Group):
         copies = None
         if not self.backend.in_place:
             copies = tuple(slot.copy() for slot in member.slots)
-        loan = Loan(row, member, param, grad, copies, in_place, grad_is_copy)
+        loan = Loan(member, param, grad, copies, in_place, grad_is_copy)
         self._loans[row] = loan
         bounds = (0, 0) if grad_is_copy else _bounds(grad)
         arrays.spans[:, len(arrays.params) + member.place] = bounds
@@ -218,17 +232,36 @@ class HostGroup(Group):
             return None
         return memory if memory.flags.c_contiguous and memory.flags.aligned else None
 
-    @abstractmethod
     def _take(self, part: Part, position: int, loan: Loan) -> None:
         """Let the engine work on what is lent."""
+        part.params[position], part.grads[position] = loan.param, loan.grad
+
+    def finite(self, part: Part, threads: int | None) -> np.ndarray:
+        """See ``Group``."""
+        return np.array([all(np.isfinite(x).all() for x in blocks(g)) for g in part.grads], bool)
+
+    @np.errstate(all="ignore")
+    def squares(
+        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
+    ) -> np.ndarray:
+        """See ``Group``."""
+        totals = []
+        for k in np.arange(len(part.rows))[which].tolist():
+            scale = self.dtype.type(self.own[part.rows[k]])
+            sums = [
+                block_sums(np, factor * (scale * x).astype(np.float64))
+                for x in blocks(part.grads[k])
+            ]
+            totals.append(float(tree_sum(np, np.concatenate(sums))) if sums else 0.0)
+        return np.array(totals)
 
     @abstractmethod
-    def _prepare(self, part: Part, leave_clipped: bool, threads: int | None, counts: bool) -> None:
-        """Make all that running takes; ``counts`` says whether running counts the step as well."""
+    def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:
+        """Make all that running takes."""
 
     @abstractmethod
     def _run(self, part: Part) -> None:
-        """Clip and update; nothing fails."""
+        """Clip and update, and count the step where arrays are written; nothing fails."""
 
     def prepare(
         self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
@@ -238,7 +271,7 @@ class HostGroup(Group):
         if self._loans:
             kept = set(part.rows.tolist())
             self._loans = {row: loan for row, loan in self._loans.items() if row in kept}
-        self._prepare(part, leave_clipped, threads, in_place)
+        self._prepare(part, leave_clipped, threads)
         if leave_clipped and self.clipping:
             self._clipped_grads = arrays.grads
         if in_place and not self._loans:
@@ -293,7 +326,7 @@ class HostGroup(Group):
                 for view, slot in zip(loan.member.slots, loan.slots, strict=True):
                     view[...] = slot
             if self.has_masters:
-                self._views(loan.row)[-1][...] = loan.param
+                self._views(loan.member.row)[-1][...] = loan.param
             if self.backend.in_place and not loan.in_place:
                 self.backend.write(loan.member.param, loan.ready)
 
@@ -310,13 +343,19 @@ class HostGroup(Group):
 
     def forget(self, part: Part) -> None:
         """See ``Group``."""
-        self._clipped_grads = None
+        self._clipped_grads, part.params, part.grads = None, (), ()
         if self._loans:
             self._take_back()
             self._loans = {}
 
     def _take_back(self) -> None:
         """Let the engine work on nothing any more that is lent."""
+
+
+def blocks(array: np.ndarray) -> Iterable[np.ndarray]:
+    """An array of any shape in pieces of one axis."""
+    flat = array.reshape(-1)
+    return (flat[low : low + CHUNK] for low in range(0, len(flat), CHUNK))
 
 
 def _bounds(array: np.ndarray) -> tuple[int, int]:

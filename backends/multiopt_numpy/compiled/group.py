@@ -238,10 +238,10 @@ class CompiledGroup(HostGroup):
         return found
 
     def _take(self, part: Part, position: int, loan: Loan) -> None:
-        row = self._table[loan.row]
+        row = self._table[loan.member.row]
         row[PARAM], row[GRAD] = address(loan.param), address(loan.grad)
         if loan.slots is not None:
-            self._moved[loan.row] = row[FIRST_SLOT : self._first_number].tolist()
+            self._moved[loan.member.row] = row[FIRST_SLOT : self._first_number].tolist()
             row[FIRST_SLOT : self._first_number] = [address(slot) for slot in loan.slots]
 
     def _take_back(self) -> None:
@@ -301,14 +301,19 @@ class CompiledGroup(HostGroup):
         """Whether threads are worth it."""
         return bool(self.size[rows].sum() > MANY)
 
-    def _prepare(self, part: Part, leave_clipped: bool, threads: int | None, counts: bool) -> None:
+    def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:
         rows, self._shares = part.rows, None
         if self._given:
             self._give(rows)
         if self.clipping:
             self.clipped[rows] = 0
         words = self._update.values
-        words[0], words[3], words[12], words[13] = part.at[0], len(rows), leave_clipped, counts
+        words[0], words[3], words[12], words[13] = (
+            part.at[0],
+            len(rows),
+            leave_clipped,
+            self.backend.in_place,
+        )
         if self._elements > MANY and self._is_large(rows) and (used := thread_count(threads)) > 1:
             blocks = self._split(rows, used, self._update.array[7:], 0)
             # Shares of one row do not know which of them is the last.
