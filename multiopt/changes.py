@@ -9,14 +9,30 @@ import numpy as np
 
 from multiopt.averaging import Averaged
 from multiopt.engine import Group
-from multiopt.entry import Entry, changed, with_rule
+from multiopt.entry import Changed, Entry, changed, with_rule
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import plain_numbers
 from multiopt.step.clip import Clip
 from multiopt.table import NOTHING, Table
 
-__all__ = ["change", "changed_numbers"]
+__all__ = ["change", "changed_for_all", "changed_numbers"]
+
+
+def changed_for_all(
+    rule: Rule | Callable[[str], Rule], values: Mapping[str, Any]
+) -> Rule | Changed:
+    """The rule for all names, or the callable, with some hyperparameters changed.
+
+    Raises:
+        TypeError: The rule has no such hyperparameter.
+        ValueError: A value is out of range.
+    """
+    if isinstance(rule, Rule):
+        return changed(None, rule, values)
+    if isinstance(rule, Changed):
+        return Changed(rule.given, {**rule.values, **values})
+    return Changed(rule, dict(values))
 
 
 def changed_numbers(

@@ -10,7 +10,7 @@ import numpy as np
 
 from multiopt.arrays import Array
 from multiopt.averaging import Average
-from multiopt.entry import Changed, changed, check_average, check_clip, check_rule
+from multiopt.entry import check_average, check_clip, check_rule
 from multiopt.errors import CheckpointError, brief
 from multiopt.guard import Guard, exclusive, mending
 from multiopt.registry import Registry
@@ -281,19 +281,10 @@ class Optimizer:
         >>> opt.rule.lr, opt.hyperparameters("w")["lr"], opt.state("w").step
         (0.25, 0.25, 1)
         """
-        known = self._registry
-        rule: Rule | Changed | None = None
-        if names is not None:
-            names = [names] if isinstance(names, str) else list(names)
-            for name in names:
-                known.row_of(name)
-        elif isinstance(known.rule, Rule):
-            rule = changed(None, known.rule, values)
-        elif isinstance(known.rule, Changed):
-            rule = Changed(known.rule.given, {**known.rule.values, **values})
-        else:
-            rule = Changed(known.rule, values)
-        known.set_numbers(names, values, rule)
+        labels = wanted_names(names)
+        for name in labels or ():
+            self._registry.row_of(name)
+        self._registry.set_numbers(labels, values)
 
     @property
     def clip(self) -> Clip | Callable[[str], Clip | None] | None:

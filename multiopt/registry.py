@@ -29,7 +29,7 @@ from multiopt.arrays import Array, Arrays
 from multiopt.averaging import Average, Averaged
 from multiopt.backend import backend_of, named, slot_of
 from multiopt.birth import Undo, begin, move
-from multiopt.changes import changed_numbers
+from multiopt.changes import changed_for_all, changed_numbers
 from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
 from multiopt.guard import Guard
 from multiopt.rules import Rule
@@ -336,20 +336,18 @@ class Registry(Table):
                 self.give_clips(group, np.array([row]), [one])
             self.last, self.clip = NOTHING, clip
 
-    def set_numbers(
-        self, names: Iterable[str] | None, values: Mapping[str, Any], rule: Any = None
-    ) -> None:
+    def set_numbers(self, names: Iterable[str] | None, values: Mapping[str, Any]) -> None:
         """Change some hyperparameters of some names.
 
         Args:
-            names: The names; None for all.
+            names: The names; None for all, and those to come.
             values: The hyperparameters.
-            rule: If all names are meant, the rule for names to come.
 
         Raises:
             TypeError: The rule of a name has no such hyperparameter.
             ValueError: A value is out of range; nothing has changed.
         """
+        rule = None if names is not None else changed_for_all(self.rule, values)
         usual = (self.rule, rule) if isinstance(rule, Rule) else None
         writes, placed = changed_numbers(self, names, values, usual)
         with self.guard:
