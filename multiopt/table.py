@@ -209,10 +209,13 @@ class Table:
                 if places.size:
                     rows = codes[places] - number * GROUP
                     parts.append((group, rows, places, (address(rows), address(places))))
-        groups = [part[0] for part in parts]
-        clipping = any(group.clipping for group in groups)
+        scheduled = clipping = 0
+        for group, *_ in parts:
+            # To ask by ``any`` takes 1 us more, a twentieth of a step of one name.
+            scheduled += group.scheduled
+            clipping += group.clipping
         together = self._together(names, parts) if clipping else None
-        return Rows(names, codes, parts, _are_scheduled(parts), clipping, together, missing)
+        return Rows(names, codes, parts, scheduled > 0, clipping > 0, together, missing)
 
     def _together(self, names: Sequence[str], parts: Iterable[RowsOfGroup]) -> Together | None:
         """The clips of some rows that measure several gradients together."""

@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+import torch._dynamo  # or else a look at state imports it, after which a call takes other opcodes
 
 import multiopt.adapters.pyro as optim
 from multiopt.registry import Registry

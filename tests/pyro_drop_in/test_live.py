@@ -143,7 +143,7 @@ def test_a_setting_that_becomes_impossible_changes_nothing() -> None:
 def test_what_nobody_else_holds_is_not_watched() -> None:
     opt = optim.SGD({"lr": 1.0}, lambda name: {"clip_norm": 1.0})
     opt([give(param("a")), give(param("b"))])
-    assert opt._sources._by_id == {}
+    assert opt._sources == {}
 
 
 # Settings that are the caller's own objects

@@ -27,16 +27,11 @@ class Source:
     users: "dict[TensorOptimizer, None]"
 
 
-class Sources:
-    """The caller's own objects from which settings were read: Pyro reads them anew at each step."""
+class Sources(dict[int, Source]):
+    """The caller's own objects from which settings were read, by identity.
 
-    def __init__(self) -> None:
-        """Watch nothing."""
-        self._by_id: dict[int, Source] = {}
-
-    def __bool__(self) -> bool:
-        """Whether anything is watched."""
-        return bool(self._by_id)
+    Pyro reads them anew at each step.
+    """
 
     def watch(self, one: "TensorOptimizer") -> None:
         """Watch the settings of a tensor as they are now, and no earlier ones of it."""
@@ -47,9 +42,9 @@ class Sources:
             watched.append(one.clip_args)
         for given in watched:
             # Others may not have followed its last change yet.
-            if id(given) not in self._by_id:
-                self._by_id[id(given)] = Source(given, _held(given), {})
-            source = self._by_id[id(given)]
+            if id(given) not in self:
+                self[id(given)] = Source(given, _held(given), {})
+            source = self[id(given)]
             source.users[one] = None
             one.sources.append(source)
 
@@ -58,20 +53,20 @@ class Sources:
         for source in one.sources:
             source.users.pop(one, None)
             if not source.users:
-                self._by_id.pop(id(source.given), None)
+                self.pop(id(source.given), None)
         one.sources = []
 
     def changed(self) -> "list[TensorOptimizer]":
         """The tensors whose settings have changed since ``renew``."""
         found: dict[TensorOptimizer, None] = {}
-        for source in self._by_id.values():
+        for source in self.values():
             if source.held != _held(source.given):
                 found |= source.users
         return list(found)
 
     def renew(self) -> None:
         """Take the settings for known as they are now."""
-        for source in self._by_id.values():
+        for source in self.values():
             source.held = _held(source.given)
 
 
@@ -82,37 +77,31 @@ def _held(given: Any) -> Any:
     return number(given)
 
 
-class Clocks:
-    """Clocks as torch shows them: tensors, which the next call reads if they were written."""
+class Clocks(dict[Any, tuple["ref[torch.Tensor]", int]]):
+    """Clocks as torch shows them: tensors, which the next call reads if they were written.
 
-    def __init__(self) -> None:
-        """Show none."""
-        # A tensor that nobody holds any more cannot be written.
-        self._shown: dict[TensorOptimizer, tuple[ref[torch.Tensor], int]] = {}
-
-    def __bool__(self) -> bool:
-        """Whether any was shown."""
-        return bool(self._shown)
+    By ``TensorOptimizer``, with what they say. One that nobody holds any more cannot be written.
+    """
 
     def shown(self, one: "TensorOptimizer", step: int) -> torch.Tensor:
         """The clock of a tensor, one object for as long as anybody holds it."""
         clock = self._held(one)
         if clock is None:
             clock = scalar(step)
-            self._shown[one] = ref(clock), step
+            self[one] = ref(clock), step
         return clock
 
     def _held(self, one: "TensorOptimizer") -> torch.Tensor | None:
         """The clock of a tensor, if anybody holds it."""
-        return self._shown[one][0]() if one in self._shown else None
+        return self[one][0]() if one in self else None
 
     def written(self) -> "dict[TensorOptimizer, int]":
         """The clocks that were written, and what they say now."""
         found = {}
-        for one, (_, step) in list(self._shown.items()):
+        for one, (_, step) in list(self.items()):
             clock = self._held(one)
             if clock is None or one.tensor is None:
-                del self._shown[one]
+                del self[one]
             elif clock.item() != step:
                 found[one] = whole_number(clock)
         return found
@@ -121,10 +110,10 @@ class Clocks:
         """Let a clock that is shown say how many steps were taken."""
         if (clock := self._held(one)) is not None:
             clock.fill_(step)
-            self._shown[one] = ref(clock), step
+            self[one] = ref(clock), step
 
     def say_all(self) -> None:
         """The same of all that are shown, after a call."""
-        for one in list(self._shown):
+        for one in list(self):
             if one.tensor is not None:
                 self.say(one, one.clock)

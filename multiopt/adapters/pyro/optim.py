@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, ValuesView
 from functools import cache
 from inspect import Parameter, signature
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import pyro
@@ -19,7 +19,6 @@ import torch
 from pyro.params.param_store import normalize_param_name
 
 from multiopt.adapters.pyro.constructors import RULES, Settings, has_rule
-from multiopt.adapters.pyro.core import Core
 from multiopt.adapters.pyro.dct import marked
 from multiopt.adapters.pyro.files import read_file, write_file
 from multiopt.adapters.pyro.followed import Clocks, Sources
@@ -52,11 +51,13 @@ from multiopt.entry import (
 )
 from multiopt.errors import CheckpointError, brief
 from multiopt.guard import exclusive
+from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
 from multiopt.skipping import Skips
 from multiopt.state.file_objects import Source, Target
 from multiopt.state.plateaus import warn_of_plateaus
-from multiopt.step.report import Report
+from multiopt.step.report import Report, explain
+from multiopt.step.run import Step
 
 __all__ = ["JointOptim", "PyroOptim"]
 
@@ -191,8 +192,11 @@ class JointOptim(PyroOptim):
         self.pt_clip_args = {} if clip_args is None else clip_args
         # Loaded state by label, for the next tensor that is presented under it.
         self._state_waiting_to_be_consumed: dict[str, dict[str, Any]] = {}
-        self._core = Core(self._rule_class(), **more)
-        self._known, self._guard = self._core.known, self._core.guard
+        self._core = Optimizer(self._rule_class(), **more)
+        self._known, self._guard = self._core._registry, self._core._guard
+        self._known.leave_clipped = True
+        # Pyro passes over tensors without a gradient, whatever they are.
+        self._known.needs_gradients = False
         self._tensors, self._names = KnownTensors(), ModuleNames()
         self._sources, self._clocks = Sources(), Clocks()
         self._rules: dict[Hashable, Rule] = {}
@@ -253,23 +257,25 @@ class JointOptim(PyroOptim):
             ValueError: A tensor is no leaf, loaded state does not fit its tensor, and others that
                 ``Optimizer.step`` raises; nothing has changed.
         """
-        params = params if isinstance(params, Collection) else list(params)
-        tensors = np.fromiter(params, object, len(params))
-        self._follow()
-        before = len(self._tensors)
+        given: Any = params if hasattr(params, "__len__") else list(params)
+        tensors = np.fromiter(given, object, len(given))
+        if self._sources or self._clocks:
+            self._follow()
         # What an array of objects has in memory are their identities.
-        if (ids := tensors.tobytes()) != self._ids:
-            self._look_up(tensors, ids)
-        if gone := self._tensors.abandoned(ASKED + 2 * (len(self._tensors) - before)):
+        ids = tensors.tobytes()
+        met = self._look_up(tensors, ids) if ids != self._ids else 0
+        if gone := self._tensors.abandoned(ASKED + 2 * met):
             self._forget(gone)
         tensors = tensors[self._order]
         if self._state_waiting_to_be_consumed:
             self._settle(filter(None, map(self._tensors.get, tensors)))
+        before = self._known.outcome
         try:
-            self._core.step_tensors(self._keys, tensors)
-        except (TypeError, ValueError) as error:
+            self._known.step(self._keys, tensors, None, _leave_clipped)
+        except BaseException as error:
+            explain(error, before, self._known.outcome, self._guard.torn)
             said = REMEDY.sub("del optim_objs[tensor] to start anew", str(error))
-            if said != str(error):
+            if isinstance(error, TypeError | ValueError) and said != str(error):
                 raise type(error)(said) from None
             raise
         if self._clocks:
@@ -353,9 +359,13 @@ class JointOptim(PyroOptim):
         """
         self._names.add(*modules)
 
-    def _look_up(self, tensors: np.ndarray, ids: bytes) -> None:
-        """Find the keys of tensors, each once; at first sight their settings are asked for."""
-        self._ids = b""
+    def _look_up(self, tensors: np.ndarray, ids: bytes) -> int:
+        """Find the keys of tensors, each once; at first sight their settings are asked for.
+
+        Returns:
+            How many were seen for the first time.
+        """
+        self._ids, met = b"", 0
         numbers = np.frombuffer(ids, np.uintp)
         # A set has them in no order. In that of their addresses a step of 1000 that finds its
         # caches filled by other work takes 0.75 ms instead of 1.
@@ -366,10 +376,11 @@ class JointOptim(PyroOptim):
             listed = numbers[order].tolist()
         keys = self._tensors.keys(listed)
         if None in keys:
-            unknown = [tensor for tensor in tensors if self._tensors.get(tensor) is None]
-            self._meet(list({id(tensor): tensor for tensor in unknown}.values()))
+            unknown = {id(one): one for one in tensors if self._tensors.get(one) is None}
+            met = len(self._meet(unknown.values()))
             keys = self._tensors.keys(listed)
-        self._order, self._keys, self._ids = order, cast("list[str]", keys), ids
+        self._order, self._keys, self._ids = order, keys, ids
+        return met
 
     def _meet(self, tensors: Iterable[torch.Tensor]) -> list[TensorOptimizer]:
         """Take in tensors that are seen for the first time."""
@@ -662,3 +673,17 @@ class JointOptim(PyroOptim):
     def _object(self, one: TensorOptimizer) -> Any:
         """What ``optim_objs`` has for a tensor."""
         return one
+
+
+def _leave_clipped(step: Step) -> None:
+    """Leave the clipped gradients behind that are not in their places yet, as Pyro does."""
+    backend = named("torch")
+    for param, member, grad in step.left_over():
+        (clipped,) = backend.closed([grad], member.layout)
+        if member.layout.is_complex:
+            clipped = backend.whole(clipped)
+        if 0 in param.grad.stride():
+            # Expanded by a backward with create_graph=True: no place for each element.
+            param.grad = clipped.to(param.grad.dtype)
+        else:
+            param.grad.detach().copy_(clipped)

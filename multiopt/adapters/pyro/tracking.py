@@ -19,20 +19,19 @@ if TYPE_CHECKING:
 __all__ = ["ALONE", "KnownTensors"]
 
 
-def _references(one: Any) -> int:
-    return sys.getrefcount(one.tensor)
+_EXAMPLE = SimpleNamespace(tensor=torch.empty(0))
+
+#: What Python counts for an object that only an attribute holds.
+ALONE = sys.getrefcount(_EXAMPLE.tensor)
 
 
-#: What Python counts for a tensor that only its ``TensorOptimizer`` holds.
-ALONE = _references(SimpleNamespace(tensor=torch.empty(0)))
-
-
-def _is_abandoned(one: "TensorOptimizer") -> bool:
-    # What autograd holds of a tensor in C++, Python does not count.
-    tensor = one.tensor
-    held_elsewhere = tensor is None or tensor._use_count() > 1  # type: ignore[attr-defined]
-    del tensor
-    return not held_elsewhere and _references(one) <= ALONE
+def _is_abandoned(one: Any) -> bool:
+    return (
+        one.tensor is not None
+        and sys.getrefcount(one.tensor) <= ALONE
+        # What autograd holds of a tensor in C++, Python does not count.
+        and one.tensor._use_count() <= 1
+    )
 
 
 class KnownTensors:
@@ -53,7 +52,7 @@ class KnownTensors:
         self._by_id[id(one.tensor)] = one
         self._keys[id(one.tensor)] = one.key
 
-    def keys(self, ids: Iterable[int]) -> list[str | None]:
+    def keys(self, ids: Iterable[int]) -> list[Any]:
         """The keys of tensors by their identities; None for those that are not known."""
         return list(map(self._keys.get, ids))
 
