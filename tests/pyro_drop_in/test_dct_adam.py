@@ -13,7 +13,7 @@ from pyro.contrib.forecast import Forecaster, ForecastingModel
 
 import multiopt.adapters.pyro as optim
 from multiopt import CheckpointError
-from multiopt.adapters.pyro.optim import JointOptim
+from multiopt.adapters.pyro.joint import JointOptim
 from tests.pyro_drop_in.tensors import BOTH, give, param, steps_of
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.distributions import constraints
 
 import multiopt.adapters.pyro as optim
-from multiopt.adapters.pyro.optim import JointOptim
+from multiopt.adapters.pyro.joint import JointOptim
 from tests.pyro_drop_in.tensors import give, param
 
 KINDS: dict[str, Callable[[Any], Any]] = {

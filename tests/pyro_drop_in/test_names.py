@@ -17,7 +17,7 @@ import torch
 import multiopt.adapters.pyro as optim
 from multiopt import rules
 from multiopt.adapters.pyro.constructors import CONSTRUCTORS, RULES
-from multiopt.adapters.pyro.optim import JointOptim
+from multiopt.adapters.pyro.joint import JointOptim
 from tests.pyro_drop_in.tensors import BOTH, SETTINGS, give, param
 
 

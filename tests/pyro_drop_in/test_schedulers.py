@@ -21,7 +21,7 @@ from torch.distributions import constraints
 import multiopt as mo
 import multiopt.adapters.pyro as optim
 from multiopt.adapters.pyro import lr_scheduler
-from multiopt.adapters.pyro.optim import JointOptim
+from multiopt.adapters.pyro.joint import JointOptim
 from multiopt.registry import Registry
 from tests.pyro_drop_in.tensors import BOTH, give, param
 

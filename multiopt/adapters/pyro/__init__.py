@@ -14,18 +14,17 @@ purpose.
 """
 
 from collections.abc import Callable
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Any
 
 import pyro.optim
 import torch
 from pyro.optim import HorovodOptimizer, adagrad_rmsprop, clipped_adam, dct_adam
 
 from multiopt.adapters.pyro import lr_scheduler, multi
-from multiopt.adapters.pyro.constructors import CONSTRUCTORS, RULES, Settings
+from multiopt.adapters.pyro.constructors import CONSTRUCTORS, RULES
 from multiopt.adapters.pyro.lr_scheduler import PyroLRScheduler
 from multiopt.adapters.pyro.optim import PyroOptim
-from multiopt.averaging import Average
 
 if TYPE_CHECKING:
 
@@ -42,7 +41,7 @@ def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:
     """
     wrapper: Any = PyroOptim
     constructor: Any = CONSTRUCTORS.get(name)
-    first = "Arguments of the torch optimizer"
+    first = "Arguments of the torch optimizer, or a callable that gives them for a parameter name"
     if constructor is None:
         wrapper, constructor = PyroLRScheduler, getattr(torch.optim.lr_scheduler, name)
         what, first = f"``torch.optim.lr_scheduler.{name}``", "See ``PyroLRScheduler``"
@@ -50,49 +49,23 @@ def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:
         what = f"see ``multiopt.{name}``"
     else:
         what = f"``{constructor.__module__}.{name}``, wrapped as Pyro does"
+    doc = [f"``pyro.optim.{name}``: {what}.", "", "Args:", f"    optim_args: {first}."]
+    own = dict(signature(wrapper.__init__).parameters)
+    without = ["self", "optim_constructor", "scheduler_constructor"]
+    if "clip_args" in signature(like).parameters:
+        doc.append("    clip_args: ``clip_norm`` and ``clip_value``, or a callable likewise.")
+    else:
+        without.append("clip_args")
+    parameters = [one for key, one in own.items() if key not in without]
+    more = [one.name for one in parameters if one.kind is Parameter.KEYWORD_ONLY]
+    doc += [f"    {key}: As for ``PyroOptim``." for key in more]
 
-    def with_clips(
-        optim_args: Any,
-        clip_args: Settings | None = None,
-        *,
-        on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
-        max_consecutive_skips: int | None = None,
-        average: Average | Callable[[str], Average | None] | None = None,
-    ) -> PyroOptim:
-        made: PyroOptim = wrapper(
-            constructor,
-            optim_args,
-            clip_args,
-            on_nonfinite=on_nonfinite,
-            max_consecutive_skips=max_consecutive_skips,
-            average=average,
-        )
+    def factory(*args: Any, **kwargs: Any) -> PyroOptim:
+        given = arguments.bind(*args, **kwargs)
+        made: PyroOptim = wrapper(constructor, *given.args, **given.kwargs)
         return made
 
-    def without(
-        optim_args: Any,
-        *,
-        on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
-        max_consecutive_skips: int | None = None,
-        average: Average | Callable[[str], Average | None] | None = None,
-    ) -> PyroOptim:
-        return with_clips(
-            optim_args,
-            on_nonfinite=on_nonfinite,
-            max_consecutive_skips=max_consecutive_skips,
-            average=average,
-        )
-
-    doc = [f"``pyro.optim.{name}``: {what}.", "", "Args:"]
-    by_name = ", or a callable that gives them for a parameter name" if wrapper is PyroOptim else ""
-    doc.append(f"    optim_args: {first}{by_name}.")
-    factory = without
-    if "clip_args" in signature(like).parameters:
-        factory = with_clips
-        doc.append("    clip_args: ``clip_norm`` and ``clip_value``, or a callable likewise.")
-    doc.append("    on_nonfinite: As for ``PyroOptim``.")
-    doc.append("    max_consecutive_skips: Likewise.")
-    doc.append("    average: Likewise.")
+    arguments = factory.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     factory.__name__ = factory.__qualname__ = name
     factory.__doc__ = "\n".join(doc)
     return factory

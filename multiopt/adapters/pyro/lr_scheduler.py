@@ -9,8 +9,9 @@ from typing import Any, Literal
 import pyro.optim
 import torch
 
-from multiopt.adapters.pyro.constructors import Settings, has_rule
-from multiopt.adapters.pyro.optim import JointOptim, PyroOptim
+from multiopt.adapters.pyro.constructors import Settings
+from multiopt.adapters.pyro.joint import JointOptim
+from multiopt.adapters.pyro.optim import PyroOptim
 from multiopt.adapters.pyro.settings import differing, has_schedule
 from multiopt.adapters.pyro.tensor import TensorOptimizer
 from multiopt.averaging import Average
@@ -45,15 +46,9 @@ class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):
     [-1.5, -1.5]
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Choose who steps."""
-        chosen = cls
-        if cls is PyroLRScheduler and (args or kwargs):
-            given = signature(cls.__init__).bind(None, *args, **kwargs).arguments
-            settings = given["optim_args"]
-            if has_rule(settings["optimizer"], settings["optim_args"]):
-                chosen = JointLRScheduler
-        return super().__new__(chosen)
+    @classmethod
+    def _ruled_by(cls, given: Mapping[str, Any]) -> tuple[Any, Any]:
+        return given["optim_args"]["optimizer"], given["optim_args"]["optim_args"]
 
     def __init__(
         self,
@@ -299,3 +294,6 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
 
 #: What older versions of torch keep of every scheduler, and newer ones do not.
 OLDER = {"verbose"}
+
+
+PyroLRScheduler.joint = JointLRScheduler

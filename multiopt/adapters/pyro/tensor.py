@@ -36,7 +36,7 @@ from multiopt.rules import Rule
 
 if TYPE_CHECKING:
     from multiopt.adapters.pyro.followed import Source
-    from multiopt.adapters.pyro.optim import JointOptim
+    from multiopt.adapters.pyro.joint import JointOptim
 
 __all__ = ["TensorOptimizer"]
 
@@ -126,7 +126,8 @@ class TensorOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``: copies."""
         self.alive  # noqa: B018 -- raises if it is gone
-        self._owner._follow_if_free()
+        if not self._owner._guard.busy:
+            self._owner._follow()
         return parameter_to_torch(self._owner._constructor, self.described())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

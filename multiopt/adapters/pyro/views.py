@@ -8,7 +8,7 @@ import torch
 from multiopt.adapters.pyro.settings import EXECUTION
 
 if TYPE_CHECKING:
-    from multiopt.adapters.pyro.optim import JointOptim
+    from multiopt.adapters.pyro.joint import JointOptim
     from multiopt.adapters.pyro.tensor import TensorOptimizer
 
 __all__ = ["Group", "Groups", "OptimObjs", "State"]

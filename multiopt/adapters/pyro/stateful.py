@@ -1,0 +1,265 @@
+"""The state of the drop-in: what it shows and saves, and what it takes over from elsewhere."""
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import pyro
+
+from multiopt.adapters.pyro.files import read_file, write_file
+from multiopt.adapters.pyro.followed import Sources
+from multiopt.adapters.pyro.names import ModuleNames
+from multiopt.adapters.pyro.optim import PyroOptim
+from multiopt.adapters.pyro.settings import make_clip, make_rule, restored_rule
+from multiopt.adapters.pyro.tensor import TensorOptimizer
+from multiopt.adapters.pyro.tracking import KnownTensors
+from multiopt.adapters.torch_file import is_safetensors, read
+from multiopt.adapters.torch_state import parameter_to_torch, parameters_from_torch
+from multiopt.entry import (
+    Entry,
+    check_slot_names,
+    restored,
+    restored_average,
+    restored_plateaus,
+)
+from multiopt.errors import CheckpointError
+from multiopt.guard import Guard
+from multiopt.registry import Registry
+from multiopt.rules import Rule
+from multiopt.skipping import Skips
+from multiopt.state.file_objects import Source, Target
+from multiopt.state.plateaus import warn_of_plateaus
+
+__all__ = ["REMEDY", "StatefulOptim"]
+
+#: What messages of the core say to do about state that does not fit; here there is other help.
+REMEDY = re.compile(
+    r"forget the name to start anew$"
+    r"|load with the rule that was saved, step, then assign opt\.rule$"
+)
+
+
+class StatefulOptim(PyroOptim):
+    """The part of ``JointOptim`` that is about state.
+
+    Loaded state waits for the next tensor that is presented under its label, old or new.
+    """
+
+    _constructor: Any
+    _rule_class: type[Rule]
+    _more: dict[str, Any]
+    _known: Registry
+    _guard: Guard
+    _tensors: KnownTensors
+    _names: ModuleNames
+    _sources: Sources
+    _ids: bytes
+    _state_waiting_to_be_consumed: dict[str, dict[str, Any]]
+
+    def _usual_rule(self) -> Rule | None:
+        """The rule of all tensors; None if it goes by their names."""
+        settings = self.pt_optim_args
+        return make_rule(self._rule_class, settings) if isinstance(settings, dict) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings, and the state by name."""
+        return {
+            "arguments": self._arguments(),
+            "more": self._more,
+            "waiting": self._stored_or_warn(),
+            "steps": self._known.steps,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with the settings, all state waiting."""
+        type(self).__init__(self, *state["arguments"], **state["more"])
+        self._state_waiting_to_be_consumed = state["waiting"]
+        self._known.steps = state["steps"]
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self._constructor, self.pt_optim_args, self.pt_clip_args
+
+    def _forget(self, tensors: Iterable[TensorOptimizer]) -> None:
+        """Drop the entries of tensors; presented again, they start anew."""
+        gone = list(tensors)
+        for one in gone:
+            self._sources.unwatch(one)
+            self._tensors.remove(one)
+        self._known.forget([one.key for one in gone])
+
+    def _forget_abandoned(self) -> None:
+        """Drop the entries of tensors that nobody else holds, but not in the middle of a call."""
+        if not self._guard.busy and (abandoned := self._tensors.abandoned()):
+            self._ids = b""
+            self._forget(abandoned)
+
+    def _follow(self) -> None:
+        """Take over what the caller has changed in his own objects, and in clocks."""
+        raise NotImplementedError
+
+    # Loaded state
+
+    def _settle(self, tensors: Iterable[TensorOptimizer]) -> None:
+        """Give tensors the loaded state that waits under their names, all of them or none."""
+        waiting = self._state_waiting_to_be_consumed
+        if not waiting:
+            return
+        name, in_store = self._names.of_tensors(), dict(pyro.get_param_store().named_parameters())
+        takers: dict[str, TensorOptimizer] = {}
+        for one in tensors:
+            label = name(one.alive) or one.label
+            # Of two tensors of one name, the one in the store takes it.
+            if label in waiting and (label not in takers or in_store.get(label) is one.tensor):
+                takers[label] = one
+        self._take([(one, waiting[label]) for label, one in takers.items()])
+        for label in takers:
+            waiting.pop(label, None)
+
+    def _take(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
+        """Give tensors loaded state with the rules that come with it, all of them or none.
+
+        Raises:
+            ValueError: A state does not fit; nothing has changed.
+        """
+        known, skips = self._known, dict(self._known.skips)
+        entries: dict[str, Entry] = {}
+        rules: dict[Rule, Rule] = {}
+        try:
+            for one, stored in loaded:
+                _, _, _, _, layout, average = known.entry(one.key)
+                rule = restored_rule(stored["rule"], one.rule)
+                rule = rules.setdefault(rule, rule)
+                clip = make_clip(one.clip_args, rule)
+                cast_ = {**stored, "cast": True}
+                entry = restored(one.key, cast_, rule, clip, layout, known.masters)
+                if average is not None:
+                    average = restored_average(one.key, stored.get("average"), average.rule, layout)
+                entries[one.key] = entry._replace(average=average)
+                if counts := stored.get("skips"):
+                    skips[one.key] = Skips(*counts)
+        except ValueError as error:
+            remedy = "del optim_objs[tensor] to start anew without it"
+            raise ValueError(REMEDY.sub(remedy, str(error))) from None
+        with self._guard:
+            known.put(entries)
+            known.skips = skips
+        for one, stored in loaded:
+            restored_plateaus(entries[one.key].rule, stored["rule"], ahead=True)
+            one.given = dict(stored.get("given", {}))
+            self._sources.watch(one)
+            if "group" in stored:
+                one.extra = dict(stored["group"])
+
+    def get_state(self) -> dict[str, Any]:
+        """The state by parameter name, in Pyro's format, loaded state that waits included.
+
+        It lists the tensors that are in the param store now, and those that modules name.
+        """
+        return {label: self._to_torch(stored) for label, stored in self._stored().items()}
+
+    def _to_torch(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return parameter_to_torch(self._constructor, stored)
+
+    def set_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Load state in Pyro's format; each name's goes to the next tensor presented under it.
+
+        Args:
+            state_dict: As ``get_state`` gives it, or Pyro's own ``get_state``.
+
+        Raises:
+            CheckpointError: It has another form; nothing has changed.
+        """
+        self._wait(parameters_from_torch(self._rule_class, state_dict))
+
+    def _wait(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
+        """Let loaded state wait, if it fits the rule as far as that is known.
+
+        Args:
+            loaded: The state by label.
+            steps: How many steps the optimizer has taken; if unknown, the largest clock.
+        """
+        self._guard.check_idle("loading")
+        if (rule := self._usual_rule()) is not None:
+            for label, stored in loaded.items():
+                try:
+                    check_slot_names(label, stored, restored_rule(stored["rule"], rule))
+                except (ValueError, TypeError) as error:
+                    remedy = "load it into the optimizer that was saved"
+                    raise CheckpointError(REMEDY.sub(remedy, str(error))) from None
+            for stored in loaded.values():
+                restored_plateaus(rule, stored["rule"])
+        if self._guard.torn is not None:
+            # Every tensor begins anew: with the state of its name, if there is some.
+            self._ids = b""
+            self._forget(self._tensors)
+            self._guard.torn = None
+        self._state_waiting_to_be_consumed.update(loaded)
+        clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
+        self._known.steps = max(clocks, default=0) if steps is None else steps
+
+    def save(self, filename: Target) -> None:
+        """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
+
+        It holds what ``get_state`` lists, averages and counts of skips. Tensors that neither a
+        param store nor a module names cannot be saved; a warning says how many there are. The file
+        may be a binary file object.
+        """
+        stored = self._stored_or_warn()
+        warn_of_plateaus({key: self._known.rule_of(key) for key in self._known.names})
+        write_file(filename, stored, self._known.steps)
+
+    def load(self, filename: Source, map_location: Any = None) -> None:
+        """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
+
+        A file of ``multiopt.Optimizer.save`` may have master copies, and averages that are kept
+        nowhere here. They are left out, with a warning.
+
+        Args:
+            filename: The file; or a binary file object that can be sought, from where it is.
+            map_location: For a Pyro checkpoint, as in ``torch.load``; by default its tensors come
+                by way of the CPU. State goes to its parameter's device in any case.
+
+        Raises:
+            CheckpointError: The file is damaged or neither; nothing has changed.
+            OSError: The file cannot be read.
+        """
+        if not is_safetensors(filename):
+            self.set_state(read(filename, map_location))
+            return
+        loaded, steps = read_file(filename, averages=self._more.get("average") is not None)
+        if (rule := self._usual_rule()) is not None:
+            warn_of_plateaus(dict.fromkeys(loaded, rule))
+        self._wait(loaded, steps)
+
+    def _stored(self) -> dict[str, dict[str, Any]]:
+        """The state by label as a state dict has it: of tensors that have a name, and waiting."""
+        self._guard.check_whole("the state of the optimizer")
+        self._forget_abandoned()
+        if not self._guard.busy:
+            self._follow()
+        store, in_modules = pyro.get_param_store(), self._names.current()
+        labelled = [
+            *((in_modules.get(id(one.tensor)), one) for one in self._tensors),
+            *((label, self._tensors.get(tensor)) for label, tensor in store.named_parameters()),
+        ]
+        found = {
+            label: self._describe(one)
+            for label, one in labelled
+            if label is not None and one is not None
+        }
+        return {**found, **self._state_waiting_to_be_consumed}
+
+    def _stored_or_warn(self) -> dict[str, dict[str, Any]]:
+        stored, name = self._stored(), self._names.of_tensors()
+        if unnamed := sum(name(one.alive) is None for one in self._tensors):
+            warnings.warn(
+                f"{unnamed} tensors are in no param store and in no known module; their state is "
+                "not saved",
+                stacklevel=3,
+            )
+        return stored
+
+    def _describe(self, one: TensorOptimizer) -> dict[str, Any]:
+        """All that is held of a tensor."""
+        return one.described()
