@@ -585,8 +585,8 @@ def test_nobody_asks_for_graphs_where_all_is_on_the_cpu(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_step_among_fake_tensors_points_to_the_pure_update(seen: bool) -> None:
-    # The tensors are real, but what is made of them inside is not.
-    opt, w = mo.Optimizer(mo.SGD(lr=0.5)), torch.ones(2, dtype=torch.bfloat16)
+    # The tensors are real, but what is made of them inside is not: a copy of what stands apart.
+    opt, w = mo.Optimizer(mo.SGD(lr=0.5)), torch.ones(4)[::2]
     if seen:
         opt.step({"w": w}, {"w": torch.zeros_like(w)})
     grad = torch.ones_like(w)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def engine_of(rule: mo.Rule, dtype: str) -> Any:
     """What updates NumPy arrays by a rule; None if the rule itself does."""
-    return engines._engine_of(rule, dtype)
+    return engines._engine_of(rule, dtype, dtype, False)
 
 
 #: Those whose coefficients need a function of the host.

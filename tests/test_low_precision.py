@@ -14,6 +14,13 @@ from tests.libraries import NUMPY, Library, assert_equal, engine
 
 RULES = {case.rule_class: case.rule_class for case in CASES}
 DTYPES = ["float16", "bfloat16"]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"master_weights": True},
+    {"clip": mo.Clip(value=0.75)},
+    {"clip": mo.Clip(norm=3.0)},
+    {"clip": mo.Clip(global_norm=3.0), "master_weights": True},
+]
 
 
 def array(x: Any, dtype: str) -> np.ndarray:
@@ -127,3 +134,96 @@ def test_wider_parameters_have_no_masters() -> None:
     opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
     assert opt.state("w").slots == {}
     assert ml_dtypes.bfloat16 is not None
+
+
+# 16 bits in the kernels
+
+
+def every(dtype: str) -> np.ndarray:
+    """All values of a 16-bit dtype, NaN and infinities among them."""
+    return np.arange(2**16, dtype=np.uint16).view(np.dtype(dtype))
+
+
+def steps_of(
+    name: str, start: np.ndarray, grads: list[np.ndarray], **options: Any
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A parameter and its slots after some steps with an engine."""
+    params = {"w": start.copy()}
+    with engine(name), np.errstate(all="ignore"):
+        opt = mo.Optimizer(mo.SGD(lr=0.5, momentum=0.5), threads=2, **options)
+        for grad in grads:
+            opt.step(params, {"w": grad})
+        return params["w"], opt.state("w").slots
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_value_of_parameter_and_gradient(dtype: str, options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    some = array(rng.standard_normal(2**16), dtype)
+    shuffled = rng.permutation(every(dtype))
+    for start, grads in ((every(dtype), [some, some]), (some, [every(dtype), shuffled])):
+        (w, slots), (expected, others) = (
+            steps_of(name, start, grads, **options) for name in ("compiled", "plain")
+        )
+        assert_equal(w, expected)
+        for name, values in others.items():
+            assert_equal(slots[name], values, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_rounding(dtype: str) -> None:
+    # What is right between two neighbours, and next to that; twice as much is halved by the step.
+    wide = every(dtype).astype(np.float32).view(np.uint32)
+    tie = np.uint32(0x8000 if dtype == "bfloat16" else 0x1000)
+    offsets = np.array([0, 1, tie - 1, tie, tie + 1, 2 * tie - 1], np.uint32)
+    target = (wide[:, None] + offsets).ravel().view(np.float32)
+    # Halves of the least float16, too: what is subnormal there is not in float32.
+    target = np.concatenate([target, np.arange(0, 4096, 0.5, dtype=np.float32) * 2.0**-25])
+    with np.errstate(all="ignore"):
+        start = np.float32(2.0) * target
+        is_exact = np.isfinite(start) & (start * np.float32(0.5) == target)
+        start, target = start[is_exact], target[is_exact]
+        rounded, expected = start.astype(dtype), target.astype(dtype)
+    params = {"w": rounded.copy()}
+    rule = mo.SGD(lr=0.5, weight_decay=1.0)
+    opt = mo.Optimizer(rule, master_weights=True)
+    opt.step(params, {"w": np.zeros_like(params["w"])})
+    state = opt.state_dict()
+    state["entries"]["w"]["slots"]["master_param"] = start
+    opt.load_state_dict(state)
+    params["w"][...] = rounded
+    opt.step(params, {"w": np.zeros_like(params["w"])})
+    assert_equal(params["w"], expected)
+    assert_equal(opt.state("w").slots["master_param"], target)
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_are_lent_of_what_is_not_side_by_side(dtype: str, masters: bool) -> None:
+    results = []
+    rng = np.random.default_rng(1)
+    draws = [{n: array(rng.standard_normal(6), dtype) for n in "abc"} for _ in range(6)]
+    for name in ("compiled", "plain"):
+        opt = mo.Optimizer(mo.Adam(lr=0.1), master_weights=masters, clip=mo.Clip(norm=0.5))
+        params = {n: array(np.linspace(-1, 1, 6), dtype) for n in "abc"}
+        with engine(name):
+            for step, grads in enumerate(draws):
+                # One of them stands apart now and then, in the row where it was side by side.
+                held = np.zeros(12, np.dtype(dtype))[::2]
+                held[:] = params["b"]
+                params["b"] = held if step % 2 else held.copy()
+                opt.step(params, grads if step % 3 else grads | {"c": grads["c"][::-1]})
+        results.append(({n: opt.state(n).slots for n in params}, params))
+    for n in "abc":
+        assert_equal(results[0][1][n], results[1][1][n], n)
+        for slot, values in results[1][0][n].items():
+            assert_equal(results[0][0][n][slot], values, slot)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_found(dtype: str) -> None:
+    for value in every(dtype)[::97]:
+        opt = mo.Optimizer(mo.SGD(), on_nonfinite="skip")
+        opt.step({"w": array(np.zeros(3), dtype)}, {"w": np.array([0, value, 1], dtype)})
+        assert (opt.last.skipped == ()) == bool(np.isfinite(float(value)))

@@ -90,7 +90,7 @@ class JaxBackend(Backend):
         """See ``Backend``; all arrays are lent, for none can be written."""
         if not _on_cpu(layout):
             return super().group(rule, layout, has_masters)
-        return engines.group(self, layout, rule, has_masters, lambda: None)
+        return engines.group(self, layout, rule, has_masters)
 
     # Slots outside a step
 

@@ -1,5 +1,6 @@
 """NumPy arrays, computed by the rule as it stands and updated in place: the reference."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -82,9 +83,16 @@ class NumpyBackend(Backend):
 @cache
 def _look() -> Look | None:
     """How compiled code looks at NumPy arrays; None if their structure is not the one it reads."""
-    facts = {name: (id(np.ndarray), id(np.dtype(name))) for name in ("float32", "float64")}
     kernel = look_kernel("look_numpy")
-    return None if kernel is None else Look(kernel, facts)
+    return None if kernel is None else Look(kernel, _facts)
+
+
+def _facts(dtype: str) -> Sequence[int] | None:
+    """What compiled code knows arrays of a dtype by."""
+    try:
+        return id(np.ndarray), id(np.dtype(dtype))
+    except TypeError:
+        return None  # NumPy knows of bfloat16 only once ml_dtypes is loaded
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def group(
     layout: "Layout",
     rule: Rule,
     has_masters: bool,
-    look: Callable[[], Look | None],
+    look: Callable[[], Look | None] | None = None,
     *,
     numpy_arrays: bool = False,
 ) -> Group:
@@ -63,59 +63,75 @@ def group(
         layout: The layout.
         rule: The rule.
         has_masters: Whether they have master copies.
-        look: How compiled code looks at the arrays of their library, if it can.
+        look: How compiled code looks at the arrays of their library, if it can; None if it never
+            can.
         numpy_arrays: Whether their library is NumPy, which blocks need not be lent.
     """
-    engine = _engine_of(rule, layout.compute_dtype)
-    # 16-bit arrays are computed in float32: copies of them are lent.
-    directly = layout.dtype == layout.compute_dtype
+    dtype = layout.compute_dtype
+    engine = _engine_of(rule, dtype, dtype if look is None else layout.dtype, has_masters)
     if isinstance(engine, _Compiled):
-        found = look() if directly else None
-        return CompiledGroup(backend, layout, rule, has_masters, *engine, found)
+        found, stored = None if look is None else look(), layout.dtype
+        if found is None or found.facts(stored) is None:
+            # Copies are lent of all that nobody can look at, 16 bits in the dtype of computing.
+            found, stored = None, dtype
+            engine = _engine_of(rule, dtype, stored, has_masters)
+        assert isinstance(engine, _Compiled)
+        return CompiledGroup(backend, layout, rule, has_masters, *engine, stored, found)
     if isinstance(engine, _Blocks):
-        itself = numpy_arrays and directly
+        itself = numpy_arrays and layout.dtype == dtype
         return BlockedGroup(backend, layout, rule, has_masters, *engine, itself)
     return ReferenceGroup(backend, layout, rule, has_masters)
 
 
-def _engine_of(rule: Rule, dtype: str) -> _Compiled | _Blocks | None:
-    """What runs rules of this kind; None if only the rule itself can."""
+def _engine_of(
+    rule: Rule, dtype: str, stored: str, has_masters: bool
+) -> _Compiled | _Blocks | None:
+    """What runs rules of this kind; None if only the rule itself can.
+
+    Args:
+        rule: The rule.
+        dtype: That of the computation.
+        stored: That of parameters and gradients.
+        has_masters: Whether 16-bit parameters have master copies.
+    """
     kind, asked = kind_of(rule), os.environ.get(VARIABLE, "compiled")
     if asked not in ("compiled", "blocks", "plain"):
         raise ValueError(f"{VARIABLE} is {asked!r}; expected compiled, blocks or plain")
     if not rule.elementwise or kind is None or asked == "plain":
         return None
-    key: tuple[Hashable, ...] = asked, kind, dtype
+    narrow = stored != dtype
+    key: tuple[Hashable, ...] = asked, kind, dtype, stored, narrow and has_masters
     kinds = list(map(type, formulas(rule)))
     if key not in _engines or not all(kind.__module__.startswith("multiopt.") for kind in kinds):
         # Somebody's formula may have been edited since the last time, or what it uses.
         try:
-            _engines[key] = _engine(asked, rule, dtype)
+            _engines[key] = _engine(asked, rule, dtype, stored, narrow and has_masters)
         except NotTraceable:
             _engines[key] = None  # as it may be: the rule then runs as it stands
     return _engines[key]
 
 
-def _engine(asked: str, rule: Rule, dtype: str) -> _Compiled | _Blocks:
-    """The engine of a rule as it is now.
+def _engine(asked: str, rule: Rule, dtype: str, stored: str, masters: bool) -> _Compiled | _Blocks:
+    """The engine of a rule as it is now; see ``_engine_of``.
 
     Raises:
         NotTraceable: There is none.
     """
     scalars, slots = traced_scalars(rule), len(rule.slots)
     kinds = coefficient_kinds(rule, scalars)
-    text = update_source(rule.update, slots, kinds, scalars)
-    name = "-".join([*(type(part).__name__ for part in formulas(rule)), dtype])
-    compiled = _compiled(name, text, dtype, scalars is None) if asked == "compiled" else None
+    text = update_source(rule.update, slots, kinds, scalars, stored != dtype, masters)
+    name = "-".join(type(part).__name__ for part in formulas(rule))
+    dtypes, given = (dtype, stored), scalars is None
+    compiled = _compiled(name, text, dtypes, given) if asked == "compiled" else None
     return compiled or _Blocks(tapes(rule.update, slots, kinds, dtype), scalars is not None)
 
 
-def _compiled(name: str, text: str, dtype: str, given: bool) -> _Compiled | None:
+def _compiled(name: str, text: str, dtypes: tuple[str, str], given: bool) -> _Compiled | None:
     """The kernel of a text; None if there is no compiler."""
     if not (find_spec("numba") and find_spec("llvmlite")):
         return None
     try:
-        return _Compiled(update_kernel(name, text, dtype), given)
+        return _Compiled(update_kernel(name, text, *dtypes), given)
     except ImportError as error:
         warnings.warn(
             f"Numba is installed but cannot be imported ({error}); steps are slower without it",

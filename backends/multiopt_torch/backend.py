@@ -273,11 +273,12 @@ def _found_look() -> Look | None:
     if ctypes.c_uint32.from_address(table).value != 1:
         return None
     call = ctypes.c_uint64.from_address(table + 40).value
-    # DLDataType: kDLFloat, the bits, one lane.
-    codes = {"float32": 2 | 32 << 8 | 1 << 16, "float64": 2 | 64 << 8 | 1 << 16}
-    facts = {name: (*KINDS, code, call) for name, code in codes.items()}
+    # DLDataType: kDLFloat or kDLBfloat, the bits, one lane.
+    codes = {"float16": 2 | 16 << 8, "float32": 2 | 32 << 8, "float64": 2 | 64 << 8}
+    codes["bfloat16"] = 4 | 16 << 8
     kernel = look_kernel("look_torch")
-    return None if kernel is None else Look(kernel, facts, _are_plain)
+    facts = {name: (*KINDS, code | 1 << 16, call) for name, code in codes.items()}
+    return None if kernel is None else Look(kernel, facts.get, _are_plain)
 
 
 def _increment_version(tensors: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """Groups that run in compiled kernels: one call for all rows of a step, large and small."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -12,7 +12,8 @@ from multiopt.layout import Words, address
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels
 from multiopt_numpy.compiled.look import ODD, OVERLAP
-from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE
+from multiopt_numpy.compiled.narrow import NARROW
+from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, WIDE
 from multiopt_numpy.compiled.team import Kernel, Shares, thread_count
 from multiopt_numpy.forms import sample_scalars
 from multiopt_numpy.host import HostGroup, Loan
@@ -39,7 +40,8 @@ class Look(NamedTuple):
 
     Attributes:
         kernel: The compiled function.
-        facts: By dtype, the arguments by which it knows the arrays that it takes.
+        facts: From a dtype to the arguments by which it knows the arrays that it takes; None if
+            it takes none.
         holds: Whether parameters and gradients that the function takes are also what only Python
             can know. It gets the parameters, the gradients, and whether it is known that they are
             leaves with gradients of their own; those that have dimensions, and so strides, are
@@ -47,7 +49,7 @@ class Look(NamedTuple):
     """
 
     kernel: Kernel
-    facts: Mapping[str, Sequence[int]]
+    facts: Callable[[str], Sequence[int] | None]
     holds: Callable[[np.ndarray, np.ndarray, bool], bool] | None = None
 
 
@@ -59,6 +61,8 @@ class CompiledGroup(HostGroup):
         layout, rule, has_masters: Likewise.
         kernel: The update.
         given: Whether it gets coefficients and computes none.
+        stored: The dtype of the arrays that it takes; what else there is is lent copies in the
+            dtype of the computation.
         look: How to look at the arrays; None if all are lent.
     """
 
@@ -77,11 +81,14 @@ class CompiledGroup(HostGroup):
         has_masters: bool,
         kernel: Kernel,
         given: bool,
+        stored: str,
         look: Look | None,
     ) -> None:
         """Have no row yet."""
-        self._kernel, self._given, self._look = kernel, given, look
-        self._first_number = FIRST_SLOT + len(rule.slots)
+        self._kernel, self._given, self._look, self._stored = kernel, given, look, stored
+        # What is lent comes from the master copy already.
+        self._has_own_masters = has_masters and stored in NARROW
+        self._first_number = FIRST_SLOT + len(rule.slots) + self._has_own_masters
         self._coefficients = len(sample_scalars(rule, layout.compute_dtype)) if given else 0
         self._table = np.zeros((0, 0), np.int64)
         #: By shape, its numbers in memory and how many rows have it.
@@ -100,11 +107,12 @@ class CompiledGroup(HostGroup):
         #: By row, where its slots are while copies of them are lent.
         self._moved: dict[int, list[int]] = {}
         super().__init__(backend, layout, rule, has_masters)
-        if look is not None:
+        facts = None if look is None else look.facts(stored)
+        if facts is not None:
             self._tensor = np.zeros(8, np.int64)
-            facts = [*look.facts[layout.compute_dtype], address(self._tensor)]
-            self._seen = Words(12 + len(facts))
-            self._seen.array[9:] = [id(None), self.dtype.itemsize, 0, *facts]
+            self._seen = Words(13 + len(facts))
+            itemsize = 2 if stored in NARROW else self.dtype.itemsize
+            self._seen.array[9:] = [id(None), itemsize, 0, *facts, address(self._tensor)]
             self._seen.array[4:6] = self._place
 
     # Rows
@@ -238,22 +246,28 @@ class CompiledGroup(HostGroup):
         return found
 
     def _take(self, part: Part, position: int, loan: Loan) -> None:
-        row = self._table[loan.member.row]
-        row[PARAM], row[GRAD] = address(loan.param), address(loan.grad)
+        number = loan.member.row
+        row = self._table[number]
+        row[PARAM], row[GRAD], row[WIDE] = address(loan.param), address(loan.grad), 1
+        self._moved[number] = row[FIRST_SLOT : self._first_number].tolist()
         if loan.slots is not None:
-            self._moved[loan.member.row] = row[FIRST_SLOT : self._first_number].tolist()
             row[FIRST_SLOT : self._first_number] = [address(slot) for slot in loan.slots]
 
     def _take_back(self) -> None:
         for row, places in self._moved.items():
+            self._table[row, WIDE] = 0
             self._table[row, FIRST_SLOT : self._first_number] = places
         self._moved = {}
 
     # Measuring
 
+    @property
+    def _norm_kernels(self) -> dict[str, Kernel]:
+        return norm_kernels(self.layout.compute_dtype, self._stored)
+
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
         """See ``Group``."""
-        rows, kernel = part.rows, norm_kernels(self.layout.compute_dtype)["finite"]
+        rows, kernel = part.rows, self._norm_kernels["finite"]
         self.bad[rows] = 0
         if self._elements > MANY and self._is_large(rows):
             self._share(kernel, rows, threads, [address(self.bad)])
@@ -268,7 +282,7 @@ class CompiledGroup(HostGroup):
         self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
         """See ``Group``."""
-        kernels, rows = norm_kernels(self.layout.compute_dtype), part.rows[which]
+        kernels, rows = self._norm_kernels, part.rows[which]
         count, all_rows = len(rows), isinstance(which, slice)
         self._factor[0] = factor
         if not self._elements > MANY or not self._is_large(rows):
@@ -292,7 +306,7 @@ class CompiledGroup(HostGroup):
             return
         words = self._measure.values
         words[0], words[1] = part.at[0], len(part.rows)
-        norm_kernels(self.layout.compute_dtype)["measure"].alone(self._measure.address)
+        self._norm_kernels["measure"].alone(self._measure.address)
         part.norms = self.norm[part.rows]
 
     # Updating

@@ -8,7 +8,7 @@ from functools import cache, partial
 from types import ModuleType
 
 from multiopt.rules.arithmetic import BLOCK, fold
-from multiopt_numpy.compiled import look, norms, rows, toolbox, update
+from multiopt_numpy.compiled import look, narrow, norms, rows, toolbox, update
 from multiopt_numpy.compiled.object_cache import ObjectCode, cached, linked
 from multiopt_numpy.compiled.team import Kernel
 
@@ -29,30 +29,37 @@ def look_kernel(name: str) -> Kernel | None:
 
 
 @cache
-def update_kernel(label: str, text: str, dtype: str) -> Kernel:
+def update_kernel(label: str, text: str, dtype: str, stored: str) -> Kernel:
     """The step of rules.
 
     Args:
         label: Begins the name of its file, for people.
         text: What ``update_source`` gave.
         dtype: That of the computation.
+        stored: That of parameters and gradients.
     """
-    make = partial(update.compile_update, text, dtype)
-    return _loaded(label, [text, dtype], make, update)["update"]
+    make = partial(update.compile_update, text, dtype, stored)
+    return _loaded(f"{label}-{stored}", [text, dtype, stored], make, update)["update"]
 
 
 @cache
-def norm_kernels(dtype: str) -> dict[str, Kernel]:
-    """``squares``, ``sums``, ``totals``, ``measure`` and ``finite`` for a dtype."""
+def norm_kernels(dtype: str, stored: str) -> dict[str, Kernel]:
+    """``squares``, ``sums``, ``totals``, ``measure`` and ``finite``.
+
+    Args:
+        dtype: That of the computation.
+        stored: That of the gradients.
+    """
     text = norms.norms_source()
-    make = partial(norms.compile_norms, text, dtype)
-    return _loaded(f"norms-{dtype}", [text, inspect.getsource(fold), dtype], make, norms)
+    make = partial(norms.compile_norms, text, dtype, stored)
+    identity = [text, inspect.getsource(fold), dtype, stored]
+    return _loaded(f"norms-{stored}", identity, make, norms)
 
 
 def _loaded(
     label: str, identity: Sequence[str], make: Callable[[], ObjectCode], module: ModuleType
 ) -> dict[str, Kernel]:
     """Kernels by name, from the disk or compiled now by a function of a module."""
-    sources = [inspect.getsource(part).encode() for part in (toolbox, rows, module)]
+    sources = [inspect.getsource(part).encode() for part in (toolbox, rows, narrow, module)]
     addresses = linked(cached(label, [*sources, str(BLOCK), *identity], make))
     return {name: Kernel(address) for name, address in addresses.items()}

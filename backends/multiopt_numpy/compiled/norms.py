@@ -1,12 +1,14 @@
 """Norms over the summation tree of ``spec/arithmetic.md``, in its loop form."""
 
 import math
+from typing import Any
 
 import numpy as np
 
 from multiopt.rules.arithmetic import BLOCK, clip_coefficient, fold, rescaling
+from multiopt_numpy.compiled.narrow import conversions
 from multiopt_numpy.compiled.object_cache import ObjectCode
-from multiopt_numpy.compiled.rows import GRAD, SIZE
+from multiopt_numpy.compiled.rows import GRAD, SIZE, WIDE
 from multiopt_numpy.compiled.source import Source
 from multiopt_numpy.compiled.toolbox import compiled, object_code, toolbox
 from multiopt_numpy.trace import trace_function
@@ -22,57 +24,37 @@ def norms_source() -> str:
     )
 
 
-def compile_norms(text: str, dtype: str) -> ObjectCode:
+def compile_norms(text: str, dtype: str, stored: str) -> ObjectCode:
     """Sums of squares over the tree of the spec, and the search for what is not finite.
 
     Args:
         text: What ``norms_source`` gave.
-        dtype: That of the gradients.
+        dtype: That of the computation: ``"float32"`` or ``"float64"``.
+        stored: That of the gradients.
     """
     tools, known = toolbox(), compiled(text)
     coefficient, factor_for = known["clip_coefficient"], known["rescaling"]
-    folded = tools.njit(fold)
     njit, words, doubles, flags = tools.njit, tools.words, tools.doubles, tools.bytes
-    prefetch = tools.prefetch
-    at, number, double = tools.at[dtype], getattr(tools.types, dtype), tools.types.float64
+    prefetch, number = tools.prefetch, getattr(tools.types, dtype)
+    folded, (sum_wide, find_wide) = njit(fold), _readers(dtype, dtype)
+    block_sum, is_bad = sum_wide, find_wide
 
-    @njit
-    def eight(g, j, q):  # type: ignore[no-untyped-def]
-        """The squares of eight elements, ``q`` apart, folded to one number."""
-        x0, x1, x2, x3 = double(g[j]), double(g[j + q]), double(g[j + 2 * q]), double(g[j + 3 * q])
-        j += 4 * q
-        x4, x5, x6, x7 = double(g[j]), double(g[j + q]), double(g[j + 2 * q]), double(g[j + 3 * q])
-        even = (x0 * x0 + x4 * x4) + (x2 * x2 + x6 * x6)
-        return even + ((x1 * x1 + x5 * x5) + (x3 * x3 + x7 * x7))
+    if stored != dtype:
+        sum_narrow, find_narrow = _readers(dtype, stored)
 
-    @njit
-    def leaves(g, n, s):  # type: ignore[no-untyped-def]
-        """The squares of a block of ``n`` elements, a whole block folded four times at once."""
-        if n < BLOCK:
-            for j in range(n):
-                s[j] = double(g[j]) * double(g[j])
-            return n
-        q = BLOCK // 16
-        for j in range(q):
-            s[j] = eight(g, j, 2 * q) + eight(g, j + q, 2 * q)
-        return q
+        @njit
+        def block_sum(row, b, own, factor, s):  # type: ignore[no-untyped-def]
+            """The sum of squares of a block of a row, in room for one."""
+            if row[WIDE] == 0:
+                return sum_narrow(row, b, own, factor, s)
+            return sum_wide(row, b, own, factor, s)
 
-    @njit
-    def scaled_leaves(g, n, own, factor, s):  # type: ignore[no-untyped-def]
-        """The squares of a block of ``n`` elements, each multiplied first."""
-        for j in range(n):
-            x = double(own * g[j]) * factor
-            s[j] = x * x
-        return n
-
-    @njit
-    def block_sum(g, n, own, factor, s):  # type: ignore[no-untyped-def]
-        """The sum of squares of a block of ``n`` elements."""
-        if own == 1 and factor == 1:
-            return folded(s, leaves(g, n, s))
-        return folded(s, scaled_leaves(g, n, own, factor, s))
-
-    itemsize = np.dtype(dtype).itemsize
+        @njit
+        def is_bad(row, low, high):  # type: ignore[no-untyped-def]
+            """Whether some elements of a row are infinite or NaN."""
+            if row[WIDE] == 0:
+                return find_narrow(row, low, high)
+            return find_wide(row, low, high)
 
     def squares(arguments_at):  # type: ignore[no-untyped-def]
         """The sums of the blocks of a share."""
@@ -82,28 +64,21 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
         scratch = doubles(a[11])
         for k in range(k0, k1 + 1 if b1 > 0 else k1):
             r = index[k]
-            row = words(table_at + r * width * 8)
-            size, sums = row[SIZE], doubles(sums_at + first[k] * 8)
+            row, sums = words(table_at + r * width * 8), doubles(sums_at + first[k] * 8)
             x = number(own[r])
             for b in range(
                 b0 if k == k0 else 0,
                 min(b1, first[k + 1] - first[k]) if k == k1 else first[k + 1] - first[k],
             ):
-                g = at(row[GRAD] + b * BLOCK * itemsize)
-                if (b + 1) * BLOCK < size:
-                    # The next block, while this one is added up: 3.6 ms for 1e7 instead of 3.8.
-                    for line in range(0, BLOCK * itemsize, 64):
-                        prefetch(row[GRAD] + (b + 1) * BLOCK * itemsize + line)
-                sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), x, factor, scratch)
+                sums[b] = block_sum(row, b, x, factor, scratch)
         return 0
 
     @njit
-    def total(g_at, size, own, factor, sums, scratch):  # type: ignore[no-untyped-def]
+    def total(row, own, factor, sums, scratch):  # type: ignore[no-untyped-def]
         """The sum of squares of one gradient."""
-        blocks = -(-size // BLOCK)
+        blocks = -(-row[SIZE] // BLOCK)
         for b in range(blocks):
-            g = at(g_at + b * BLOCK * itemsize)
-            sums[b] = block_sum(g, min(BLOCK, size - b * BLOCK), own, factor, scratch)
+            sums[b] = block_sum(row, b, own, factor, scratch)
         return folded(sums, blocks) if blocks > 0 else 0.0
 
     def sums(arguments_at):  # type: ignore[no-untyped-def]
@@ -116,8 +91,7 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
             row = words(table_at + index[k] * width * 8)
             if k + 8 < n:
                 prefetch(words(table_at + index[k + 8] * width * 8)[GRAD])
-            x = number(own[index[k]])
-            out[k] = total(row[GRAD], row[SIZE], x, factor, blocks, scratch)
+            out[k] = total(row, number(own[index[k]]), factor, blocks, scratch)
         return 0
 
     def measure(arguments_at):  # type: ignore[no-untyped-def]
@@ -133,11 +107,10 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
             bound = bounds[r]
             if not math.isnan(bound):
                 row = words(table_at + r * width * 8)
-                g, size = row[GRAD], row[SIZE]
-                squares = total(g, size, number(1.0), 1.0, sums, scratch)
+                squares = total(row, number(1.0), 1.0, sums, scratch)
                 factor = factor_for(squares)
                 if factor != 1.0:
-                    squares = total(g, size, number(1.0), factor, sums, scratch)
+                    squares = total(row, number(1.0), factor, sums, scratch)
                 norms[r] = math.sqrt(squares) / factor
                 own[r] = number(coefficient(bound, norms[r], eps[r]))
         return 0
@@ -159,13 +132,9 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
         for k in range(k0, k1 + 1 if b1 > 0 else k1):
             r = index[k]
             row = words(table_at + r * width * 8)
-            g = at(row[GRAD])
             low = b0 * BLOCK if k == k0 else 0
             high = min(b1 * BLOCK, row[SIZE]) if k == k1 else row[SIZE]
-            found = 0
-            for i in range(low, high):
-                found |= g[i] - g[i] != 0
-            if found != 0:
+            if is_bad(row, low, high) != 0:
                 bad[r] = 1
         return 0
 
@@ -176,3 +145,75 @@ def compile_norms(text: str, dtype: str) -> ObjectCode:
         measure=njit(measure),
         finite=njit(finite),
     )
+
+
+def _readers(dtype: str, stored: str) -> tuple[Any, Any]:
+    """What reads the gradient of a row: the sum of squares of a block, and what is not finite.
+
+    Args:
+        dtype: That of the computation.
+        stored: That of the gradient.
+    """
+    tools = toolbox()
+    njit, prefetch, double = tools.njit, tools.prefetch, tools.types.float64
+    if stored == dtype:
+        at, load, itemsize = tools.at[dtype], tools.inlined(lambda x: x), np.dtype(dtype).itemsize
+    else:
+        at, load, itemsize = tools.shorts, conversions(stored)[0], 2
+    folded = njit(fold)
+
+    @njit
+    def eight(g, j, q):  # type: ignore[no-untyped-def]
+        """The squares of eight elements, ``q`` apart, folded to one number."""
+        x0, x1 = double(load(g[j])), double(load(g[j + q]))
+        x2, x3 = double(load(g[j + 2 * q])), double(load(g[j + 3 * q]))
+        j += 4 * q
+        x4, x5 = double(load(g[j])), double(load(g[j + q]))
+        x6, x7 = double(load(g[j + 2 * q])), double(load(g[j + 3 * q]))
+        even = (x0 * x0 + x4 * x4) + (x2 * x2 + x6 * x6)
+        return even + ((x1 * x1 + x5 * x5) + (x3 * x3 + x7 * x7))
+
+    @njit
+    def leaves(g, n, s):  # type: ignore[no-untyped-def]
+        """The squares of a block of ``n`` elements, a whole block folded four times at once."""
+        if n < BLOCK:
+            for j in range(n):
+                x = double(load(g[j]))
+                s[j] = x * x
+            return n
+        q = BLOCK // 16
+        for j in range(q):
+            s[j] = eight(g, j, 2 * q) + eight(g, j + q, 2 * q)
+        return q
+
+    @njit
+    def scaled_leaves(g, n, own, factor, s):  # type: ignore[no-untyped-def]
+        """The squares of a block of ``n`` elements, each multiplied first."""
+        for j in range(n):
+            x = double(own * load(g[j])) * factor
+            s[j] = x * x
+        return n
+
+    @njit
+    def block_sum(row, b, own, factor, s):  # type: ignore[no-untyped-def]
+        """The sum of squares of a block of a row, in room for one."""
+        begin, size = row[GRAD] + b * BLOCK * itemsize, row[SIZE]
+        if (b + 1) * BLOCK < size:
+            # The next block, while this one is added up: 3.6 ms for 1e7 instead of 3.8.
+            for line in range(0, BLOCK * itemsize, 64):
+                prefetch(begin + BLOCK * itemsize + line)
+        g, n = at(begin), min(BLOCK, size - b * BLOCK)
+        if own == 1 and factor == 1:
+            return folded(s, leaves(g, n, s))
+        return folded(s, scaled_leaves(g, n, own, factor, s))
+
+    @njit
+    def is_bad(row, low, high):  # type: ignore[no-untyped-def]
+        """Whether some elements of a row are infinite or NaN."""
+        g, found = at(row[GRAD]), 0
+        for i in range(low, high):
+            x = load(g[i])
+            found |= x - x != 0
+        return found
+
+    return block_sum, is_bad

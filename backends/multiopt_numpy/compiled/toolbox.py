@@ -79,6 +79,7 @@ def toolbox() -> Any:
         doubles=pointer(types.float64),
         halves=pointer(types.int32),
         bytes=pointer(types.uint8),
+        shorts=pointer(types.uint16),
         at={name: pointer(getattr(types, name)) for name in ("float32", "float64")},
     )
     return tools

@@ -10,8 +10,9 @@ from textwrap import indent
 from typing import Any
 
 from multiopt.rules.arithmetic import BLOCK, clamp
+from multiopt_numpy.compiled.narrow import conversions
 from multiopt_numpy.compiled.object_cache import ObjectCode
-from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE
+from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE, WIDE
 from multiopt_numpy.compiled.source import Source
 from multiopt_numpy.compiled.toolbox import compiled, object_code, toolbox
 from multiopt_numpy.trace import Kind, Trace, trace_function, trace_update
@@ -19,9 +20,7 @@ from multiopt_numpy.trace import Kind, Trace, trace_function, trace_update
 __all__ = ["compile_update", "update_source"]
 
 #: ``coefficients`` is ``Rule.coefficients``: computed in float64, rounded once to the dtype; or
-#: where the host computes them, the numbers of a row are they. ``clipped`` says whether the bound
-#: changed the gradient. What most rows run stands by itself and in the loop over the rows: 1000
-#: parameters of 10 take 30 us; in one function with the rest, and called, 65.
+#: where the host computes them, the numbers of a row are they.
 TEXT = """
 FIRST_NUMBER, COUNT = {first_number}, {count}
 
@@ -29,40 +28,51 @@ FIRST_NUMBER, COUNT = {first_number}, {count}
 @njit
 def coefficients(numbers, step):
 {coefficients}
-
+{loops}
 @inlined
-def plain(row, low, high, c):
+def update(row, low, high, c, own, shared, bound, writes):
+    is_plain = bound == inf and own == 1 and shared == 1
+{choices}
+"""
+
+#: ``clipped`` says whether the bound changed the gradient. What most rows run stands by itself and
+#: in the loop over the rows: 1000 parameters of 10 take 30 us; in one function with the rest, and
+#: called, 65.
+LOOPS = """
+@inlined
+def {form}_plain(row, low, high, c):
 {before}
     for i in range(low, high):
-        grad = grads[i]
+        grad = {grad}
 {plain}
     return 0
 
 @njit
-def clipped(row, low, high, c, own, shared, bound, writes):
+def {form}_clipped(row, low, high, c, own, shared, bound, writes):
 {before}
     passed = 0
     if bound == inf:
         for i in range(low, high):
-            grad = own * grads[i] * shared
+            grad = own * {grad} * shared
             if writes:
-                grads[i] = grad
+                grads[i] = {left}
 {element}
     else:
         for i in range(low, high):
-            grad = own * grads[i] * shared
+            grad = own * {grad} * shared
             passed |= (grad > bound) | (grad < -bound)
             grad = clamp(grad, bound)
             if writes:
-                grads[i] = grad
+                grads[i] = {left}
 {element}
     return passed
+"""
 
-@inlined
-def update(row, low, high, c, own, shared, bound, writes):
-    if bound == inf and own == 1 and shared == 1:
-        return plain(row, low, high, c)
-    return clipped(row, low, high, c, own, shared, bound, writes)
+CHOICE = """\
+if {condition}:
+    if is_plain:
+        return {form}_plain(row, low, high, c)
+    return {form}_clipped(row, low, high, c, own, shared, bound, writes)
 """
 
 
@@ -71,6 +81,8 @@ def update_source(
     slots: int,
     kinds: Mapping[str, bool | Kind],
     scalars: Trace | None,
+    narrow: bool = False,
+    masters: bool = False,
 ) -> str:
     """The text that the update of a rule is compiled from.
 
@@ -80,6 +92,8 @@ def update_source(
         kinds: What each coefficient is, likewise.
         scalars: How they are computed, from the numbers in a row. None if the host computes them:
             then they are the numbers in a row.
+        narrow: Whether parameters and gradients have 16 bits, but for rows that are ``WIDE``.
+        masters: Whether the last slot is what a 16-bit parameter was rounded from.
 
     Raises:
         NotTraceable: The formula has no trace.
@@ -96,23 +110,62 @@ def update_source(
         ("dtype({}), " if kind is Kind.NUMBER else switch).format(value)
         for value, kind in zip(values, kinds.values(), strict=True)
     )
-    arrays = ["param", *(f"slot{k}" for k in range(slots))]
-    places = [PARAM, *range(FIRST_SLOT, FIRST_SLOT + slots)]
-    before = [f"grads = at(row[{GRAD}])"]
-    before += [f"{name}s = at(row[{place}])" for name, place in zip(arrays, places, strict=True)]
-    before += [f"c{k} = c[{k}]" for k in range(len(kinds))]
     trace = trace_update(update, slots, kinds)
+    arrays = ["param", *(f"slot{k}" for k in range(slots))]
     inputs = ["param", "grad", *arrays[1:], *(f"c{k}" for k in range(len(kinds)))]
     body, results = source.lines(trace, inputs, lambda x: f"dtype({x!r})")
-    element = [*(f"{name} = {name}s[i]" for name in arrays), *body]
-    element += [f"{name}s[i] = {value}" for name, value in zip(arrays, results, strict=True)]
+    loops = [_loops("wide", len(kinds), body, results)]
+    choices = [CHOICE.format(form="wide", condition="True")]
+    if narrow:
+        loops.append(_loops("narrow", len(kinds), body, results, masters))
+        choices.insert(0, CHOICE.format(form="narrow", condition=f"row[{WIDE}] == 0"))
     clamping = source.function(trace_function(clamp, ["x", "bound"]))
     return TEXT.format(
-        first_number=FIRST_SLOT + slots,
+        first_number=FIRST_SLOT + slots + masters,
         count=count,
         functions=f"{source}{clamping}",
         coefficients=_indented([*lines, f"return ({rounded})"], 1),
+        loops="".join(loops),
+        choices=_indented(choices, 1),
+    )
+
+
+def _loops(
+    form: str, coefficients: int, body: list[str], results: list[str], masters: bool = False
+) -> str:
+    """The loops over the elements of a row, with its formula.
+
+    Args:
+        form: ``"wide"``, or ``"narrow"`` for 16-bit parameters and gradients.
+        coefficients: How many there are.
+        body: The operations of the update.
+        results: What they give for the parameter and each slot.
+        masters: Whether a slot more is what the parameter was rounded from.
+    """
+    at, load, store = "at", "{}", "{}"
+    if form == "narrow":
+        at, load, store = "shorts", "load({})", "store({})"
+    slots = [f"slot{k}" for k in range(len(results) - 1)]
+    kept = [*slots, *(["master"] if masters else [])]
+    before = [f"grads = {at}(row[{GRAD}])", f"params = {at}(row[{PARAM}])"]
+    before += [f"{name}s = at(row[{FIRST_SLOT + k}])" for k, name in enumerate(kept)]
+    before += [f"c{k} = c[{k}]" for k in range(coefficients)]
+    element = [f"param = {load.format('params[i]')}"]
+    if masters:
+        # Where it does not round to the parameter, somebody else has changed that.
+        element += [
+            "master = masters[i]",
+            "param = master if load(store(master)) == param else param",
+        ]
+    element += [*(f"{name} = {name}s[i]" for name in slots), *body]
+    element += [f"params[i] = {store.format(results[0])}"]
+    element += [f"masters[i] = {results[0]}"] if masters else []
+    element += [f"{name}s[i] = {x}" for name, x in zip(slots, results[1:], strict=True)]
+    return LOOPS.format(
+        form=form,
         before=_indented(before, 1),
+        grad=load.format("grads[i]"),
+        left=store.format("grad"),
         plain=_indented(element, 2),
         element=_indented(element, 3),
     )
@@ -122,16 +175,20 @@ def _indented(lines: list[str], depth: int) -> str:
     return indent("\n".join(lines), "    " * depth)
 
 
-def compile_update(text: str, dtype: str) -> ObjectCode:
+def compile_update(text: str, dtype: str, stored: str) -> ObjectCode:
     """The step of a rule over the rows of a table.
 
     Args:
         text: What ``update_source`` gave.
         dtype: That of the computation: ``"float32"`` or ``"float64"``.
+        stored: That of parameters and gradients; another one if the text is for 16 bits.
     """
     tools = toolbox()
-    known = compiled(text, at=tools.at[dtype], dtype=getattr(tools.types, dtype))
-    return object_code(update=_update_kernel(dtype, known))
+    names = {"at": tools.at[dtype], "dtype": getattr(tools.types, dtype)}
+    if stored != dtype:
+        load, store = conversions(stored)
+        names |= {"shorts": tools.shorts, "load": load, "store": store}
+    return object_code(update=_update_kernel(dtype, compiled(text, **names)))
 
 
 def _update_kernel(dtype: str, known: dict[str, Any]) -> Any:

@@ -1,0 +1,60 @@
+"""16-bit numbers in memory, computed in float32: exact on the way in, rounded once on the way out.
+
+Rounding is to the nearest, ties to even; what is too large becomes infinite, NaN stays NaN. All of
+it is arithmetic of integers, but for two operations of float32 that are exact or round just so.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from multiopt_numpy.compiled.toolbox import toolbox
+
+__all__ = ["NARROW", "conversions"]
+
+#: The dtypes that kernels convert.
+NARROW = "float16", "bfloat16"
+
+
+def conversions(dtype: str) -> tuple[Any, Any]:
+    """Functions of Numba from the bits of a dtype, in a uint16, to a float32, and back.
+
+    Args:
+        dtype: One of ``NARROW``.
+    """
+    u32, u16, f32, njit = np.uint32, np.uint16, np.float32, toolbox().njit
+    infinity = u32(0x7F800000)
+
+    def from_bfloat16(bits):  # type: ignore[no-untyped-def]
+        return u32(u32(bits) << u32(16)).view(f32)
+
+    def to_bfloat16(x):  # type: ignore[no-untyped-def]
+        u = f32(x).view(u32)
+        rounded = u32(u + u32(0x7FFF) + ((u >> u32(16)) & u32(1))) >> u32(16)
+        return u16(u32(0x7FC0) if u32(u & u32(0x7FFFFFFF)) > infinity else rounded)
+
+    def from_float16(bits):  # type: ignore[no-untyped-def]
+        u = u32(bits)
+        shifted = u32(u & u32(0x7FFF)) << u32(13)
+        # The exponents of the two are 112 apart. A product with a power of two is exact, also
+        # where it begins subnormal; infinities and NaN have an exponent of their own.
+        x = f32(u32(shifted).view(f32) * f32(2.0**112)).view(u32)
+        x = x | infinity if shifted >= u32(0x0F800000) else x
+        return u32(x | ((u & u32(0x8000)) << u32(16))).view(f32)
+
+    def to_float16(x):  # type: ignore[no-untyped-def]
+        u = f32(x).view(u32)
+        sign, size = u32(u >> u32(16)) & u32(0x8000), u32(u & u32(0x7FFFFFFF))
+        odd = (size >> u32(13)) & u32(1)
+        rounded = u32(size - u32(0x38000000) + u32(0xFFF) + odd) >> u32(13)
+        # What will be subnormal: the sum with 0.5 rounds it at 2**-24.
+        near = f32(u32(size).view(f32) + f32(0.5))
+        subnormal = u32(f32(near).view(u32) - u32(0x3F000000))
+        found = subnormal if size < u32(0x38800000) else rounded
+        found = u32(0x7C00) if size >= u32(0x47800000) else found
+        found = u32(0x7E00) if size > infinity else found
+        return u16(found | sign)
+
+    pairs = {"float16": (from_float16, to_float16), "bfloat16": (from_bfloat16, to_bfloat16)}
+    load, store = pairs[dtype]
+    return njit(load), njit(store)
