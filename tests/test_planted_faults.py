@@ -110,8 +110,8 @@ FAULTS = [
     Fault(
         "a kernel found under the name of another rule",
         "backends/multiopt_numpy/compiled/kernels.py",
-        'return _loaded(label, [text, dtype], make, update)["update"]',
-        'return _loaded(label, [dtype], make, update)["update"]',
+        "[text, dtype, stored], make, update)",
+        "[dtype, stored], make, update)",
         "test_kernels.py::test_an_edited_rule_is_compiled_anew_and_ten_runs_leave_one_file",
     ),
     Fault(
@@ -218,6 +218,34 @@ FAULTS = [
         "(step + 1, seen + 1), rows[which])",
         "(step + 1, seen + 1), rows[which[:1]])",
         "test_rows.py::test_every_name_is_as_if_it_were_alone",
+    ),
+    Fault(
+        "a rounding to 16 bits that is not to even",
+        "backends/multiopt_numpy/compiled/narrow.py",
+        "u32(0x7FFF) + ((u >> u32(16)) & u32(1)))",
+        "u32(0x8000))",
+        "test_low_precision.py::test_every_rounding",
+    ),
+    Fault(
+        "a NaN that becomes an infinity when it is rounded",
+        "backends/multiopt_numpy/compiled/narrow.py",
+        "found = u32(0x7E00) if size > infinity else found",
+        "found = found",
+        "test_low_precision.py::test_every_value_of_parameter_and_gradient",
+    ),
+    Fault(
+        "a row that is still taken for a copy in float32",
+        "backends/multiopt_numpy/compiled/group.py",
+        "self._table[row, WIDE] = 0\n",
+        "pass\n",
+        "test_low_precision.py::test_copies_are_lent_of_what_is_not_side_by_side",
+    ),
+    Fault(
+        "a master copy of what somebody else has changed",
+        "backends/multiopt_numpy/compiled/update.py",
+        "param = master if load(store(master)) == param else param",
+        "param = master",
+        "test_low_precision.py::test_a_parameter_that_was_set_is_taken_as_it_is",
     ),
     Fault(
         "a clock that is counted by the kernel and by the host",
