@@ -164,7 +164,6 @@ class Registry(Table):
         fresh: dict[int, int] = {}
         undo: Undo = []
         step: Step | None = None
-        how = self.threads, self.leave_clipped
         committed = False
         try:
             if rows.missing and any(grads[place] is not None for place in rows.missing):
@@ -172,10 +171,8 @@ class Registry(Table):
             arrays.take(params, grads, own)
             if rows.scheduled:
                 rows = self._ask(rows, arrays, fresh)
-            step = Step(rows, arrays, fresh, *how)
-            while moved := step.look():
-                rows = move(self, rows, moved, fresh)
-                step = Step(rows, arrays, fresh, *how)
+            step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
+            rows = self._look(step, rows, fresh)
             if self.on_nonfinite != "propagate":
                 step.check_finite(self.on_nonfinite)
             if rows.clipping:
@@ -197,6 +194,13 @@ class Registry(Table):
             if not committed:
                 self._take_back(fresh, undo)
 
+    def _look(self, step: Step, rows: Rows, fresh: dict[int, int]) -> Rows:
+        """Look at the arrays of a step; return its rows, others where parameters have moved."""
+        while moved := step.look():
+            rows = move(self, rows, moved, fresh)
+            step.take(rows, fresh)
+        return rows
+
     def _ask(self, rows: Rows, arrays: Arrays, fresh: dict[int, int]) -> Rows:
         """Ask the schedules of some rows; return those of a step.
 
@@ -209,9 +213,7 @@ class Registry(Table):
             return rows
         step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
         try:
-            while moved := step.look():
-                rows = move(self, rows, moved, fresh)
-                step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
+            rows = self._look(step, rows, fresh)
             step.check_finite(self.on_nonfinite)
             found = [(part.group, part.rows, part.places) for part in step.parts]
             ask_schedules(rows.names, found, arrays.grads, count)

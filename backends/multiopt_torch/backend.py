@@ -6,7 +6,6 @@ rounded there (pytorch#31250), NumPy's is. CUDA tensors run the rule as it stand
 
 import ctypes
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import wraps
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -149,14 +148,15 @@ class TorchBackend(Backend):
         self, params: np.ndarray, names: Sequence[str], new: Sequence[int], needed: bool
     ) -> np.ndarray:
         """The ``.grad`` of tensors."""
-        grads = None
-        # Some may be no tensors, or no leaves, of which torch warns: then each is asked by itself.
-        with suppress(Exception):
-            if not new or all(map(_IS_LEAF, params[new])):
-                grads = np.fromiter(map(_GRAD, params), object, len(params))
+        try:
+            usual = not new or all(map(_IS_LEAF, params[new]))
+            grads = np.fromiter(map(_GRAD, params), object, len(params)) if usual else None
+        except Exception:
+            grads = None
         if grads is None:
+            # Some are no tensors, or no leaves, of which torch warns: each is asked by itself.
             grads = np.fromiter(map(self._gradient, params, names), object, len(params))
-        if needed and not any(grad is not None for grad in grads):
+        if needed and grads[0] is None and not any(grad is not None for grad in grads):
             with torch._C.DisableTorchFunctionSubclass():
                 if not any(param.requires_grad for param in params):
                     raise TypeError(

@@ -15,7 +15,6 @@ ValueError: Decay: factor must be a number >= 0 and < 1; got 2.0
 
 from collections.abc import Mapping
 from dataclasses import Field, field, fields
-from functools import cache
 from math import inf, nan, nextafter, ulp
 from numbers import Integral, Real
 from sys import float_info
@@ -198,8 +197,13 @@ class Declared:
         raise ValueError(f"{type(self).__name__}: {name} must be {words}; got {brief(value)}{when}")
 
 
-@cache
+# A dict: torch's compiler warns of functools.cache.
+_NUMBERS: dict[type, list[tuple[Field[Any], Range]]] = {}
+
+
 def _numbers(kind: Any) -> list[tuple[Field[Any], Range]]:
     """The fields that are numbers; to ask takes a quarter of the time that making a rule takes."""
-    ranges = {**kind.ranges, **kind.integers}
-    return [(f, ranges[f.name]) for f in fields(kind) if f.name in ranges]
+    if kind not in _NUMBERS:
+        ranges = {**kind.ranges, **kind.integers}
+        _NUMBERS[kind] = [(f, ranges[f.name]) for f in fields(kind) if f.name in ranges]
+    return _NUMBERS[kind]

@@ -87,19 +87,23 @@ class Step:
         leave_clipped: bool,
     ) -> None:
         """Nothing is looked at yet."""
-        self.names, self._arrays = rows.names, arrays
-        self.parts = list(starmap(Part, rows.parts))
+        self._arrays = arrays
+        self._threads, self._leave_clipped = threads, leave_clipped
+        # What is left behind clipped is written, once for all who share it.
+        self._writes_grads = leave_clipped and rows.clipping
+        self.skipped: list[int] = []
+        self.global_norms: dict[Clip, float] = {}
+        self.replaced: dict[int, Array] = {}
+        self.take(rows, fresh)
+
+    def take(self, rows: Rows, fresh: Collection[int]) -> None:
+        """Be about these names and rows; see ``__init__``."""
+        self.names, self.parts = rows.names, list(starmap(Part, rows.parts))
+        self._members: dict[int, tuple[Part, Member]] = {}
         if fresh:
             new = np.fromiter(fresh, np.int64, len(fresh))
             for part in self.parts:
                 part.fresh = new
-        self._threads, self._leave_clipped = threads, leave_clipped
-        # What is left behind clipped is written, once for all who share it.
-        self._writes_grads = leave_clipped and rows.clipping
-        self._members: dict[int, tuple[Part, Member]] = {}
-        self.skipped: list[int] = []
-        self.global_norms: dict[Clip, float] = {}
-        self.replaced: dict[int, Array] = {}
 
     def places(self) -> set[int]:
         """The places of those that take part."""
