@@ -12,8 +12,8 @@ from multiopt.arrays import Arrays, Part
 from multiopt.kinds import other_fields
 from multiopt.rules.arithmetic import rounded
 from multiopt.rules.rule import named, namespace
-from multiopt_numpy.host import LARGE, HostGroup, blocks
-from multiopt_numpy.runs import Places, Run, clip, joined
+from multiopt_numpy.host import CHUNK, LARGE, HostGroup
+from multiopt_numpy.runs import ClippedRun, Places, Run, clip, joined
 from multiopt_numpy.tape import Tape, Tapes
 
 if TYPE_CHECKING:
@@ -191,8 +191,9 @@ class BlockedGroup(HostGroup):
         pairs = [(parts, params)]
         if part.clipped is not None:
             numbers = [x[rows].astype(self.dtype) for x in (self.own, self.shared, self.bound)]
-            beyond = places.any(clip(grad, places.spread(numbers), grad))
-            part.clipped[which] = (numbers[0] != 1) | (numbers[1] != 1) | beyond
+            beyond, below = np.empty((2, places.total), bool)
+            clip(grad, places.spread(numbers), grad, beyond, below)
+            part.clipped[which] = (numbers[0] != 1) | (numbers[1] != 1) | places.any(beyond)
             if leave_clipped:
                 pairs.append((places.parts(grad), grads))
         segments, count = places.segments, len(self.rule.slots)
@@ -219,20 +220,21 @@ class BlockedGroup(HostGroup):
         leave_clipped: bool,
     ) -> Run:
         """A large parameter, in place."""
-        row, pairs = int(part.rows[k]), []
+        row = int(part.rows[k])
         arrays = part.params[k], part.grads[k], *self._slots_in_use(row)
         param, grad, *slots = (array.reshape(-1) for array in arrays)
-        if part.clipped is not None:
-            numbers = [self.dtype.type(x[row]) for x in (self.own, self.shared, self.bound)]
-            part.clipped[k] = numbers[0] != 1 or numbers[1] != 1
-            if part.clipped[k] or numbers[2] != inf:
-                clipped = np.empty_like(grad)
-                for x, out in zip(blocks(grad), blocks(clipped), strict=True):
-                    part.clipped[k] |= clip(x, numbers, out).any()
-                if leave_clipped:
-                    pairs.append(([clipped], [grad]))
-                grad = clipped
-        return Run(tape, param, grad, slots, scalars, room, pairs=pairs)
+        work = tape, param, grad, slots, scalars, room
+        if part.clipped is None:
+            return Run(*work)
+        numbers = [self.dtype.type(x[row]) for x in (self.own, self.shared, self.bound)]
+        part.clipped[k] = numbers[0] != 1 or numbers[1] != 1
+        if not part.clipped[k] and numbers[2] == inf:
+            return Run(*work)
+        size, told = min(CHUNK, len(grad)), part.clipped[k : k + 1]
+        block, masks = np.empty(size, self.dtype), np.empty((2, size), bool)
+        return ClippedRun(
+            *work, numbers=numbers, leave=leave_clipped, told=told, block=block, masks=masks
+        )
 
     @np.errstate(all="ignore")
     def _run(self, part: Part) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from multiopt.layout import Layout
     from multiopt.rules import Rule
 
-__all__ = ["LARGE", "HostGroup", "Loan", "blocks"]
+__all__ = ["CHUNK", "LARGE", "HostGroup", "Loan"]
 
 #: Elements of a parameter from which on its slots are an allocation of their own.
 LARGE = 4096
@@ -238,7 +238,7 @@ class HostGroup(Group):
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
         """See ``Group``."""
-        return np.array([all(np.isfinite(x).all() for x in blocks(g)) for g in part.grads], bool)
+        return np.array([all(np.isfinite(x).all() for x in _blocks(g)) for g in part.grads], bool)
 
     @np.errstate(all="ignore")
     def squares(
@@ -250,7 +250,7 @@ class HostGroup(Group):
             scale = self.dtype.type(self.own[part.rows[k]])
             sums = [
                 block_sums(np, factor * (scale * x).astype(np.float64))
-                for x in blocks(part.grads[k])
+                for x in _blocks(part.grads[k])
             ]
             totals.append(float(tree_sum(np, np.concatenate(sums))) if sums else 0.0)
         return np.array(totals)
@@ -352,7 +352,7 @@ class HostGroup(Group):
         """Let the engine work on nothing any more that is lent."""
 
 
-def blocks(array: np.ndarray) -> Iterable[np.ndarray]:
+def _blocks(array: np.ndarray) -> Iterable[np.ndarray]:
     """An array of any shape in pieces of one axis."""
     flat = array.reshape(-1)
     return (flat[low : low + CHUNK] for low in range(0, len(flat), CHUNK))

@@ -13,7 +13,7 @@ from multiopt_numpy.tape import Tape
 if TYPE_CHECKING:
     from multiopt_numpy.host import HostGroup
 
-__all__ = ["Places", "Run", "clip", "joined"]
+__all__ = ["ClippedRun", "Places", "Run", "clip", "joined"]
 
 #: Arrays, one for each slot, the elements in them that are meant, and their places in a pack.
 Segment: TypeAlias = tuple[Sequence[np.ndarray], slice | np.ndarray, slice]
@@ -132,22 +132,58 @@ class Run:
             deque(map(np.ndarray.__setitem__, targets, repeat(...), sources), 0)
 
 
-def clip(grad: np.ndarray, numbers: Sequence[Any], out: np.ndarray) -> np.ndarray:
-    """Scale and bound a gradient; return which elements the bound changed.
+@dataclass(kw_only=True)
+class ClippedRun(Run):
+    """A run over one large parameter, which clips the gradient on the way, a block at a time.
+
+    Attributes:
+        numbers: As for ``clip``.
+        leave: Whether to write the clipped gradient over the gradient.
+        told: One element, that says whether the gradient was clipped.
+        block: Room for a block.
+        masks: Likewise.
+    """
+
+    numbers: Sequence[Any]
+    leave: bool
+    told: np.ndarray
+    block: np.ndarray
+    masks: np.ndarray
+
+    def run(self) -> None:
+        """See ``Run``."""
+        for low in range(0, len(self.param), len(self.block)):
+            part = slice(low, low + len(self.block))
+            grad = self.grad[part]
+            clipped, (beyond, below) = self.block[: len(grad)], self.masks[:, : len(grad)]
+            clip(grad, self.numbers, clipped, beyond, below)
+            self.told[0] |= beyond.any()
+            slots = [slot[part] for slot in self.slots]
+            self.tape.run(self.param[part], clipped, slots, self.scalars, self.room)
+            if self.leave:
+                grad[...] = clipped
+
+
+def clip(
+    grad: np.ndarray, numbers: Sequence[Any], out: np.ndarray, beyond: np.ndarray, below: np.ndarray
+) -> None:
+    """Scale and bound a gradient; makes no array where the numbers are for all elements.
 
     Args:
         grad: The gradient.
         numbers: Two factors and the bound, for all elements or for each.
         out: Takes the result; may be the gradient itself.
+        beyond: Takes which elements the bound changed.
+        below: Takes which of them are below it.
     """
     own, shared, bound = numbers
     np.multiply(grad, own, out=out)
     np.multiply(out, shared, out=out)
-    above, below = out > bound, out < -bound
-    np.copyto(out, bound, where=above)
+    np.greater(out, bound, out=beyond)
+    np.less(out, -bound, out=below)
+    np.copyto(out, bound, where=beyond)
     np.copyto(out, -bound, where=below)
-    changed: np.ndarray = above | below
-    return changed
+    np.logical_or(beyond, below, out=beyond)
 
 
 def joined(arrays: list[np.ndarray], total: int, dtype: np.dtype) -> np.ndarray:
