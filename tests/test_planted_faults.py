@@ -130,7 +130,7 @@ FAULTS = [
     ),
     Fault(
         "a division by a number that has a trace",
-        "backends/multiopt_numpy/trace.py",
+        "backends/multiopt_numpy/operations.py",
         'if function == "divide" and Kind.NUMBER in kinds:',
         'if function == "none":',
         "test_trace.py::test_an_update_is_refused_by_name",

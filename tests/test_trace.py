@@ -28,7 +28,8 @@ from multiopt_numpy.compiled import kernels
 from multiopt_numpy.compiled.source import Source
 from multiopt_numpy.compiled.update import update_source
 from multiopt_numpy.forms import coefficient_kinds, number_fields, other_fields, traced_scalars
-from multiopt_numpy.trace import Kind, NotTraceable, trace_function, trace_scalars, trace_update
+from multiopt_numpy.operations import Kind, NotTraceable
+from multiopt_numpy.trace import trace_function, trace_scalars, trace_update
 from tests.cases import CASES, Case
 from tests.histories import elementwise_rules, fill
 from tests.libraries import Library, assert_equal, engine

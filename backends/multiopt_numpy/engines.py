@@ -16,8 +16,8 @@ from multiopt_numpy.compiled.kernels import update_kernel
 from multiopt_numpy.compiled.team import Kernel
 from multiopt_numpy.compiled.update import update_source
 from multiopt_numpy.forms import coefficient_kinds, traced_scalars
+from multiopt_numpy.operations import NotTraceable
 from multiopt_numpy.tape import Tapes, tapes
-from multiopt_numpy.trace import NotTraceable
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend

@@ -13,7 +13,7 @@ is called on the disk, so that a formula that was edited is never an old one.
 from collections.abc import Callable, Sequence
 from textwrap import indent
 
-from multiopt_numpy.trace import Loop, Trace
+from multiopt_numpy.operations import Loop, Trace
 
 __all__ = ["Source"]
 

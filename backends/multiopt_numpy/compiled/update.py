@@ -15,7 +15,8 @@ from multiopt_numpy.compiled.object_cache import ObjectCode
 from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE, WIDE
 from multiopt_numpy.compiled.source import Source
 from multiopt_numpy.compiled.toolbox import compiled, object_code, toolbox
-from multiopt_numpy.trace import Kind, Trace, trace_function, trace_update
+from multiopt_numpy.operations import Kind, Trace
+from multiopt_numpy.trace import trace_function, trace_update
 
 __all__ = ["compile_update", "update_source"]
 
