@@ -224,11 +224,11 @@ class JointOptim(StatefulOptim):
         if len(set(listed)) < len(listed):
             order = np.unique(numbers, return_index=True)[1]
             listed = numbers[order].tolist()
-        keys = self._tensors.keys(listed)
+        keys: list[Any] = list(map(self._tensors.keys.get, listed))
         if None in keys:
             unknown = {id(one): one for one in tensors if self._tensors.get(one) is None}
             met = len(self._meet(unknown.values()))
-            keys = self._tensors.keys(listed)
+            keys = [self._tensors.keys[number] for number in listed]
         self._order, self._keys, self._ids = order, keys, ids
         return met
 
@@ -343,6 +343,11 @@ class JointOptim(StatefulOptim):
 
 def _leave_clipped(step: Step) -> None:
     """Leave the clipped gradients behind that are not in their places yet, as Pyro does."""
+    for part in step.parts:
+        if part.clipped is not None:
+            break
+    else:
+        return
     backend = named("torch")
     for param, member, grad in step.left_over():
         (clipped,) = backend.closed([grad], member.layout)

@@ -7,9 +7,9 @@ call looks whether anybody else still holds a few of them.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,22 +25,17 @@ _EXAMPLE = SimpleNamespace(tensor=torch.empty(0))
 ALONE = sys.getrefcount(_EXAMPLE.tensor)
 
 
-def _is_abandoned(one: Any) -> bool:
-    return (
-        one.tensor is not None
-        and sys.getrefcount(one.tensor) <= ALONE
-        # What autograd holds of a tensor in C++, Python does not count.
-        and one.tensor._use_count() <= 1
-    )
-
-
 class KnownTensors:
-    """Tensors by identity, in the order of their first sight."""
+    """Tensors by identity, in the order of their first sight.
+
+    Attributes:
+        keys: Their keys by their identities.
+    """
 
     def __init__(self) -> None:
         """Know no tensor."""
         self._by_id: dict[int, TensorOptimizer] = {}
-        self._keys: dict[int, str] = {}
+        self.keys: dict[int, str] = {}
         self._unasked: list[TensorOptimizer] = []
 
     def get(self, tensor: torch.Tensor) -> "TensorOptimizer | None":
@@ -50,15 +45,11 @@ class KnownTensors:
     def add(self, one: "TensorOptimizer") -> None:
         """Hold a tensor."""
         self._by_id[id(one.tensor)] = one
-        self._keys[id(one.tensor)] = one.key
-
-    def keys(self, ids: Iterable[int]) -> list[Any]:
-        """The keys of tensors by their identities; None for those that are not known."""
-        return list(map(self._keys.get, ids))
+        self.keys[id(one.tensor)] = one.key
 
     def remove(self, one: "TensorOptimizer") -> None:
         """Let go of a tensor."""
-        del self._by_id[id(one.tensor)], self._keys[id(one.tensor)]
+        del self._by_id[id(one.tensor)], self.keys[id(one.tensor)]
         one.tensor = one.scheduler = None
 
     def __iter__(self) -> Iterator["TensorOptimizer"]:
@@ -77,9 +68,17 @@ class KnownTensors:
                 as it adds never has more that are abandoned than others.
         """
         if asked is None:
-            return [one for one in self if _is_abandoned(one)]
-        if not self._unasked:
-            self._unasked = list(self._by_id.values())
-        some = self._unasked[-asked:]
-        del self._unasked[-asked:]
-        return [one for one in some if _is_abandoned(one)]
+            some = list(self)
+        else:
+            if not self._unasked:
+                self._unasked = list(self._by_id.values())
+            some = self._unasked[-asked:]
+            del self._unasked[-asked:]
+        found = []
+        for one in some:
+            if one.tensor is None or sys.getrefcount(one.tensor) > ALONE:
+                continue
+            # What autograd holds of a tensor in C++, Python does not count.
+            if one.tensor._use_count() <= 1:  # type: ignore[attr-defined]
+                found.append(one)
+        return found
