@@ -131,8 +131,10 @@ class StatefulOptim(PyroOptim):
                 rule = restored_rule(stored["rule"], one.rule)
                 rule = rules.setdefault(rule, rule)
                 clip = make_clip(one.clip_args, rule)
-                cast_ = {**stored, "cast": True}
-                entry = restored(one.key, cast_, rule, clip, layout, known.masters)
+                # Copies: what waits may be taken again, by a copy of this optimizer for one.
+                slots = {k: x.astype(layout.compute_dtype) for k, x in stored["slots"].items()}
+                own = {**stored, "slots": slots}
+                entry = restored(one.key, own, rule, clip, layout, known.masters)
                 if average is not None:
                     average = restored_average(one.key, stored.get("average"), average.rule, layout)
                 entries[one.key] = entry._replace(average=average)
