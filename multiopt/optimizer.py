@@ -21,7 +21,7 @@ from multiopt.state.file import Contents
 from multiopt.state.file_objects import Source, Target, label
 from multiopt.state.loading import LoadReport, Options, names_of, renamed, wanted_names
 from multiopt.state.taking import shown, stored_state, taken_over
-from multiopt.step.checks import as_dict, check_known
+from multiopt.step.checks import as_dict, gradients_of
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report, explain
 from multiopt.untraced import untraced
@@ -385,9 +385,9 @@ class Optimizer:
             params = as_dict("params", params)
             count, gradients = len(params), None
             if grads is not None:
-                grads = as_dict("grads", grads)
-                check_known(grads, params)
-                gradients = np.fromiter(map(grads.get, params), object, count)
+                if type(grads) is not dict:
+                    grads = as_dict("grads", grads)
+                gradients = gradients_of(params, grads)
             arrays = np.fromiter(params.values(), object, count)
             names = list(params)
             replaced = untraced(Registry.step)(known, names, arrays, gradients)

@@ -7,30 +7,44 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from multiopt.arrays import Array, Member
-from multiopt.backend import backend_of
+from multiopt.backend import backend_of, identities
 from multiopt.errors import brief
 from multiopt.layout import Layout
 
 __all__ = [
     "as_dict",
-    "check_known",
     "check_layout",
     "check_name",
     "check_no_shared_memory",
     "checked_gradient",
+    "gradients_of",
     "refuse_shared",
 ]
 
+#: How many names take longer to compare than to be counted.
+MANY = 64
 
-def check_known(grads: Mapping[str, Array | None], params: Mapping[str, Array]) -> None:
-    """Refuse a gradient without a parameter.
+
+def gradients_of(params: Mapping[str, Array], grads: Mapping[str, Array | None]) -> np.ndarray:
+    """The gradients of some parameters, in their order; None for a name without one.
 
     Raises:
-        KeyError: There is one.
+        KeyError: A gradient has no parameter.
         TypeError: A name is no string.
     """
-    if grads.keys() <= params.keys():
-        return
+    found = np.fromiter(map(grads.get, params), object, len(params))
+    # As many as there are, and none missing: they have the same names. To compare a thousand takes
+    # 20 us, to look for None among them 3.
+    alike = len(grads) == len(found) > MANY
+    if alike and id(None) not in np.frombuffer(identities(found), np.uintp):
+        return found
+    if not grads.keys() <= params.keys():
+        _refuse_unknown(grads, params)
+    return found
+
+
+def _refuse_unknown(grads: Mapping[str, Array | None], params: Mapping[str, Array]) -> None:
+    """Refuse a gradient without a parameter, if there is one; see ``gradients_of``."""
     for name, grad in grads.items():
         check_name("grads", name)
         if grad is not None and name not in params:

@@ -97,7 +97,8 @@ def clip_by_global_norm(
         norm = _global_norm(pairs, together, threads)
         coefficient = clip_coefficient(Host, clip.global_norm, norm, clip.eps)
         for part, which in pairs:
-            part.group.shared[part.rows[which]] = part.group.dtype.type(coefficient)
+            group = part.group
+            group.shared[group.all_or(part.rows[which])] = group.dtype.type(coefficient)
         found[clip] = norm
     return found
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -261,7 +262,7 @@ class CompiledGroup(HostGroup):
 
     # Measuring
 
-    @property
+    @cached_property
     def _norm_kernels(self) -> dict[str, Kernel]:
         return norm_kernels(self.layout.compute_dtype, self._stored)
 
