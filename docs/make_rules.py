@@ -15,7 +15,7 @@ import torch
 
 import multiopt as mo
 from multiopt import rules
-from multiopt_numpy.forms import are_uniform
+from multiopt_numpy.forms import traced_scalars
 
 FILE = Path(__file__).parent / "rules.md"
 README = Path(__file__).parent.parent / "README.md"
@@ -82,7 +82,9 @@ def _row(rule: type[mo.Rule]) -> str:
 def _runs(rule: type[mo.Rule]) -> str:
     if not rule.elementwise:
         return "as a whole"
-    return "compiled" if are_uniform(rule()) else "compiled, coefficients by the host"
+    return (
+        "compiled" if traced_scalars(rule()) is not None else "compiled, coefficients by the host"
+    )
 
 
 def _page(rule: type[mo.Rule]) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from multiopt.layout import Layout
     from multiopt.rules import Rule
 
-__all__ = ["ReferenceGroup", "is_finite", "resumed", "updated"]
+__all__ = ["ReferenceGroup", "fetched", "is_finite", "resumed", "updated"]
 
 
 class Updated(NamedTuple):
@@ -103,14 +103,11 @@ class ReferenceGroup(Group):
     def _members_of(self, part: Part) -> list[Member]:
         return [self._members[row] for row in part.rows.tolist()]
 
-    def _fetched(self, values: Sequence[Array]) -> np.ndarray:
-        """Arrays without dimensions as an array of the host, in one transfer."""
-        stack = self.backend.namespace(self.layout).stack
-        return self.backend.to_host(stack(values)) if values else np.empty(0)
-
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
         """See ``Group``."""
-        return self._fetched(list(map(is_finite, self._members_of(part)))).astype(bool, copy=False)
+        return fetched(self.backend, self.layout, map(is_finite, self._members_of(part))).astype(
+            bool, copy=False
+        )
 
     @np.errstate(all="ignore")
     def squares(
@@ -120,7 +117,7 @@ class ReferenceGroup(Group):
         members = [self._members[row] for row in part.rows[which].tolist()]
         for member in members:
             member.scales = [float(self.own[member.row])]
-        return self._fetched([_squares(member, factor) for member in members])
+        return fetched(self.backend, self.layout, (_squares(member, factor) for member in members))
 
     @np.errstate(all="ignore")
     def prepare(
@@ -182,6 +179,13 @@ class ReferenceGroup(Group):
     def forget(self, part: Part) -> None:
         """See ``Group``."""
         self._members, self._computed = {}, []
+
+
+def fetched(backend: "Backend", layout: "Layout", values: Iterable[Array]) -> np.ndarray:
+    """Arrays without dimensions as an array of the host, in one transfer."""
+    arrays = list(values)
+    stack = backend.namespace(layout).stack
+    return backend.to_host(stack(arrays)) if arrays else np.empty(0)
 
 
 def is_finite(member: Member) -> Array:

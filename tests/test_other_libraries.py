@@ -71,6 +71,10 @@ LACKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         lambda patch: patch.delattr(array_api_strict, "where"),
         "which cannot do what a step and a checkpoint need: AttributeError",
     ),
+    "one that a check of gradients needs": (
+        lambda patch: patch.delattr(array_api_strict, "stack"),
+        "which cannot do what a step and a checkpoint need: AttributeError",
+    ),
     "arguments of one": (
         lambda patch: patch.setattr(array_api_strict, "astype", lambda array, dtype: array),
         "which cannot do what a step and a checkpoint need: TypeError",

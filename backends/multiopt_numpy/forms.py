@@ -10,12 +10,7 @@ from multiopt.rules.rule import with_numbers
 from multiopt_numpy.operations import Kind, NotTraceable, Trace
 from multiopt_numpy.trace import attempt, trace_scalars
 
-__all__ = [
-    "are_uniform",
-    "coefficient_kinds",
-    "sample_scalars",
-    "traced_scalars",
-]
+__all__ = ["coefficient_kinds", "sample_scalars", "traced_scalars"]
 
 
 def sample_scalars(rule: Rule, dtype: str) -> Any:
@@ -31,11 +26,6 @@ def traced_scalars(rule: Rule) -> Trace | None:
         return trace_scalars(rule.scalars, number_fields(rule), other_fields(rule))
     except NotTraceable:
         return None
-
-
-def are_uniform(rule: Rule) -> bool:
-    """Whether the coefficients are the same numbers in compiled code, and for arrays of steps."""
-    return traced_scalars(rule) is not None
 
 
 def coefficient_kinds(rule: Rule, scalars: Trace | None) -> Mapping[str, bool | Kind]:

@@ -6,7 +6,7 @@ given to another one, so that a view of a slot shows that slot for good.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -201,13 +201,12 @@ class HostGroup(Group):
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
         """See ``Group``."""
-        row, in_place = int(part.rows[position]), False
+        row = int(part.rows[position])
         views = self._views(row)
         member.slots = views[:-1] if self.has_masters else views
         param = None if self.has_masters else self._own(member, member.param)
-        if param is not None and param.flags.writeable:
-            in_place = True
-        else:
+        in_place = param is not None and param.flags.writeable
+        if param is None or not in_place:
             param = member.backend.opened(member.param, member.layout)
             if self.has_masters:
                 param = resumed(member, param, views[-1])
@@ -267,51 +266,44 @@ class HostGroup(Group):
         self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
     ) -> dict[int, Array]:
         """See ``Group``."""
-        in_place = self.backend.in_place
         if self._loans:
             kept = set(part.rows.tolist())
             self._loans = {row: loan for row, loan in self._loans.items() if row in kept}
         self._prepare(part, leave_clipped, threads)
         if leave_clipped and self.clipping:
             self._clipped_grads = arrays.grads
-        if in_place and not self._loans:
-            params = arrays.params
-            self.backend.touch(params if len(params) == len(part.rows) else params[part.places])
-            return NONE_REPLACED
-        return self._prepare_loans(part, arrays)
+        copied = [loan for loan in self._loans.values() if not loan.in_place]
+        if not self.backend.in_place:
+            return self._replaced(part, copied)
+        if copied:
+            ready = self.backend.closed([loan.param for loan in copied], self.layout)
+            for loan, array in zip(copied, ready, strict=True):
+                loan.ready = array
+        self._touch(arrays.params, part.places, [loan.member.place for loan in copied])
+        return NONE_REPLACED
 
     @np.errstate(all="ignore")
-    def _prepare_loans(self, part: Part, arrays: Arrays) -> dict[int, Array]:
-        """Make what is to be written to arrays of which copies are lent; see ``prepare``."""
-        in_place, copied = self.backend.in_place, []
-        if not in_place:
-            # It works on copies alone. New arrays of what comes out of them may fail to be made.
-            self._run(part)
-        copied = [loan for loan in self._loans.values() if not loan.in_place]
-        ready = [loan.param for loan in copied]
-        if in_place:
-            ready = self.backend.closed(ready, self.layout)
-        else:
-            ready = self.backend.rounded([loan.member for loan in copied], ready)
-        for loan, array in zip(copied, ready, strict=True):
-            loan.ready = array
-        if in_place:
-            self._touch(arrays.params, part.places, {loan.member.place for loan in copied})
-            return {}
+    def _replaced(self, part: Part, copied: Sequence[Loan]) -> dict[int, Array]:
+        """By place, what takes the places of parameters that cannot be written."""
+        # It works on copies alone. New arrays of what comes out of them may fail to be made.
+        self._run(part)
+        members = [loan.member for loan in copied]
+        new = self.backend.rounded(members, [loan.param for loan in copied])
         whole = self.backend.whole if self.layout.is_complex else lambda array: array
-        return {loan.member.place: whole(loan.ready) for loan in copied}
+        return {member.place: whole(array) for member, array in zip(members, new, strict=True)}
 
-    def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: Collection[int]) -> None:
-        """Let the library know which of its arrays are written."""
-        mine = [place for place in places.tolist() if place not in copied]
-        self.backend.touch(arrays if len(mine) == len(arrays) else arrays[mine])
+    def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: Sequence[int]) -> None:
+        """Let the library know which of its arrays are written: those at places but a few."""
+        if copied:
+            places = np.setdiff1d(places, copied)
+        self.backend.touch(arrays if len(places) == len(arrays) else arrays[places])
 
     def run(self, part: Part) -> None:
         """See ``Group``."""
         if self.backend.in_place:
             self._run(part)
             if self._clipped_grads is not None and part.clipped is not None and part.clipped.any():
-                copied = {one.member.place for one in self._loans.values() if one.grad_is_copy}
+                copied = [one.member.place for one in self._loans.values() if one.grad_is_copy]
                 self._touch(self._clipped_grads, part.places[part.clipped], copied)
         else:
             self.steps[part.rows] += 1
