@@ -516,6 +516,23 @@ def test_schedulers_that_stand_alike_step_as_each_by_itself(
     assert some == every if name in BY_ITSELF else some == 2 * 1 + 2 + 2 * 3 + 3 * 4
 
 
+def test_a_function_of_a_schedule_may_look_at_the_others() -> None:
+    seen: list[float] = []
+
+    def halved(epoch: int) -> float:
+        if epoch:
+            seen.extend(one.last_epoch for one in scheduler.optim_objs.values())
+        return 0.5**epoch
+
+    settings = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "lr_lambda": halved}
+    scheduler, tensors = optim.LambdaLR(settings), [param(name) for name in "ab"]
+    scheduler([give(tensor) for tensor in tensors])
+    scheduler.step()
+    assert seen == [1, 0, 1, 1]
+    scheduler([give(tensor) for tensor in tensors])
+    assert [tensor.tolist() for tensor in tensors] == [[-1.5, -1.5]] * 2
+
+
 # A program of Pyro
 
 

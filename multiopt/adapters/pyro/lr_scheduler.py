@@ -128,7 +128,8 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             if leader.extra != extra:
                 for one in flight:
                     one.extra = dict(leader.extra)
-        for one in self._alone:
+        # The functions that they hold may look at others, which then are by themselves too.
+        for one in list(self._alone):
             one.scheduler.step(*args, **kwargs)
 
     def _arrange(self) -> None:
