@@ -85,6 +85,24 @@ class Arrays:
         """Remember the order of the beginnings."""
         self.order, self.words.values[5] = order, address(order)
 
+    def find_overlap(self) -> int:
+        """Whether memory that is written overlaps with any other, once all spans are filled."""
+        low, high = self.spans
+        order = self.order
+        if order is None or (np.diff(low[order]) < 0).any():
+            order = np.argsort(low)
+            self.set_order(order)
+        writes = order < len(low) // 2
+        low, high = low[order], high[order]
+        taken = low < high
+        low, high, writes = low[taken], high[taken], writes[taken]
+        # How far the memory reaches that was met before, going up through the addresses.
+        reached = np.maximum.accumulate(high)[:-1]
+        reached_by_writes = np.maximum.accumulate(np.where(writes, high, 0))[:-1]
+        if (low[1:] < np.where(writes[1:], reached, reached_by_writes)).any():
+            return OVERLAPPING
+        return SHARED_GRADIENTS if (low[1:] < reached).any() else APART
+
 
 @dataclass(slots=True, eq=False)
 class Part:

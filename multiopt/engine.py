@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from multiopt.arrays import APART, OVERLAPPING, SHARED_GRADIENTS, Array, Arrays, Member, Part
+from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.averaging import Averaged
 from multiopt.kinds import Numbered, Schedules, kind_of, number_fields, numbers_of, schedules_of
 from multiopt.layout import Layout
@@ -222,15 +222,12 @@ class Group(ABC):
 
     def set_rules(self, rows: np.ndarray, rule: Rule) -> None:
         """Give rows the numbers and the schedules of a rule of the kind of this group."""
-        values = numbers_of(rule, self.columns)
-        schedules = schedules_of(rule, self.columns)
+        values, schedules = numbers_of(rule, self.columns), schedules_of(rule, self.columns)
         self.numbers[rows] = values
         self.set_schedules(rows, schedules)
 
     def takes(self, rule: Rule) -> bool:
         """Whether a rule is of the kind of this group."""
-        if type(rule) is not type(self.rule):
-            return False
         kind = kind_of(rule)
         return kind is not None and kind == self.kind
 
@@ -277,9 +274,7 @@ class Group(ABC):
     def counts(self, rows: np.ndarray | slice) -> np.ndarray:
         """How many steps the averages of rows have seen; their clocks where there are none."""
         steps: np.ndarray = self.steps[rows]
-        if self.has_averages:
-            return steps - self.numbers[rows, -1].astype(np.int64)
-        return steps
+        return steps - self.numbers[rows, -1].astype(np.int64) if self.has_averages else steps
 
     def set_clock(self, row: int, step: int) -> None:
         """Say how many steps a row has taken. Its average has seen as many as before."""
@@ -329,21 +324,7 @@ class Group(ABC):
         Args:
             arrays: Those of the step, their spans filled by the groups of all its parts.
         """
-        low, high = arrays.spans
-        order = arrays.order
-        if order is None or (np.diff(low[order]) < 0).any():
-            order = np.argsort(low)
-            arrays.set_order(order)
-        writes = order < len(low) // 2
-        low, high = low[order], high[order]
-        taken = low < high
-        low, high, writes = low[taken], high[taken], writes[taken]
-        # How far the memory reaches that was met before, going up through the addresses.
-        reached = np.maximum.accumulate(high)[:-1]
-        reached_by_writes = np.maximum.accumulate(np.where(writes, high, 0))[:-1]
-        if (low[1:] < np.where(writes[1:], reached, reached_by_writes)).any():
-            return OVERLAPPING
-        return SHARED_GRADIENTS if (low[1:] < reached).any() else APART
+        return arrays.find_overlap()
 
     @abstractmethod
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:

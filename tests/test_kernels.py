@@ -15,7 +15,8 @@ import torch
 
 import multiopt as mo
 from multiopt_numpy import engines
-from multiopt_numpy.compiled import group, team
+from multiopt_numpy.compiled import team
+from multiopt_numpy.compiled.shares import borders
 from tests.cases import CASES, Case
 from tests.libraries import assert_equal, engine
 
@@ -187,7 +188,7 @@ def test_shares_of_the_work_cover_every_block_once() -> None:
         sizes = rng.choice([0, 1, 10, 4095, 4096, 4097, 100_000, 1_000_000], rng.integers(1, 20))
         shares = int(rng.integers(1, 40))
         done = [[] for _ in sizes]  # type: list[list[int]]
-        for k0, b0, k1, b1 in group._borders(sizes, shares).tolist():
+        for k0, b0, k1, b1 in borders(sizes, shares).tolist():
             for k in range(k0, k1 + 1 if b1 > 0 else k1):
                 last = -(-int(sizes[k]) // 4096)
                 done[k] += range(b0 if k == k0 else 0, min(b1, last) if k == k1 else last)

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels
 from multiopt_numpy.compiled.look import ODD, OVERLAP
 from multiopt_numpy.compiled.narrow import NARROW
 from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, WIDE
+from multiopt_numpy.compiled.shares import SHARES, borders
 from multiopt_numpy.compiled.team import Kernel, Shares, thread_count
 from multiopt_numpy.forms import sample_scalars
 from multiopt_numpy.host import HostGroup, Loan
@@ -28,12 +28,6 @@ __all__ = ["CompiledGroup", "Look"]
 
 #: Elements below which threads cost more than they bring.
 MANY = 2**18
-
-#: Shares of large work for each thread: one that is held up then holds nobody up for long.
-SHARES = 16
-
-#: What a parameter costs beside its elements, in elements.
-OVERHEAD = 64
 
 
 class Look(NamedTuple):
@@ -389,30 +383,10 @@ class CompiledGroup(HostGroup):
         self, rows: np.ndarray, threads: int, tail: "Sequence[int] | np.ndarray", more: int
     ) -> np.ndarray:
         """The arguments of a kernel over some rows, a line for each share of the work."""
-        borders = _borders(self.size[rows], threads * SHARES if threads > 1 else 1)
-        blocks = np.empty((len(borders), 7 + len(tail) + more), np.int64)
+        cuts = borders(self.size[rows], threads * SHARES if threads > 1 else 1)
+        blocks = np.empty((len(cuts), 7 + len(tail) + more), np.int64)
         blocks[:, 0] = address(rows)
-        blocks[:, 1:5] = borders
+        blocks[:, 1:5] = cuts
         blocks[:, 5:7] = self._place
         blocks[:, 7 : 7 + len(tail)] = tail
         return blocks
-
-
-def _borders(sizes: np.ndarray, shares: int) -> np.ndarray:
-    """Cut rows into shares of about the same work.
-
-    Args:
-        sizes: The elements of each row.
-        shares: How many shares.
-
-    Returns:
-        For each share the row and the block in it where it begins, and those where it ends.
-    """
-    if shares == 1:
-        return np.array([[0, 0, len(sizes), 0]])
-    ends = np.cumsum(sizes + OVERHEAD)
-    cuts = np.arange(1, shares) * int(ends[-1]) // shares
-    rows = np.searchsorted(ends, cuts, "right")
-    blocks = np.minimum((cuts - (ends - sizes - OVERHEAD)[rows]) // BLOCK, -(-sizes[rows] // BLOCK))
-    stops = [(0, 0), *zip(rows.tolist(), blocks.tolist(), strict=True), (len(sizes), 0)]
-    return np.array([(*a, *b) for a, b in pairwise(stops)])
