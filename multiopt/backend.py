@@ -5,7 +5,6 @@ the result back. The base class serves any Array API library with the rule as it
 packages under ``backends/`` refine it for one library each.
 """
 
-import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,11 +18,11 @@ import numpy as np
 from multiopt.arrays import Array, Member
 from multiopt.engine import Group
 from multiopt.errors import answer, brief
-from multiopt.layout import PARTS_OF, Layout, address, require_dtype
+from multiopt.layout import PARTS_OF, Layout, require_dtype
 from multiopt.reference import ReferenceGroup, fetched, is_finite, updated
 from multiopt.rules import Adam, Rule
 
-__all__ = ["Array", "Backend", "backend_of", "identities", "named", "slot_of", "zeros"]
+__all__ = ["Array", "Backend", "backend_of", "named", "slot_of", "zeros"]
 
 #: The libraries with a package of their own. A library that nothing has imported is never asked.
 PACKAGES: Mapping[str, str] = {
@@ -228,11 +227,6 @@ class DaskBackend(Backend):
     def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
         """See ``Backend``."""
         return list(import_module("dask").persist(*super().closed(arrays, layout)))
-
-
-def identities(objects: np.ndarray) -> bytes:
-    """What ``id`` gives for each of the objects: they are the memory of an array of objects."""
-    return ctypes.string_at(address(objects), objects.nbytes)
 
 
 def _facts(array: Array) -> tuple[str, tuple[int, ...], str]:
