@@ -205,7 +205,7 @@ class HostGroup(Group):
         views = self._views(row)
         member.slots = views[:-1] if self.has_masters else views
         param = None if self.has_masters else self._own(member, member.param)
-        in_place = param is not None and param.flags.writeable
+        in_place = self.backend.in_place and param is not None and param.flags.writeable
         if param is None or not in_place:
             param = member.backend.opened(member.param, member.layout)
             if self.has_masters:
@@ -272,23 +272,27 @@ class HostGroup(Group):
         self._prepare(part, leave_clipped, threads)
         if leave_clipped and self.clipping:
             self._clipped_grads = arrays.grads
-        copied = [loan for loan in self._loans.values() if not loan.in_place]
         if not self.backend.in_place:
-            return self._replaced(part, copied)
-        if copied:
-            ready = self.backend.closed([loan.param for loan in copied], self.layout)
-            for loan, array in zip(copied, ready, strict=True):
-                loan.ready = array
-        self._touch(arrays.params, part.places, [loan.member.place for loan in copied])
+            return self._replaced(part)
+        copied = self._made_ready() if self._loans else ()
+        self._touch(arrays.params, part.places, copied)
         return NONE_REPLACED
 
+    def _made_ready(self) -> list[int]:
+        """Let loans say what is to be written to parameters; return the places of those."""
+        copied = [loan for loan in self._loans.values() if not loan.in_place]
+        ready = self.backend.closed([loan.param for loan in copied], self.layout)
+        for loan, array in zip(copied, ready, strict=True):
+            loan.ready = array
+        return [loan.member.place for loan in copied]
+
     @np.errstate(all="ignore")
-    def _replaced(self, part: Part, copied: Sequence[Loan]) -> dict[int, Array]:
+    def _replaced(self, part: Part) -> dict[int, Array]:
         """By place, what takes the places of parameters that cannot be written."""
         # It works on copies alone. New arrays of what comes out of them may fail to be made.
         self._run(part)
-        members = [loan.member for loan in copied]
-        new = self.backend.rounded(members, [loan.param for loan in copied])
+        members = [loan.member for loan in self._loans.values()]
+        new = self.backend.rounded(members, [loan.param for loan in self._loans.values()])
         whole = self.backend.whole if self.layout.is_complex else lambda array: array
         return {member.place: whole(array) for member, array in zip(members, new, strict=True)}
 
