@@ -15,7 +15,7 @@ the number of the group and the row in it.
 (('w',), 0.5, 0)
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,13 +144,10 @@ class Table:
     def alike(self, names: Sequence[str]) -> list[Hashable]:
         """For each name what is equal for those of the same rule, schedules included, and clock."""
         codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
-        numbers = codes // GROUP
         found: list[Hashable] = [None] * len(names)
-        for number, group in self._groups.items():
-            places = np.flatnonzero(numbers == number)
-            rows = codes[places] - number * GROUP
+        for group, rows, places in self._by_group(codes):
             columns = [group.numbers[rows], group.schedule[rows], group.steps[rows]]
-            table = np.column_stack([*columns, np.full(len(rows), number)])
+            table = np.column_stack([*columns, np.full(len(rows), group.number)])
             keys = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
             for place, key in zip(places.tolist(), keys, strict=True):
                 found[place] = key
@@ -203,12 +200,8 @@ class Table:
             places = self._everything[:count]
             parts = [(group, rows, places, (address(rows), self._everything_at))]
         else:
-            numbers, parts = codes // GROUP, []
-            for number, group in self._groups.items():
-                places = np.flatnonzero(numbers == number)
-                if places.size:
-                    rows = codes[places] - number * GROUP
-                    parts.append((group, rows, places, (address(rows), address(places))))
+            found = self._by_group(codes)
+            parts = [(*part, (address(part[1]), address(part[2]))) for part in found]
         scheduled = clipping = 0
         for group, *_ in parts:
             # To ask by ``any`` takes 1 us more, a twentieth of a step of one name.
@@ -313,11 +306,15 @@ class Table:
             return [(group, group.rows()) for group in self._groups.values()]
         labels = dict.fromkeys(names)
         codes = np.fromiter(map(self._codes.__getitem__, labels), np.int64, len(labels))
+        return [part[:2] for part in self._by_group(codes)]
+
+    def _by_group(self, codes: np.ndarray) -> Iterator[tuple[Group, np.ndarray, np.ndarray]]:
+        """The rows that codes stand for, and where they stand among them; not those of no row."""
         numbers = codes // GROUP
-        return [
-            (group, codes[numbers == number] - number * GROUP)
-            for number, group in self._groups.items()
-        ]
+        for number, group in self._groups.items():
+            places = np.flatnonzero(numbers == number)
+            if places.size:
+                yield group, codes[places] - number * GROUP, places
 
     def names_at(self, group: Group, rows: np.ndarray) -> list[str]:
         """The names that have some rows, oldest first. It looks through all names."""
