@@ -299,7 +299,9 @@ class HostGroup(Group):
     def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: Sequence[int]) -> None:
         """Let the library know which of its arrays are written: those at places but a few."""
         if copied:
-            places = np.setdiff1d(places, copied)
+            # ``np.setdiff1d`` takes 40 us for ten.
+            left = set(copied)
+            places = np.array([k for k in places.tolist() if k not in left], np.intp)
         self.backend.touch(arrays if len(places) == len(arrays) else arrays[places])
 
     def run(self, part: Part) -> None:
