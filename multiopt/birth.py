@@ -1,8 +1,8 @@
 """Rows for names that a step sees for the first time, or whose parameters have moved."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -10,17 +10,19 @@ from multiopt.arrays import Array
 from multiopt.averaging import Averaged
 from multiopt.backend import backend_of, named, slot_of
 from multiopt.engine import Group
-from multiopt.entry import (
-    Entry,
-    chosen,
-    chosen_clip,
-    restored,
-    restored_average,
-    restored_plateaus,
-    slot_shapes,
-)
+from multiopt.entry import chosen, chosen_clip, slot_shapes
+from multiopt.kinds import formulas
 from multiopt.layout import Layout
 from multiopt.rules import Rule
+from multiopt.state.record import (
+    Form,
+    Saved,
+    check_average,
+    check_fit,
+    observe,
+    resumed,
+    set_clocks,
+)
 from multiopt.step.run import Rows
 from multiopt.table import GROUP
 
@@ -32,6 +34,22 @@ __all__ = ["Undo", "begin", "move"]
 
 #: What takes back what a step has done before it failed.
 Undo: TypeAlias = list[Callable[[], object]]
+
+
+class _Kind(NamedTuple):
+    """New names that get their rows at once.
+
+    Attributes:
+        group: Their group.
+        rule: What the group computes for them.
+        places: Their places in the list of names.
+        saved: Their saved state; None for names that start anew.
+    """
+
+    group: Group
+    rule: Rule
+    places: list[int]
+    saved: list[Saved | None]
 
 
 def begin(
@@ -52,12 +70,12 @@ def begin(
         fresh: By place, the new codes; filled as they are made.
         undo: Takes what takes back what else has been done.
     """
-    names, codes = rows.names, rows.codes.copy()
+    names, codes, pending = rows.names, rows.codes.copy(), registry.pending
     layouts: dict[Hashable, tuple[Layout, Layout]] = {}
-    kinds: dict[Hashable, tuple[Group, Rule, list[int]]] = {}
+    kinds: dict[Hashable, _Kind] = {}
     shapes: dict[int, tuple[int, ...]] = {}
     clips: dict[int, Clip | None] = {}
-    resumed: dict[int, Entry] = {}
+    rule, shared = registry.rule, isinstance(registry.rule, Rule)
     for place in rows.missing:
         if grads[place] is None:
             continue
@@ -69,38 +87,28 @@ def begin(
             layouts[form] = layout, layout.with_shape(())
         layout, alike = layouts[form]
         shapes[place] = layout.shape
-        rule = registry.rule
-        if not isinstance(rule, Rule):
-            rule = chosen(rule, name, Rule, "rule")
+        if not shared:
+            rule = chosen(registry.rule, name, Rule, "rule")
         average = None if registry.average is None else registry.average_of(name)
+        saved = pending.get(name)
         key = id(rule), id(average), alike
         if key not in kinds:
+            assert isinstance(rule, Rule)
             chain = rule if average is None else Averaged(rule, average)
-            kinds[key] = registry.group_for(chain, layout), chain, []
-        clip = chosen_clip(registry.clip, name)
-        if name not in registry.pending:
-            clips[place] = clip
-            kinds[key][2].append(place)
-            continue
-        stored = registry.pending[name]
-        mean = stored.get("average")
-        entry = restored(name, stored, rule, clip, layout, registry.masters)
-        resumed[place] = entry._replace(average=restored_average(name, mean, average, layout))
-        # The first step asks the schedules.
-        seen = restored_plateaus(rule, stored["rule"], ahead=True)
-        if average is not None and mean is not None:
-            seen += restored_plateaus(average, mean["rule"], ahead=True)
-        undo += [partial(plateau.load_state, before) for plateau, before in seen]
-    placed = registry.placed({names[place]: entry for place, entry in resumed.items()})
-    fresh.update({place: placed[names[place]] for place in resumed})
-    for group, rule, places in kinds.values():
-        if not places:
-            continue
-        _check_shapes(group, rule, [(names[k], shapes[k]) for k in places])
-        made = group.add([shapes[k] for k in places])
+            kinds[key] = _Kind(registry.group_for(chain, layout), chain, [], [])
+        kinds[key].places.append(place)
+        kinds[key].saved.append(saved)
+        clips[place] = None if registry.clip is None else chosen_clip(registry.clip, name)
+    for group, chain, places, waited in kinds.values():
+        forms = [shapes[place] for place in places]
+        _check_shapes(registry, group, chain, [names[place] for place in places], forms, waited)
+        made = resumed(group, waited, forms)
         fresh.update(zip(places, (made + group.number * GROUP).tolist(), strict=True))
-        group.set_rules(made, rule)
-        registry.give_clips(group, made, [clips[k] for k in places])
+        group.set_rules(made, chain)
+        registry.give_clips(group, made, [clips[place] for place in places])
+        set_clocks(group, made, waited)
+        for form in {id(one.form): one.form for one in waited if one is not None}.values():
+            undo += _observe(chain, form)
     for place, code in fresh.items():
         codes[place] = code
     return registry.parted(names, codes, [place for place in rows.missing if place not in fresh])
@@ -119,18 +127,42 @@ def _form(array: Array) -> Hashable | None:
     return form
 
 
-def _check_shapes(group: Group, rule: Rule, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-    """Refuse shapes that a rule is not for.
+def _observe(chain: Rule, form: Form) -> Undo:
+    """Give schedules what others have seen, if that is more; return what takes it back."""
+    # The first step asks the schedules.
+    own, *means = formulas(chain)
+    seen = observe(own, form.rule.observed, ahead=True)
+    if means and form.average is not None:
+        seen += observe(means[0], form.average.observed, ahead=True)
+    return [partial(plateau.load_state, before) for plateau, before in seen]
+
+
+def _check_shapes(
+    registry: "Registry",
+    group: Group,
+    rule: Rule,
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    saved: Sequence[Saved | None],
+) -> None:
+    """Refuse shapes that a rule, or saved state, is not for.
 
     Raises:
         ValueError: There is one.
     """
-    known: set[tuple[int, ...]] = set()
-    for name, shape in shapes:
-        if shape not in known:
-            own = rule.rule if isinstance(rule, Averaged) else rule
-            slot_shapes(name, own, group.layout.with_shape(shape))
-            known.add(shape)
+    own = formulas(rule)[0]
+    known: set[Hashable] = set()
+    for name, shape, one in zip(names, shapes, saved, strict=True):
+        # State of step 0 need not have slots.
+        kind = shape, None if one is None else (id(one.form), one.step == 0)
+        if kind not in known:
+            known.add(kind)
+            layout = group.layout.with_shape(shape)
+            if one is None:
+                slot_shapes(name, own, layout)
+            else:
+                check_fit(name, one, own, layout, registry.masters)
+                check_average(name, one, layout)
 
 
 def move(

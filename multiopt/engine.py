@@ -22,9 +22,9 @@ makes five calls, whatever the rows are:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, nan
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -39,10 +39,13 @@ if TYPE_CHECKING:
     from multiopt.backend import Backend
     from multiopt.step.clip import Clip
 
-__all__ = ["MASTER", "Group"]
+__all__ = ["MASTER", "Group", "Slots"]
 
 #: The name of the slot that is no rule's: what a 16-bit parameter is rounded from, in float32.
 MASTER = "master_param"
+
+#: For each of several parameters its slots, in their order; None for one of zeros.
+Slots: TypeAlias = Sequence[Sequence[Array | None]]
 
 
 class Group(ABC):
@@ -145,15 +148,13 @@ class Group(ABC):
         """Different rows as an index of columns: a slice, which takes half the time, for all."""
         return slice(len(rows)) if len(rows) == len(self.shapes) else rows
 
-    def add(
-        self, shapes: Sequence[tuple[int, ...]], slots: Sequence[Sequence[Array]] | None = None
-    ) -> np.ndarray:
+    def add(self, shapes: Sequence[tuple[int, ...]], slots: Slots | None = None) -> np.ndarray:
         """Rows for new parameters, with a clock of zero.
 
         Args:
             shapes: Their shapes, parts of complex ones included.
-            slots: Of each all slots in their order, as ``closed`` gives them, to take possession
-                of; None for slots of zero.
+            slots: What to begin with, to take possession of: arrays of the library; or of NumPy,
+                whose shape and dtype are changed. None for zeros.
 
         Raises:
             ValueError: The rule is not for parameters of a shape.
@@ -201,7 +202,7 @@ class Group(ABC):
         self,
         rows: np.ndarray,
         shapes: Sequence[tuple[int, ...]],
-        slots: Sequence[Sequence[Array]] | None,
+        slots: Slots | None,
     ) -> None:
         """Give new rows slots; see ``add``."""
 
@@ -212,6 +213,14 @@ class Group(ABC):
     @abstractmethod
     def slots_at(self, row: int) -> dict[str, Array]:
         """The slots of a row by name, master copy included, as the engine has them."""
+
+    @abstractmethod
+    def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
+        """A slot of some rows of one size, by its number, over their memory where that is possible.
+
+        Yields:
+            Arrays of two axes, with the slots of one or more rows, in their order.
+        """
 
     def slot_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """The names of the slots of a parameter of this shape, in their order."""
@@ -276,11 +285,35 @@ class Group(ABC):
         steps: np.ndarray = self.steps[rows]
         return steps - self.numbers[rows, -1].astype(np.int64) if self.has_averages else steps
 
+    def set_clocks(
+        self, rows: np.ndarray, steps: Sequence[int], counts: Sequence[int] | None = None
+    ) -> None:
+        """Say how many steps new rows have taken, and how many of them their averages have seen."""
+        self.steps[rows] = steps
+        if self.has_averages:
+            seen = np.zeros(len(rows)) if counts is None else np.array(counts)
+            self.numbers[rows, -1] = self.steps[rows] - seen
+
     def set_clock(self, row: int, step: int) -> None:
         """Say how many steps a row has taken. Its average has seen as many as before."""
         if self.has_averages:
             self.numbers[row, -1] += step - self.steps[row]
         self.steps[row] = step
+
+    def copy_columns(self, rows: np.ndarray, others: np.ndarray) -> None:
+        """Give new rows what is set for other rows: numbers, schedules, clips."""
+        for column in (
+            self.schedule,
+            self.clip,
+            self.norm_bound,
+            self.eps,
+            self.bound,
+            self.numbers,
+        ):
+            column[rows] = column[others]
+        self.scheduled += int(np.count_nonzero(self.schedule[rows]))
+        self.clipping += int(np.count_nonzero(self.clip[rows]))
+        self.bounded += int(np.count_nonzero(~np.isnan(self.norm_bound[rows])))
 
     def set_clips(self, rows: np.ndarray, clip: "Clip | None", number: int) -> None:
         """Bound the gradients of rows.

@@ -16,11 +16,12 @@ from multiopt.guard import Guard, exclusive, mending
 from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.skipping import Skips, check_limit
-from multiopt.state import file as checkpoint
-from multiopt.state.file import Contents
+from multiopt.state.document import held, waiting
+from multiopt.state.file import read, write
 from multiopt.state.file_objects import Source, Target, label
-from multiopt.state.loading import LoadReport, Options, names_of, renamed, wanted_names
-from multiopt.state.taking import shown, stored_state, taken_over
+from multiopt.state.loading import LoadReport, load, renamed, wanted_names
+from multiopt.state.plain_data import check_state_dict, contents_of, shown, state_dict
+from multiopt.state.plateaus import warn_of_left_behind
 from multiopt.step.checks import as_dict, gradients_of
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report, explain
@@ -415,10 +416,11 @@ class Optimizer:
 
         >>> import multiopt as mo
         >>> mo.Optimizer(mo.SGD()).state_dict()
-        {'version': 2, 'steps': 0, 'entries': {}, 'pending': {}}
+        {'version': 3, 'steps': 0, 'entries': {}, 'pending': {}}
         """
         self._guard.check_whole("state_dict")
-        return stored_state(self._registry, copied=True)
+        warn_of_left_behind(self._registry)
+        return state_dict(self._registry)
 
     @mending
     def load_state_dict(
@@ -464,9 +466,11 @@ class Optimizer:
         >>> report.pending, report.unused
         (('W',), {'b': 'it was not asked for'})
         """
-        checkpoint.check_state_dict(state_dict)
-        new = renamed(names_of(state_dict), wanted_names(names), rename)
-        return taken_over(self._registry, Contents(state_dict), new, Options(strict, cast))
+        check_state_dict(state_dict)
+        wanted = wanted_names(names)
+        contents = contents_of(state_dict, wanted, strict)
+        new = renamed(contents.names, wanted, rename)
+        return load(self._registry, contents, new, strict, cast)
 
     def save(self, path: Target, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the state, pending state included, to a file that any backend can load.
@@ -488,7 +492,8 @@ class Optimizer:
             TypeError: The metadata is no mapping, or ``path`` neither a path nor a binary file
                 object.
             ValueError: The metadata or a name is not what JSON can hold, a schedule is nested too
-                deep, or there are too many names for one file (some 300 000).
+                deep, or there are too many names for one file (2 500 000; some 300 000 of
+                different shapes).
 
         >>> import io
         >>> import numpy as np, multiopt as mo
@@ -501,7 +506,9 @@ class Optimizer:
         {'epoch': 7, 'loss': nan}
         """
         self._guard.check_whole("save")
-        checkpoint.write(path, stored_state(self._registry, copied=False), metadata)
+        warn_of_left_behind(self._registry)
+        known = self._registry
+        write(path, [*held(known), *waiting(known.pending)], known.steps, known.skips, metadata)
 
     @mending
     def load(
@@ -535,11 +542,11 @@ class Optimizer:
             ValueError: Two names would become one.
         """
         wanted = wanted_names(names)
-        contents = checkpoint.read(path, wanted)
-        new = renamed([*names_of(contents.state_dict), *contents.damaged], wanted, rename)
+        contents = read(path, wanted)
+        new = renamed(contents.names, wanted, rename)
         if strict:
             contents.check_whole(path)
         try:
-            return taken_over(self._registry, contents, new, Options(strict, cast, own=True))
+            return load(self._registry, contents, new, strict, cast)
         except ValueError as error:
             raise CheckpointError(f"{label(path)}: {error}") from error

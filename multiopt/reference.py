@@ -4,13 +4,13 @@ It takes what no compiled engine does: rules that treat a parameter as a whole, 
 without a package of ours. All results are new arrays, made before anything is written.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from multiopt.arrays import Array, Arrays, Member, Part
-from multiopt.engine import Group
+from multiopt.engine import Group, Slots
 from multiopt.errors import answer, brief
 from multiopt.rules.arithmetic import clamp, sum_of_squares
 
@@ -63,20 +63,24 @@ class ReferenceGroup(Group):
     # Slots
 
     def _make_slots(
-        self,
-        rows: np.ndarray,
-        shapes: Sequence[tuple[int, ...]],
-        slots: Sequence[Sequence[Array]] | None,
+        self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]], slots: Slots | None
     ) -> None:
-        if slots is not None:
-            self._slots.update(zip(rows.tolist(), map(tuple, slots), strict=True))
-            return
         made = {}
-        for row, shape in zip(rows.tolist(), shapes, strict=True):
+        for k, (row, shape) in enumerate(zip(rows.tolist(), shapes, strict=True)):
             forms = list(self.rule.slot_shapes(shape).values()) + [shape] * self.has_masters
-            zeros = [np.zeros(form, self.dtype) for form in forms]
-            made[row] = tuple(self.backend.closed(zeros, self.layout))
+            given = [None] * len(forms) if slots is None else slots[k]
+            arrays = [self._array(x, form) for x, form in zip(given, forms, strict=True)]
+            made[row] = tuple(self.backend.closed(arrays, self.layout))
         self._slots.update(made)
+
+    def _array(self, given: Array | None, shape: tuple[int, ...]) -> Array:
+        """What is given for a slot of a shape; zeros for None."""
+        if given is None:
+            return np.zeros(shape, self.dtype)
+        if not isinstance(given, np.ndarray):
+            return given
+        with np.errstate(over="ignore"):
+            return given.astype(self.dtype, copy=False).reshape(shape)
 
     def _drop_slots(self, row: int) -> None:
         del self._slots[row]
@@ -84,6 +88,18 @@ class ReferenceGroup(Group):
     def slots_at(self, row: int) -> dict[str, Array]:
         """See ``Group``."""
         return dict(zip(self.slot_names(self.shapes[row]), self._slots[row], strict=True))
+
+    def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
+        """See ``Group``."""
+        for row in rows.tolist():
+            yield self._on_host(self._slots[row][number])
+
+    def _on_host(self, slot: Array) -> np.ndarray:
+        array = self.backend.memory(slot)
+        # It may know addresses and nothing else.
+        if array is None or array.dtype != self.dtype:
+            array = self.backend.to_host(slot)
+        return np.asarray(array, order="C").reshape(1, -1)
 
     # A step
 

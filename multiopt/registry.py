@@ -132,9 +132,8 @@ class Registry(Table):
             group, row = self.row_of(name)
             rule = group.rule_at(row)
             return rule.average if isinstance(rule, Averaged) else None
-        if name in self.pending and "keeps" in self.pending[name]:
-            kept: Average | None = self.pending[name]["keeps"]
-            return kept
+        if name in self.pending and self.pending[name].keeps is not None:
+            return self.pending[name].keeps
         return chosen_average(self.average, name)
 
     # The step
@@ -261,22 +260,18 @@ class Registry(Table):
         self, rows: Rows, fresh: Mapping[int, int], skipped: Sequence[int]
     ) -> tuple[str, ...]:
         """Give names the rows that a step has begun; return those that were never seen before."""
+        # Who is skipped at first sight has not been seen.
         left = fresh.keys() & skipped
-        born = []
-        for place in sorted(fresh):
-            name = rows.names[place]
-            if place in left:
-                # Who is skipped at first sight has not been seen.
-                self._garbage.append(fresh[place])
-                continue
-            if name in self._codes:
-                self._garbage.append(self._codes[name])
-            else:
-                born.append(name)
-            self._codes[name] = fresh[place]
+        known, names = self._codes, rows.names
+        kept = {names[place]: fresh[place] for place in sorted(fresh) if place not in left}
+        born = tuple(name for name in kept if name not in known)
+        self._garbage += [fresh[place] for place in left]
+        self._garbage += [known[name] for name in kept if name in known]
+        known.update(kept)
+        for name in kept if self.pending else ():
             self.pending.pop(name, None)
         self.last = NOTHING if left else rows
-        return tuple(born)
+        return born
 
     def _take_back(self, fresh: Mapping[int, int], undo: Undo) -> None:
         """Let go of what a step has begun that did not end."""

@@ -16,7 +16,7 @@ the number of the group and the row in it.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from multiopt.rules import Rule
 from multiopt.step.checks import check_name
 from multiopt.step.clip import Clip, Together
 from multiopt.step.run import Rows, RowsOfGroup
+
+if TYPE_CHECKING:
+    from multiopt.state.record import Saved
 
 __all__ = ["GROUP", "NOTHING", "Table"]
 
@@ -72,9 +75,7 @@ class Table:
 
     Attributes:
         last: The last list of names that a step had, with its rows.
-        pending: Loaded state of names not seen yet, as a state dict has it, slots NumPy arrays.
-            Where it came with an average, that is under ``"average"``, and under ``"keeps"`` what
-            average this optimizer keeps of the name.
+        pending: Loaded state of names not seen yet.
     """
 
     __slots__ = (
@@ -86,7 +87,7 @@ class Table:
         """Know no name yet."""
         self.masters = masters
         self.guard = Guard() if guard is None else guard
-        self.pending: dict[str, Mapping[str, Any]] = {}
+        self.pending: dict[str, Saved] = {}
         self._codes = _Codes()
         self._groups: dict[int, Group] = {}
         self._kinds: dict[Hashable, int] = {}
@@ -278,10 +279,8 @@ class Table:
                 codes.update(zip(names, made, strict=True))
                 group.set_rules(rows, chain)
                 self.give_clips(group, rows, [entry.clip for entry in mine])
-                group.steps[rows] = [entry.step for entry in mine]
-                if group.has_averages:
-                    seen = [0 if average is None else average.step for average in averages]
-                    group.numbers[rows, -1] = group.steps[rows] - np.array(seen)
+                seen = [0 if average is None else average.step for average in averages]
+                group.set_clocks(rows, [entry.step for entry in mine], seen)
         except BaseException:
             self.free(codes.values())
             raise
@@ -297,6 +296,14 @@ class Table:
         with self.guard:
             self.replace_rows(placed)
         self.sweep()
+
+    def names_by_group(self) -> Iterator[tuple[Group, list[str], np.ndarray, np.ndarray]]:
+        """All groups that have names, with these, their places among all names, and their rows."""
+        names = list(self._codes)
+        codes = np.fromiter(self._codes.values(), np.int64, len(names))
+        for group, rows, places in self._by_group(codes):
+            mine = names if len(places) == len(names) else [names[k] for k in places.tolist()]
+            yield group, mine, places, rows
 
     def rows_of(self, names: Iterable[str] | None) -> list[tuple[Group, np.ndarray]]:
         """The rows of some names, by group; those of all for None."""

@@ -22,7 +22,9 @@ from safetensors.numpy import load_file, save_file
 
 import multiopt as mo
 from multiopt.adapters import torch_optim
-from multiopt.state import file as checkpoint
+from multiopt.state.document import waiting as tables
+from multiopt.state.file import write
+from multiopt.state.plain_data import contents_of
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
 LOCAL = [NUMPY, TORCH, JAX, STRICT]
@@ -339,7 +341,7 @@ def test_slots_that_are_views_with_a_bit_are_what_they_show(view: Any, tmp_path:
     state["entries"]["a"]["slots"] = {"exp_avg": slot, "exp_avg_sq": slot}
     opt.load_state_dict(state)
     assert opt.state("a").slots["exp_avg"].tolist() == slot.tolist()
-    checkpoint.write(tmp_path / "run", state)
+    write(tmp_path / "run", tables(contents_of(state).saved), 3, {})
     target = mo.Optimizer(mo.Adam())
     target.load(tmp_path / "run")
     assert target.state_dict()["pending"]["a"]["slots"]["exp_avg"].tolist() == slot.tolist()
@@ -665,9 +667,12 @@ def test_metadata_may_be_any_mapping(tmp_path: Path, kind: Any) -> None:
 def flipped(path: Path, slot_of: str, slot: str) -> None:
     """Flip a bit in the middle of a slot."""
     with safe_open(path, "numpy") as file:
-        document = json.loads(file.metadata()["multiopt"])
-        key = {**document["entries"], **document["pending"]}[slot_of]["slots"][slot]
-        array = file.get_tensor(key)
+        document, number = json.loads(file.metadata()["multiopt"]), 0
+        for table in (*document["entries"], *document["pending"]):
+            if slot_of in table["names"]:
+                key = str(number + list(table["slots"]).index(slot))
+                array = file.get_tensor(key)[table["names"].index(slot_of)]
+            number += len(table["slots"])
     raw = bytearray(path.read_bytes())
     place = raw.rindex(array.tobytes())
     raw[place + array.nbytes // 2] ^= 16
@@ -716,14 +721,24 @@ def test_a_file_copied_by_another_program_loads(tmp_path: Path) -> None:
             assert_equal(waiting[slot], array)
 
 
+@pytest.mark.parametrize(
+    ("limit", "most"), [("file.LARGEST_HEADER", 2000), ("document.MOST_NAMES", 199)]
+)
 def test_too_many_names_for_a_header_are_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
 ) -> None:
-    monkeypatch.setattr("multiopt.state.file.LARGEST_HEADER", 2000)
-    opt = stepped(**{f"w{i}": ones(1) for i in range(20)})
-    with pytest.raises(ValueError, match="save fewer names in one file"):
+    monkeypatch.setattr(f"multiopt.state.{limit}", most)
+    opt = stepped(**{f"w{i}": ones(1) for i in range(200)})
+    with pytest.raises(
+        ValueError, match=r"save fewer names in one file|200 names; expected at most"
+    ):
         opt.save(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    opt.save(tmp_path / "run")
+    monkeypatch.setattr(f"multiopt.state.{limit}", most)
+    with pytest.raises(mo.CheckpointError, match=r"expected 2000 at most|more than 199 names"):
+        opt.load(tmp_path / "run")
 
 
 def test_a_cast_beyond_the_range_gives_infinity_in_silence() -> None:

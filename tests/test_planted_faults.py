@@ -179,9 +179,9 @@ FAULTS = [
     ),
     Fault(
         "pending state lost by saving",
-        "multiopt/state/taking.py",
-        '"pending": waiting(pending)}',
-        '"pending": {}}',
+        "multiopt/optimizer.py",
+        "[*held(known), *waiting(known.pending)]",
+        "[*held(known)]",
         "test_checkpoint.py::test_pending_state_survives_save_load_save",
     ),
     Fault(

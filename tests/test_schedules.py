@@ -42,9 +42,10 @@ from multiopt.schedules import (
     Shared,
     StepDecay,
 )
-from multiopt.schedules.description import described
-from multiopt.state import file as checkpoint
+from multiopt.schedules.description import described, observers
+from multiopt.state.file import listed
 from tests.libraries import LIBRARIES, NUMPY, TORCH, Library, assert_equal, engine
+from tests.test_damaged_files import parts, sealed
 
 LOCAL = [library for library in LIBRARIES if not library.needs_cuda]
 ENGINES = ["compiled", "blocks", "plain"]
@@ -728,7 +729,8 @@ def test_schedules_and_their_place_are_saved(tmp_path: Path) -> None:
     with safe_open(tmp_path / "run", "numpy") as file:
         document = json.loads(file.metadata()["multiopt"])
     assert document["steps"] == 2
-    words = document["rules"][document["entries"]["w"]["rule"]]
+    (table,) = document["entries"]
+    words = document["rules"][table["rule"]]
     numbers = {k: words[k] for k in ("lr", "betas", "eps", "weight_decay")}
     assert numbers == {"lr": 0.25, "betas": [0.9, 0.99], "eps": 0.5, "weight_decay": 0.25}
     assert words["schedules"]["lr"] == {
@@ -740,15 +742,12 @@ def test_schedules_and_their_place_are_saved(tmp_path: Path) -> None:
         },
     }
     assert words["schedules"]["betas"] == [0.9, {"name": "Constant", "value": 0.99}]
-    assert words["schedules"]["weight_decay"]["state"] == {
-        "value": 0.25,
-        "best": "inf",
-        "bad": 0,
-        "waiting": 0,
-        "average": 0.0,
-        "finite": 0,
-        "observed": 0,
-    }
+    seen = {"value": 0.25, "best": "inf", "bad": 0, "waiting": 0, "average": 0.0}
+    seen |= {"finite": 0, "observed": 0}
+    # What it has seen is state, and stands apart.
+    assert "state" not in words["schedules"]["weight_decay"]
+    assert document["plateaus"] == {str(table["rule"]): {"weight_decay=Plateau": seen}}
+    assert opt.state_dict()["entries"]["w"]["plateaus"] == {"weight_decay=Plateau": seen}
     assert sorted(words["schedules"]) == ["betas", "lr", "weight_decay"]
     # The rule of the constructor wins.
     other = mo.Optimizer(mo.Adam(lr=0.5))
@@ -839,8 +838,9 @@ def test_a_schedule_that_is_no_dataclass_is_its_name(tmp_path: Path) -> None:
     opt = mo.Optimizer(mo.SGD(lr=Undeclared()))
     opt.step({"w": ones()}, {"w": ones()})
     opt.save(tmp_path / "run")
-    for state in (opt.state_dict(), checkpoint.listed(tmp_path / "run").state_dict):
-        assert state["entries"]["w"]["rule"]["schedules"]["lr"] == {"name": "Undeclared"}
+    words = opt.state_dict()["entries"]["w"]["rule"]
+    for rule in (words, listed(tmp_path / "run").saved["entries"]["w"].form.rule.words):
+        assert rule["schedules"]["lr"] == {"name": "Undeclared"}
     mo.Optimizer(mo.SGD(lr=Undeclared())).load(tmp_path / "run")
 
 
@@ -852,7 +852,7 @@ def test_a_plateau_of_somebody_else_does_not_keep_a_file_from_loading(tmp_path: 
     other = mo.Optimizer(mo.Adam(lr=theirs))
     other.load(tmp_path / "run")
     schedules = other.state_dict()["pending"]["w"]["rule"]["schedules"]
-    assert schedules == {"eps": {"name": "Constant", "value": 0.5}}
+    assert schedules == {"lr": {"name": "Plateau"}, "eps": {"name": "Constant", "value": 0.5}}
 
 
 # A Plateau inside of a callable
@@ -1211,10 +1211,25 @@ def test_a_state_that_no_plateau_has_is_refused_and_changes_nothing(
     opt = mo.Optimizer(mo.SGD(lr=Shared(plateau)))
     opt.step({"w": ones()}, {"w": ones()})
     plateau.observe(1.0)
-    before, state = plateau.state(), opt.state_dict()
-    state["entries"]["w"]["rule"]["schedules"]["lr"]["schedule"]["state"][key] = value
-    checkpoint.write(tmp_path / "run", state)
-    for load in (lambda: opt.load_state_dict(state), lambda: opt.load(tmp_path / "run")):
+    before, state, place = plateau.state(), opt.state_dict(), f"lr=Shared.schedule={kind.__name__}"
+    opt.save(tmp_path / "run")
+    first, data = parts((tmp_path / "run").read_bytes())
+    header = json.loads(first)
+    document = json.loads(header["__metadata__"]["multiopt"])
+    document["plateaus"]["0"][place][key] = value
+    (tmp_path / "run").write_bytes(sealed(document, header, data))
+    state["entries"]["w"]["plateaus"][place][key] = value
+    # Up to version 2 it stood inside of the description.
+    entry = opt.state_dict()["entries"]["w"]
+    entry["rule"]["schedules"]["lr"]["schedule"]["state"] = entry.pop("plateaus")[place]
+    old = {"version": 2, "entries": {"w": entry}, "pending": {}}
+    opt.load_state_dict(old)
+    entry["rule"]["schedules"]["lr"]["schedule"]["state"][key] = value
+    for load in (
+        lambda: opt.load_state_dict(state),
+        lambda: opt.load_state_dict(old),
+        lambda: opt.load(tmp_path / "run"),
+    ):
         with pytest.raises(mo.CheckpointError, match="'w': expected the state of a Plateau; got"):
             load()
     assert plateau.state() == before
@@ -1239,8 +1254,32 @@ def test_a_description_of_no_use_changes_nothing(words: Any) -> None:
     before = plateau.state()
     state["entries"]["w"]["rule"]["schedules"] = words
     with pytest.raises(ValueError, match=r"'w'.*(mapping under 'schedules'|state of a Plateau)"):
+        opt.load_state_dict({**state, "version": 2})
+    assert plateau.state() == before
+
+
+@pytest.mark.parametrize("observed", [3, {"lr=Plateau": 3}, {"lr=Plateau": {"value": 0.1}}, [1]])
+def test_what_no_plateau_has_seen_changes_nothing(observed: Any) -> None:
+    plateau = Plateau(0.1)
+    opt = mo.Optimizer(mo.SGD(lr=plateau))
+    opt.step({"w": ones()}, {"w": ones()})
+    state = opt.state_dict()
+    state["entries"]["w"]["plateaus"] = observed
+    plateau.observe(1.0)
+    before = plateau.state()
+    with pytest.raises(mo.CheckpointError, match="'w': expected the state of a Plateau; got"):
         opt.load_state_dict(state)
     assert plateau.state() == before
+
+
+def test_a_plateau_in_another_place_takes_over_nothing() -> None:
+    saved = mo.Optimizer(mo.SGD(lr=Join([Constant(0.1), Plateau(0.1)], [9])))
+    saved.step({"w": ones()}, {"w": ones()})
+    for lr in (Join([Plateau(0.1), Constant(0.1)], [9]), Shared(Plateau(0.1)), Mine(0.1)):
+        opt = mo.Optimizer(mo.SGD(lr=lr))
+        before = repr([plateau.state() for _, plateau in observers(lr, "lr")])
+        opt.load_state_dict(saved.state_dict())
+        assert repr([plateau.state() for _, plateau in observers(lr, "lr")]) == before
 
 
 # Hyperparameters mid-run

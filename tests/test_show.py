@@ -30,7 +30,7 @@ def test_a_file_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     head, *rest = capsys.readouterr().out.replace(str(path), "FILE").splitlines()
     size = path.stat().st_size
     assert head == (
-        f"FILE: multiopt checkpoint, version 2, {size} bytes, 13 steps, 2 names seen, 2 pending, "
+        f"FILE: multiopt checkpoint, version 3, {size} bytes, 13 steps, 2 names seen, 2 pending, "
         "checked"
     )
     rules = [
@@ -90,9 +90,9 @@ def test_a_slot_that_is_rotten_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     head, *rest = capsys.readouterr().out.splitlines()
     assert head == whole[0].removesuffix("checked") + "damaged"
     assert rest[:3] == [
+        "damaged: w, its slot average: the checksum differs",
         r"damaged: 'a\nb', its slot exp_avg_sq: the checksum differs",
         "damaged: c, its slot exp_avg: the checksum differs",
-        "damaged: w, its slot average: the checksum differs",
     ]
     # The rest is shown all the same.
     assert rest[3:] == whole[1:]
@@ -107,10 +107,11 @@ def test_slots_that_a_disk_has_lost_are_said(
     path = tmp_path / "run.safetensors"
     opt.save(path)
     # A file whose slots are holes.
+    size = path.stat().st_size
     with path.open("rb+") as file:
         header = int.from_bytes(file.read(8), "little")
         file.truncate(8 + header)
-        file.truncate(8 + header + 16000)
+        file.truncate(size)
     with pytest.raises(mo.CheckpointError, match="'w'"):
         mo.Optimizer(mo.Adam()).load(path)
     assert main(["show", str(path)]) == 1

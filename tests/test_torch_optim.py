@@ -15,7 +15,7 @@ import torch
 import multiopt as mo
 from multiopt.adapters.torch_optim import from_torch, read, rules_of, to_torch
 from multiopt.adapters.torch_state import parameter_from_torch
-from multiopt.state import file as checkpoint
+from multiopt.state.document import VERSION
 
 #: Options for which an optimizer keeps all that it may keep, and some that are only torch's.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -628,7 +628,7 @@ def test_a_rule_that_torch_does_not_have_is_refused(rule: mo.Rule, message: str)
 )
 def test_a_rule_that_is_not_multiopts_is_refused(words: dict[str, Any]) -> None:
     entry = {"rule": words, "step": 0, "slots": {}}
-    state = {"version": checkpoint.VERSION, "entries": {"w": entry}, "pending": {}}
+    state = {"version": VERSION, "entries": {"w": entry}, "pending": {}}
     with pytest.raises(ValueError, match=r"'w' has the rule .*; expected one of multiopt's"):
         rules_of(state)
 

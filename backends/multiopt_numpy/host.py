@@ -6,7 +6,7 @@ given to another one, so that a view of a slot shows that slot for good.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from multiopt.arrays import Array, Arrays, Member, Part
-from multiopt.engine import Group
+from multiopt.engine import Group, Slots
 from multiopt.reference import resumed
 from multiopt.rules.arithmetic import BLOCK, block_sums, tree_sum
 
@@ -107,25 +107,41 @@ class HostGroup(Group):
     # Slots
 
     def _make_slots(
-        self,
-        rows: np.ndarray,
-        shapes: Sequence[tuple[int, ...]],
-        slots: Sequence[Sequence[Array]] | None,
+        self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]], slots: Slots | None
     ) -> None:
         sizes = np.fromiter(map(prod, shapes), np.int64, len(shapes))
         self.size[rows] = sizes
         large = np.flatnonzero(sizes >= LARGE)
         for k in large.tolist():
             # Of that many elements there is to be no copy.
-            arrays = self._zeros(int(sizes[k])) if slots is None else map(self._owned, slots[k])
-            self.chunk[rows[k]] = self._new_chunk(list(arrays), 1)
+            size, given = int(sizes[k]), [None] * self.slot_count if slots is None else slots[k]
+            self.chunk[rows[k]] = self._new_chunk([self._owned(x, size) for x in given], 1)
         small = np.flatnonzero(sizes < LARGE) if large.size else np.arange(len(rows))
         self._make_small(rows[small], sizes[small])
-        if slots is not None:
-            for k in small.tolist():
-                chunk, begin = self._chunks[int(self.chunk[rows[k]])], int(self.offset[rows[k]])
-                for array, slot in zip(chunk.arrays, slots[k], strict=True):
-                    array[begin : begin + int(sizes[k])] = np.asarray(slot).reshape(-1)
+        if slots is not None and small.size:
+            self._fill(rows, small, slots)
+
+    @np.errstate(all="ignore")
+    def _fill(self, rows: np.ndarray, which: np.ndarray, slots: Slots) -> None:
+        """Write what is given for small new rows into their slots.
+
+        Args:
+            rows: The rows.
+            which: The positions of those that are small: they have their slots in their order.
+            slots: The slots of all of them.
+        """
+        chunk = self.chunk[rows[which]]
+        for first, end in pairwise((0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(which))):
+            mine = which[first:end].tolist()
+            begin, last = int(self.offset[rows[mine[0]]]), rows[mine[-1]]
+            part = slice(begin, int(self.offset[last] + self.size[last]))
+            into = self._chunks[int(chunk[first])].arrays
+            for j, array in enumerate(into):
+                parts = [
+                    np.zeros(int(self.size[rows[k]])) if slots[k][j] is None else slots[k][j]
+                    for k in mine
+                ]
+                array[part] = np.concatenate(parts, axis=None)
 
     def _make_small(self, rows: np.ndarray, sizes: np.ndarray) -> None:
         """Give small new rows slots of zero, side by side."""
@@ -151,8 +167,11 @@ class HostGroup(Group):
         """Memory for all slots of some elements, in one allocation."""
         return list(np.zeros((self.slot_count, length), self.dtype))
 
-    def _owned(self, slot: Array) -> np.ndarray:
-        """A slot as an array of one axis that can be written: it, or a copy."""
+    @np.errstate(all="ignore")
+    def _owned(self, slot: Array | None, size: int) -> np.ndarray:
+        """A slot as an array of one axis that can be written: it, or a copy; zeros for None."""
+        if slot is None:
+            return np.zeros(size, self.dtype)
         flat = np.asarray(slot).reshape(-1)
         return flat if flat.flags.carray and flat.dtype == self.dtype else flat.astype(self.dtype)
 
@@ -179,6 +198,18 @@ class HostGroup(Group):
         arrays, begin = self._chunks[int(self.chunk[row])].arrays, int(self.offset[row])
         end, shape = begin + int(self.size[row]), self.shapes[row]
         return tuple(slots[begin:end].reshape(shape) for slots in arrays)
+
+    def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
+        """See ``Group``."""
+        chunk, offset, size = self.chunk[rows], self.offset[rows], int(self.size[rows[0]])
+        for first, end in pairwise((0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(rows))):
+            array, begins = self._chunks[int(chunk[first])].arrays[number], offset[first:end]
+            if (np.diff(begins) == size).all():
+                begin = int(begins[0])
+                yield array[begin : begin + (end - first) * size].reshape(end - first, size)
+            else:
+                # No more than a chunk is copied.
+                yield array[begins[:, np.newaxis] + np.arange(size)]
 
     def slots_at(self, row: int) -> dict[str, Array]:
         """See ``Group``."""

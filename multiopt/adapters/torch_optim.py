@@ -23,7 +23,6 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 
 from multiopt.adapters.torch_file import read
@@ -42,10 +41,10 @@ from multiopt.adapters.torch_state import (
     state_dict_of,
     without_clock,
 )
-from multiopt.entry import check_slot_names, in_parts
 from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
-from multiopt.state import file as checkpoint
+from multiopt.state.plain_data import check_state_dict
+from multiopt.state.record import check_slot_names
 
 __all__ = ["from_torch", "read", "rules_of", "to_torch"]
 
@@ -160,7 +159,7 @@ def rules_of(state_dict: Mapping[str, Any]) -> dict[str, Rule]:
     >>> rules_of(opt.state_dict())["scale"].lr
     0.5
     """
-    checkpoint.check_state_dict(state_dict)
+    check_state_dict(state_dict)
     same: dict[Rule, Rule] = {}
     found = {}
     for name, stored in {**state_dict["pending"], **state_dict["entries"]}.items():
@@ -274,21 +273,20 @@ def _state(
         shapes = rule.slot_shapes(tuple(param.shape))
     except ValueError as error:
         raise ValueError(f"parameter {name!r}: {error}") from error
-    check_slot_names(name, stored, rule, shapes)
+    check_slot_names(name, stored["slots"], stored["step"], stored["rule"], rule, shapes)
     if not stored["step"]:
         return fresh_state(constructor, settings, param)
     slots = stored["slots"]
     if param.is_complex():
-        slots = in_parts(slots)
         shapes = {slot: (*shape, 2) for slot, shape in shapes.items()}
     for slot, array in slots.items():
-        if array.shape != shapes[slot] or np.iscomplexobj(array):
+        if array.shape != shapes[slot] or stored["complex"] > param.is_complex():
             raise ValueError(
                 f"the slot {slot!r} of parameter {name!r} has shape {array.shape} and dtype "
                 f"{array.dtype}; expected {shapes[slot]}, for a parameter of shape "
                 f"{tuple(param.shape)} and dtype {param.dtype} in torch"
             )
-    whole = {**stored, "slots": slots, "complex": param.is_complex()}
+    whole = {**stored, "complex": param.is_complex()}
     (state,) = parameter_to_torch(constructor, whole)["state"].values()
     cast = {k: v.to(param.dtype) if k in slots else v for k, v in state.items()}
     return without_clock(constructor, cast)

@@ -23,14 +23,20 @@ from multiopt.adapters.torch_settings import (
 )
 from multiopt.backend import named
 from multiopt.engine import MASTER
-from multiopt.entry import check_slot_names, described_rule, on_host
 from multiopt.errors import CheckpointError, brief
 from multiopt.layout import COMPUTE_DTYPE
 from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
 from multiopt.rules.nadam import product_of_shares
-from multiopt.state import file as checkpoint
-from multiopt.state.file import LAST_STEP
+from multiopt.state.document import LAST_STEP, VERSION
+from multiopt.state.plain_data import check_state_dict
+from multiopt.state.record import (
+    check_slot_names,
+    described_rule,
+    plain_entry,
+    saved_of,
+    slots_on_host,
+)
 
 __all__ = [
     "derived_numbers",
@@ -293,11 +299,12 @@ def state_dict_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     for name, entry in entries.items():
         try:
-            check_slot_names(name, entry, rule_of(name, entry["rule"]))
+            words, slots = entry["rule"], entry["slots"]
+            check_slot_names(name, slots, entry["step"], words, rule_of(name, words))
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     return {
-        "version": checkpoint.VERSION,
+        "version": VERSION,
         "steps": max((entry["step"] for entry in entries.values()), default=0),
         "entries": {
             name: {"rule": entry["rule"], "step": entry["step"], "slots": _shown_slots(entry)}
@@ -319,9 +326,9 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ValueError: It has another form, or a rule that is not multiopt's, or one with an option
             that torch does not have.
     """
-    checkpoint.check_state_dict(state_dict)
+    check_state_dict(state_dict)
     parts = {**state_dict["pending"], **state_dict["entries"]}
-    stored = {name: on_host(name, entry) for name, entry in parts.items()}
+    stored = {name: _entry_on_host(name, entry) for name, entry in parts.items()}
     for name, entry in stored.items():
         rule = rule_of(name, entry["rule"])
         options = [option for option in lacking(type(rule)) if getattr(rule, option)]
@@ -334,6 +341,15 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             )
     leave_out(state_dict, stored, stacklevel=4)
     return stored
+
+
+def _entry_on_host(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a state dict with NumPy slots of its own, the parts of complex ones."""
+    saved = saved_of(name, entry)
+    return {
+        **plain_entry(saved.form.rule, saved.step, slots_on_host(saved)),
+        "complex": saved.form.is_complex,
+    }
 
 
 def leave_out(

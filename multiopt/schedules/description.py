@@ -11,14 +11,14 @@ from multiopt.reached import reached
 from multiopt.schedules.base import Schedule
 from multiopt.schedules.plateau import Plateau, has_observed, is_observed
 
-__all__ = ["check_description", "described", "left_behind", "plain", "plateaus"]
+__all__ = ["described", "left_behind", "observers", "plain", "separated"]
 
 #: How deep a description of a schedule may be nested. One of a rule in a file has at most 64.
 DEEPEST = 56
 
 
 def described(value: Any, depth: int = 0) -> Any:
-    """A schedule as plain data: its class, its fields, and what it has seen.
+    """A schedule as plain data: its class and its fields.
 
     One that is no dataclass is its class alone; values that are no schedules are as ``plain``.
 
@@ -35,8 +35,7 @@ def described(value: Any, depth: int = 0) -> Any:
     if depth == DEEPEST or not isinstance(value, Schedule):
         return plain(value, depth)
     words = {name: described(part, depth + 1) for name, part in _arguments(value).items()}
-    state = {"state": value.state()} if isinstance(value, Plateau) else {}
-    return {"name": type(value).__name__, **words, **state}
+    return {"name": type(value).__name__, **words}
 
 
 def plain(value: Any, depth: int = 0) -> Any:
@@ -65,47 +64,70 @@ def plain(value: Any, depth: int = 0) -> Any:
     return value if isinstance(value, bool | int | float | str) else None
 
 
-def check_description(description: Any) -> None:
-    """Refuse a description with a state that no ``Plateau`` could take.
+def observers(value: Any, place: str, depth: int = 0) -> Iterator[tuple[str, Plateau]]:
+    """Each ``Plateau`` in a schedule, with its place: the classes and fields on the way to it.
+
+    Args:
+        value: The schedule.
+        place: Where it stands.
+        depth: How deep it is nested in another one. What is nested too deep is not found.
+
+    >>> from multiopt.schedules import Linear, Join
+    >>> lr = Join([Linear(0.0, 0.1, 10), Plateau(0.1)], [10])
+    >>> [place for place, _ in observers(lr, "lr")]
+    ['lr=Join.schedules[1]=Plateau']
+    """
+    if depth == DEEPEST:
+        return
+    if isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            yield from observers(part, f"{place}[{i}]", depth + 1)
+    elif isinstance(value, Schedule):
+        place = f"{place}={type(value).__name__}"
+        if isinstance(value, Plateau):
+            yield place, value
+        for name, part in _arguments(value).items():
+            yield from observers(part, f"{place}.{name}", depth + 1)
+
+
+def separated(description: Any, place: str) -> tuple[Any, dict[str, Mapping[str, Any]]]:
+    """A description of versions 1 and 2, which had the states of each ``Plateau`` inside.
+
+    Args:
+        description: The description of a schedule.
+        place: Where the schedule stands.
+
+    Returns:
+        The description without them, and they by their places, as ``observers`` has them.
 
     Raises:
-        ValueError: It has one.
+        ValueError: One is a state that no ``Plateau`` could take.
     """
-    waiting = [description]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, list | tuple):
-            waiting += part
-        elif isinstance(part, Mapping):
-            waiting += part.values()
-            state = part.get("state")
-            # That of a subclass has another name, and perhaps more in its state.
-            known = part.get("name") == "Plateau" or has_observed(state)
-            if known and not is_observed(state):
-                raise ValueError(f"expected the state of a Plateau; got {state!r}")
-
-
-def plateaus(value: Any, description: Any) -> Iterator[tuple[Plateau, Mapping[str, Any]]]:
-    """Each ``Plateau`` in a schedule, with the state that a description has in its place."""
-    if isinstance(value, tuple | list) and isinstance(description, list | tuple):
-        for part, words in zip(value, description, strict=False):
-            yield from plateaus(part, words)
-    elif (
-        isinstance(value, Schedule)
-        and isinstance(description, Mapping)
-        and description.get("name") == type(value).__name__
-    ):
-        if isinstance(value, Plateau) and has_observed(description.get("state")):
-            yield value, description["state"]
-        for name, part in _arguments(value).items():
-            yield from plateaus(part, description.get(name))
+    if isinstance(description, list | tuple):
+        parts = [separated(part, f"{place}[{i}]") for i, part in enumerate(description)]
+        return [part for part, _ in parts], {k: x for _, more in parts for k, x in more.items()}
+    if not isinstance(description, Mapping):
+        return description, {}
+    place, words = f"{place}={description.get('name')}", dict[Any, Any]()
+    found: dict[str, Mapping[str, Any]] = {}
+    state = description.get("state")
+    # That of a subclass has another name, and perhaps more in its state.
+    if description.get("name") == "Plateau" or has_observed(state):
+        if not is_observed(state):
+            raise ValueError(f"expected the state of a Plateau; got {state!r}")
+        found[place] = dict(state or {})
+    for name, part in description.items():
+        if not (name == "state" and place in found):
+            words[name], more = separated(part, f"{place}.{name}")
+            found |= more
+    return words, found
 
 
 def left_behind(value: Any) -> list[Plateau]:
-    """Each ``Plateau`` that a hyperparameter reaches, and no description of it has the state of.
+    """Each ``Plateau`` that a hyperparameter reaches, and of which no state is saved.
 
-    A description has those that are schedules, or parts of some; not those inside of a callable of
-    the user's.
+    That of those is saved that are schedules, or parts of some; not of those inside of a callable
+    of the user's.
 
     >>> from multiopt.schedules import Shared
     >>> plateau = Plateau(0.1)
@@ -132,11 +154,10 @@ def left_behind(value: Any) -> list[Plateau]:
                 and type(part).__module__.rpartition(".")[0] != __package__
             ):
                 others.append(type(part).__call__.__get__(part))
-    # One of somebody else may have a state that cannot be loaded: then there is no description.
-    if not all(is_observed(plateau.state()) for plateau in saved):
-        return list(reached([*saved, *others], Plateau))
-    known = {id(plateau) for plateau in saved}
-    return [plateau for plateau in reached(others, Plateau) if id(plateau) not in known]
+    # One of somebody else may have a state that cannot be loaded.
+    known = {id(plateau) for plateau in saved if is_observed(plateau.state())}
+    odd = [plateau for plateau in saved if id(plateau) not in known]
+    return [plateau for plateau in reached([*odd, *others], Plateau) if id(plateau) not in known]
 
 
 def _arguments(schedule: Any) -> dict[str, Any]:

@@ -2,42 +2,42 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from itertools import chain
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from xxhash import xxh3_64
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
-from multiopt.arrays import Array
-from multiopt.backend import backend_of, named
+from multiopt.averaging import AVERAGE
 from multiopt.errors import CheckpointError
-from multiopt.layout import Layout, parts_of
-from multiopt.schedules.description import check_description
+from multiopt.skipping import Skips
+from multiopt.state import versions
+from multiopt.state.contents import Contents
+from multiopt.state.document import (
+    BLOCK,
+    LARGE,
+    VERSION,
+    Table,
+    check_skips,
+    check_steps,
+    check_version,
+    described,
+    tables_in,
+)
 from multiopt.state.durable import replacing
 from multiopt.state.file_objects import Source, Target, is_path, label, on_disk, write_whole
-from multiopt.state.metadata import PAIR, check_nesting
-from multiopt.state.metadata import described as described_metadata
 from multiopt.state.metadata import restored as restored_metadata
+from multiopt.state.record import SHOWN_AVERAGE, Record, Saved
+from multiopt.state.versions import DIFFERS
 
-__all__ = ["PARTS", "VERSION", "Contents", "Listed", "check_state_dict", "listed", "read", "write"]
+__all__ = ["Contents", "Listed", "listed", "read", "write"]
 
-#: The version of the file format and of ``state_dict``.
-VERSION = 2
-
-#: The parts of a state dict that are entries by name, and whether it must have them.
-PARTS = {"entries": True, "pending": True, "averages": False, "pending_averages": False}
-
-#: The dtypes of slots, and their names in a file.
-DTYPES: dict[np.dtype, str] = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
-
-#: The largest clock, up to which every number is a float64.
-LAST_STEP = 2**53
+#: The tensor of checksums.
+CHECKSUMS = "checksums"
 
 #: The largest header that safetensors reads, in bytes.
 LARGEST_HEADER = 100_000_000
@@ -59,48 +59,24 @@ MALFORMED = (
 )
 
 
-class Contents(NamedTuple):
-    """What a file has.
-
-    Attributes:
-        state_dict: A state dict with NumPy slots. Entries that were not wanted have none.
-        metadata: What the user saved with it.
-        damaged: Names whose slots are damaged, which it leaves out, and what is wrong.
-    """
-
-    state_dict: Mapping[str, Any]
-    metadata: Mapping[str, Any] = MappingProxyType({})
-    damaged: Mapping[str, str] = MappingProxyType({})
-
-    def check_whole(self, file: Source) -> None:
-        """Refuse what is not whole.
-
-        Args:
-            file: The file, for the message.
-
-        Raises:
-            CheckpointError: Something is damaged.
-        """
-        if self.damaged:
-            what = "; ".join(f"{name!r}, {why}" for name, why in self.damaged.items())
-            raise CheckpointError(
-                f"{label(file)}: the state of {what}. Nothing was loaded; strict=False loads "
-                "the rest"
-            )
-
-
 class Listed(NamedTuple):
     """What a file has, but for the numbers in the slots.
 
     Attributes:
-        state_dict: A state dict that has the shape and the dtype of each slot in its place.
+        version: That of the format.
+        steps: How many steps were taken; None if it is not known.
+        saved: By part, ``"entries"`` or ``"pending"``, and name the records without their arrays.
+        skips: How often names were skipped.
         metadata: What the user saved with it.
         size: The bytes of the file.
         checked: Whether there are checksums, to which the slots were held.
         damaged: The name and the slot of each that is damaged, and what is wrong.
     """
 
-    state_dict: dict[str, Any]
+    version: int
+    steps: int | None
+    saved: dict[str, dict[str, Saved]]
+    skips: dict[str, Skips]
     metadata: dict[str, Any]
     size: int
     checked: bool
@@ -112,18 +88,21 @@ class Listed(NamedTuple):
 
 def write(
     file: Target,
-    state_dict: Mapping[str, Any],
+    tables: Iterable[Table],
+    steps: int,
+    skips: Mapping[str, Sequence[int]],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a state dict to a file, whole or not at all.
+    """Write a file, whole or not at all.
 
-    No more than one slot is copied at a time, and none that is in the memory of the CPU.
+    No more than one slot is copied at a time, and no large one that is in the memory of the CPU.
 
     Args:
         file: The path of the file, replaced if it exists; or a binary file object, to which all
             bytes are handed over, from where it is.
-        state_dict: As ``Optimizer.state_dict`` gives it, with arrays of any library. An entry whose
-            slots are the parts of complex ones has a true ``"complex"``.
+        tables: What is saved of names.
+        steps: How many steps the optimizer has taken.
+        skips: By name, how many were skipped, in all and in a row.
         metadata: What else to keep: see ``multiopt.state.metadata``.
 
     Raises:
@@ -132,54 +111,14 @@ def write(
         ValueError: The metadata or a name is not what JSON can hold, a rule is nested too deep, or
             there is too much for a header.
     """
-    plain, nonfinite = described_metadata({} if metadata is None else metadata)
-    for part in (*PARTS, "skips"):
-        for name in filter(PAIR.search, state_dict.get(part, ())):
-            raise ValueError(
-                f"the name {name!r} has two surrogates that JSON takes for one character, so that "
-                f"it would come back as {json.loads(json.dumps(name))!r}; expected a name that "
-                "comes back as it is: rename it"
-            )
-    slots: list[Array] = []
-    layouts: list[Layout] = []
-    rules: dict[str, int] = {}
-    # Writing a description takes 10 us, and many names have one and the same.
-    known: dict[int, int] = {}
-
-    def described(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-        keys = {slot: str(len(slots) + i) for i, slot in enumerate(entry["slots"])}
-        slots.extend(entry["slots"].values())
-        forms = [backend_of(x, "a slot").layout(x, "a slot") for x in entry["slots"].values()]
-        layouts.extend(forms)
-        rule = entry["rule"]
-        if id(rule) not in known:
-            try:
-                check_nesting(rule)
-            except ValueError as error:
-                raise ValueError(f"the rule in the state of {name!r}: {error}") from error
-            known[id(rule)] = rules.setdefault(json.dumps(rule, allow_nan=False), len(rules))
-        made = {"rule": known[id(rule)], "step": entry["step"], "slots": keys}
-        is_complex = entry.get("complex") or any(form.is_complex for form in forms)
-        return {**made, "complex": True} if is_complex else made
-
-    document = {
-        key: {name: described(name, entry) for name, entry in value.items()}
-        if key in PARTS
-        else value
-        for key, value in state_dict.items()
-    }
-    document |= {"version": VERSION, "rules": list(map(json.loads, rules)), "metadata": plain}
-    if nonfinite:
-        document["nonfinite"] = nonfinite
+    tables = list(tables)
+    document = described(tables, steps, skips, {} if metadata is None else metadata)
     text = json.dumps(document, allow_nan=False)
+    columns = [(table, k) for table in tables for k in range(len(table.form.slots))]
     # float64 first: readers that map the file find numbers at multiples of their size.
-    order = sorted(range(len(slots)), key=lambda i: layouts[i].dtype, reverse=True)
-    words = [xxh3_64(text.encode()).hexdigest(), *(_checksum(_on_host(slot)) for slot in slots)]
-    header = _header(text, words, {str(i): layouts[i] for i in order})
-    # Not every file object can be sought, so that the checksums, which come first, are made first.
-    parts: Iterator[bytes | memoryview] = chain(
-        [header], (_bytes(_on_host(slots[i])) for i in order)
-    )
+    order = sorted(range(len(columns)), key=lambda i: _slot(*columns[i]).dtype, reverse=True)
+    header = _header(text, columns, order)
+    parts = _parts(header, columns, order)
     if is_path(file):
         with replacing(file) as opened:
             opened.writelines(parts)
@@ -187,14 +126,24 @@ def write(
         write_whole(file, parts)
 
 
-def _header(text: str, words: Sequence[str], layouts: Mapping[str, Layout]) -> bytes:
+def _slot(table: Table, k: int) -> Any:
+    return table.form.slots[k]
+
+
+def _header(text: str, columns: Sequence[tuple[Table, int]], order: Sequence[int]) -> bytes:
     """The header of a file, with its length."""
-    tensors, end = {}, 0
-    for key, (_, shape, dtype, *_) in layouts.items():
-        kind = np.dtype(dtype)
-        begin, end = end, end + prod(shape) * kind.itemsize
-        tensors[key] = {"dtype": DTYPES[kind], "shape": shape, "data_offsets": [begin, end]}
-    metadata = {"checksums": " ".join(words), "multiopt": text}
+    tensors: dict[str, Any] = {}
+    end = count = 0
+    for i in order:
+        table, k = columns[i]
+        slot, rows = table.form.slots[k], len(table.names)
+        begin, end = end, end + rows * prod(slot.shape) * np.dtype(slot.dtype).itemsize
+        code, shape = table.words()[slot.name][:3], [rows, *slot.shape]
+        tensors[str(i)] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        count += rows
+    offsets = [end, end + 8 * count]
+    tensors[CHECKSUMS] = {"dtype": "U64", "shape": [count], "data_offsets": offsets}
+    metadata = {"checksums": xxh3_64_hexdigest(text.encode()), "multiopt": text}
     header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     if why := _too_much(header):
@@ -202,67 +151,82 @@ def _header(text: str, words: Sequence[str], layouts: Mapping[str, Layout]) -> b
     return len(header).to_bytes(8, "little") + header
 
 
-def _on_host(slot: Array) -> np.ndarray:
-    """A slot as a file has it, over its own memory if that is possible."""
-    backend = backend_of(slot, "a slot")
-    array = backend.memory(slot)
-    if array is None or array.dtype.kind not in "fc":
-        array = backend.to_host(slot)
-    if np.iscomplexobj(array):
-        array = parts_of(array)
-    return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+def _parts(
+    header: bytes, columns: Sequence[tuple[Table, int]], order: Sequence[int]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a file. Each is looked at once: checksums are made on the way, and come last."""
+    yield header
+    found: dict[int, list[int]] = {}
+    for i in order:
+        table, k = columns[i]
+        assert table.pieces is not None
+        found[i] = []
+        for piece in map(_little_endian, table.pieces(k)):
+            found[i] += checksums_of(piece)
+            data = _bytes(piece)
+            # The next one is made when this one is gone.
+            del piece
+            yield data
+            del data
+    words = [word for i in range(len(columns)) for word in found[i]]
+    yield np.array(words, "<u8").data
+
+
+def _little_endian(rows: np.ndarray) -> np.ndarray:
+    return rows.astype(rows.dtype.newbyteorder("<"), order="C", copy=False)
 
 
 def _bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _checksum(array: np.ndarray) -> str:
-    """The checksum of a slot: of its dtype, its shape and its bytes."""
-    shape = ",".join(map(str, array.shape))
-    digest = xxh3_64(f"{DTYPES[array.dtype]}[{shape}]".encode())
-    digest.update(_bytes(array))
-    return digest.hexdigest()
+def checksums_of(rows: np.ndarray) -> list[int]:
+    """The checksum of the bytes of each row of an array of two axes."""
+    size = rows.shape[1] * rows.itemsize
+    if not size:
+        return [xxh3_64_intdigest(b"")] * len(rows)
+    data = _bytes(rows)
+    return [xxh3_64_intdigest(data[at : at + size]) for at in range(0, len(data), size)]
 
 
 # Reading
 
 
 def read(file: Source, names: Collection[str] | None = None) -> Contents:
-    """Read a state dict with NumPy slots from a file.
+    """Read a file.
 
     Args:
         file: The path of the file, or a binary file object, read from where it is to its end.
-        names: Those whose slots are wanted; by default all.
+        names: Those whose state is wanted; by default all.
 
     Raises:
         CheckpointError: The file is damaged as a whole, or not ours.
         OSError: The file cannot be read.
     """
-    damaged: dict[str, str] = {}
+    saved: dict[str, dict[str, Saved]] = {"pending": {}, "entries": {}}
+    unfit = {}
     wanted = None if names is None else set(names)
-    with _opened(file) as (_, opened, document, words):
-        for part in PARTS:
-            entries = document.get(part, {})
-            for name, entry in entries.items():
-                keys, is_complex = entry["slots"], entry.pop("complex", False)
-                if wanted is not None and name not in wanted:
-                    keys = {}
-                entry["slots"] = {}
-                for slot, key in keys.items():
-                    try:
-                        array = _slot(opened, key, words, is_complex)
-                    except MALFORMED as error:
-                        damaged[name] = f"its slot {slot!r} is damaged: {error}"
-                    else:
-                        entry["slots"][slot] = array
-        for part in PARTS.keys() & document.keys():
-            document[part] = {n: entry for n, entry in document[part].items() if n not in damaged}
-    return Contents(document, document.pop("metadata"), damaged)
+    with _opened(file) as found:
+        for part, name, one, damage in found.records(wanted):
+            if damage:
+                unfit[name] = "; ".join(
+                    f"its slot {k!r} is damaged: {x}" for k, x in damage.items()
+                )
+            else:
+                saved[part][name] = one
+        known = found.names()
+        if not found.in_order:
+            saved = {part: _ordered(mine, known) for part, mine in saved.items()}
+        if found.skips:
+            known = list(dict.fromkeys([*known, *found.skips]))
+    # What waits may be older, and is taken over first.
+    both = saved["pending"]
+    both.update(saved["entries"])
+    return Contents(known, both, found.steps, found.skips, found.metadata, unfit)
 
 
 def listed(file: Source) -> Listed:
-    """What is in a file, and whether its slots are damaged; one at a time is in memory.
+    """What is in a file, and whether its slots are damaged; few at a time are in memory.
 
     Args:
         file: As for ``read``.
@@ -271,29 +235,188 @@ def listed(file: Source) -> Listed:
         CheckpointError: The file is damaged as a whole, or not ours.
         OSError: The file cannot be read.
     """
+    saved: dict[str, dict[str, Saved]] = {"entries": {}, "pending": {}}
     damaged = []
-    with _opened(file) as (path, opened, document, words):
-        for part in PARTS:
-            for name, entry in document.get(part, {}).items():
-                is_complex = entry.pop("complex", False)
-                for slot, key in entry["slots"].items():
-                    view = opened.get_slice(key)
-                    shape, dtype = tuple(view.get_shape()), _dtype_name(view.get_dtype())
-                    if is_complex:
-                        whole = Layout("numpy", shape, dtype, "cpu", is_complex=True)
-                        shape, dtype = whole.own_shape, whole.own_dtype
-                    entry["slots"][slot] = shape, dtype
-                    try:
-                        _slot(opened, key, words, is_complex)
-                    except MALFORMED as error:
-                        damaged.append((name, slot, str(error)))
-        size = Path(path).stat().st_size
-    return Listed(document, document.pop("metadata"), size, words is not None, damaged)
+    with _opened(file) as found:
+        for part, name, one, damage in found.records(None):
+            saved[part][name] = one._replace(arrays=())
+            damaged += [(name, slot, why) for slot, why in damage.items()]
+        known = found.names()
+        saved = {part: _ordered(mine, known) for part, mine in saved.items()}
+        size = Path(found.path).stat().st_size
+    return Listed(
+        *(found.version, found.steps, saved, found.skips, found.metadata, size),
+        *(found.checked, damaged),
+    )
+
+
+def _ordered(saved: dict[str, Saved], names: Iterable[str]) -> dict[str, Saved]:
+    return {name: saved[name] for name in names if name in saved}
+
+
+class _File:
+    """A file that is open.
+
+    Attributes:
+        version: That of the format.
+        steps: How many steps were taken; None if it is not known.
+        skips: How often names were skipped.
+        metadata: What the user saved with it.
+        checked: Whether there are checksums.
+        in_order: Whether records come in the order of their names.
+    """
+
+    def __init__(self, path: str, opened: Any) -> None:
+        """Look at all but the slots.
+
+        Raises:
+            CheckpointError: The file is not ours, or damaged.
+        """
+        self.path, self._opened = path, opened
+        header = opened.metadata() or {}
+        if "multiopt" not in header:
+            raise CheckpointError("it is a safetensors file with no state of multiopt in it")
+        text = header["multiopt"]
+        words = header["checksums"].split() if "checksums" in header else None
+        if words is not None and words[0] != xxh3_64_hexdigest(text.encode()):
+            raise CheckpointError("its description is damaged: the checksum differs")
+        document: dict[str, Any] = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+        check_version(document)
+        self.version = document["version"]
+        metadata = document.setdefault("metadata", {})
+        if not isinstance(metadata, dict):
+            raise CheckpointError(f"expected a mapping under 'metadata'; got {metadata!r}")
+        self.metadata = restored_metadata(metadata, document.pop("nonfinite", {}))
+        if words is None and self.version > 1:
+            raise CheckpointError("it has no checksums; expected them, of version 2 and later")
+        self.checked = words is not None and self.version > 1
+        self.steps = check_steps(document)
+        self._old, self.in_order = None, True
+        if self.version < VERSION:
+            self._old = versions.Old(document, opened, words if self.checked else None)
+            self.skips = check_skips(document.get("skips", {}))
+            return
+        if words is not None and len(words) != 1:
+            raise CheckpointError(f"it has {len(words)} checksums of its description; expected 1")
+        self.skips = check_skips(_skips_in(document.get("skips", {})))
+        self._tables = tables_in(document)
+        self.in_order = all(isinstance(table.places, range) for table in self._tables)
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Hold the tensors to the tables.
+
+        Raises:
+            CheckpointError: They are others.
+        """
+        words = [
+            (len(table.names), word) for table in self._tables for word in table.words().values()
+        ]
+        expected = {
+            str(i): f"{word[:4]}{rows}{',' * (word[4:] != ']')}{word[4:]}"
+            for i, (rows, word) in enumerate(words)
+        }
+        expected[CHECKSUMS] = f"U64[{sum(rows for rows, _ in words)}]"
+        keys = self._opened.keys()
+        if len(keys) != len(expected) or set(keys) != expected.keys():
+            raise CheckpointError(
+                f"its slots need {len(words)} tensors, and one of checksums; expected those in the "
+                f"file, {len(keys)}"
+            )
+        self._views = {key: self._opened.get_slice(key) for key in expected}
+        for key, word in expected.items():
+            view = self._views[key]
+            if f"{view.get_dtype()}[{','.join(map(str, view.get_shape()))}]" != word:
+                raise CheckpointError(f"its tensor {key!r} is another one than {word}")
+
+    def names(self) -> list[str]:
+        """The names of which there is state."""
+        if self._old is not None:
+            return self._old.names()
+        names = [name for table in self._tables for name in table.names]
+        if self.in_order:
+            return names
+        places = [(table.part, place) for table in self._tables for place in table.places]
+        return [names[k] for k in sorted(range(len(names)), key=places.__getitem__)]
+
+    def records(self, wanted: Set[str] | None) -> Iterator[Record]:
+        """What is saved of those wanted."""
+        if self._old is not None:
+            yield from self._old.records(wanted)
+            return
+        checksums = self._opened.get_tensor(CHECKSUMS)
+        number = begin = 0
+        for table in self._tables:
+            count, slots = len(table.names), table.form.slots
+            sizes = [prod(slot.shape) for slot in slots]
+            # Few enough at once that a name does not keep much of others in memory.
+            most = 1 if max(sizes, default=0) >= LARGE else BLOCK // max([1, *sizes])
+            views = [self._views[str(number + k)] for k in range(len(slots))]
+            for first in range(0, count, most):
+                rows = slice(first, min(first + most, count))
+                if wanted is not None and wanted.isdisjoint(table.names[rows]):
+                    continue
+                columns: list[list[np.ndarray]] = []
+                damage: dict[int, dict[str, str]] = {}
+                for k, (view, size) in enumerate(zip(views, sizes, strict=True)):
+                    block = (
+                        view[rows].reshape(-1, size)
+                        if size
+                        else np.empty((rows.stop - first, 0), slots[k].dtype)
+                    )
+                    at = begin + k * count
+                    expected = checksums[at + first : at + rows.stop].tolist()
+                    if (found := checksums_of(block)) != expected:
+                        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+                            if one != other:
+                                damage.setdefault(i, {})[_shown(slots[k].name)] = DIFFERS
+                    columns.append(list(block.astype(slots[k].dtype, copy=False)))
+                for record in _records(table, rows, columns, damage):
+                    if wanted is None or record[1] in wanted:
+                        yield record
+            number += len(slots)
+            begin += len(slots) * count
+
+
+def _shown(slot: str) -> str:
+    """What a slot is called in a state dict."""
+    return SHOWN_AVERAGE if slot == AVERAGE else slot
+
+
+def _records(
+    table: Table,
+    rows: slice,
+    columns: Sequence[Sequence[np.ndarray]],
+    damage: Mapping[int, dict[str, str]],
+) -> Iterator[Record]:
+    """Some rows of a table.
+
+    Args:
+        table: The table.
+        rows: The rows.
+        columns: By slot, the slots of these rows.
+        damage: By position among them, what is wrong with slots.
+    """
+    names, steps = table.names[rows], table.steps[rows]
+    arrays = list(zip(*columns, strict=True)) if columns else [()] * len(names)
+    seen = table.counts[rows] if table.counts else [0] * len(names)
+    for i, (name, step, mine, count) in enumerate(zip(names, steps, arrays, seen, strict=True)):
+        yield table.part, name, Saved(table.form, step, mine, count), damage.get(i, {})
+
+
+def _skips_in(skips: Any) -> Any:
+    """The counts of skips by name, of which a file has the columns."""
+    if not skips:
+        return skips
+    columns = zip(skips["total"], skips["consecutive"], strict=True)
+    return dict(zip(skips["names"], columns, strict=True))
 
 
 @contextmanager
-def _opened(file: Source) -> Iterator[tuple[str, Any, dict[str, Any], list[str] | None]]:
-    """A file on the disk: its path, its tensors, its state dict with their keys, and checksums.
+def _opened(file: Source) -> Iterator[_File]:
+    """A file on the disk.
 
     Raises:
         CheckpointError: The file is damaged or not ours, as far as can be seen without the slots.
@@ -303,10 +426,7 @@ def _opened(file: Source) -> Iterator[tuple[str, Any, dict[str, Any], list[str] 
             _check_header(path)
             # Not mapped: a file that somebody cuts short would be the end of the process.
             with safe_open(path, framework="numpy", backend="pread") as opened:
-                document, words = _document(opened.metadata() or {})
-                check_state_dict(document)
-                _check_keys(document, opened.keys(), words)
-                yield path, opened, document, words
+                yield _File(path, opened)
         except CheckpointError as error:
             raise CheckpointError(f"{label(file)}: {error}") from error
         except MALFORMED as error:
@@ -356,38 +476,6 @@ def _too_much(header: bytes) -> str | None:
     return None
 
 
-def _document(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str] | None]:
-    """The state dict in the metadata of a file, with the keys of tensors, and the checksums."""
-    if "multiopt" not in header:
-        raise CheckpointError("it is a safetensors file with no state of multiopt in it")
-    text = header["multiopt"]
-    words = header["checksums"].split() if "checksums" in header else None
-    if words is not None and words[0] != xxh3_64(text.encode()).hexdigest():
-        raise CheckpointError("its description is damaged: the checksum differs")
-    document: dict[str, Any] = json.loads(
-        text, object_pairs_hook=_unique, parse_constant=_refuse_constant
-    )
-    _check_version(document)
-    metadata = document.setdefault("metadata", {})
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"expected a mapping under 'metadata'; got {metadata!r}")
-    restored_metadata(metadata, document.pop("nonfinite", {}))
-    if document["version"] == 1:
-        return document, None
-    if words is None:
-        raise CheckpointError("it has no checksums; expected them, of version 2 and later")
-    rules = document.pop("rules")
-    for rule in rules:
-        check_nesting(rule)
-    for part in PARTS:
-        for name, entry in document.get(part, {}).items():
-            number = entry["rule"]
-            if not (_is_clock(number) and number < len(rules)):
-                raise CheckpointError(f"the state of {name!r} has no rule: {number!r}")
-            entry["rule"] = rules[number]
-    return document, words
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -397,139 +485,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
-
-
-def _check_keys(
-    document: Mapping[str, Any], keys: Collection[str], words: list[str] | None
-) -> None:
-    """Hold the keys of the slots to those of the tensors, one each.
-
-    Raises:
-        CheckpointError: They are others.
-    """
-    have = [
-        key
-        for part in PARTS
-        for entry in document.get(part, {}).values()
-        for key in entry["slots"].values()
-    ]
-    if len(have) != len(keys) or set(have) != set(keys):
-        raise CheckpointError(
-            f"its slots need {len(have)} tensors, one each; expected those in the file, {len(keys)}"
-        )
-    if words is not None and (
-        len(words) != 1 + len(have) or set(have) != set(map(str, range(len(have))))
-    ):
-        raise CheckpointError(f"it has {len(words)} checksums; expected {1 + len(have)}")
-
-
-def _slot(file: Any, key: str, words: list[str] | None, is_complex: bool) -> np.ndarray:
-    """A slot.
-
-    Raises:
-        ValueError: It is damaged.
-    """
-    array: np.ndarray = file.get_tensor(key)
-    if array.dtype not in DTYPES:
-        raise ValueError(f"expected dtype float32 or float64; got {array.dtype.name}")
-    if words is not None and words[1 + int(key)] != _checksum(array):
-        raise ValueError("the checksum differs")
-    if is_complex:
-        whole: np.ndarray = named("numpy").whole(array)
-        return whole
-    return array
-
-
-def _dtype_name(word: str) -> str:
-    """The name of a dtype of a file.
-
-    Raises:
-        ValueError: It is none of a slot.
-    """
-    for dtype, known in DTYPES.items():
-        if word == known:
-            return dtype.name
-    raise ValueError(f"expected the dtype F32 or F64; got {word}")
-
-
-# State dicts
-
-
-def check_state_dict(state_dict: Any) -> None:
-    """Refuse what has not the form of a state dict.
-
-    Raises:
-        CheckpointError: It has not.
-    """
-    if not isinstance(state_dict, Mapping) or "version" not in state_dict:
-        raise CheckpointError("expected a state dict with 'version', 'entries' and 'pending'")
-    _check_version(state_dict)
-    if not _is_clock(state_dict.get("steps", 0)):
-        raise CheckpointError(
-            f"expected an int from 0 to 2^53 under 'steps'; got {state_dict['steps']!r}"
-        )
-    for part, required in PARTS.items():
-        entries = state_dict.get(part, None if required else {})
-        if not isinstance(entries, Mapping):
-            raise CheckpointError(
-                f"expected a mapping under {part!r}; got {type(entries).__name__}"
-            )
-        for name, entry in entries.items():
-            _check_entry(part, name, entry)
-    parameters = state_dict["entries"].keys() | state_dict["pending"].keys()
-    for part in PARTS:
-        if PARTS[part] is False and (odd := state_dict.get(part, {}).keys() - parameters):
-            raise CheckpointError(
-                f"there are averages of {sorted(odd)}; expected them of names that have an entry"
-            )
-    skips = state_dict.get("skips", {})
-    if not isinstance(skips, Mapping):
-        raise CheckpointError(f"expected a mapping under 'skips'; got {type(skips).__name__}")
-    for name, counts in skips.items():
-        if not isinstance(name, str):
-            raise CheckpointError(f"expected names under 'skips' to be strings; got {name!r}")
-        known = (
-            isinstance(counts, list | tuple) and len(counts) == 2 and all(map(_is_clock, counts))
-        )
-        if not known or counts[0] < counts[1]:
-            raise CheckpointError(
-                f"the skips of {name!r} are {counts!r}; expected how many in all, and of them in a "
-                "row, ints from 0 to 2^53"
-            )
-
-
-def _check_entry(part: str, name: Any, entry: Any) -> None:
-    if not isinstance(name, str):
-        raise CheckpointError(f"expected names under {part!r} to be strings; got {name!r}")
-    step = entry.get("step") if isinstance(entry, Mapping) else None
-    if not _is_clock(step):
-        raise CheckpointError(
-            f"the state of {name!r} has step {step!r}; expected an int from 0 to 2^53"
-        )
-    slots, rule = entry.get("slots"), entry.get("rule")
-    if not isinstance(slots, Mapping) or not isinstance(rule, Mapping):
-        raise CheckpointError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")
-    if not all(isinstance(key, str) for key in (*slots, *rule)):
-        raise CheckpointError(f"the state of {name!r} has a slot or setting without a name")
-    schedules = rule.get("schedules", {})
-    if not isinstance(schedules, Mapping):
-        raise CheckpointError(f"the state of {name!r} needs a mapping under 'schedules'")
-    try:
-        check_description(schedules)
-    except ValueError as error:
-        raise CheckpointError(f"the state of {name!r}: {error}") from error
-
-
-def _is_clock(step: Any) -> bool:
-    return type(step) is int and 0 <= step <= LAST_STEP
-
-
-def _check_version(state_dict: Mapping[str, Any]) -> None:
-    version = state_dict["version"]
-    if type(version) is int and version > VERSION:
-        raise CheckpointError(
-            f"expected version {VERSION} or an earlier one; got version {version}: it needs a "
-            "newer release of multiopt"
-        )
-    if type(version) is not int or version < 1:
-        raise CheckpointError(f"expected a version between 1 and {VERSION}; got {version!r}")

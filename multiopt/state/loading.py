@@ -1,13 +1,36 @@
-"""What of loaded state is wanted, under which names, and what became of it."""
+"""Loaded state taken over: what of it is wanted, under which names, and what became of it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from operator import ne
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from multiopt.engine import Group
 from multiopt.errors import brief
-from multiopt.state.file import PARTS
+from multiopt.kinds import formulas
+from multiopt.rules import Rule
+from multiopt.state.contents import Contents
+from multiopt.state.plateaus import warn_of_plateaus
+from multiopt.state.record import (
+    Description,
+    Form,
+    Saved,
+    check_average,
+    check_fit,
+    check_slot_names,
+    observe,
+    resumed,
+    set_clocks,
+    without_average,
+)
+from multiopt.table import GROUP
 
-__all__ = ["LoadReport", "Options", "names_of", "renamed", "wanted_names"]
+if TYPE_CHECKING:
+    from multiopt.registry import Registry
+
+__all__ = ["LoadReport", "load", "renamed", "wanted_names"]
 
 
 @dataclass(frozen=True)
@@ -32,26 +55,6 @@ class LoadReport:
     unused: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Options(NamedTuple):
-    """How loaded state is taken over.
-
-    Attributes:
-        strict: Whether state that does not fit is an error, or else left out.
-        cast: Whether slots are converted to the dtype that their parameter needs.
-        own: Whether the slots are NumPy arrays that nobody else has.
-    """
-
-    strict: bool
-    cast: bool
-    own: bool = False
-
-
-def names_of(state_dict: Mapping[str, Any]) -> list[str]:
-    """The names of which a state dict has anything."""
-    parts = (*PARTS, "skips")
-    return list(dict.fromkeys(name for part in parts for name in state_dict.get(part, {})))
 
 
 def wanted_names(names: Iterable[str] | str | None) -> list[str] | None:
@@ -86,6 +89,8 @@ def renamed(
     """
     if not (rename is None or isinstance(rename, Mapping) or callable(rename)):
         raise TypeError(f"rename must be a mapping, a callable or None; got {brief(rename)}")
+    if names is None and rename is None:
+        return dict(zip(have, have, strict=True))
     wanted = have if names is None else names
     known = set(have)
     for name in [*wanted, *(rename if isinstance(rename, Mapping) else ())]:
@@ -108,3 +113,256 @@ def renamed(
         new[name] = other
         taken[other] = name
     return new
+
+
+class _Batch(NamedTuple):
+    """Names whose saved state fits alike.
+
+    Attributes:
+        group: Their group; None for names not seen.
+        shape: Their shape there.
+        fits: Whether it fits.
+        names: The names.
+        rows: Their rows.
+        saved: Their state.
+    """
+
+    group: Group | None
+    shape: tuple[int, ...]
+    fits: bool
+    names: list[str]
+    rows: list[int]
+    saved: list[Saved]
+
+
+class _Admitted(NamedTuple):
+    """Loaded state that fits.
+
+    Attributes:
+        batches: All of it, in the order in which it is taken over.
+        refused: Names whose state does not fit, and why not.
+        without: Names whose state fits, but for its average, and why that does not.
+    """
+
+    batches: list[_Batch]
+    refused: dict[str, str]
+    without: dict[str, str]
+
+    def named(self, seen: bool) -> list[str]:
+        """The names, of those seen or of others."""
+        found = [batch.names for batch in self.batches if (batch.group is not None) == seen]
+        return [name for names in found for name in names]
+
+
+def load(
+    registry: "Registry",
+    contents: Contents,
+    new: Mapping[str, str],
+    strict: bool,
+    cast: bool,
+) -> LoadReport:
+    """Take over saved state, whole or not at all.
+
+    Args:
+        registry: Who takes it over.
+        contents: The state.
+        new: The names that are wanted, and what they are to be called.
+        strict: Whether state that does not fit is an error, or else left out.
+        cast: Whether slots are converted to the dtype that their parameter needs.
+
+    Raises:
+        ValueError: State does not fit, and ``strict`` is on.
+    """
+    states = contents.saved
+    if any(map(ne, new, new.values())):
+        states = {new[name]: saved for name, saved in states.items()}
+    found = _admitted(registry, _cast(states) if cast else states, strict)
+    seen, pending = found.named(seen=True), found.named(seen=False)
+    why = {new[name]: reason for name, reason in contents.unfit.items()} | found.refused
+    taken = set(new.values()) - why.keys()
+    skips = {name: count for name, count in registry.skips.items() if name not in taken}
+    for name, counts in contents.skips.items():
+        if new.get(name) in taken:
+            skips[new[name]] = counts
+    is_part = len(new) < len(contents.names)
+    steps = contents.steps
+    if (is_part and registry.steps > 0) or (contents.names and not taken):
+        steps = registry.steps
+    _warn(registry, found.batches)
+    gone: set[str] = set()
+    if registry.guard.torn is not None:
+        # Names that are left alone would stay torn. Those that came later are unheard of.
+        gone = registry.known().keys() - {*seen, *pending}
+        if gone and (is_part or len(taken) < len(contents.names)):
+            registry.guard.check_whole("load of some names")
+    observed, codes = _observed(registry, found.batches), _placed(registry, found.batches)
+    waiting = dict(registry.pending)
+    for batch in found.batches:
+        if batch.group is None:
+            waiting.update(zip(batch.names, batch.saved, strict=True))
+    with registry.guard:
+        if gone:
+            registry.forget(gone)
+        registry.replace_rows(codes)
+        gone |= codes.keys()
+        registry.pending = {n: saved for n, saved in waiting.items() if n not in gone}
+        for rule, words in observed:
+            observe(rule, words.observed, ahead=is_part)
+        registry.steps = _largest_clock(registry) if steps is None else steps
+        registry.skips = skips
+        registry.guard.torn = None
+    registry.sweep()
+    why |= {name: f"its average: {reason}" for name, reason in found.without.items()}
+    had = {new.get(name, name) for name in contents.names}
+    return LoadReport(
+        restored=tuple(seen),
+        pending=tuple(pending),
+        unused={name: "it was not asked for" for name in contents.names if name not in new}
+        | {old: why[name] for old, name in new.items() if name in why},
+        missing=tuple(name for name in registry.names if name not in had),
+        metadata=dict(contents.metadata),
+    )
+
+
+def _cast(states: Mapping[str, Saved]) -> dict[str, Saved]:
+    """The same state, to be converted to the dtype that its parameter needs."""
+    forms = {id(saved.form): saved.form._replace(cast=True) for saved in states.values()}
+    return {name: saved._replace(form=forms[id(saved.form)]) for name, saved in states.items()}
+
+
+def _admitted(registry: "Registry", states: Mapping[str, Saved], strict: bool) -> _Admitted:
+    """What of saved state fits.
+
+    Raises:
+        ValueError: State does not fit, and ``strict`` is on.
+    """
+    batches: dict[Hashable, _Batch] = {}
+    refused, without, odd = dict[str, str](), dict[str, str](), list[str]()
+    bare: dict[int, Form] = {}
+    for name, saved in states.items():
+        group, row, shape = None, 0, tuple[int, ...]()
+        if name in registry:
+            group, row = registry.row_of(name)
+            shape = group.shapes[row]
+        # State of step 0 need not have slots.
+        key = id(group), shape, id(saved.form), saved.step == 0
+        if key not in batches:
+            error = _misfit(registry, name, saved)
+            if error is not None and strict:
+                raise error
+            batches[key] = _Batch(group, shape, error is None, [], [], [])
+        batch = batches[key]
+        if not batch.fits:
+            refused[name] = str(_misfit(registry, name, saved))
+            continue
+        if saved.form.average is not None:
+            average = registry.average_of(name) if group is None or group.has_averages else None
+            error = None
+            if average is None:
+                odd.append(name)
+                error = ValueError("this optimizer keeps none of it")
+            elif group is not None:
+                error = _error(check_average, name, saved, group.layout_at(row))
+                if error is not None and strict:
+                    raise error
+            if error is not None:
+                without[name] = str(error)
+                saved = without_average(saved)
+                saved = saved._replace(form=bare.setdefault(id(states[name].form), saved.form))
+            elif group is None:
+                saved = saved._replace(keeps=average)
+        batch.names.append(name)
+        batch.rows.append(row)
+        batch.saved.append(saved)
+    if odd and strict:
+        raise ValueError(
+            f"the loaded state has averages of {', '.join(map(repr, odd))}; expected none, for "
+            "names of which this optimizer keeps none: give it an average"
+        )
+    return _Admitted([batch for batch in batches.values() if batch.fits], refused, without)
+
+
+def _misfit(registry: "Registry", name: str, saved: Saved) -> ValueError | None:
+    """Why the state of a name does not fit, if it does not; its average is left out."""
+    if name in registry:
+        group, row = registry.row_of(name)
+        rule = formulas(group.rule_at(row))[0]
+        return _error(check_fit, name, saved, rule, group.layout_at(row), registry.masters)
+    if isinstance(registry.rule, Rule):
+        form = saved.form
+        return _error(check_slot_names, name, form.own, saved.step, form.rule.words, registry.rule)
+    return None
+
+
+def _error(check: Callable[..., None], *arguments: Any) -> ValueError | None:
+    """What a check raises."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _warn(registry: "Registry", batches: Iterable[_Batch]) -> None:
+    """Warn of what a ``Plateau`` has seen that does not come back."""
+    scheduled = registry.scheduled_rules()
+    rules, averages = dict[str, Rule](), dict[str, Rule]()
+    for names, saved, group in ((batch.names, batch.saved, batch.group) for batch in batches):
+        if group is None and isinstance(registry.rule, Rule):
+            rules |= dict.fromkeys(names, registry.rule)
+        has_average = saved[0].form.average is not None
+        for name, one in zip(names, saved, strict=True) if has_average or scheduled else ():
+            mean: Rule | None = one.keeps
+            if name in scheduled:
+                rules[name], *means = formulas(scheduled[name])
+                mean = means[0] if means else None
+            if has_average and mean is not None:
+                averages[name] = mean
+    warn_of_plateaus(rules)
+    warn_of_plateaus(averages)
+
+
+def _placed(registry: "Registry", batches: Iterable[_Batch]) -> dict[str, int]:
+    """New rows with the state of names seen, by name; nothing is registered."""
+    codes: dict[str, int] = {}
+    by_group: dict[int, list[_Batch]] = {}
+    for batch in batches:
+        if batch.group is not None:
+            by_group.setdefault(id(batch.group), []).append(batch)
+    try:
+        for mine in by_group.values():
+            group = mine[0].group
+            assert group is not None
+            saved = [one for batch in mine for one in batch.saved]
+            made = resumed(group, saved, [batch.shape for batch in mine for _ in batch.saved])
+            names = (name for batch in mine for name in batch.names)
+            codes.update(zip(names, (made + group.number * GROUP).tolist(), strict=True))
+            group.copy_columns(made, np.array([row for batch in mine for row in batch.rows]))
+            set_clocks(group, made, saved)
+    except BaseException:
+        registry.free(codes.values())
+        raise
+    return codes
+
+
+def _observed(registry: "Registry", batches: Iterable[_Batch]) -> list[tuple[Rule, Description]]:
+    """Rules with the descriptions of those that were saved in their place."""
+    found: list[tuple[Rule, Description]] = []
+    for batch in batches:
+        group, form = batch.group, batch.saved[0].form
+        if group is None and isinstance(registry.rule, Rule):
+            found.append((registry.rule, form.rule))
+        elif group is not None and group.scheduled:
+            sets = {int(group.schedule[row]): row for row in batch.rows}
+            for row in sets.values():
+                own, *average = formulas(group.rule_at(row))
+                found.append((own, form.rule))
+                if average and form.average is not None:
+                    found.append((average[0], form.average))
+    return found
+
+
+def _largest_clock(registry: "Registry") -> int:
+    rows = [group.steps[rows] for group, rows in registry.rows_of(None)]
+    waiting = [saved.step for saved in registry.pending.values()]
+    return int(max([*waiting, *(steps.max(initial=0) for steps in rows)], default=0))

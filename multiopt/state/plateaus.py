@@ -3,13 +3,25 @@
 import sys
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.schedules.description import left_behind
 from multiopt.step.report import abridged
 
-__all__ = ["warn_of_plateaus"]
+if TYPE_CHECKING:
+    from multiopt.registry import Registry
+
+__all__ = ["warn_of_left_behind", "warn_of_plateaus"]
+
+
+def warn_of_left_behind(registry: "Registry") -> None:
+    """Warn of what the saved state of a registry has no place for."""
+    chains = {name: formulas(rule) for name, rule in registry.scheduled_rules().items()}
+    warn_of_plateaus({name: parts[0] for name, parts in chains.items()})
+    warn_of_plateaus({name: parts[1] for name, parts in chains.items() if len(parts) > 1})
 
 
 def warn_of_plateaus(rules: Mapping[str, Rule]) -> None:

@@ -4,16 +4,21 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
 
 import numpy as np
 
-from multiopt.state.file import PARTS, listed
+from multiopt.averaging import AVERAGE
+from multiopt.layout import Layout
+from multiopt.state.file import listed
+from multiopt.state.record import SHOWN_AVERAGE, Form, Saved
 from multiopt.tables import table
 
 __all__ = ["show"]
 
 HEADINGS = ("name", "state", "rule", "step", "slots", "shape", "dtype", "bytes")
+
+#: What names are called, by the part of a file.
+STATES = {"entries": "seen", "pending": "pending"}
 
 NUMBERS = {HEADINGS.index("step"), HEADINGS.index("bytes")}
 
@@ -31,46 +36,63 @@ def show(path: str | os.PathLike[str]) -> bool:
         CheckpointError: It is damaged as a whole, or no checkpoint of multiopt.
         OSError: It cannot be read.
     """
-    state, metadata, size, checked, damaged = listed(path)
-    seen, pending = len(state["entries"]), len(state["pending"])
-    found = "damaged" if damaged else "checked" if checked else "without checksums"
+    file = listed(path)
+    seen, pending = len(file.saved["entries"]), len(file.saved["pending"])
+    found = "damaged" if file.damaged else "checked" if file.checked else "without checksums"
+    steps = "unknown" if file.steps is None else file.steps
     print(
-        f"{_shown(os.fspath(path))}: multiopt checkpoint, version {state['version']}, {size} bytes,"
-        f" {state.get('steps', 'unknown')} steps, {seen} names seen, {pending} pending, {found}"
+        f"{_shown(os.fspath(path))}: multiopt checkpoint, version {file.version}, "
+        f"{file.size} bytes, {steps} steps, {seen} names seen, {pending} pending, {found}"
     )
-    for name, slot, why in damaged:
+    for name, slot, why in file.damaged:
         print(f"damaged: {_shown(name)}, its slot {_shown(slot)}: {why}")
-    if metadata:
-        print(f"metadata: {json.dumps(metadata)}")
+    if file.metadata:
+        print(f"metadata: {json.dumps(file.metadata)}")
     rules: dict[tuple[str, str], str] = {}
-    rows = [row for part in PARTS for row in _rows(part, state.get(part, {}), rules)]
+    parts = [(state, file.saved[part]) for part, state in STATES.items()]
+    rows = [row for state, saved in parts for row in _rows(state, saved, rules)]
+    rows += [row for state, saved in parts for row in _rows(state, _averages(saved), rules)]
     if rows:
         print()
         print(table([HEADINGS, *rows], NUMBERS))
         print()
         for (_, words), label in rules.items():
             print(f"{label}: {words}")
-    if skips := state.get("skips"):
+    if file.skips:
         print()
-        for name, (total, run) in skips.items():
+        for name, (total, run) in file.skips.items():
             print(f"skipped: {_shown(name)}, {total} in all, {run} in a row")
-    return not damaged
+    return not file.damaged
+
+
+def _averages(saved: Mapping[str, Saved]) -> dict[str, Saved]:
+    """The averages of names, as if they were names."""
+    found = {}
+    for name, one in saved.items():
+        form = one.form
+        if form.average is not None:
+            slots = [x._replace(name=SHOWN_AVERAGE) for x in form.slots if x.name == AVERAGE]
+            form = Form(form.average, tuple(slots), form.is_complex)
+            found[name] = Saved(form, one.seen, ())
+    return found
 
 
 def _rows(
-    part: str, entries: Mapping[str, Mapping[str, Any]], rules: dict[tuple[str, str], str]
+    state: str, saved: Mapping[str, Saved], rules: dict[tuple[str, str], str]
 ) -> Iterator[tuple[str, ...]]:
     """A row for each name, and more where its slots are not all alike."""
-    for name, entry in entries.items():
-        rule = dict(entry["rule"])
+    for name, one in saved.items():
+        rule = dict(one.form.rule.words)
         kind = str(rule.pop("name", "unknown"))
         words = ", ".join(f"{json.dumps(k)[1:-1]}={json.dumps(v)}" for k, v in rule.items())
         label = rules.setdefault((kind, words), f"{_shown(kind)} {1 + len(rules)}")
-        state = "pending" if part.startswith("pending") else "seen"
-        head = [_shown(name), state, label, str(entry["step"])]
+        head = [_shown(name), state, label, str(one.step)]
         alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
-        for slot, form in entry["slots"].items():
-            alike.setdefault(form, []).append(_shown(slot))
+        for slot in one.form.slots:
+            if slot.name != AVERAGE:
+                layout = Layout("", slot.shape, slot.dtype, "", one.form.is_complex)
+                form = layout.own_shape, layout.own_dtype
+                alike.setdefault(form, []).append(_shown(slot.name))
         if not alike:
             yield (*head, "none", "", "", "0")
         for (shape, dtype), slots in alike.items():

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from multiopt.arrays import APART, UNKNOWN, Array, Arrays, Part
+from multiopt.arrays import APART, UNKNOWN, Arrays, Part
+from multiopt.engine import Slots
 from multiopt.layout import Words, address
 from multiopt.rules.arithmetic import BLOCK
 from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels
@@ -135,10 +136,7 @@ class CompiledGroup(HostGroup):
         return super()._new_numbers(capacity) if self._given else numbers
 
     def _make_slots(
-        self,
-        rows: np.ndarray,
-        shapes: Sequence[tuple[int, ...]],
-        slots: Sequence[Sequence[Array]] | None,
+        self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]], slots: Slots | None
     ) -> None:
         super()._make_slots(rows, shapes, slots)
         table, place = self._table, {}

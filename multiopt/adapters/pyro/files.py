@@ -4,18 +4,21 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from multiopt.adapters.torch_state import leave_out
-from multiopt.entry import in_parts
-from multiopt.state import file as checkpoint
+from multiopt.averaging import AVERAGE
+from multiopt.state.document import waiting
+from multiopt.state.file import read, write
 from multiopt.state.file_objects import Source, Target
 from multiopt.state.metadata import described
+from multiopt.state.record import (
+    SHOWN_AVERAGE,
+    Saved,
+    plain_entry,
+    saved_of,
+    slots_on_host,
+)
 
 __all__ = ["read_file", "write_file"]
-
-#: What of the state of a tensor is an entry of a file.
-PARTS = ("rule", "step", "slots", "complex")
 
 #: The name of the metadata under which keys of schedulers and users are.
 GROUPS = "param_groups"
@@ -29,21 +32,11 @@ def write_file(file: Target, stored: Mapping[str, Mapping[str, Any]], steps: int
         stored: The state by label, as ``TensorOptimizer.described``.
         steps: How many steps the optimizer has taken.
     """
-    document: dict[str, Any] = {
-        "version": checkpoint.VERSION,
-        "steps": steps,
-        "entries": {
-            label: {part: one.get(part) for part in PARTS} for label, one in stored.items()
-        },
-        "pending": {},
-    }
-    if averages := {label: one["average"] for label, one in stored.items() if "average" in one}:
-        document["averages"] = averages
-    if skips := {label: list(one["skips"]) for label, one in stored.items() if "skips" in one}:
-        document["skips"] = skips
+    saved = {label: saved_of(label, one, one.get("average")) for label, one in stored.items()}
+    skips = {label: one["skips"] for label, one in stored.items() if "skips" in one}
     groups = {label: _plain(label, one.get("group", {})) for label, one in stored.items()}
     groups = {label: group for label, group in groups.items() if group}
-    checkpoint.write(file, document, {GROUPS: groups} if groups else None)
+    write(file, waiting(saved, "entries"), steps, skips, {GROUPS: groups} if groups else None)
 
 
 def _plain(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,28 +66,27 @@ def read_file(file: Source, averages: bool) -> tuple[dict[str, dict[str, Any]], 
     Raises:
         CheckpointError: The file is damaged, or of another kind.
     """
-    contents = checkpoint.read(file)
+    contents = read(file)
     contents.check_whole(file)
-    document = dict(contents.state_dict)
-    parts = {**document["pending"], **document["entries"]}
-    loaded = {label: _in_parts(stored) for label, stored in parts.items()}
-    if averages:
-        for part in ("pending_averages", "averages"):
-            for label, stored in document.pop(part, {}).items():
-                loaded[label]["average"] = _in_parts(stored)
-    groups = contents.metadata.get(GROUPS)
-    beside = {"skips": document.pop("skips", {}), "group": groups}
+    loaded = {label: _stored(saved) for label, saved in contents.saved.items()}
+    left = {} if averages else {label: one.pop("average", None) for label, one in loaded.items()}
+    beside = {"skips": contents.skips, "group": contents.metadata.get(GROUPS)}
     for name, by_label in beside.items():
         # The metadata may be somebody else's.
         for label, value in by_label.items() if isinstance(by_label, dict) else ():
             if label in loaded and (name == "skips" or isinstance(value, dict)):
                 loaded[label][name] = value
-    leave_out(document, loaded, stacklevel=4)
-    return loaded, document.get("steps")
+    left = {label: average for label, average in left.items() if average is not None}
+    leave_out({"averages": left}, loaded, stacklevel=4)
+    return loaded, contents.steps
 
 
-def _in_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Loaded state with the parts of complex slots, and the word that they are."""
-    slots = stored["slots"]
-    is_complex = any(map(np.iscomplexobj, slots.values()))
-    return {**stored, "slots": in_parts(slots), "complex": is_complex}
+def _stored(saved: Saved) -> dict[str, Any]:
+    """A record as it waits: an entry of a state dict, complex slots in parts."""
+    form, slots = saved.form, slots_on_host(saved)
+    mean = slots.pop(AVERAGE, None)
+    stored = plain_entry(form.rule, saved.step, slots)
+    stored["complex"] = form.is_complex
+    if form.average is not None:
+        stored["average"] = plain_entry(form.average, saved.seen, {SHOWN_AVERAGE: mean})
+    return stored

@@ -33,7 +33,7 @@ from multiopt.adapters.pyro.views import OptimObjs
 from multiopt.arrays import Array
 from multiopt.backend import named
 from multiopt.changes import change
-from multiopt.entry import Entry, chosen_average, restored_average, slot_shapes
+from multiopt.entry import Entry, chosen_average, slot_shapes
 from multiopt.errors import brief
 from multiopt.guard import exclusive
 from multiopt.optimizer import Optimizer
@@ -252,8 +252,8 @@ class JointOptim(StatefulOptim):
             layout = named("torch").layout(tensor, f"parameter {one.key!r}")
             slot_shapes(one.key, rule, layout)
             dotted = one.key if label is None else normalize_param_name(label)
-            chosen = chosen_average(self._known.average, dotted)
-            average = restored_average(one.key, None, chosen, layout)
+            kept = chosen_average(self._known.average, dotted)
+            average = None if kept is None else Entry(kept, None, 0, {}, layout)
             entries[one.key] = Entry(rule, clip, 0, {}, layout, average)
             met.append(one)
         self._known.put(entries)

@@ -28,10 +28,10 @@ from multiopt.adapters.torch_settings import (
     refuse_subsamples,
     rule_settings,
 )
-from multiopt.entry import described_rule
 from multiopt.errors import brief
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
+from multiopt.state.record import described_rule
 from multiopt.step.clip import Clip
 
 __all__ = [

@@ -16,13 +16,6 @@ from multiopt.adapters.pyro.tensor import TensorOptimizer
 from multiopt.adapters.pyro.tracking import KnownTensors
 from multiopt.adapters.torch_file import is_safetensors, read
 from multiopt.adapters.torch_state import parameter_to_torch, parameters_from_torch
-from multiopt.entry import (
-    Entry,
-    check_slot_names,
-    restored,
-    restored_average,
-    restored_plateaus,
-)
 from multiopt.errors import CheckpointError
 from multiopt.guard import Guard
 from multiopt.registry import Registry
@@ -30,6 +23,7 @@ from multiopt.rules import Rule
 from multiopt.skipping import Skips
 from multiopt.state.file_objects import Source, Target
 from multiopt.state.plateaus import warn_of_plateaus
+from multiopt.state.record import check_slot_names, entry_of, observe, saved_of
 
 __all__ = ["REMEDY", "StatefulOptim"]
 
@@ -123,21 +117,19 @@ class StatefulOptim(PyroOptim):
             ValueError: A state does not fit; nothing has changed.
         """
         known, skips = self._known, dict(self._known.skips)
-        entries: dict[str, Entry] = {}
+        entries = {}
         rules: dict[Rule, Rule] = {}
         try:
             for one, stored in loaded:
-                _, _, _, _, layout, average = known.entry(one.key)
+                layout, average = known.entry(one.key).layout, known.average_of(one.key)
                 rule = restored_rule(stored["rule"], one.rule)
                 rule = rules.setdefault(rule, rule)
                 clip = make_clip(one.clip_args, rule)
-                # Copies: what waits may be taken again, by a copy of this optimizer for one.
-                slots = {k: x.astype(layout.compute_dtype) for k, x in stored["slots"].items()}
-                own = {**stored, "slots": slots}
-                entry = restored(one.key, own, rule, clip, layout, known.masters)
-                if average is not None:
-                    average = restored_average(one.key, stored.get("average"), average.rule, layout)
-                entries[one.key] = entry._replace(average=average)
+                # It copies: what waits may be taken again, by a copy of this optimizer for one.
+                saved = saved_of(one.key, stored, stored.get("average"))
+                saved = saved._replace(form=saved.form._replace(cast=True))
+                masters = known.masters
+                entries[one.key] = entry_of(one.key, saved, rule, clip, layout, masters, average)
                 if counts := stored.get("skips"):
                     skips[one.key] = Skips(*counts)
         except ValueError as error:
@@ -147,7 +139,7 @@ class StatefulOptim(PyroOptim):
             known.put(entries)
             known.skips = skips
         for one, stored in loaded:
-            restored_plateaus(entries[one.key].rule, stored["rule"], ahead=True)
+            observe(entries[one.key].rule, stored.get("plateaus", {}), ahead=True)
             one.given = dict(stored.get("given", {}))
             self._sources.watch(one)
             if "group" in stored:
@@ -185,12 +177,14 @@ class StatefulOptim(PyroOptim):
         if (rule := self._usual_rule()) is not None:
             for label, stored in loaded.items():
                 try:
-                    check_slot_names(label, stored, restored_rule(stored["rule"], rule))
+                    words, slots = stored["rule"], stored["slots"]
+                    own = restored_rule(words, rule)
+                    check_slot_names(label, slots, stored["step"], words, own)
                 except (ValueError, TypeError) as error:
                     remedy = "load it into the optimizer that was saved"
                     raise CheckpointError(REMEDY.sub(remedy, str(error))) from None
             for stored in loaded.values():
-                restored_plateaus(rule, stored["rule"])
+                observe(rule, stored.get("plateaus", {}))
         if self._guard.torn is not None:
             # Every tensor begins anew: with the state of its name, if there is some.
             self._ids = b""

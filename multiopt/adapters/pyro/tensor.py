@@ -31,8 +31,8 @@ from multiopt.adapters.torch_state import (
     whole_number,
 )
 from multiopt.backend import named
-from multiopt.entry import described, described_rule
 from multiopt.rules import Rule
+from multiopt.state.record import described_rule, description, plain_entry
 
 if TYPE_CHECKING:
     from multiopt.adapters.pyro.followed import Source
@@ -282,11 +282,14 @@ class TensorOptimizer(torch.optim.Optimizer):
         known = self._owner._known
         entry = known.entry(self.key)
         to_host, steps = named(entry.layout.library).to_host, known.steps
-        stored = described(entry, to_host, steps)
+        words = description(entry.rule, entry.step, steps)
+        stored = plain_entry(words, entry.step, entry.converted(to_host))
         stored["complex"] = entry.layout.is_complex
         stored["given"], stored["group"] = deepcopy((self.given, self.extra))
         if entry.average is not None and entry.average.step:
-            stored["average"] = described(entry.average, to_host, steps)
+            mean = entry.average
+            words = description(mean.rule, mean.step, steps)
+            stored["average"] = plain_entry(words, mean.step, mean.converted(to_host))
         if (skips := known.skips.get(self.key)) is not None:
             stored["skips"] = tuple(skips)
         return stored

@@ -1,0 +1,446 @@
+"""The description in a file: names are rows of tables, whose columns are the tensors of the file.
+
+Names that share a rule, the shapes of their slots and whatever else a ``Form`` has are one table:
+
+>>> import json
+>>> import numpy as np
+>>> from multiopt.state.document import described, tables_in, waiting
+>>> from multiopt.state.record import saved_of
+>>> one = saved_of("a", {"rule": {"name": "SGD"}, "step": 3, "slots": {"m": np.ones(2)}})
+>>> document = described(waiting({"a": one, "b": one}), 3, {}, {})
+>>> document["pending"]
+[{'names': ['a', 'b'], 'steps': [3, 3], 'rule': 0, 'slots': {'m': 'F64[2]'}}]
+>>> [table.names for table in tables_in(document)]
+[['a', 'b']]
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from multiopt.averaging import AVERAGE
+from multiopt.engine import Group
+from multiopt.errors import CheckpointError
+from multiopt.kinds import formulas
+from multiopt.schedules.plateau import is_observed
+from multiopt.skipping import Skips
+from multiopt.state.metadata import PAIR, check_nesting
+from multiopt.state.metadata import described as described_metadata
+from multiopt.state.record import Description, Form, Saved, Slot, description
+
+if TYPE_CHECKING:
+    from multiopt.registry import Registry
+
+__all__ = [
+    "BLOCK",
+    "LARGE",
+    "LAST_STEP",
+    "PARTS",
+    "VERSION",
+    "Pieces",
+    "Table",
+    "check_observed",
+    "check_skips",
+    "check_steps",
+    "check_version",
+    "described",
+    "held",
+    "is_clock",
+    "tables_in",
+    "waiting",
+]
+
+#: The version of the file format and of ``state_dict``.
+VERSION = 3
+
+#: The parts of a description that are tables: of names seen, and of those that wait.
+PARTS = "entries", "pending"
+
+#: The largest clock, up to which every number is a float64.
+LAST_STEP = 2**53
+
+#: The most names in a file: each takes up to 1 kB in memory, and may take 10 bytes in a header.
+MOST_NAMES = 2_500_000
+
+#: Elements of a slot from which on it is read and written by itself, and of several that are read
+#: and written together.
+LARGE, BLOCK = 2**12, 2**14
+
+#: The dtypes of slots, by their names in a file.
+DTYPES = {"F32": "float32", "F64": "float64"}
+
+#: Gives for the number of a slot its rows as arrays of two axes, of several rows each.
+Pieces = Callable[[int], Iterator[np.ndarray]]
+
+
+class Table(NamedTuple):
+    """Names of one form.
+
+    Attributes:
+        part: ``"entries"`` or ``"pending"``.
+        form: The form.
+        names: The names.
+        places: Where they stand in the order of all names of the part.
+        steps: Their clocks.
+        counts: How many steps their averages have seen; empty where there are none.
+        pieces: Their slots, if it is not in a file.
+    """
+
+    part: str
+    form: Form
+    names: Sequence[str]
+    places: Sequence[int]
+    steps: Sequence[int]
+    counts: Sequence[int]
+    pieces: Pieces | None = None
+
+    def words(self) -> dict[str, str]:
+        """Of each slot the dtype and the shape as a file has them."""
+        codes = {dtype: code for code, dtype in DTYPES.items()}
+        return {
+            slot.name: f"{codes[slot.dtype]}[{','.join(map(str, slot.shape))}]"
+            for slot in self.form.slots
+        }
+
+
+# Tables of what is in memory
+
+
+def held(registry: "Registry") -> Iterator[Table]:
+    """The tables of names seen, over the memory of their slots."""
+    for group, names, order, rows in registry.names_by_group():
+        known: dict[bytes, tuple[Description, Description | None]] = {}
+        clocks, seen = group.steps[rows], group.counts(rows)
+        for (key, shape), places in _alike(group, rows).items():
+            mine = rows[places]
+            if key not in known:
+                step, count = int(clocks[places[0]]), int(seen[places[0]])
+                own, *average = formulas(group.rule_at(int(mine[0])))
+                # An average that has seen no step is none.
+                kept = description(average[0], count, registry.steps) if average and count else None
+                known[key] = description(own, step, registry.steps), kept
+            rule, kept = known[key]
+            columns, slots = group.slot_names(shape), []
+            forms = group.rule.slot_shapes(shape)
+            for name in columns:
+                if name != AVERAGE or kept is not None:
+                    slots.append(Slot(name, forms.get(name, shape), group.dtype.name))
+            form = Form(rule, tuple(slots), group.layout.is_complex, kept)
+            numbers = [columns.index(slot.name) for slot in slots]
+            yield Table(
+                "entries",
+                form,
+                [names[place] for place in places] if len(places) < len(names) else names,
+                order[places].tolist(),
+                clocks[places].tolist(),
+                seen[places].tolist() if kept is not None else [],
+                partial(_rows_of, group, mine, numbers),
+            )
+
+
+def _rows_of(
+    group: Group, rows: np.ndarray, numbers: Sequence[int], k: int
+) -> Iterator[np.ndarray]:
+    return group.slots_on_host(rows, numbers[k])
+
+
+def _alike(group: Group, rows: np.ndarray) -> dict[tuple[bytes, tuple[int, ...]], list[int]]:
+    """Positions of rows by what tells their rules, averages and shapes apart."""
+    numbers, schedule = group.numbers[rows], group.schedule[rows]
+    clocks = np.stack([group.steps[rows], group.counts(rows)])
+    if group.has_averages:
+        numbers[:, -1] = clocks[1] > 0
+    # The numbers of schedules are of the last step; a description has those of the clock.
+    for number in np.unique(schedule).tolist() if group.scheduled else ():
+        numbers[np.ix_(schedule == number, list(group.schedules[number].columns))] = 0.0
+    table = np.column_stack([numbers, schedule, *np.where(schedule != 0, clocks, 0)])
+    keys: list[Any] = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
+    shapes = map(group.shapes.__getitem__, rows.tolist())
+    found: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
+    for place, key in enumerate(zip(keys, shapes, strict=True)):
+        found.setdefault(key, []).append(place)
+    return found
+
+
+def waiting(saved: Mapping[str, Saved], part: str = "pending") -> list[Table]:
+    """The tables of records."""
+    alike: dict[int, list[int]] = {}
+    names, records = list(saved), list(saved.values())
+    for place, one in enumerate(records):
+        alike.setdefault(id(one.form), []).append(place)
+    tables = []
+    for places in alike.values():
+        mine = [records[place] for place in places]
+        form, steps = mine[0].form, [one.step for one in mine]
+        counts = [one.seen for one in mine] if form.average is not None else []
+        own = [names[place] for place in places]
+        tables.append(Table(part, form, own, places, steps, counts, partial(_pieces, mine)))
+    return tables
+
+
+def _pieces(saved: Sequence[Saved], k: int) -> Iterator[np.ndarray]:
+    size = prod(saved[0].form.slots[k].shape)
+    rows = 1 if size >= LARGE else BLOCK // max(size, 1)
+    for first in range(0, len(saved), rows):
+        arrays = [one.arrays[k] for one in saved[first : first + rows]]
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        yield joined.reshape(len(arrays), size)
+
+
+# Descriptions
+
+
+def described(
+    tables: Iterable[Table],
+    steps: int,
+    skips: Mapping[str, Sequence[int]],
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The description of a file.
+
+    Args:
+        tables: What is saved of names.
+        steps: How many steps the optimizer has taken.
+        skips: By name, how many were skipped, in all and in a row.
+        metadata: What else to keep: see ``multiopt.state.metadata``.
+
+    Raises:
+        TypeError: The metadata is no mapping.
+        ValueError: The metadata or a name is not what JSON can hold, or a rule is nested too deep.
+    """
+    plain, nonfinite = described_metadata(metadata)
+    rules: list[Mapping[str, Any]] = []
+    observed: dict[str, Mapping[str, Any]] = {}
+    # Writing a description takes 10 us, and many tables have one and the same.
+    numbers: dict[str, int] = {}
+    known: dict[int, int] = {}
+
+    def number_of(one: Description, names: Sequence[str]) -> int:
+        if id(one) not in known:
+            try:
+                check_nesting(one.words)
+            except ValueError as error:
+                raise ValueError(f"the rule in the state of {names[0]!r}: {error}") from error
+            text = json.dumps(one, allow_nan=False)
+            known[id(one)] = number = numbers.setdefault(text, len(rules))
+            if number == len(rules):
+                rules.append(one.words)
+                if one.observed:
+                    observed[str(number)] = one.observed
+        return known[id(one)]
+
+    parts: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+    ends = dict.fromkeys(PARTS, 0)
+    for table in tables:
+        form = table.form
+        _check_names(table.names)
+        made: dict[str, Any] = {"names": table.names, "steps": table.steps}
+        first = ends[table.part]
+        ends[table.part] = end = first + len(table.names)
+        if list(table.places) != list(range(first, end)):
+            made["places"] = table.places
+        made["rule"] = number_of(form.rule, table.names)
+        if form.average is not None:
+            made |= {"average": number_of(form.average, table.names), "counts": table.counts}
+        if form.is_complex:
+            made["complex"] = True
+        parts[table.part].append({**made, "slots": table.words()})
+    if (count := sum(ends.values())) > MOST_NAMES:
+        raise ValueError(f"there are {count} names; expected at most {MOST_NAMES} in one file")
+    document = {"version": VERSION, "steps": steps, "metadata": plain}
+    if nonfinite:
+        document["nonfinite"] = nonfinite
+    document |= {"rules": rules, **({"plateaus": observed} if observed else {}), **parts}
+    if skips:
+        _check_names(list(skips))
+        total, consecutive = zip(*skips.values(), strict=True)
+        counts = {"total": list(total), "consecutive": list(consecutive)}
+        document["skips"] = {"names": list(skips), **counts}
+    return document
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse names that JSON would change.
+
+    Raises:
+        ValueError: There is one.
+    """
+    # One look at all of them; what is between two names is no surrogate.
+    for name in names if PAIR.search("\n".join(names)) else ():
+        if PAIR.search(name):
+            raise ValueError(
+                f"the name {name!r} has two surrogates that JSON takes for one character, so that "
+                f"it would come back as {json.loads(json.dumps(name))!r}; expected a name that "
+                "comes back as it is: rename it"
+            )
+
+
+def tables_in(document: Mapping[str, Any]) -> list[Table]:
+    """The tables in a description, in the order of their tensors.
+
+    Raises:
+        CheckpointError: It has another form, as far as it is about names.
+        ValueError: It has.
+    """
+    rules = _rules(document)
+    tables: list[Table] = []
+    seen: set[str] = set()
+    for part in PARTS:
+        end = 0
+        for table in _list(document[part], part):
+            names, steps = _column(table, "names", str), _column(table, "steps", int)
+            if len(seen) + len(names) > MOST_NAMES:
+                raise CheckpointError(f"it has more than {MOST_NAMES} names")
+            places: Sequence[int] = range(end, end + len(names))
+            end += len(names)
+            if "places" in table:
+                places = _column(table, "places", int)
+            seen.update(names)
+            if len(names) != len(steps) or not names:
+                raise CheckpointError(f"a table of {len(names)} names has {len(steps)} clocks")
+            for name, step in zip(names, steps, strict=True):
+                if not is_clock(step):
+                    raise CheckpointError(
+                        f"the state of {name!r} has step {step!r}; expected an int from 0 to 2^53"
+                    )
+            average, counts = None, []
+            if "average" in table:
+                average, counts = (
+                    _rule(rules, table["average"], names),
+                    _column(table, "counts", int),
+                )
+                if len(counts) != len(names) or not all(map(is_clock, counts)):
+                    raise CheckpointError(
+                        f"the average of {names[0]!r} has other counts than steps"
+                    )
+            slots = tuple(_slot(name, word, names) for name, word in table["slots"].items())
+            if (average is not None) != any(slot.name == AVERAGE for slot in slots):
+                raise CheckpointError(f"the average of {names[0]!r} has no slot, or no rule")
+            is_complex = table.get("complex", False)
+            if type(is_complex) is not bool or any(
+                is_complex > (slot.shape[-1:] == (2,)) for slot in slots
+            ):
+                raise CheckpointError(f"the complex slots of {names[0]!r} have no two parts")
+            form = Form(_rule(rules, table["rule"], names), slots, is_complex, average)
+            tables.append(Table(part, form, names, places, steps, counts))
+    if len(seen) < sum(len(table.names) for table in tables):
+        raise CheckpointError("a name is there twice")
+    return tables
+
+
+def _rules(document: Mapping[str, Any]) -> list[Description]:
+    """The descriptions of rules, each with what its schedules have seen."""
+    observed = document.get("plateaus", {})
+    found = []
+    for number, words in enumerate(_list(document["rules"], "rules")):
+        check_nesting(words)
+        states = observed.get(str(number), {})
+        if not isinstance(words, dict) or not isinstance(words.get("schedules", {}), dict):
+            raise CheckpointError("the rules need mappings, under 'schedules' too")
+        found.append(Description(words, states))
+    return found
+
+
+def _rule(rules: Sequence[Description], number: Any, names: Sequence[str]) -> Description:
+    if not (is_clock(number) and number < len(rules)):
+        raise CheckpointError(f"the state of {names[0]!r} has no rule: {number!r}")
+    rule: Description = rules[number]
+    check_observed(names[0], rule.observed)
+    return rule
+
+
+def check_observed(name: str, observed: Any) -> None:
+    """Refuse what no ``Plateau`` can have seen.
+
+    Raises:
+        CheckpointError: There is something.
+    """
+    for state in observed.values() if isinstance(observed, Mapping) else [observed]:
+        if not is_observed(state):
+            raise CheckpointError(
+                f"the state of {name!r}: expected the state of a Plateau; got {state!r}"
+            )
+
+
+def _slot(name: str, word: Any, names: Sequence[str]) -> Slot:
+    found = re.fullmatch(r"(F32|F64)\[((?:[0-9]{1,18},)*[0-9]{1,18})?\]", word)
+    if found is None:
+        raise CheckpointError(
+            f"the slot {name!r} of {names[0]!r} is {word!r}; expected a dtype, F32 or F64, and a "
+            "shape, such as F32[2,3]"
+        )
+    shape = tuple(map(int, found[2].split(","))) if found[2] else ()
+    return Slot(name, shape, DTYPES[found[1]])
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise CheckpointError(f"expected a list under {what!r}; got {type(value).__name__}")
+    return value
+
+
+def _column(table: Mapping[str, Any], what: str, kind: type) -> list[Any]:
+    column = _list(table[what], what)
+    for value in column:
+        if type(value) is not kind:
+            raise CheckpointError(f"expected {kind.__name__} under {what!r}; got {value!r}")
+    return column
+
+
+def check_skips(skips: Any) -> dict[str, Skips]:
+    """The counts of skips by name.
+
+    Raises:
+        CheckpointError: They are none.
+    """
+    if not isinstance(skips, Mapping):
+        raise CheckpointError(f"expected a mapping under 'skips'; got {type(skips).__name__}")
+    for name, counts in skips.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"expected names under 'skips' to be strings; got {name!r}")
+        known = isinstance(counts, list | tuple) and len(counts) == 2 and all(map(is_clock, counts))
+        if not known or counts[0] < counts[1]:
+            raise CheckpointError(
+                f"the skips of {name!r} are {counts!r}; expected how many in all, and of them in a "
+                "row, ints from 0 to 2^53"
+            )
+    return {name: Skips(*counts) for name, counts in skips.items()}
+
+
+def is_clock(step: Any) -> bool:
+    """Whether something is a clock."""
+    return type(step) is int and 0 <= step <= LAST_STEP
+
+
+def check_steps(document: Mapping[str, Any]) -> int | None:
+    """How many steps the optimizer has taken, if that is said.
+
+    Raises:
+        CheckpointError: It is no number of steps.
+    """
+    if not is_clock(document.get("steps", 0)):
+        raise CheckpointError(
+            f"expected an int from 0 to 2^53 under 'steps'; got {document['steps']!r}"
+        )
+    return document.get("steps")
+
+
+def check_version(document: Mapping[str, Any]) -> None:
+    """Refuse a version that is not known.
+
+    Raises:
+        CheckpointError: It is a newer one, or none.
+    """
+    version = document["version"]
+    if type(version) is int and version > VERSION:
+        raise CheckpointError(
+            f"expected version {VERSION} or an earlier one; got version {version}: it needs a "
+            "newer release of multiopt"
+        )
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"expected a version between 1 and {VERSION}; got {version!r}")

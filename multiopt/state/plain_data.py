@@ -1,0 +1,202 @@
+"""State dicts: the state by name as plain data.
+
+>>> import multiopt as mo
+>>> import numpy as np
+>>> from multiopt.state.plain_data import contents_of
+>>> opt = mo.Optimizer(mo.SGD(momentum=0.5))
+>>> _ = opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+>>> contents_of(opt.state_dict()).saved["w"].step
+1
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from multiopt.averaging import AVERAGE
+from multiopt.backend import Array, named
+from multiopt.errors import CheckpointError
+from multiopt.layout import Layout
+from multiopt.schedules.description import separated
+from multiopt.state.contents import Contents
+from multiopt.state.document import (
+    VERSION,
+    check_observed,
+    check_skips,
+    check_steps,
+    check_version,
+    held,
+    is_clock,
+)
+from multiopt.state.metadata import check_nesting
+from multiopt.state.record import SHOWN_AVERAGE, Saved, plain, plain_entry, saved_of
+
+if TYPE_CHECKING:
+    from multiopt.registry import Registry
+
+__all__ = [
+    "PARTS",
+    "check_parts",
+    "check_state_dict",
+    "contents_of",
+    "saved_in",
+    "shown",
+    "state_dict",
+]
+
+#: The parts of a state dict that are entries by name, and whether it must have them.
+PARTS = {"entries": True, "pending": True, "averages": False, "pending_averages": False}
+
+
+def shown(layout: Layout) -> Callable[[Array], Array]:
+    """How a slot of a parameter is shown: a copy in the parameter's library."""
+    backend = named(layout.library)
+    copy = partial(backend.shown, layout=layout)
+    if layout.is_complex:
+        return lambda slot: backend.whole(copy(slot))
+    return copy
+
+
+def state_dict(registry: "Registry") -> dict[str, Any]:
+    """The state of a registry, with copies."""
+    entries: dict[str, Any] = dict.fromkeys(registry.names)
+    parts: dict[str, dict[str, Any]] = {"entries": entries, "pending": {}}
+    averages: dict[str, dict[str, Any]] = {"averages": {}, "pending_averages": {}}
+    for table in held(registry):
+        form = table.form
+        counts = table.counts or [0] * len(table.names)
+        for name, step, count in zip(table.names, table.steps, counts, strict=True):
+            group, row = registry.row_of(name)
+            show, slots = shown(group.layout_at(row)), group.slots_at(row)
+            found = {slot: show(slots[slot]) for slot in form.own}
+            entries[name] = plain_entry(form.rule, step, found)
+            if form.average is not None:
+                mean = {SHOWN_AVERAGE: show(slots[AVERAGE])}
+                averages["averages"][name] = plain_entry(form.average, count, mean)
+    means = averages["averages"]
+    averages["averages"] = {name: means[name] for name in entries if name in means}
+    for name, saved in registry.pending.items():
+        parts["pending"][name], average = plain(saved)
+        if average is not None:
+            averages["pending_averages"][name] = average
+    skips = {name: list(counts) for name, counts in registry.skips.items()}
+    return {
+        "version": VERSION,
+        "steps": registry.steps,
+        **parts,
+        **(averages if registry.average is not None else {}),
+        **({"skips": skips} if skips else {}),
+    }
+
+
+def contents_of(
+    state_dict: Mapping[str, Any], wanted: Collection[str] | None = None, strict: bool = True
+) -> Contents:
+    """What a state dict has.
+
+    Args:
+        state_dict: The state dict, which has the form of one.
+        wanted: The names whose state is wanted; by default all.
+        strict: Whether state of no use is an error.
+
+    Raises:
+        ValueError: State is of no use, and ``strict`` is on.
+    """
+    saved, unfit = dict[str, dict[str, Saved]](pending={}, entries={}), {}
+    for part, name, entry, average in saved_in(state_dict):
+        if wanted is None or name in wanted:
+            try:
+                saved[part][name] = saved_of(name, entry, average)
+            except ValueError as error:
+                if strict:
+                    raise
+                unfit[name] = str(error)
+    skips = check_skips(state_dict.get("skips", {}))
+    known = [name for part in (*PARTS, "skips") for name in state_dict.get(part, ())]
+    both = saved["pending"] | saved["entries"]
+    steps = state_dict.get("steps")
+    return Contents(list(dict.fromkeys(known)), both, steps, skips, {}, unfit)
+
+
+def saved_in(
+    state_dict: Mapping[str, Any],
+) -> Iterator[tuple[str, str, Mapping[str, Any], Mapping[str, Any] | None]]:
+    """Part, name and entry of each name in a state dict, and the entry of its average."""
+    averages = {**state_dict.get("pending_averages", {}), **state_dict.get("averages", {})}
+    current = state_dict["version"] >= VERSION
+    for part in ("entries", "pending"):
+        for name, entry in state_dict[part].items():
+            average = averages.get(name)
+            if not current:
+                entry = _renewed(name, entry)
+                average = None if average is None else _renewed(name, average)
+            yield part, name, entry, average
+
+
+def _renewed(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of an earlier version, whose schedules had in them what each Plateau has seen."""
+    rule, observed = dict(entry["rule"]), dict[str, Any]()
+    try:
+        check_nesting(rule)
+        schedules = rule.get("schedules", {})
+        for key, schedule in schedules.items():
+            words, found = separated(schedule, key)
+            rule["schedules"] = {**rule["schedules"], key: words}
+            observed |= found
+    except ValueError as error:
+        raise CheckpointError(f"the state of {name!r}: {error}") from error
+    return {**entry, "rule": rule, "plateaus": observed}
+
+
+def check_state_dict(state_dict: Any) -> None:
+    """Refuse what has not the form of a state dict.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    if not isinstance(state_dict, Mapping) or "version" not in state_dict:
+        raise CheckpointError("expected a state dict with 'version', 'entries' and 'pending'")
+    check_version(state_dict)
+    check_steps(state_dict)
+    check_parts(state_dict)
+    check_skips(state_dict.get("skips", {}))
+
+
+def check_parts(state_dict: Mapping[str, Any]) -> None:
+    """Refuse parts that have not the form of those of a state dict.
+
+    Raises:
+        CheckpointError: They have not.
+    """
+    for part, required in PARTS.items():
+        entries = state_dict.get(part, None if required else {})
+        if not isinstance(entries, Mapping):
+            raise CheckpointError(
+                f"expected a mapping under {part!r}; got {type(entries).__name__}"
+            )
+        for name, entry in entries.items():
+            _check_entry(part, name, entry)
+    parameters = state_dict["entries"].keys() | state_dict["pending"].keys()
+    for part in PARTS:
+        if PARTS[part] is False and (odd := state_dict.get(part, {}).keys() - parameters):
+            raise CheckpointError(
+                f"there are averages of {sorted(odd)}; expected them of names that have an entry"
+            )
+
+
+def _check_entry(part: str, name: Any, entry: Any) -> None:
+    if not isinstance(name, str):
+        raise CheckpointError(f"expected names under {part!r} to be strings; got {name!r}")
+    step = entry.get("step") if isinstance(entry, Mapping) else None
+    if not is_clock(step):
+        raise CheckpointError(
+            f"the state of {name!r} has step {step!r}; expected an int from 0 to 2^53"
+        )
+    slots, rule = entry.get("slots"), entry.get("rule")
+    if not isinstance(slots, Mapping) or not isinstance(rule, Mapping):
+        raise CheckpointError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")
+    if not all(isinstance(key, str) for key in (*slots, *rule)):
+        raise CheckpointError(f"the state of {name!r} has a slot or setting without a name")
+    if not isinstance(rule.get("schedules", {}), Mapping):
+        raise CheckpointError(f"the state of {name!r} needs a mapping under 'schedules'")
+    check_observed(name, entry.get("plateaus", {}))

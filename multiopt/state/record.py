@@ -1,0 +1,473 @@
+"""The saved state of a name: one record, wherever it comes from and wherever it goes.
+
+>>> import numpy as np
+>>> from multiopt.state.record import plain, saved_of
+>>> entry = {"rule": {"name": "SGD"}, "step": 3, "slots": {"momentum_buffer": np.ones((2, 1))}}
+>>> saved = saved_of("w", entry)
+>>> saved.step, saved.form.slots[0].shape, saved.arrays[0].tolist()
+(3, (2, 1), [1.0, 1.0])
+>>> plain(saved)[0]["slots"]["momentum_buffer"].shape
+(2, 1)
+"""
+
+import json
+import sys
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from multiopt.averaging import AVERAGE, Average
+from multiopt.backend import Array, backend_of, named
+from multiopt.engine import MASTER, Group
+from multiopt.entry import Entry, slot_shapes
+from multiopt.layout import Layout, parts_of
+from multiopt.rules import Rule
+from multiopt.schedules import Plateau, Schedule
+from multiopt.schedules.description import described, observers
+from multiopt.schedules.description import plain as plain_value
+from multiopt.schedules.plateau import is_observed
+from multiopt.step.clip import Clip
+
+__all__ = [
+    "SHOWN_AVERAGE",
+    "Description",
+    "Form",
+    "Record",
+    "Saved",
+    "Slot",
+    "check_average",
+    "check_fit",
+    "check_slot_names",
+    "described_rule",
+    "description",
+    "entry_of",
+    "observe",
+    "plain",
+    "plain_entry",
+    "resumed",
+    "saved_of",
+    "set_clocks",
+    "slots_on_host",
+    "without_average",
+]
+
+#: What a state dict calls the slot of an average.
+SHOWN_AVERAGE = "average"
+
+
+class Slot(NamedTuple):
+    """The form of a saved slot.
+
+    Attributes:
+        name: Its name; that of a chained rule for the slot of an average.
+        shape: Its shape, parts of complex ones included.
+        dtype: ``"float32"`` or ``"float64"``.
+        library: The library in which it came.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    library: str = "numpy"
+
+
+class Description(NamedTuple):
+    """A rule, or an average, as plain data.
+
+    Attributes:
+        words: Its name, its hyperparameters at a step, and its schedules.
+        observed: By its place in the schedules, what each ``Plateau`` has seen.
+    """
+
+    words: Mapping[str, Any]
+    observed: Mapping[str, Mapping[str, Any]]
+
+
+class Form(NamedTuple):
+    """What is the same for many names: those of a table in a file share one.
+
+    Attributes:
+        rule: The rule that was saved, which is only looked at.
+        slots: The slots, in the order of ``Saved.arrays``.
+        is_complex: Whether they are the parts of complex ones, along their last axis.
+        average: The average that was saved, whose slot is among them.
+        cast: Whether they are converted to the dtype that their parameter needs.
+    """
+
+    rule: Description
+    slots: tuple[Slot, ...]
+    is_complex: bool = False
+    average: Description | None = None
+    cast: bool = False
+
+    @property
+    def own(self) -> list[str]:
+        """The names of the slots, but for that of the average."""
+        return [slot.name for slot in self.slots if slot.name != AVERAGE]
+
+
+class Saved(NamedTuple):
+    """The saved state of a name.
+
+    Attributes:
+        form: What it has in common with others.
+        step: Its clock.
+        arrays: Its slots on the host, each with one axis, in possession.
+        seen: How many steps its average has seen.
+        keeps: What average the optimizer that has loaded it keeps of the name.
+    """
+
+    form: Form
+    step: int
+    arrays: tuple[np.ndarray, ...]
+    seen: int = 0
+    keeps: Average | None = None
+
+    @property
+    def is_unstepped(self) -> bool:
+        """Whether it is of a parameter before its first step, which needs no slots."""
+        return self.step == 0 and not self.form.own
+
+
+#: The part of a file or a state dict, the name, the record, and by slot what is damaged.
+Record: TypeAlias = tuple[str, str, Saved, dict[str, str]]
+
+
+# Descriptions
+
+
+def description(rule: Rule, step: int, count: int | None = None) -> Description:
+    """A rule as plain data.
+
+    Args:
+        rule: The rule.
+        step: How many steps its parameter has taken.
+        count: How many steps the optimizer has taken; if left out, as many.
+    """
+    places = [one for name in rule.ranges for one in observers(getattr(rule, name), name)]
+    states = {place: plateau.state() for place, plateau in places}
+    observed = {place: state for place, state in states.items() if is_observed(state)}
+    return Description(described_rule(rule, step, count), observed)
+
+
+def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str, Any]:
+    """The words of ``description``."""
+    try:
+        now = rule.at(max(step, 1), None if count is None else max(count, 1))
+    except ValueError:
+        # State must not be lost over a schedule that gives no number for this step.
+        now = rule
+    words = {f.name: plain_value(getattr(now, f.name)) for f in fields(now)}
+    schedules = {}
+    for name in rule.ranges:
+        value = getattr(rule, name)
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(part, Schedule) for part in parts):
+            schedules[name] = described(value)
+    return {"name": type(rule).__name__, **words, **({"schedules": schedules} if schedules else {})}
+
+
+def observe(
+    rule: Rule, observed: Mapping[str, Mapping[str, Any]], ahead: bool = False
+) -> list[tuple[Plateau, dict[str, Any]]]:
+    """Give each ``Plateau`` of a rule what the one that was saved in its place has seen.
+
+    Args:
+        rule: The rule.
+        observed: By place, what those have seen.
+        ahead: Whether only those that have seen less than that take it.
+
+    Returns:
+        Those that took it, with what they had seen before.
+    """
+    before: list[tuple[Plateau, dict[str, Any]]] = []
+    for name in rule.ranges if observed else ():
+        for place, plateau in observers(getattr(rule, name), name):
+            state = observed.get(place)
+            if state is not None and not (ahead and plateau.observed >= state["observed"]):
+                before.append((plateau, plateau.state()))
+                plateau.load_state(state)
+    return before
+
+
+# Plain data
+
+
+def saved_of(
+    name: str, entry: Mapping[str, Any], average: Mapping[str, Any] | None = None
+) -> Saved:
+    """The record of an entry of a state dict, with slots of its own.
+
+    Args:
+        name: That of the parameter.
+        entry: The entry, which has the form of one. Where it has a true ``"complex"``, its slots
+            are the parts of complex ones.
+        average: That of its average.
+
+    Raises:
+        ValueError: A slot is no array that a rule could have, or the rule's description no plain
+            data.
+    """
+    found = [_on_host(name, slot, array) for slot, array in entry["slots"].items()]
+    kinds = {layout.is_complex for _, layout, _ in found}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the state of {name!r} has slots of no use: some are complex, and others are not"
+        )
+    rule, kept, count = _described(name, entry), None, 0
+    if average is not None:
+        check_slot_names(name, average["slots"], average["step"], average["rule"], Average())
+        count = average["step"]
+        for array in average["slots"].values():
+            found.append(_on_host(name, AVERAGE, array))
+            kept = _described(name, average)
+    slots = tuple(Slot(slot, x.shape, x.dtype, x.library) for slot, x, _ in found)
+    is_complex = bool(entry.get("complex")) or any(layout.is_complex for _, layout, _ in found)
+    arrays = tuple(array for _, _, array in found)
+    return Saved(Form(rule, slots, is_complex, kept), entry["step"], arrays, count)
+
+
+def _on_host(name: str, slot: str, array: Any) -> tuple[str, Layout, np.ndarray]:
+    try:
+        backend = backend_of(array, f"slot {slot!r}")
+        layout = backend.layout(array, f"slot {slot!r}")
+        if layout.dtype != layout.compute_dtype:
+            raise ValueError(f"slot {slot!r} has dtype {layout.dtype}; expected float32 or float64")
+        host = backend.to_host(array)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
+    if layout.is_complex:
+        host = parts_of(host)
+    # Compiled code knows the byte order of the machine only.
+    return slot, layout, np.ascontiguousarray(host, layout.dtype).reshape(-1)
+
+
+def _described(name: str, entry: Mapping[str, Any]) -> Description:
+    words = [dict(entry["rule"]), dict(entry.get("plateaus", {}))]
+    try:
+        return Description(*json.loads(json.dumps(words, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the rule in the state of {name!r} is no plain data: {error}") from error
+
+
+def plain(saved: Saved) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The entries that a state dict has for a record and for its average, with copies.
+
+    Slots are arrays of the libraries in which they came. One that nothing has imported, in a
+    process that has unpickled the state, is not imported for it: those are NumPy arrays, like all
+    that came from a file.
+    """
+    form, slots = saved.form, {}
+    for slot, array in zip(form.slots, saved.arrays, strict=True):
+        host = array.reshape(slot.shape)
+        is_there = slot.library.partition(".")[0] in sys.modules
+        library = named(slot.library if is_there else "numpy")
+        slots[slot.name] = library.shown(named("numpy").whole(host) if form.is_complex else host)
+    mean = slots.pop(AVERAGE, None)
+    average = None
+    if form.average is not None:
+        average = plain_entry(form.average, saved.seen, {SHOWN_AVERAGE: mean})
+    return plain_entry(form.rule, saved.step, slots), average
+
+
+def slots_on_host(saved: Saved) -> dict[str, np.ndarray]:
+    """The slots of a record by name, in the parts of complex ones."""
+    pairs = zip(saved.form.slots, saved.arrays, strict=True)
+    return {slot.name: array.reshape(slot.shape) for slot, array in pairs}
+
+
+def plain_entry(of: Description, step: int, slots: Mapping[str, Array]) -> dict[str, Any]:
+    """An entry of a state dict; its description is a copy."""
+    made = {"rule": deepcopy(of.words), "step": step, "slots": slots}
+    return {**made, "plateaus": deepcopy(of.observed)} if of.observed else made
+
+
+# What fits
+
+
+def check_slot_names(
+    name: str,
+    have: Collection[str],
+    step: int,
+    words: Mapping[str, Any],
+    rule: Rule,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Refuse saved state whose slots are not those of a rule.
+
+    Args:
+        name: That of the parameter.
+        have: The names of the slots.
+        step: The clock of the state.
+        words: The description of the rule that was saved.
+        rule: The rule.
+        names: The names of its slots, if the shape of the parameter is known.
+
+    Raises:
+        ValueError: They are not.
+    """
+    have, want = sorted(have), sorted(rule.slots if names is None else names)
+    if names is None and MASTER in have:
+        # Whether its parameter has 16 bits is not known yet.
+        want = sorted([*want, MASTER])
+    elif MASTER in have and MASTER not in want:
+        raise ValueError(
+            f"the loaded state of parameter {name!r} has the slot {MASTER!r}; expected none, for "
+            "a parameter of 32 or 64 bits or an optimizer without master_weights=True: for one of "
+            "16 bits make the optimizer with master_weights=True, else forget the name to start "
+            "anew"
+        )
+    # Which slots a rule that is not elementwise has, the shape may decide.
+    known = names is not None or rule.elementwise
+    is_unstepped = step == 0 and not have
+    if (have != want if known else not set(have) <= set(want)) and not is_unstepped:
+        raise ValueError(
+            f"the loaded state of parameter {name!r} has the slots {have} (of "
+            f"{words.get('name', 'an unknown rule')}); expected {want}, those of its rule "
+            f"{rule!r}: load with the rule that was saved, step, then assign opt.rule"
+        )
+
+
+def check_fit(name: str, saved: Saved, rule: Rule, layout: Layout, masters: bool) -> None:
+    """Refuse saved state that does not fit a parameter.
+
+    State without a master copy may begin to have one, and that of step 0 may have no slots.
+
+    Args:
+        name: The name.
+        saved: The state; its average is left out.
+        rule: The rule of the parameter.
+        layout: Its layout.
+        masters: Whether 16-bit parameters have master copies.
+
+    Raises:
+        ValueError: A slot does not fit the rule, the shape or the dtype.
+    """
+    form, shapes = saved.form, slot_shapes(name, rule, layout)
+    if masters and layout.dtype != layout.compute_dtype and MASTER in form.own:
+        shapes[MASTER] = layout.shape
+    check_slot_names(name, form.own, saved.step, form.rule.words, rule, shapes)
+    for slot in form.slots if not saved.is_unstepped else ():
+        if slot.name != AVERAGE:
+            _check_slot(name, slot, form, shapes[slot.name], layout)
+
+
+def check_average(name: str, saved: Saved, layout: Layout) -> None:
+    """Refuse the saved state of an average that does not fit a parameter.
+
+    Raises:
+        ValueError: Its slot does not fit the shape or the dtype.
+    """
+    for slot in saved.form.slots:
+        if slot.name == AVERAGE:
+            shown = slot._replace(name=SHOWN_AVERAGE)
+            _check_slot(name, shown, saved.form, layout.shape, layout)
+
+
+def _check_slot(name: str, slot: Slot, form: Form, shape: tuple[int, ...], layout: Layout) -> None:
+    is_complex = form.is_complex
+    # The parts of a complex slot may come as a real one.
+    fits = slot.shape == shape and is_complex <= layout.is_complex
+    if fits and (form.cast or slot.dtype == layout.compute_dtype):
+        return
+    given = Layout("", slot.shape, slot.dtype, "", is_complex)
+    if fits:
+        expected = layout.own_dtype if is_complex else layout.compute_dtype
+        why = (
+            f"dtype {given.own_dtype}; expected {expected}, for a parameter of dtype "
+            f"{layout.own_dtype}: load it with cast=True, or forget the name to start anew"
+        )
+    elif is_complex == layout.is_complex:
+        why = (
+            f"shape {given.own_shape}; expected {layout.own_shape if is_complex else shape} for a "
+            f"parameter of shape {layout.own_shape}: forget the name to start anew"
+        )
+    else:
+        why = (
+            f"dtype {given.own_dtype} and shape {given.own_shape}; expected a "
+            f"{'complex' if layout.is_complex else 'real'} one, for a parameter of dtype "
+            f"{layout.own_dtype} and shape {layout.own_shape}: forget the name to start anew"
+        )
+    raise ValueError(f"the loaded slot {slot.name!r} of parameter {name!r} has {why}")
+
+
+def without_average(saved: Saved) -> Saved:
+    """A record without the average in it."""
+    kept = [k for k, slot in enumerate(saved.form.slots) if slot.name != AVERAGE]
+    slots = tuple(saved.form.slots[k] for k in kept)
+    form = saved.form._replace(slots=slots, average=None)
+    return Saved(form, saved.step, tuple(saved.arrays[k] for k in kept))
+
+
+# Rows
+
+
+def resumed(
+    group: Group, saved: Sequence[Saved | None], shapes: Sequence[tuple[int, ...]]
+) -> np.ndarray:
+    """New rows of a group with the slots of saved state that fits; their clocks are zero.
+
+    Args:
+        group: The group.
+        saved: The state, of whose arrays the group takes possession; None for what starts anew.
+        shapes: The shapes of the parameters.
+    """
+    if not any(saved):
+        return group.add(shapes)
+    # By form, where the slots of the group are.
+    places: dict[Hashable, list[int | None]] = {}
+    slots = []
+    for one, shape in zip(saved, shapes, strict=True):
+        form, arrays = (None, ()) if one is None else (one.form, one.arrays)
+        # Which slots a rule that is not elementwise has, the shape may decide.
+        key = id(form), None if group.rule.elementwise else shape
+        if key not in places:
+            have = [] if form is None else [slot.name for slot in form.slots]
+            names = group.slot_names(shape)
+            places[key] = [have.index(name) if name in have else None for name in names]
+        slots.append([None if k is None else arrays[k] for k in places[key]])
+    return group.add(shapes, slots)
+
+
+def set_clocks(group: Group, rows: np.ndarray, saved: Sequence[Saved | None]) -> None:
+    """Give new rows, which have their numbers, the clocks of saved state."""
+    if any(saved):
+        steps = [0 if one is None else one.step for one in saved]
+        group.set_clocks(rows, steps, [0 if one is None else one.seen for one in saved])
+
+
+def entry_of(
+    name: str,
+    saved: Saved,
+    rule: Rule,
+    clip: Clip | None,
+    layout: Layout,
+    masters: bool,
+    average: Average | None,
+) -> Entry:
+    """An entry with saved state, of whose arrays it takes possession.
+
+    Args:
+        name: The name.
+        saved: The state.
+        rule: Its rule.
+        clip: Its clip.
+        layout: The layout of its parameter.
+        masters: Whether 16-bit parameters have master copies.
+        average: The average that is kept of it.
+
+    Raises:
+        ValueError: The state does not fit.
+    """
+    check_fit(name, saved, rule, layout, masters)
+    slots = slots_on_host(saved)
+    mean, kept = slots.pop(AVERAGE, None), None
+    if average is not None:
+        kept = Entry(average, None, 0, {}, layout)
+        if mean is not None:
+            check_average(name, saved, layout)
+            kept = kept._replace(step=saved.seen, slots={SHOWN_AVERAGE: mean})
+    return Entry(rule, clip, saved.step, slots, layout, kept)

@@ -1,0 +1,105 @@
+"""Files of versions 1 and 2: a description of each name, and a tensor for each of its slots."""
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64
+
+from multiopt.errors import CheckpointError
+from multiopt.state.document import is_clock
+from multiopt.state.metadata import check_nesting
+from multiopt.state.plain_data import PARTS, check_parts, saved_in
+from multiopt.state.record import Record, saved_of
+
+__all__ = ["Old"]
+
+#: What is wrong with a slot.
+DIFFERS = "the checksum differs"
+
+#: The names of dtypes in a file.
+DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
+
+
+class Old:
+    """A file of an earlier version.
+
+    Args:
+        document: Its description.
+        opened: Its tensors.
+        words: Its checksums; None for version 1, which has none.
+
+    Raises:
+        CheckpointError: It has another form.
+    """
+
+    def __init__(self, document: dict[str, Any], opened: Any, words: Sequence[str] | None) -> None:
+        """Look at the description."""
+        self._document, self._opened, self._words = document, opened, words
+        rules = document.pop("rules", []) if words is not None else []
+        for rule in rules:
+            check_nesting(rule)
+        for part in PARTS if words is not None else ():
+            for name, entry in document.get(part, {}).items():
+                number = entry["rule"]
+                if not (is_clock(number) and number < len(rules)):
+                    raise CheckpointError(f"the state of {name!r} has no rule: {number!r}")
+                entry["rule"] = rules[number]
+        check_parts(document)
+        self._check_keys()
+
+    def names(self) -> list[str]:
+        """The names of which there is state."""
+        return list(dict.fromkeys(name for part in PARTS for name in self._document.get(part, ())))
+
+    def records(self, wanted: Set[str] | None) -> Iterator[Record]:
+        """What is saved of those wanted."""
+        for part, name, entry, average in saved_in(self._document):
+            if wanted is None or name in wanted:
+                damage: dict[str, str] = {}
+                entries = [self._read(one, damage) for one in (entry, average) if one is not None]
+                yield part, name, saved_of(name, *entries), damage
+
+    def _read(self, entry: Mapping[str, Any], damage: dict[str, str]) -> dict[str, Any]:
+        """An entry with its slots."""
+        slots = {}
+        for slot, key in entry["slots"].items():
+            slots[slot] = array = self._opened.get_tensor(key)
+            if array.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"expected slots of dtype float32 or float64; got {array.dtype.name}"
+                )
+            if self._words is not None and self._words[1 + int(key)] != _checksum(array):
+                damage[slot] = DIFFERS
+        return {**entry, "slots": slots}
+
+    def _check_keys(self) -> None:
+        """Hold the keys of the slots to those of the tensors, one each.
+
+        Raises:
+            CheckpointError: They are others.
+        """
+        have = [
+            key
+            for part in PARTS
+            for entry in self._document.get(part, {}).values()
+            for key in entry["slots"].values()
+        ]
+        keys, words = self._opened.keys(), self._words
+        if len(have) != len(keys) or set(have) != set(keys):
+            raise CheckpointError(
+                f"its slots need {len(have)} tensors, one each; expected those in the file, "
+                f"{len(keys)}"
+            )
+        if words is not None and (
+            len(words) != 1 + len(have) or set(have) != set(map(str, range(len(have))))
+        ):
+            raise CheckpointError(f"it has {len(words)} checksums; expected {1 + len(have)}")
+
+
+def _checksum(array: np.ndarray) -> str:
+    """The checksum of a slot: of its dtype, its shape and its bytes."""
+    shape = ",".join(map(str, array.shape))
+    digest = xxh3_64(f"{DTYPES[array.dtype]}[{shape}]".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
