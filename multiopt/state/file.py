@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -266,14 +267,17 @@ class _File:
         in_order: Whether records come in the order of their names.
     """
 
-    def __init__(self, path: str, opened: Any) -> None:
+    def __init__(self, path: str, opened: Any, data: RawIOBase) -> None:
         """Look at all but the slots.
 
         Raises:
             CheckpointError: The file is not ours, or damaged.
         """
-        self.path, self._opened = path, opened
-        header = opened.metadata() or {}
+        self.path, self._data = path, data
+        # Its places are known to be right, since it could be opened.
+        self._begin = 8 + int.from_bytes(data.read(8), "little")
+        self._tensors: dict[str, Any] = json.loads(data.read(self._begin - 8))
+        header = self._tensors.pop("__metadata__", {})
         if "multiopt" not in header:
             raise CheckpointError("it is a safetensors file with no state of multiopt in it")
         text = header["multiopt"]
@@ -319,17 +323,35 @@ class _File:
             for i, (rows, word) in enumerate(words)
         }
         expected[CHECKSUMS] = f"U64[{sum(rows for rows, _ in words)}]"
-        keys = self._opened.keys()
+        keys = self._tensors
         if len(keys) != len(expected) or set(keys) != expected.keys():
             raise CheckpointError(
                 f"its slots need {len(words)} tensors, and one of checksums; expected those in the "
                 f"file, {len(keys)}"
             )
-        self._views = {key: self._opened.get_slice(key) for key in expected}
         for key, word in expected.items():
-            view = self._views[key]
-            if f"{view.get_dtype()}[{','.join(map(str, view.get_shape()))}]" != word:
+            tensor = self._tensors[key]
+            if f"{tensor['dtype']}[{','.join(map(str, tensor['shape']))}]" != word:
                 raise CheckpointError(f"its tensor {key!r} is another one than {word}")
+
+    def _rows(self, key: str, rows: slice, size: int, dtype: str) -> np.ndarray:
+        """Some rows of a tensor, each of so many elements.
+
+        safetensors would read the whole tensor for each of them.
+
+        Raises:
+            ValueError: The file ends before.
+        """
+        block = np.empty((rows.stop - rows.start, size), np.dtype(dtype).newbyteorder("<"))
+        offset = rows.start * size * block.itemsize
+        self._data.seek(self._begin + self._tensors[key]["data_offsets"][0] + offset)
+        into = _bytes(block)
+        while into:
+            read = self._data.readinto(into)
+            if not read:
+                raise ValueError(f"the file ends in the middle of tensor {key!r}")
+            into = into[read:]
+        return block
 
     def names(self) -> list[str]:
         """The names of which there is state."""
@@ -346,26 +368,22 @@ class _File:
         if self._old is not None:
             yield from self._old.records(wanted)
             return
-        checksums = self._opened.get_tensor(CHECKSUMS)
+        (count,) = self._tensors[CHECKSUMS]["shape"]
+        checksums = self._rows(CHECKSUMS, slice(0, count), 1, "uint64").reshape(-1)
         number = begin = 0
         for table in self._tables:
             count, slots = len(table.names), table.form.slots
             sizes = [prod(slot.shape) for slot in slots]
             # Few enough at once that a name does not keep much of others in memory.
             most = 1 if max(sizes, default=0) >= LARGE else BLOCK // max([1, *sizes])
-            views = [self._views[str(number + k)] for k in range(len(slots))]
             for first in range(0, count, most):
                 rows = slice(first, min(first + most, count))
                 if wanted is not None and wanted.isdisjoint(table.names[rows]):
                     continue
                 columns: list[list[np.ndarray]] = []
                 damage: dict[int, dict[str, str]] = {}
-                for k, (view, size) in enumerate(zip(views, sizes, strict=True)):
-                    block = (
-                        view[rows].reshape(-1, size)
-                        if size
-                        else np.empty((rows.stop - first, 0), slots[k].dtype)
-                    )
+                for k, size in enumerate(sizes):
+                    block = self._rows(str(number + k), rows, size, slots[k].dtype)
                     at = begin + k * count
                     expected = checksums[at + first : at + rows.stop].tolist()
                     if (found := checksums_of(block)) != expected:
@@ -425,8 +443,11 @@ def _opened(file: Source) -> Iterator[_File]:
         try:
             _check_header(path)
             # Not mapped: a file that somebody cuts short would be the end of the process.
-            with safe_open(path, framework="numpy", backend="pread") as opened:
-                yield _File(path, opened)
+            with (
+                safe_open(path, framework="numpy", backend="pread") as opened,
+                Path(path).open("rb", buffering=0) as data,
+            ):
+                yield _File(path, opened, data)
         except CheckpointError as error:
             raise CheckpointError(f"{label(file)}: {error}") from error
         except MALFORMED as error:
