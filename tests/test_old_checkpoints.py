@@ -93,6 +93,5 @@ def test_a_file_of_each_version_loads(version: int) -> None:
 
 def test_there_is_a_file_of_every_version() -> None:
     assert list(range(1, VERSION + 1)) == VERSIONS
-    assert sorted(path.name for path in FILES.iterdir()) == [
-        f"version_{version}.safetensors" for version in VERSIONS
-    ]
+    names = {path.name for path in FILES.iterdir()}
+    assert names >= {f"version_{version}.safetensors" for version in VERSIONS}

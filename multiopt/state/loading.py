@@ -148,11 +148,6 @@ class _Admitted(NamedTuple):
     refused: dict[str, str]
     without: dict[str, str]
 
-    def named(self, seen: bool) -> list[str]:
-        """The names, of those seen or of others."""
-        found = [batch.names for batch in self.batches if (batch.group is not None) == seen]
-        return [name for names in found for name in names]
-
 
 def load(
     registry: "Registry",
@@ -177,7 +172,13 @@ def load(
     if any(map(ne, new, new.values())):
         states = {new[name]: saved for name, saved in states.items()}
     found = _admitted(registry, _cast(states) if cast else states, strict)
-    seen, pending = found.named(seen=True), found.named(seen=False)
+    admitted: dict[str, Saved] = {}
+    for batch in found.batches:
+        admitted.update(zip(batch.names, batch.saved, strict=True))
+    if len(found.batches) > 1:
+        admitted = {name: admitted[name] for name in states if name in admitted}
+    seen = [name for name in admitted if name in registry]
+    pending = [name for name in admitted if name not in registry]
     why = {new[name]: reason for name, reason in contents.unfit.items()} | found.refused
     taken = set(new.values()) - why.keys()
     skips = {name: count for name, count in registry.skips.items() if name not in taken}
@@ -196,10 +197,7 @@ def load(
         if gone and (is_part or len(taken) < len(contents.names)):
             registry.guard.check_whole("load of some names")
     observed, codes = _observed(registry, found.batches), _placed(registry, found.batches)
-    waiting = dict(registry.pending)
-    for batch in found.batches:
-        if batch.group is None:
-            waiting.update(zip(batch.names, batch.saved, strict=True))
+    waiting = {**registry.pending, **admitted}
     with registry.guard:
         if gone:
             registry.forget(gone)
