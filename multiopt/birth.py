@@ -14,15 +14,8 @@ from multiopt.entry import chosen, chosen_clip, slot_shapes
 from multiopt.kinds import formulas
 from multiopt.layout import Layout
 from multiopt.rules import Rule
-from multiopt.state.record import (
-    Form,
-    Saved,
-    check_average,
-    check_fit,
-    observe,
-    resumed,
-    set_clocks,
-)
+from multiopt.state.fit import check_average, check_fit
+from multiopt.state.record import Form, Saved, observe, resumed, set_clocks
 from multiopt.step.run import Rows
 from multiopt.table import GROUP
 

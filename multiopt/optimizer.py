@@ -16,12 +16,13 @@ from multiopt.guard import Guard, exclusive, mending
 from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.skipping import Skips, check_limit
-from multiopt.state.document import held, waiting
-from multiopt.state.file import read, write
+from multiopt.state.file import read
 from multiopt.state.file_objects import Source, Target, label
 from multiopt.state.loading import LoadReport, load, renamed, wanted_names
 from multiopt.state.plain_data import check_state_dict, contents_of, shown, state_dict
 from multiopt.state.plateaus import warn_of_left_behind
+from multiopt.state.tables import held, waiting
+from multiopt.state.writing import write
 from multiopt.step.checks import as_dict, gradients_of
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report, explain

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import multiopt as mo
-from multiopt.state.document import waiting as tables
-from multiopt.state.file import listed, write
+from multiopt.state.file import listed
 from multiopt.state.plain_data import contents_of
+from multiopt.state.tables import waiting as tables
+from multiopt.state.writing import write
 from tests.histories import History, arrays, histories
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, assert_equal
 

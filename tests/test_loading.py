@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 
 import multiopt as mo
 from multiopt.adapters import torch_optim
-from multiopt.state.document import waiting as tables
-from multiopt.state.file import write
 from multiopt.state.plain_data import contents_of
+from multiopt.state.tables import waiting as tables
+from multiopt.state.writing import write
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
 LOCAL = [NUMPY, TORCH, JAX, STRICT]
@@ -722,7 +722,7 @@ def test_a_file_copied_by_another_program_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "most"), [("file.LARGEST_HEADER", 2000), ("document.MOST_NAMES", 199)]
+    ("limit", "most"), [("writing.LARGEST_HEADER", 2000), ("document.MOST_NAMES", 199)]
 )
 def test_too_many_names_for_a_header_are_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int

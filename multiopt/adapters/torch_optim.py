@@ -43,8 +43,8 @@ from multiopt.adapters.torch_state import (
 )
 from multiopt.errors import CheckpointError
 from multiopt.rules import Rule
+from multiopt.state.fit import check_slot_names
 from multiopt.state.plain_data import check_state_dict
-from multiopt.state.record import check_slot_names
 
 __all__ = ["from_torch", "read", "rules_of", "to_torch"]
 

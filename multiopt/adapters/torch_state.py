@@ -29,14 +29,9 @@ from multiopt.rules import Rule
 from multiopt.rules.arithmetic import power
 from multiopt.rules.nadam import product_of_shares
 from multiopt.state.document import LAST_STEP, VERSION
+from multiopt.state.fit import check_slot_names
 from multiopt.state.plain_data import check_state_dict
-from multiopt.state.record import (
-    check_slot_names,
-    described_rule,
-    plain_entry,
-    saved_of,
-    slots_on_host,
-)
+from multiopt.state.record import described_rule, plain_entry, saved_of, slots_on_host
 
 __all__ = [
     "derived_numbers",

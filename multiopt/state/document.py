@@ -4,8 +4,9 @@ Names that share a rule, the shapes of their slots and whatever else a ``Form`` 
 
 >>> import json
 >>> import numpy as np
->>> from multiopt.state.document import described, tables_in, waiting
+>>> from multiopt.state.document import described, tables_in
 >>> from multiopt.state.record import saved_of
+>>> from multiopt.state.tables import waiting
 >>> one = saved_of("a", {"rule": {"name": "SGD"}, "step": 3, "slots": {"m": np.ones(2)}})
 >>> document = described(waiting({"a": one, "b": one}), 3, {}, {})
 >>> document["pending"]
@@ -16,43 +17,29 @@ Names that share a rule, the shapes of their slots and whatever else a ``Form`` 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from multiopt.averaging import AVERAGE
-from multiopt.engine import Group
 from multiopt.errors import CheckpointError
-from multiopt.kinds import formulas
 from multiopt.schedules.plateau import is_observed
 from multiopt.skipping import Skips
 from multiopt.state.metadata import PAIR, check_nesting
 from multiopt.state.metadata import described as described_metadata
-from multiopt.state.record import Description, Form, Saved, Slot, description
-
-if TYPE_CHECKING:
-    from multiopt.registry import Registry
+from multiopt.state.record import Description, Form, Slot
+from multiopt.state.tables import DTYPES, Table
 
 __all__ = [
-    "BLOCK",
-    "LARGE",
     "LAST_STEP",
     "PARTS",
     "VERSION",
-    "Pieces",
-    "Table",
     "check_observed",
     "check_skips",
     "check_steps",
     "check_version",
     "described",
-    "held",
     "is_clock",
     "tables_in",
-    "waiting",
 ]
 
 #: The version of the file format and of ``state_dict``.
@@ -66,133 +53,6 @@ LAST_STEP = 2**53
 
 #: The most names in a file: each takes up to 1 kB in memory, and may take 10 bytes in a header.
 MOST_NAMES = 2_500_000
-
-#: Elements of a slot from which on it is read and written by itself, and of several that are read
-#: and written together.
-LARGE, BLOCK = 2**12, 2**14
-
-#: The dtypes of slots, by their names in a file.
-DTYPES = {"F32": "float32", "F64": "float64"}
-
-#: Gives for the number of a slot its rows as arrays of two axes, of several rows each.
-Pieces = Callable[[int], Iterator[np.ndarray]]
-
-
-class Table(NamedTuple):
-    """Names of one form.
-
-    Attributes:
-        part: ``"entries"`` or ``"pending"``.
-        form: The form.
-        names: The names.
-        places: Where they stand in the order of all names of the part.
-        steps: Their clocks.
-        counts: How many steps their averages have seen; empty where there are none.
-        pieces: Their slots, if it is not in a file.
-    """
-
-    part: str
-    form: Form
-    names: Sequence[str]
-    places: Sequence[int]
-    steps: Sequence[int]
-    counts: Sequence[int]
-    pieces: Pieces | None = None
-
-    def words(self) -> dict[str, str]:
-        """Of each slot the dtype and the shape as a file has them."""
-        codes = {dtype: code for code, dtype in DTYPES.items()}
-        return {
-            slot.name: f"{codes[slot.dtype]}[{','.join(map(str, slot.shape))}]"
-            for slot in self.form.slots
-        }
-
-
-# Tables of what is in memory
-
-
-def held(registry: "Registry") -> Iterator[Table]:
-    """The tables of names seen, over the memory of their slots."""
-    for group, names, order, rows in registry.names_by_group():
-        known: dict[bytes, tuple[Description, Description | None]] = {}
-        clocks, seen = group.steps[rows], group.counts(rows)
-        for (key, shape), places in _alike(group, rows).items():
-            mine = rows[places]
-            if key not in known:
-                step, count = int(clocks[places[0]]), int(seen[places[0]])
-                own, *average = formulas(group.rule_at(int(mine[0])))
-                # An average that has seen no step is none.
-                kept = description(average[0], count, registry.steps) if average and count else None
-                known[key] = description(own, step, registry.steps), kept
-            rule, kept = known[key]
-            columns, slots = group.slot_names(shape), []
-            forms = group.rule.slot_shapes(shape)
-            for name in columns:
-                if name != AVERAGE or kept is not None:
-                    slots.append(Slot(name, forms.get(name, shape), group.dtype.name))
-            form = Form(rule, tuple(slots), group.layout.is_complex, kept)
-            numbers = [columns.index(slot.name) for slot in slots]
-            yield Table(
-                "entries",
-                form,
-                [names[place] for place in places] if len(places) < len(names) else names,
-                order[places].tolist(),
-                clocks[places].tolist(),
-                seen[places].tolist() if kept is not None else [],
-                partial(_rows_of, group, mine, numbers),
-            )
-
-
-def _rows_of(
-    group: Group, rows: np.ndarray, numbers: Sequence[int], k: int
-) -> Iterator[np.ndarray]:
-    return group.slots_on_host(rows, numbers[k])
-
-
-def _alike(group: Group, rows: np.ndarray) -> dict[tuple[bytes, tuple[int, ...]], list[int]]:
-    """Positions of rows by what tells their rules, averages and shapes apart."""
-    numbers, schedule = group.numbers[rows], group.schedule[rows]
-    clocks = np.stack([group.steps[rows], group.counts(rows)])
-    if group.has_averages:
-        numbers[:, -1] = clocks[1] > 0
-    # The numbers of schedules are of the last step; a description has those of the clock.
-    for number in np.unique(schedule).tolist() if group.scheduled else ():
-        numbers[np.ix_(schedule == number, list(group.schedules[number].columns))] = 0.0
-    table = np.column_stack([numbers, schedule, *np.where(schedule != 0, clocks, 0)])
-    keys: list[Any] = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
-    shapes = map(group.shapes.__getitem__, rows.tolist())
-    found: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
-    for place, key in enumerate(zip(keys, shapes, strict=True)):
-        found.setdefault(key, []).append(place)
-    return found
-
-
-def waiting(saved: Mapping[str, Saved], part: str = "pending") -> list[Table]:
-    """The tables of records."""
-    alike: dict[int, list[int]] = {}
-    names, records = list(saved), list(saved.values())
-    for place, one in enumerate(records):
-        alike.setdefault(id(one.form), []).append(place)
-    tables = []
-    for places in alike.values():
-        mine = [records[place] for place in places]
-        form, steps = mine[0].form, [one.step for one in mine]
-        counts = [one.seen for one in mine] if form.average is not None else []
-        own = [names[place] for place in places]
-        tables.append(Table(part, form, own, places, steps, counts, partial(_pieces, mine)))
-    return tables
-
-
-def _pieces(saved: Sequence[Saved], k: int) -> Iterator[np.ndarray]:
-    size = prod(saved[0].form.slots[k].shape)
-    rows = 1 if size >= LARGE else BLOCK // max(size, 1)
-    for first in range(0, len(saved), rows):
-        arrays = [one.arrays[k] for one in saved[first : first + rows]]
-        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        yield joined.reshape(len(arrays), size)
-
-
-# Descriptions
 
 
 def described(

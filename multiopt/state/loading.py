@@ -12,14 +12,12 @@ from multiopt.errors import brief
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.state.contents import Contents
+from multiopt.state.fit import check_average, check_fit, check_slot_names
 from multiopt.state.plateaus import warn_of_plateaus
 from multiopt.state.record import (
     Description,
     Form,
     Saved,
-    check_average,
-    check_fit,
-    check_slot_names,
     observe,
     resumed,
     set_clocks,

@@ -25,11 +25,12 @@ from multiopt.state.document import (
     check_skips,
     check_steps,
     check_version,
-    held,
     is_clock,
 )
+from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import check_nesting
-from multiopt.state.record import SHOWN_AVERAGE, Saved, plain, plain_entry, saved_of
+from multiopt.state.record import Saved, plain, plain_entry, saved_of
+from multiopt.state.tables import held
 
 if TYPE_CHECKING:
     from multiopt.registry import Registry

@@ -12,7 +12,7 @@
 
 import json
 import sys
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from typing import Any, NamedTuple, TypeAlias
@@ -21,26 +21,23 @@ import numpy as np
 
 from multiopt.averaging import AVERAGE, Average
 from multiopt.backend import Array, backend_of, named
-from multiopt.engine import MASTER, Group
-from multiopt.entry import Entry, slot_shapes
+from multiopt.engine import Group
+from multiopt.entry import Entry
 from multiopt.layout import Layout, parts_of
 from multiopt.rules import Rule
 from multiopt.schedules import Plateau, Schedule
 from multiopt.schedules.description import described, observers
 from multiopt.schedules.description import plain as plain_value
 from multiopt.schedules.plateau import is_observed
+from multiopt.state.fit import SHOWN_AVERAGE, check_average, check_fit, check_slot_names
 from multiopt.step.clip import Clip
 
 __all__ = [
-    "SHOWN_AVERAGE",
     "Description",
     "Form",
     "Record",
     "Saved",
     "Slot",
-    "check_average",
-    "check_fit",
-    "check_slot_names",
     "described_rule",
     "description",
     "entry_of",
@@ -53,9 +50,6 @@ __all__ = [
     "slots_on_host",
     "without_average",
 ]
-
-#: What a state dict calls the slot of an average.
-SHOWN_AVERAGE = "average"
 
 
 class Slot(NamedTuple):
@@ -283,115 +277,6 @@ def plain_entry(of: Description, step: int, slots: Mapping[str, Array]) -> dict[
     """An entry of a state dict; its description is a copy."""
     made = {"rule": deepcopy(of.words), "step": step, "slots": slots}
     return {**made, "plateaus": deepcopy(of.observed)} if of.observed else made
-
-
-# What fits
-
-
-def check_slot_names(
-    name: str,
-    have: Collection[str],
-    step: int,
-    words: Mapping[str, Any],
-    rule: Rule,
-    names: Iterable[str] | None = None,
-) -> None:
-    """Refuse saved state whose slots are not those of a rule.
-
-    Args:
-        name: That of the parameter.
-        have: The names of the slots.
-        step: The clock of the state.
-        words: The description of the rule that was saved.
-        rule: The rule.
-        names: The names of its slots, if the shape of the parameter is known.
-
-    Raises:
-        ValueError: They are not.
-    """
-    have, want = sorted(have), sorted(rule.slots if names is None else names)
-    if names is None and MASTER in have:
-        # Whether its parameter has 16 bits is not known yet.
-        want = sorted([*want, MASTER])
-    elif MASTER in have and MASTER not in want:
-        raise ValueError(
-            f"the loaded state of parameter {name!r} has the slot {MASTER!r}; expected none, for "
-            "a parameter of 32 or 64 bits or an optimizer without master_weights=True: for one of "
-            "16 bits make the optimizer with master_weights=True, else forget the name to start "
-            "anew"
-        )
-    # Which slots a rule that is not elementwise has, the shape may decide.
-    known = names is not None or rule.elementwise
-    is_unstepped = step == 0 and not have
-    if (have != want if known else not set(have) <= set(want)) and not is_unstepped:
-        raise ValueError(
-            f"the loaded state of parameter {name!r} has the slots {have} (of "
-            f"{words.get('name', 'an unknown rule')}); expected {want}, those of its rule "
-            f"{rule!r}: load with the rule that was saved, step, then assign opt.rule"
-        )
-
-
-def check_fit(name: str, saved: Saved, rule: Rule, layout: Layout, masters: bool) -> None:
-    """Refuse saved state that does not fit a parameter.
-
-    State without a master copy may begin to have one, and that of step 0 may have no slots.
-
-    Args:
-        name: The name.
-        saved: The state; its average is left out.
-        rule: The rule of the parameter.
-        layout: Its layout.
-        masters: Whether 16-bit parameters have master copies.
-
-    Raises:
-        ValueError: A slot does not fit the rule, the shape or the dtype.
-    """
-    form, shapes = saved.form, slot_shapes(name, rule, layout)
-    if masters and layout.dtype != layout.compute_dtype and MASTER in form.own:
-        shapes[MASTER] = layout.shape
-    check_slot_names(name, form.own, saved.step, form.rule.words, rule, shapes)
-    for slot in form.slots if not saved.is_unstepped else ():
-        if slot.name != AVERAGE:
-            _check_slot(name, slot, form, shapes[slot.name], layout)
-
-
-def check_average(name: str, saved: Saved, layout: Layout) -> None:
-    """Refuse the saved state of an average that does not fit a parameter.
-
-    Raises:
-        ValueError: Its slot does not fit the shape or the dtype.
-    """
-    for slot in saved.form.slots:
-        if slot.name == AVERAGE:
-            shown = slot._replace(name=SHOWN_AVERAGE)
-            _check_slot(name, shown, saved.form, layout.shape, layout)
-
-
-def _check_slot(name: str, slot: Slot, form: Form, shape: tuple[int, ...], layout: Layout) -> None:
-    is_complex = form.is_complex
-    # The parts of a complex slot may come as a real one.
-    fits = slot.shape == shape and is_complex <= layout.is_complex
-    if fits and (form.cast or slot.dtype == layout.compute_dtype):
-        return
-    given = Layout("", slot.shape, slot.dtype, "", is_complex)
-    if fits:
-        expected = layout.own_dtype if is_complex else layout.compute_dtype
-        why = (
-            f"dtype {given.own_dtype}; expected {expected}, for a parameter of dtype "
-            f"{layout.own_dtype}: load it with cast=True, or forget the name to start anew"
-        )
-    elif is_complex == layout.is_complex:
-        why = (
-            f"shape {given.own_shape}; expected {layout.own_shape if is_complex else shape} for a "
-            f"parameter of shape {layout.own_shape}: forget the name to start anew"
-        )
-    else:
-        why = (
-            f"dtype {given.own_dtype} and shape {given.own_shape}; expected a "
-            f"{'complex' if layout.is_complex else 'real'} one, for a parameter of dtype "
-            f"{layout.own_dtype} and shape {layout.own_shape}: forget the name to start anew"
-        )
-    raise ValueError(f"the loaded slot {slot.name!r} of parameter {name!r} has {why}")
 
 
 def without_average(saved: Saved) -> Saved:

@@ -10,7 +10,8 @@ import numpy as np
 from multiopt.averaging import AVERAGE
 from multiopt.layout import Layout
 from multiopt.state.file import listed
-from multiopt.state.record import SHOWN_AVERAGE, Form, Saved
+from multiopt.state.fit import SHOWN_AVERAGE
+from multiopt.state.record import Form, Saved
 from multiopt.tables import table
 
 __all__ = ["show"]

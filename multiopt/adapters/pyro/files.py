@@ -6,17 +6,13 @@ from typing import Any
 
 from multiopt.adapters.torch_state import leave_out
 from multiopt.averaging import AVERAGE
-from multiopt.state.document import waiting
-from multiopt.state.file import read, write
+from multiopt.state.file import read
 from multiopt.state.file_objects import Source, Target
+from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import described
-from multiopt.state.record import (
-    SHOWN_AVERAGE,
-    Saved,
-    plain_entry,
-    saved_of,
-    slots_on_host,
-)
+from multiopt.state.record import Saved, plain_entry, saved_of, slots_on_host
+from multiopt.state.tables import waiting
+from multiopt.state.writing import write
 
 __all__ = ["read_file", "write_file"]
 

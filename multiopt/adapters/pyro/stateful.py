@@ -22,8 +22,9 @@ from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.skipping import Skips
 from multiopt.state.file_objects import Source, Target
+from multiopt.state.fit import check_slot_names
 from multiopt.state.plateaus import warn_of_plateaus
-from multiopt.state.record import check_slot_names, entry_of, observe, saved_of
+from multiopt.state.record import entry_of, observe, saved_of
 
 __all__ = ["REMEDY", "StatefulOptim"]
 

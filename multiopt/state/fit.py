@@ -1,0 +1,126 @@
+"""Whether saved state fits a rule and a parameter."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from multiopt.averaging import AVERAGE
+from multiopt.engine import MASTER
+from multiopt.entry import slot_shapes
+from multiopt.layout import Layout
+from multiopt.rules import Rule
+
+if TYPE_CHECKING:
+    from multiopt.state.record import Form, Saved, Slot
+
+__all__ = ["SHOWN_AVERAGE", "check_average", "check_fit", "check_slot_names"]
+
+#: What a state dict calls the slot of an average.
+SHOWN_AVERAGE = "average"
+
+
+def check_slot_names(
+    name: str,
+    have: Collection[str],
+    step: int,
+    words: Mapping[str, Any],
+    rule: Rule,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Refuse saved state whose slots are not those of a rule.
+
+    Args:
+        name: That of the parameter.
+        have: The names of the slots.
+        step: The clock of the state.
+        words: The description of the rule that was saved.
+        rule: The rule.
+        names: The names of its slots, if the shape of the parameter is known.
+
+    Raises:
+        ValueError: They are not.
+    """
+    have, want = sorted(have), sorted(rule.slots if names is None else names)
+    if names is None and MASTER in have:
+        # Whether its parameter has 16 bits is not known yet.
+        want = sorted([*want, MASTER])
+    elif MASTER in have and MASTER not in want:
+        raise ValueError(
+            f"the loaded state of parameter {name!r} has the slot {MASTER!r}; expected none, for "
+            "a parameter of 32 or 64 bits or an optimizer without master_weights=True: for one of "
+            "16 bits make the optimizer with master_weights=True, else forget the name to start "
+            "anew"
+        )
+    # Which slots a rule that is not elementwise has, the shape may decide.
+    known = names is not None or rule.elementwise
+    is_unstepped = step == 0 and not have
+    if (have != want if known else not set(have) <= set(want)) and not is_unstepped:
+        raise ValueError(
+            f"the loaded state of parameter {name!r} has the slots {have} (of "
+            f"{words.get('name', 'an unknown rule')}); expected {want}, those of its rule "
+            f"{rule!r}: load with the rule that was saved, step, then assign opt.rule"
+        )
+
+
+def check_fit(name: str, saved: "Saved", rule: Rule, layout: Layout, masters: bool) -> None:
+    """Refuse saved state that does not fit a parameter.
+
+    State without a master copy may begin to have one, and that of step 0 may have no slots.
+
+    Args:
+        name: The name.
+        saved: The state; its average is left out.
+        rule: The rule of the parameter.
+        layout: Its layout.
+        masters: Whether 16-bit parameters have master copies.
+
+    Raises:
+        ValueError: A slot does not fit the rule, the shape or the dtype.
+    """
+    form, shapes = saved.form, slot_shapes(name, rule, layout)
+    if masters and layout.dtype != layout.compute_dtype and MASTER in form.own:
+        shapes[MASTER] = layout.shape
+    check_slot_names(name, form.own, saved.step, form.rule.words, rule, shapes)
+    for slot in form.slots if not saved.is_unstepped else ():
+        if slot.name != AVERAGE:
+            _check_slot(name, slot, form, shapes[slot.name], layout)
+
+
+def check_average(name: str, saved: "Saved", layout: Layout) -> None:
+    """Refuse the saved state of an average that does not fit a parameter.
+
+    Raises:
+        ValueError: Its slot does not fit the shape or the dtype.
+    """
+    for slot in saved.form.slots:
+        if slot.name == AVERAGE:
+            shown = slot._replace(name=SHOWN_AVERAGE)
+            _check_slot(name, shown, saved.form, layout.shape, layout)
+
+
+def _check_slot(
+    name: str, slot: "Slot", form: "Form", shape: tuple[int, ...], layout: Layout
+) -> None:
+    is_complex = form.is_complex
+    # The parts of a complex slot may come as a real one.
+    fits = slot.shape == shape and is_complex <= layout.is_complex
+    if fits and (form.cast or slot.dtype == layout.compute_dtype):
+        return
+    given = Layout("", slot.shape, slot.dtype, "", is_complex)
+    if fits:
+        expected = layout.own_dtype if is_complex else layout.compute_dtype
+        why = (
+            f"dtype {given.own_dtype}; expected {expected}, for a parameter of dtype "
+            f"{layout.own_dtype}: load it with cast=True, or forget the name to start anew"
+        )
+    elif is_complex == layout.is_complex:
+        why = (
+            f"shape {given.own_shape}; expected {layout.own_shape if is_complex else shape} for a "
+            f"parameter of shape {layout.own_shape}: forget the name to start anew"
+        )
+    else:
+        why = (
+            f"dtype {given.own_dtype} and shape {given.own_shape}; expected a "
+            f"{'complex' if layout.is_complex else 'real'} one, for a parameter of dtype "
+            f"{layout.own_dtype} and shape {layout.own_shape}: forget the name to start anew"
+        )
+    raise ValueError(f"the loaded slot {slot.name!r} of parameter {name!r} has {why}")

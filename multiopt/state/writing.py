@@ -1,0 +1,151 @@
+"""Writing the state of an optimizer to a file: ``spec/checkpoint.md``."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
+
+from multiopt.state.document import described
+from multiopt.state.durable import replacing
+from multiopt.state.file_objects import Target, is_path, write_whole
+from multiopt.state.tables import Table
+
+__all__ = ["CHECKSUMS", "LARGEST_HEADER", "bytes_of", "checksums_of", "too_much", "write"]
+
+#: The tensor of checksums.
+CHECKSUMS = "checksums"
+
+#: The largest header that safetensors reads, in bytes.
+LARGEST_HEADER = 100_000_000
+
+#: What a mapping and a list of a header count for, where a comma counts for 1: in memory they take
+#: some 250, 110 and 40 bytes, and what is in them.
+MAPPING, LIST = 7, 3
+
+#: What a header of any length may count for: 10 000 mappings.
+MANY = 10_000 * MAPPING
+
+
+def write(
+    file: Target,
+    tables: Iterable[Table],
+    steps: int,
+    skips: Mapping[str, Sequence[int]],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a file, whole or not at all.
+
+    No more than one slot is copied at a time, and no large one that is in the memory of the CPU.
+
+    Args:
+        file: The path of the file, replaced if it exists; or a binary file object, to which all
+            bytes are handed over, from where it is.
+        tables: What is saved of names.
+        steps: How many steps the optimizer has taken.
+        skips: By name, how many were skipped, in all and in a row.
+        metadata: What else to keep: see ``multiopt.state.metadata``.
+
+    Raises:
+        OSError: The file cannot be written.
+        TypeError: The metadata is no mapping, or the file neither a path nor a binary file object.
+        ValueError: The metadata or a name is not what JSON can hold, a rule is nested too deep, or
+            there is too much for a header.
+    """
+    tables = list(tables)
+    document = described(tables, steps, skips, {} if metadata is None else metadata)
+    text = json.dumps(document, allow_nan=False)
+    columns = [(table, k) for table in tables for k in range(len(table.form.slots))]
+    # float64 first: readers that map the file find numbers at multiples of their size.
+    order = sorted(range(len(columns)), key=lambda i: _slot(*columns[i]).dtype, reverse=True)
+    header = _header(text, columns, order)
+    parts = _parts(header, columns, order)
+    if is_path(file):
+        with replacing(file) as opened:
+            opened.writelines(parts)
+    else:
+        write_whole(file, parts)
+
+
+def _slot(table: Table, k: int) -> Any:
+    return table.form.slots[k]
+
+
+def _header(text: str, columns: Sequence[tuple[Table, int]], order: Sequence[int]) -> bytes:
+    """The header of a file, with its length."""
+    tensors: dict[str, Any] = {}
+    end = count = 0
+    for i in order:
+        table, k = columns[i]
+        slot, rows = table.form.slots[k], len(table.names)
+        begin, end = end, end + rows * prod(slot.shape) * np.dtype(slot.dtype).itemsize
+        code, shape = table.words()[slot.name][:3], [rows, *slot.shape]
+        tensors[str(i)] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        count += rows
+    offsets = [end, end + 8 * count]
+    tensors[CHECKSUMS] = {"dtype": "U64", "shape": [count], "data_offsets": offsets}
+    metadata = {"checksums": xxh3_64_hexdigest(text.encode()), "multiopt": text}
+    header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    if why := too_much(header):
+        raise ValueError(f"{why}: save fewer names in one file, or less metadata")
+    return len(header).to_bytes(8, "little") + header
+
+
+def _parts(
+    header: bytes, columns: Sequence[tuple[Table, int]], order: Sequence[int]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a file. Each is looked at once: checksums are made on the way, and come last."""
+    yield header
+    found: dict[int, list[int]] = {}
+    for i in order:
+        table, k = columns[i]
+        assert table.pieces is not None
+        found[i] = []
+        for piece in map(_little_endian, table.pieces(k)):
+            found[i] += checksums_of(piece)
+            data = bytes_of(piece)
+            # The next one is made when this one is gone.
+            del piece
+            yield data
+            del data
+    words = [word for i in range(len(columns)) for word in found[i]]
+    yield np.array(words, "<u8").data
+
+
+def _little_endian(rows: np.ndarray) -> np.ndarray:
+    return rows.astype(rows.dtype.newbyteorder("<"), order="C", copy=False)
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def checksums_of(rows: np.ndarray) -> list[int]:
+    """The checksum of the bytes of each row of an array of two axes."""
+    size = rows.shape[1] * rows.itemsize
+    if not size:
+        return [xxh3_64_intdigest(b"")] * len(rows)
+    data = bytes_of(rows)
+    return [xxh3_64_intdigest(data[at : at + size]) for at in range(0, len(data), size)]
+
+
+def too_much(header: bytes) -> str | None:
+    """Why a header is not to be parsed, if it is not.
+
+    In a header that is made for harm, a mapping or a list takes 3 bytes. In one of ours a name with
+    its two or three mappings takes 45 bytes and more, and a number in a list of numbers 3.
+    """
+    if len(header) > LARGEST_HEADER:
+        return f"the header has {len(header)} bytes; expected {LARGEST_HEADER} at most"
+    have = MAPPING * header.count(b"{") + LIST * header.count(b"[") + header.count(b",")
+    most = MANY + 2 * len(header) // 5
+    if have > most:
+        return (
+            f"the header has mappings, lists and commas for {have}, of {MAPPING}, {LIST} and 1 "
+            f"each; expected at most {most}, for {len(header)} bytes"
+        )
+    return None
