@@ -207,7 +207,7 @@ FAULTS = [
     ),
     Fault(
         "a number that is set and not used",
-        "multiopt/engine.py",
+        "multiopt/columns.py",
         "self.numbers[rows, column] = values[column]",
         "self.numbers[rows[:1], column] = values[column]",
         "test_rows.py::test_every_name_is_as_if_it_were_alone",
@@ -263,7 +263,7 @@ FAULTS = [
     ),
     Fault(
         "a row with the columns of the one before it",
-        "multiopt/engine.py",
+        "multiopt/columns.py",
         "getattr(self, name)[rows] = value",
         "pass",
         "test_rows.py::test_every_name_is_as_if_it_were_alone",

@@ -1,0 +1,260 @@
+"""Columns: what is known of parameters that share a kind of rule, a row for each.
+
+They are its one home: clocks, the numbers of the rule, schedules, bounds of clips. Rows that are
+let go are taken again.
+
+>>> import numpy as np
+>>> from multiopt.columns import Columns
+>>> from multiopt.rules import SGD
+>>> known = Columns(SGD(), np.dtype("float32"))
+>>> rows = known._begin(2)
+>>> known._keep(rows, [(3,), (2, 2)])
+>>> known.set_rules(rows, SGD(lr=0.5))
+>>> known.write_numbers(rows[:1], {"lr": 0.25})
+>>> [known.rule_at(row).lr for row in rows], known.steps[rows].tolist()
+([0.25, 0.5], [0, 0])
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf, nan
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from multiopt.averaging import Averaged
+from multiopt.kinds import Numbered, Schedules, kind_of, number_fields, numbers_of, schedules_of
+from multiopt.rules.rule import Rule, with_numbers
+
+if TYPE_CHECKING:
+    from multiopt.step.clip import Clip
+
+__all__ = ["Columns"]
+
+
+class Columns:
+    """A table with a row for each of some parameters.
+
+    Args:
+        rule: A rule of their kind: the numbers among the hyperparameters count for nothing.
+        dtype: That in which they are computed.
+
+    Attributes:
+        columns: The hyperparameters that are numbers, with the place in those that are tuples.
+        kind: What rules have in common that may share it.
+        steps: By row, how many steps were taken: the clock.
+        numbers: By row, the hyperparameters that are numbers, in the order of ``columns``; for a
+            schedule what it gave last.
+        shapes: By row, the shape, parts of complex ones included.
+    """
+
+    #: What a new row has in each column.
+    FRESH: ClassVar = {
+        "steps": (np.int64, 0),
+        "schedule": (np.int32, 0),
+        "clip": (np.int32, 0),
+        "norm_bound": (np.float64, nan),
+        "eps": (np.float64, 0.0),
+        "own": (np.float64, 1.0),
+        "shared": (np.float64, 1.0),
+        "bound": (np.float64, inf),
+        "norm": (np.float64, -1.0),
+    }
+
+    steps: np.ndarray
+    schedule: np.ndarray
+    clip: np.ndarray
+    norm_bound: np.ndarray
+    eps: np.ndarray
+    own: np.ndarray
+    shared: np.ndarray
+    bound: np.ndarray
+    norm: np.ndarray
+    numbers: np.ndarray
+
+    def __init__(self, rule: Rule, dtype: np.dtype) -> None:
+        """Have no row yet."""
+        self.rule, self.dtype = rule, dtype
+        self.columns, self.kind = number_fields(rule), kind_of(rule)
+        #: The columns of hyperparameters that are one number.
+        self.column_of = {
+            name.removeprefix("rule."): column
+            for column, (name, place) in enumerate(self.columns)
+            if place is None
+        }
+        #: Whether there are averages; then the last column says since when.
+        self.has_averages = isinstance(rule, Averaged)
+        self.shapes: list[tuple[int, ...]] = []
+        #: Different sets of schedules, by the number that rows have for them; 0 for none.
+        self.schedules = Numbered(((),), Schedules((), (), ()))
+        #: How many rows have schedules; how many have clips; how many a bound of their own norm.
+        self.scheduled = self.clipping = self.bounded = 0
+        #: How many rows have no elements.
+        self.empty = 0
+        self._free: list[int] = []
+        self._grow(16)
+
+    # Rows
+
+    def _grow(self, capacity: int) -> None:
+        """Move the columns to longer ones. Nobody may hold their addresses from step to step."""
+        for name, (dtype, value) in self.FRESH.items():
+            column = np.full(capacity, value, dtype)
+            if self.shapes:
+                column[: len(self.shapes)] = getattr(self, name)[: len(self.shapes)]
+            setattr(self, name, column)
+        numbers = self._new_numbers(capacity)
+        if self.shapes:
+            numbers[: len(self.shapes)] = self.numbers[: len(self.shapes)]
+        self.numbers = numbers
+
+    def _new_numbers(self, capacity: int) -> np.ndarray:
+        """A column of numbers."""
+        return np.zeros((capacity, len(self.columns)))
+
+    def rows(self) -> np.ndarray:
+        """The rows that are taken."""
+        rows = np.arange(len(self.shapes))
+        return np.setdiff1d(rows, self._free) if self._free else rows
+
+    def all_or(self, rows: np.ndarray) -> np.ndarray | slice:
+        """Different rows as an index of columns: a slice, which takes half the time, for all."""
+        return slice(len(rows)) if len(rows) == len(self.shapes) else rows
+
+    def _begin(self, count: int) -> np.ndarray:
+        """Rows for so many, as new ones are; nobody has them yet."""
+        taken = self._free[len(self._free) - min(count, len(self._free)) :]
+        first, end = len(self.shapes), len(self.shapes) + count - len(taken)
+        if end > len(self.steps):
+            self._grow(max(end, 2 * len(self.steps)))
+        rows = np.array([*taken, *range(first, end)], np.int64)
+        for name, (_, value) in self.FRESH.items():
+            getattr(self, name)[rows] = value
+        return rows
+
+    def _keep(self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Let parameters of some shapes have the rows that were begun; nothing fails."""
+        taken = min(len(rows), len(self._free))
+        del self._free[len(self._free) - taken :]
+        self.empty += sum(0 in shape for shape in shapes)
+        for row, shape in zip(rows[:taken].tolist(), shapes, strict=False):
+            self.shapes[row] = shape
+        self.shapes.extend(shapes[taken:])
+
+    def _let_go(self, row: int) -> None:
+        """Let others take a row."""
+        self.scheduled -= self.schedule[row] != 0
+        self.clipping -= self.clip[row] != 0
+        self.bounded -= self.norm_bound[row] == self.norm_bound[row]
+        self.empty -= 0 in self.shapes[row]
+        self.schedule[row], self.clip[row], self.norm_bound[row] = 0, 0, nan
+        self._free.append(row)
+
+    def __len__(self) -> int:
+        """The number of rows in use."""
+        return len(self.shapes) - len(self._free)
+
+    # Numbers
+
+    def set_rules(self, rows: np.ndarray, rule: Rule) -> None:
+        """Give rows the numbers and the schedules of a rule of the kind of this group."""
+        values, schedules = numbers_of(rule, self.columns), schedules_of(rule, self.columns)
+        self.numbers[rows] = values
+        self.set_schedules(rows, schedules)
+
+    def takes(self, rule: Rule) -> bool:
+        """Whether a rule is of the kind of this group."""
+        kind = kind_of(rule)
+        return kind is not None and kind == self.kind
+
+    def change_numbers(self, rows: np.ndarray, rule: Rule, names: Iterable[str]) -> None:
+        """Give rows, which are alike, some hyperparameters of a rule of the kind of this group.
+
+        Args:
+            rows: The rows.
+            rule: The rule.
+            names: The hyperparameters, those of a chained rule as they are called there.
+        """
+        values, names = numbers_of(rule, self.columns), set(names)
+        for column, (name, _) in enumerate(self.columns):
+            if name.removeprefix("rule.") in names:
+                self.numbers[rows, column] = values[column]
+        schedules = schedules_of(rule, self.columns)
+        if schedules.columns or self.scheduled:
+            self.set_schedules(rows, schedules)
+
+    def write_numbers(self, rows: np.ndarray, values: Mapping[str, float]) -> None:
+        """Give rows without schedules some numbers, by the names that ``plain_numbers`` has."""
+        for name, value in values.items():
+            self.numbers[self.all_or(rows), self.column_of[name]] = value
+
+    def set_schedules(self, rows: np.ndarray, schedules: Schedules) -> None:
+        """Give rows some schedules in the place of those that they have."""
+        key = schedules.columns, *map(id, schedules.schedules)
+        number = self.schedules.number(key, schedules, lambda: self.schedule)
+        self.scheduled += (len(rows) if number else 0) - int(np.count_nonzero(self.schedule[rows]))
+        self.schedule[rows] = number
+
+    def rule_now(self, row: int) -> Rule:
+        """The rule of a row with the numbers of this step in the places of schedules."""
+        return with_numbers(self.rule, self.columns, self.numbers[row].tolist())
+
+    def rule_at(self, row: int) -> Rule:
+        """The rule of a row, its schedules in their places."""
+        values: list[Any] = self.numbers[row].tolist()
+        schedules = self.schedules[self.schedule[row]]
+        for column, schedule in zip(schedules.columns, schedules.schedules, strict=True):
+            values[column] = schedule
+        return with_numbers(self.rule, self.columns, values)
+
+    def counts(self, rows: np.ndarray | slice) -> np.ndarray:
+        """How many steps the averages of rows have seen; their clocks where there are none."""
+        steps: np.ndarray = self.steps[rows]
+        return steps - self.numbers[rows, -1].astype(np.int64) if self.has_averages else steps
+
+    def set_clocks(
+        self, rows: np.ndarray, steps: Sequence[int], counts: Sequence[int] | None = None
+    ) -> None:
+        """Say how many steps new rows have taken, and how many of them their averages have seen."""
+        self.steps[rows] = steps
+        if self.has_averages:
+            seen = np.zeros(len(rows)) if counts is None else np.array(counts)
+            self.numbers[rows, -1] = self.steps[rows] - seen
+
+    def set_clock(self, row: int, step: int) -> None:
+        """Say how many steps a row has taken. Its average has seen as many as before."""
+        if self.has_averages:
+            self.numbers[row, -1] += step - self.steps[row]
+        self.steps[row] = step
+
+    def copy_columns(self, rows: np.ndarray, others: np.ndarray) -> None:
+        """Give new rows what is set for other rows: numbers, schedules, clips."""
+        for column in (
+            self.schedule,
+            self.clip,
+            self.norm_bound,
+            self.eps,
+            self.bound,
+            self.numbers,
+        ):
+            column[rows] = column[others]
+        self.scheduled += int(np.count_nonzero(self.schedule[rows]))
+        self.clipping += int(np.count_nonzero(self.clip[rows]))
+        self.bounded += int(np.count_nonzero(~np.isnan(self.norm_bound[rows])))
+
+    def set_clips(self, rows: np.ndarray, clip: "Clip | None", number: int) -> None:
+        """Bound the gradients of rows.
+
+        Args:
+            rows: The rows.
+            clip: The clip; None for none.
+            number: What the owner of the group knows it by, 0 for none.
+        """
+        self.clipping += (len(rows) if number else 0) - int(np.count_nonzero(self.clip[rows]))
+        self.bounded -= len(rows) - int(np.count_nonzero(np.isnan(self.norm_bound[rows])))
+        self.bounded += len(rows) if clip is not None and clip.norm is not None else 0
+        self.clip[rows] = number
+        self.own[rows] = self.shared[rows] = 1.0
+        norm, value, eps = (None, None, 0.0) if clip is None else (clip.norm, clip.value, clip.eps)
+        self.norm_bound[rows], self.norm[rows] = nan if norm is None else norm, -1.0
+        self.eps[rows] = eps
+        self.bound[rows] = self.dtype.type(inf if value is None else value)
