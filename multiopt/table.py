@@ -229,14 +229,15 @@ class Table:
         if key not in self._kinds:
             group = backend.group(rule, layout, has_masters)
             group.number = max(self._groups, default=-1) + 1
-            self._kinds[key], self._groups[group.number] = group.number, group
+            # In this order: what a signal handler raises in between leaves a group without names.
+            self._groups[group.number] = group
+            self._kinds[key] = group.number
         return self._groups[self._kinds[key]]
 
     def _drop_empty(self) -> None:
         """Let go of groups without rows."""
-        for key, number in list(self._kinds.items()):
-            if not len(self._groups[number]):
-                del self._kinds[key], self._groups[number]
+        self._groups = {number: group for number, group in self._groups.items() if len(group)}
+        self._kinds = {key: n for key, n in self._kinds.items() if n in self._groups}
 
     def give_clips(self, group: Group, rows: np.ndarray, clips: Sequence[Clip | None]) -> None:
         """Give rows their clips."""

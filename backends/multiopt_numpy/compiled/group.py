@@ -184,6 +184,8 @@ class CompiledGroup(HostGroup):
             if count > self._found.shape[1]:
                 found = self._found = np.empty((3, 2 * count), np.int64)
                 seen.array[6:9] = address(found) + found.strides[0] * np.arange(3)
+            # None in between, since a signal handler may raise when only some are written.
+            self._at = None
             words[0], words[1], (words[2], words[3]) = arrays.words.address, count, part.at
             self._at = part.at
         words[11] = last
