@@ -25,6 +25,7 @@ from multiopt.rules.arithmetic import (
 from multiopt.rules.rule import Coefficients, switch
 from multiopt_numpy import engines
 from multiopt_numpy.compiled import kernels
+from multiopt_numpy.compiled.rows import FIRST_SLOT
 from multiopt_numpy.compiled.source import Source
 from multiopt_numpy.compiled.update import update_source
 from multiopt_numpy.forms import coefficient_kinds, number_fields, other_fields, traced_scalars
@@ -43,6 +44,11 @@ def quiet() -> Iterator[None]:
     """Overflow and NaN are meant here."""
     with np.errstate(all="ignore"):
         yield
+
+
+def row_of(param: np.ndarray, grad: np.ndarray, slots: list[np.ndarray]) -> list[Any]:
+    """A row of the table, arrays in the place of addresses; the text reads no other column."""
+    return [param, grad, *[None] * (FIRST_SLOT - 2), *slots]
 
 
 def run_as_python(text: str, dtype: str) -> dict[str, Any]:
@@ -92,8 +98,7 @@ class Printed:
         writes: bool = False,
     ) -> int:
         """Update arrays in place."""
-        # The table, whose first columns are parameter, gradient, size, dimensions and shape.
-        row = [param, grad, None, None, None, *slots]
+        row = row_of(param, grad, slots)
         kind = np.dtype(self.dtype).type
         numbers = kind(own), kind(shared), kind(bound)
         passed: int = self.functions["update"](row, 0, param.size, c, *numbers, writes)
@@ -169,7 +174,7 @@ def test_the_text_of_a_random_update_is_equal(
     param, grad, *kept = (fill(rng, (30,), dtype, "special") for _ in range(2 + slots))
     new, new_slots = update(np, param, grad, tuple(kept), Coefficients(a=0.25, b=3.0))
     one = np.dtype(dtype).type(1)
-    row = [param, grad, None, None, None, *kept]
+    row = row_of(param, grad, kept)
     c = functions["coefficients"]([0.25, 3.0], 1)
     new, new_slots = np.array(new), [np.array(slot) for slot in new_slots]
     functions["update"](row, 0, 30, c, one, one, math.inf, False)
