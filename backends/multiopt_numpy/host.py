@@ -18,6 +18,7 @@ from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.engine import Group, Slots
 from multiopt.reference import resumed
 from multiopt.rules.arithmetic import BLOCK, block_sums, tree_sum
+from multiopt_numpy.runs import stretches
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -131,7 +132,7 @@ class HostGroup(Group):
             slots: The slots of all of them.
         """
         chunk = self.chunk[rows[which]]
-        for first, end in pairwise((0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(which))):
+        for first, end in stretches(chunk):
             mine = which[first:end].tolist()
             begin, last = int(self.offset[rows[mine[0]]]), rows[mine[-1]]
             part = slice(begin, int(self.offset[last] + self.size[last]))
@@ -202,7 +203,7 @@ class HostGroup(Group):
     def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
         """See ``Group``."""
         chunk, offset, size = self.chunk[rows], self.offset[rows], int(self.size[rows[0]])
-        for first, end in pairwise((0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(rows))):
+        for first, end in stretches(chunk):
             array, begins = self._chunks[int(chunk[first])].arrays[number], offset[first:end]
             if (np.diff(begins) == size).all():
                 begin = int(begins[0])

@@ -1,7 +1,7 @@
 """Runs of a tape: over a large parameter where it is, over small ones copied side by side."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,10 +13,19 @@ from multiopt_numpy.tape import Tape
 if TYPE_CHECKING:
     from multiopt_numpy.host import HostGroup
 
-__all__ = ["ClippedRun", "Places", "Run", "clip", "joined"]
+__all__ = ["ClippedRun", "Places", "Run", "clip", "joined", "stretches"]
 
 #: Arrays, one for each slot, the elements in them that are meant, and their places in a pack.
 Segment: TypeAlias = tuple[Sequence[np.ndarray], slice | np.ndarray, slice]
+
+
+def stretches(column: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where stretches of one number begin and end in a column that has at least one.
+
+    >>> list(stretches(np.array([3, 3, 7, 3])))
+    [(0, 2), (2, 3), (3, 4)]
+    """
+    return pairwise((0, *(np.flatnonzero(np.diff(column)) + 1).tolist(), len(column)))
 
 
 class Places:
@@ -43,8 +52,7 @@ class Places:
         self._shapes = list(zip(begins.tolist(), ends.tolist(), shapes, strict=True))
         #: The chunks, each with the elements in it and those in the pack.
         self.segments: list[Segment] = []
-        borders = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
-        for first, last in pairwise(borders):
+        for first, last in stretches(chunk):
             low, high = int(begins[first]), int(ends[last - 1])
             # How much further on each row is in the chunk than in this part of the pack.
             ahead = offset[first:last] - (begins[first:last] - low)
