@@ -1,4 +1,4 @@
-"""What the registry holds for one name, and its forms outside: plain data and loaded state."""
+"""What the registry holds for one name, and what users choose for it: rule, clip, average."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace

@@ -31,7 +31,7 @@ from multiopt.rules.nadam import product_of_shares
 from multiopt.state.document import LAST_STEP, VERSION
 from multiopt.state.fit import check_slot_names
 from multiopt.state.plain_data import check_state_dict
-from multiopt.state.record import described_rule, plain_entry, saved_of, slots_on_host
+from multiopt.state.record import described_rule, entry_on_host, saved_of
 
 __all__ = [
     "derived_numbers",
@@ -323,7 +323,7 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     check_state_dict(state_dict)
     parts = {**state_dict["pending"], **state_dict["entries"]}
-    stored = {name: _entry_on_host(name, entry) for name, entry in parts.items()}
+    stored = {name: entry_on_host(saved_of(name, entry)) for name, entry in parts.items()}
     for name, entry in stored.items():
         rule = rule_of(name, entry["rule"])
         options = [option for option in lacking(type(rule)) if getattr(rule, option)]
@@ -336,15 +336,6 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             )
     leave_out(state_dict, stored, stacklevel=4)
     return stored
-
-
-def _entry_on_host(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of a state dict with NumPy slots of its own, the parts of complex ones."""
-    saved = saved_of(name, entry)
-    return {
-        **plain_entry(saved.form.rule, saved.step, slots_on_host(saved)),
-        "complex": saved.form.is_complex,
-    }
 
 
 def leave_out(

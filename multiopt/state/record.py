@@ -41,6 +41,7 @@ __all__ = [
     "described_rule",
     "description",
     "entry_of",
+    "entry_on_host",
     "observe",
     "plain",
     "plain_entry",
@@ -260,8 +261,22 @@ def plain(saved: Saved) -> tuple[dict[str, Any], dict[str, Any] | None]:
         is_there = slot.library.partition(".")[0] in sys.modules
         library = named(slot.library if is_there else "numpy")
         slots[slot.name] = library.shown(named("numpy").whole(host) if form.is_complex else host)
-    mean = slots.pop(AVERAGE, None)
-    average = None
+    return _entries(saved, slots)
+
+
+def entry_on_host(saved: Saved) -> dict[str, Any]:
+    """The entry of a record with its own arrays, those of complex slots in parts.
+
+    That says ``"complex"``, and has the entry of the average, if there is one, under ``"average"``.
+    """
+    entry, average = _entries(saved, slots_on_host(saved))
+    entry["complex"] = saved.form.is_complex
+    return entry if average is None else {**entry, "average": average}
+
+
+def _entries(saved: Saved, slots: dict[str, Array]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The entries of a record and of its average, with these slots, that of the average included."""
+    form, mean, average = saved.form, slots.pop(AVERAGE, None), None
     if form.average is not None:
         average = plain_entry(form.average, saved.seen, {SHOWN_AVERAGE: mean})
     return plain_entry(form.rule, saved.step, slots), average

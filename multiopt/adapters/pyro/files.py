@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from multiopt.adapters.torch_state import leave_out
-from multiopt.averaging import AVERAGE
 from multiopt.state.file import read
 from multiopt.state.file_objects import Source, Target
-from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import described
-from multiopt.state.record import Saved, plain_entry, saved_of, slots_on_host
+from multiopt.state.record import entry_on_host, saved_of
 from multiopt.state.tables import waiting
 from multiopt.state.writing import write
 
@@ -64,7 +62,7 @@ def read_file(file: Source, averages: bool) -> tuple[dict[str, dict[str, Any]], 
     """
     contents = read(file)
     contents.check_whole(file)
-    loaded = {label: _stored(saved) for label, saved in contents.saved.items()}
+    loaded = {label: entry_on_host(saved) for label, saved in contents.saved.items()}
     left = {} if averages else {label: one.pop("average", None) for label, one in loaded.items()}
     beside = {"skips": contents.skips, "group": contents.metadata.get(GROUPS)}
     for name, by_label in beside.items():
@@ -75,14 +73,3 @@ def read_file(file: Source, averages: bool) -> tuple[dict[str, dict[str, Any]], 
     left = {label: average for label, average in left.items() if average is not None}
     leave_out({"averages": left}, loaded, stacklevel=4)
     return loaded, contents.steps
-
-
-def _stored(saved: Saved) -> dict[str, Any]:
-    """A record as it waits: an entry of a state dict, complex slots in parts."""
-    form, slots = saved.form, slots_on_host(saved)
-    mean = slots.pop(AVERAGE, None)
-    stored = plain_entry(form.rule, saved.step, slots)
-    stored["complex"] = form.is_complex
-    if form.average is not None:
-        stored["average"] = plain_entry(form.average, saved.seen, {SHOWN_AVERAGE: mean})
-    return stored
