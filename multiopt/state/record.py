@@ -275,7 +275,7 @@ def entry_on_host(saved: Saved) -> dict[str, Any]:
 
 
 def _entries(saved: Saved, slots: dict[str, Array]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The entries of a record and of its average, with these slots, that of the average included."""
+    """The entries of a record and of its average; the slots hold that of the average as well."""
     form, mean, average = saved.form, slots.pop(AVERAGE, None), None
     if form.average is not None:
         average = plain_entry(form.average, saved.seen, {SHOWN_AVERAGE: mean})
