@@ -27,12 +27,13 @@ from multiopt.skipping import Skips
 from multiopt.state.metadata import PAIR, check_nesting
 from multiopt.state.metadata import described as described_metadata
 from multiopt.state.record import Description, Form, Slot
-from multiopt.state.tables import DTYPES, Table
+from multiopt.state.tables import CODES, Table, word
 
 __all__ = [
     "LAST_STEP",
     "PARTS",
     "VERSION",
+    "check_clock",
     "check_observed",
     "check_skips",
     "check_steps",
@@ -109,7 +110,8 @@ def described(
             made |= {"average": number_of(form.average, table.names), "counts": table.counts}
         if form.is_complex:
             made["complex"] = True
-        parts[table.part].append({**made, "slots": table.words()})
+        made["slots"] = {slot.name: word(slot.dtype, slot.shape) for slot in form.slots}
+        parts[table.part].append(made)
     if (count := sum(ends.values())) > MOST_NAMES:
         raise ValueError(f"there are {count} names; expected at most {MOST_NAMES} in one file")
     document = {"version": VERSION, "steps": steps, "metadata": plain}
@@ -164,10 +166,7 @@ def tables_in(document: Mapping[str, Any]) -> list[Table]:
             if len(names) != len(steps) or not names:
                 raise CheckpointError(f"a table of {len(names)} names has {len(steps)} clocks")
             for name, step in zip(names, steps, strict=True):
-                if not is_clock(step):
-                    raise CheckpointError(
-                        f"the state of {name!r} has step {step!r}; expected an int from 0 to 2^53"
-                    )
+                check_clock(name, step)
             average, counts = None, []
             if "average" in table:
                 average, counts = (
@@ -178,7 +177,7 @@ def tables_in(document: Mapping[str, Any]) -> list[Table]:
                     raise CheckpointError(
                         f"the average of {names[0]!r} has other counts than steps"
                     )
-            slots = tuple(_slot(name, word, names) for name, word in table["slots"].items())
+            slots = tuple(_slot(name, text, names) for name, text in table["slots"].items())
             if (average is not None) != any(slot.name == AVERAGE for slot in slots):
                 raise CheckpointError(f"the average of {names[0]!r} has no slot, or no rule")
             is_complex = table.get("complex", False)
@@ -227,15 +226,16 @@ def check_observed(name: str, observed: Any) -> None:
             )
 
 
-def _slot(name: str, word: Any, names: Sequence[str]) -> Slot:
-    found = re.fullmatch(r"(F32|F64)\[((?:[0-9]{1,18},)*[0-9]{1,18})?\]", word)
+def _slot(name: str, text: Any, names: Sequence[str]) -> Slot:
+    found = re.fullmatch(r"(F32|F64)\[((?:[0-9]{1,18},)*[0-9]{1,18})?\]", text)
     if found is None:
         raise CheckpointError(
-            f"the slot {name!r} of {names[0]!r} is {word!r}; expected a dtype, F32 or F64, and a "
+            f"the slot {name!r} of {names[0]!r} is {text!r}; expected a dtype, F32 or F64, and a "
             "shape, such as F32[2,3]"
         )
     shape = tuple(map(int, found[2].split(","))) if found[2] else ()
-    return Slot(name, shape, DTYPES[found[1]])
+    (dtype,) = (dtype for dtype, code in CODES.items() if code == found[1])
+    return Slot(name, shape, dtype)
 
 
 def _list(value: Any, what: str) -> list[Any]:
@@ -275,6 +275,18 @@ def check_skips(skips: Any) -> dict[str, Skips]:
 def is_clock(step: Any) -> bool:
     """Whether something is a clock."""
     return type(step) is int and 0 <= step <= LAST_STEP
+
+
+def check_clock(name: str, step: Any) -> None:
+    """Refuse what no clock of a name can be.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    if not is_clock(step):
+        raise CheckpointError(
+            f"the state of {name!r} has step {step!r}; expected an int from 0 to 2^53"
+        )
 
 
 def check_steps(document: Mapping[str, Any]) -> int | None:

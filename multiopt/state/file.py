@@ -29,7 +29,7 @@ from multiopt.state.file_objects import Source, label, on_disk
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import restored as restored_metadata
 from multiopt.state.record import Record, Saved
-from multiopt.state.tables import BLOCK, LARGE, Table
+from multiopt.state.tables import BLOCK, LARGE, Table, word
 from multiopt.state.versions import DIFFERS
 from multiopt.state.writing import CHECKSUMS, LARGEST_HEADER, bytes_of, checksums_of, too_much
 
@@ -191,24 +191,21 @@ class _File:
         Raises:
             CheckpointError: They are others.
         """
-        words = [
-            (len(table.names), word) for table in self._tables for word in table.words().values()
-        ]
+        columns = [(len(table.names), x) for table in self._tables for x in table.form.slots]
         expected = {
-            str(i): f"{word[:4]}{rows}{',' * (word[4:] != ']')}{word[4:]}"
-            for i, (rows, word) in enumerate(words)
+            str(i): word(slot.dtype, (rows, *slot.shape)) for i, (rows, slot) in enumerate(columns)
         }
-        expected[CHECKSUMS] = f"U64[{sum(rows for rows, _ in words)}]"
+        expected[CHECKSUMS] = f"U64[{sum(rows for rows, _ in columns)}]"
         keys = self._tensors
         if len(keys) != len(expected) or set(keys) != expected.keys():
             raise CheckpointError(
-                f"its slots need {len(words)} tensors, and one of checksums; expected those in the "
-                f"file, {len(keys)}"
+                f"its slots need {len(columns)} tensors, and one of checksums; expected those in "
+                f"the file, {len(keys)}"
             )
-        for key, word in expected.items():
+        for key, text in expected.items():
             tensor = self._tensors[key]
-            if f"{tensor['dtype']}[{','.join(map(str, tensor['shape']))}]" != word:
-                raise CheckpointError(f"its tensor {key!r} is another one than {word}")
+            if f"{tensor['dtype']}[{','.join(map(str, tensor['shape']))}]" != text:
+                raise CheckpointError(f"its tensor {key!r} is another one than {text}")
 
     def _rows(self, key: str, rows: slice, size: int, dtype: str) -> np.ndarray:
         """Some rows of a tensor, each of so many elements.

@@ -21,11 +21,11 @@ from multiopt.schedules.description import separated
 from multiopt.state.contents import Contents
 from multiopt.state.document import (
     VERSION,
+    check_clock,
     check_observed,
     check_skips,
     check_steps,
     check_version,
-    is_clock,
 )
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import check_nesting
@@ -189,10 +189,7 @@ def _check_entry(part: str, name: Any, entry: Any) -> None:
     if not isinstance(name, str):
         raise CheckpointError(f"expected names under {part!r} to be strings; got {name!r}")
     step = entry.get("step") if isinstance(entry, Mapping) else None
-    if not is_clock(step):
-        raise CheckpointError(
-            f"the state of {name!r} has step {step!r}; expected an int from 0 to 2^53"
-        )
+    check_clock(name, step)
     slots, rule = entry.get("slots"), entry.get("rule")
     if not isinstance(slots, Mapping) or not isinstance(rule, Mapping):
         raise CheckpointError(f"the state of {name!r} needs mappings under 'slots' and 'rule'")

@@ -15,14 +15,14 @@ from multiopt.state.record import Description, Form, Saved, Slot, description
 if TYPE_CHECKING:
     from multiopt.registry import Registry
 
-__all__ = ["BLOCK", "DTYPES", "LARGE", "Pieces", "Table", "held", "waiting"]
+__all__ = ["BLOCK", "CODES", "LARGE", "Pieces", "Table", "held", "waiting", "word"]
 
 #: Elements of a slot from which on it is read and written by itself, and of several that are read
 #: and written together.
 LARGE, BLOCK = 2**12, 2**14
 
-#: The dtypes of slots, by their names in a file.
-DTYPES = {"F32": "float32", "F64": "float64"}
+#: What a file calls the dtypes of slots.
+CODES = {"float32": "F32", "float64": "F64"}
 
 #: Gives for the number of a slot its rows as arrays of two axes, of several rows each.
 Pieces = Callable[[int], Iterator[np.ndarray]]
@@ -49,13 +49,10 @@ class Table(NamedTuple):
     counts: Sequence[int]
     pieces: Pieces | None = None
 
-    def words(self) -> dict[str, str]:
-        """Of each slot the dtype and the shape as a file has them."""
-        codes = {dtype: code for code, dtype in DTYPES.items()}
-        return {
-            slot.name: f"{codes[slot.dtype]}[{','.join(map(str, slot.shape))}]"
-            for slot in self.form.slots
-        }
+
+def word(dtype: str, shape: Sequence[int]) -> str:
+    """The dtype and the shape of a slot as a file has them, such as ``F32[2,3]``."""
+    return f"{CODES[dtype]}[{','.join(map(str, shape))}]"
 
 
 def held(registry: "Registry") -> Iterator[Table]:

@@ -11,14 +11,12 @@ from multiopt.state.document import is_clock
 from multiopt.state.metadata import check_nesting
 from multiopt.state.plain_data import PARTS, check_parts, saved_in
 from multiopt.state.record import Record, saved_of
+from multiopt.state.tables import CODES, word
 
 __all__ = ["Old"]
 
 #: What is wrong with a slot.
 DIFFERS = "the checksum differs"
-
-#: The names of dtypes in a file.
-DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
 
 
 class Old:
@@ -65,7 +63,7 @@ class Old:
         slots = {}
         for slot, key in entry["slots"].items():
             slots[slot] = array = self._opened.get_tensor(key)
-            if array.dtype not in DTYPES:
+            if array.dtype.name not in CODES:
                 raise CheckpointError(
                     f"expected slots of dtype float32 or float64; got {array.dtype.name}"
                 )
@@ -99,7 +97,6 @@ class Old:
 
 def _checksum(array: np.ndarray) -> str:
     """The checksum of a slot: of its dtype, its shape and its bytes."""
-    shape = ",".join(map(str, array.shape))
-    digest = xxh3_64(f"{DTYPES[array.dtype]}[{shape}]".encode())
+    digest = xxh3_64(word(array.dtype.name, array.shape).encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 from multiopt.state.document import described
 from multiopt.state.durable import replacing
 from multiopt.state.file_objects import Target, is_path, write_whole
-from multiopt.state.tables import Table
+from multiopt.state.tables import CODES, Table
 
 __all__ = ["CHECKSUMS", "LARGEST_HEADER", "bytes_of", "checksums_of", "too_much", "write"]
 
@@ -81,8 +81,8 @@ def _header(text: str, columns: Sequence[tuple[Table, int]], order: Sequence[int
         table, k = columns[i]
         slot, rows = table.form.slots[k], len(table.names)
         begin, end = end, end + rows * prod(slot.shape) * np.dtype(slot.dtype).itemsize
-        code, shape = table.words()[slot.name][:3], [rows, *slot.shape]
-        tensors[str(i)] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        kind = {"dtype": CODES[slot.dtype], "shape": [rows, *slot.shape]}
+        tensors[str(i)] = {**kind, "data_offsets": [begin, end]}
         count += rows
     offsets = [end, end + 8 * count]
     tensors[CHECKSUMS] = {"dtype": "U64", "shape": [count], "data_offsets": offsets}
