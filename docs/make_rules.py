@@ -15,7 +15,7 @@ import torch
 
 import multiopt as mo
 from multiopt import rules
-from multiopt_numpy.forms import traced_scalars
+from multiopt_kernels.forms import traced_scalars
 
 FILE = Path(__file__).parent / "rules.md"
 README = Path(__file__).parent.parent / "README.md"

@@ -12,14 +12,14 @@ the last bit, on NumPy, PyTorch and JAX arrays.
 """
 
 from multiopt import rules, schedules
-from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, State
 from multiopt.rules import *  # noqa: F403  the names of rules stand in one place
-from multiopt.skipping import Skips
+from multiopt.rules.average import Average
 from multiopt.state.loading import LoadReport
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report
+from multiopt.step.skips import Skips
 
 __all__ = [
     "Average",
@@ -35,3 +35,8 @@ __all__ = [
 __all__ += rules.__all__
 
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion; the rooms of the house are not among them."""
+    return sorted([*__all__, "__version__"])

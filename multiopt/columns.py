@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from multiopt.averaging import Averaged
 from multiopt.kinds import Numbered, Schedules, kind_of, number_fields, numbers_of, schedules_of
+from multiopt.rules.average import Averaged
 from multiopt.rules.rule import Rule, with_numbers
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, cast
 
-from multiopt.averaging import AVERAGE, Average, Averaged
 from multiopt.backend import Array, zeros
 from multiopt.engine import MASTER
 from multiopt.errors import brief
 from multiopt.layout import Layout
 from multiopt.rules import Rule
+from multiopt.rules.average import AVERAGE, Average, Averaged
 from multiopt.rules.rule import plain_numbers, with_numbers
 from multiopt.step.clip import Clip
 

@@ -9,13 +9,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from multiopt.arrays import Array
-from multiopt.averaging import Average
 from multiopt.entry import check_average, check_clip, check_rule
 from multiopt.errors import CheckpointError, brief
 from multiopt.guard import Guard, exclusive, mending
 from multiopt.registry import Registry
 from multiopt.rules import Rule
-from multiopt.skipping import Skips, check_limit
+from multiopt.rules.average import Average
 from multiopt.state.file import read
 from multiopt.state.file_objects import Source, Target, label
 from multiopt.state.loading import LoadReport, load, renamed, wanted_names
@@ -26,6 +25,7 @@ from multiopt.state.writing import write
 from multiopt.step.checks import as_dict, gradients_of
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report, explain
+from multiopt.step.skips import Skips, check_limit
 from multiopt.untraced import untraced
 
 __all__ = ["Optimizer", "State"]

@@ -26,18 +26,18 @@ from typing import Any
 import numpy as np
 
 from multiopt.arrays import Array, Arrays
-from multiopt.averaging import Average, Averaged
 from multiopt.backend import backend_of, named, slot_of
-from multiopt.birth import Undo, begin, move
-from multiopt.changes import changed_for_all, changed_numbers
 from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
+from multiopt.first_sight import Undo, begin, move
 from multiopt.guard import Guard
+from multiopt.hyperparameters import changed_for_all, changed_numbers
 from multiopt.rules import Rule
-from multiopt.skipping import Skips, counted
+from multiopt.rules.average import Average, Averaged
 from multiopt.step.clip import Clip
 from multiopt.step.numbers import ask_schedules
 from multiopt.step.report import Outcome
 from multiopt.step.run import Rows, Step
+from multiopt.step.skips import Skips, counted
 from multiopt.table import NOTHING, Table
 
 __all__ = ["Registry"]

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from multiopt.arrays import Arrays, Part
-from multiopt_numpy.compiled.group import CompiledGroup
+from multiopt_kernels.cpu.group import CompiledGroup
 from tests.libraries import LIBRARIES, Library, missing
 
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None)

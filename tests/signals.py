@@ -16,7 +16,7 @@ import torch
 
 import multiopt as mo
 import multiopt_numpy
-from multiopt_numpy.compiled.group import CompiledGroup
+from multiopt_kernels.cpu.group import CompiledGroup
 
 #: Where interrupts come: the library, and what stands between its functions.
 OURS = (

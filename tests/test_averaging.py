@@ -13,7 +13,7 @@ import torch
 
 import multiopt as mo
 from multiopt.rules.rule import NONNEGATIVE, number
-from multiopt_numpy.compiled.group import CompiledGroup
+from multiopt_kernels.cpu.group import CompiledGroup
 from tests.libraries import NUMPY, Library, assert_equal, engine
 
 AVERAGES = [

@@ -18,8 +18,8 @@ from multiopt.adapters import pyro as drop_in
 from multiopt.engine import Group
 from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
-from multiopt_numpy import engines
-from multiopt_numpy.host import HostGroup
+from multiopt_kernels import engines
+from multiopt_kernels.host import HostGroup
 from tests.cases import CASES, Case
 from tests.histories import History, histories
 from tests.libraries import JAX, NUMPY, TORCH, Library, assert_equal, engine

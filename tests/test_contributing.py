@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["CONTRIBUTING.md", "docs/backends.md"]
 
 #: Where a name with dots begins, and names of other things that have dots.
-MODULES = ("multiopt", "multiopt_numpy", "multiopt_torch", "multiopt_jax")
+MODULES = ("multiopt", "multiopt_jax", "multiopt_kernels", "multiopt_numpy", "multiopt_torch")
 OTHERS = re.compile(r"^(np|rule|opt|array_api_compat)\.|\.(py|md|json|toml)$")
 
 #: What the arguments of engines are.

@@ -23,8 +23,8 @@ from multiopt import reference
 from multiopt.adapters import pyro as pyro_optim
 from multiopt.backend import Backend, named
 from multiopt.step.run import Step
-from multiopt_numpy.compiled import group, team
-from multiopt_numpy.tape import Tape
+from multiopt_kernels.blocks.tape import Tape
+from multiopt_kernels.cpu import group, team
 from tests.libraries import engine
 from tests.signals import handling, hit_once, opcodes, points
 

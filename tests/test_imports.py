@@ -71,19 +71,19 @@ PLANTED = [
     ("multiopt/in_no_layer.py", "import math", "Imports point one way"),
     ("multiopt/rules/rule.py", "from multiopt.rules import adam", "Imports make no circle"),
     (
-        "backends/multiopt_numpy/forms.py",
-        "from multiopt_numpy import engines",
-        "Imports of the NumPy backend point one way",
+        "backends/multiopt_kernels/forms.py",
+        "from multiopt_kernels import engines",
+        "Imports of the engines point one way",
     ),
     (
-        "backends/multiopt_numpy/in_no_layer.py",
+        "backends/multiopt_kernels/in_no_layer.py",
         "import math",
-        "Imports of the NumPy backend point one way",
+        "Imports of the engines point one way",
     ),
     (
         "backends/multiopt_torch/backend.py",
         "import multiopt_jax",
-        "Backends share the NumPy backend alone",
+        "Backends share the NumPy backend and the engines alone",
     ),
     (
         "multiopt/registry.py",
@@ -96,12 +96,12 @@ PLANTED = [
         "A backend sees its protocol, engines and rules, not the registry",
     ),
     (
-        "multiopt/skipping.py",
+        "multiopt/step/skips.py",
         "import torch",
         "A library is imported by what is for it, never by the core",
     ),
     (
-        "backends/multiopt_numpy/blocks.py",
+        "backends/multiopt_kernels/blocks/group.py",
         "import numba",
         "A library is imported by what is for it, never by the core",
     ),

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import multiopt as mo
-from multiopt_numpy import engines
-from multiopt_numpy.compiled import team
-from multiopt_numpy.compiled.shares import borders
+from multiopt_kernels import engines
+from multiopt_kernels.cpu import team
+from multiopt_kernels.cpu.shares import borders
 from tests.cases import CASES, Case
 from tests.libraries import assert_equal, engine
 

@@ -21,8 +21,8 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from multiopt_numpy.compiled import object_cache
-from multiopt_numpy.compiled.object_cache import ObjectCode, cached, linked
+from multiopt_kernels.cpu import object_cache
+from multiopt_kernels.cpu.object_cache import ObjectCode, cached, linked
 
 CODE = ObjectCode({"run": "symbol"}, (b"\x7fELF\x00\n\xff", b"", b"second\n{}"))
 OTHER = ObjectCode({"run": "other"}, (b"other",))
@@ -93,7 +93,7 @@ def test_another_process_finds_it_without_importing_numba(folder: Path) -> None:
     cached("kernel", ["a", b"b"], lambda: answer(42))
     code = """
 import sys
-from multiopt_numpy.compiled.object_cache import cached, linked
+from multiopt_kernels.cpu.object_cache import cached, linked
 from tests.test_object_cache import call
 addresses = linked(cached("kernel", ["a", b"b"], None))
 print(call(addresses["answer"]), {"numba", "torch", "jax"} & set(sys.modules))
@@ -395,8 +395,8 @@ def test_what_a_killed_writer_left_is_deleted_and_nothing_else(folder: Path) -> 
 
 def test_processes_that_write_and_delete_at_once(folder: Path) -> None:
     code = """
-from multiopt_numpy.compiled import object_cache
-from multiopt_numpy.compiled.object_cache import ObjectCode, cached
+from multiopt_kernels.cpu import object_cache
+from multiopt_kernels.cpu.object_cache import ObjectCode, cached
 object_cache.KEPT = 3
 for i in range(300):
     code = ObjectCode({"n": str(i % 7)}, (b"%d" % (i % 7) * 1000,))

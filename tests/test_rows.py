@@ -19,7 +19,7 @@ from multiopt import registry as registries
 from multiopt.arrays import Part
 from multiopt.engine import Group
 from multiopt.registry import Registry
-from multiopt_numpy.host import HostGroup
+from multiopt_kernels.host import HostGroup
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
 
 NAMES = tuple("abcdefghijkl")

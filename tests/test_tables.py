@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from multiopt.tables import table, width
+from multiopt.terminal import table, width
 
 ROWS = [
     ("name", "slots", "bytes"),

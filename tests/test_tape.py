@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import multiopt as mo
 from multiopt.rules.arithmetic import clamp, maximum
 from multiopt.rules.rule import Coefficients
-from multiopt_numpy import tape as tape_module
-from multiopt_numpy.operations import Kind
-from multiopt_numpy.tape import Tape
-from multiopt_numpy.trace import trace_update
+from multiopt_kernels.blocks import tape as tape_module
+from multiopt_kernels.blocks.tape import Tape
+from multiopt_kernels.operations import Kind
+from multiopt_kernels.trace import trace_update
 from tests.cases import CASES
 from tests.histories import elementwise_rules, fill
 from tests.libraries import assert_equal

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from multiopt_numpy.compiled import team
-from multiopt_numpy.compiled.object_cache import linked
-from multiopt_numpy.compiled.team import Kernel, thread_count
+from multiopt_kernels.cpu import team
+from multiopt_kernels.cpu.object_cache import linked
+from multiopt_kernels.cpu.team import Kernel, thread_count
 from tests.test_object_cache import compiled, run
 
 INTEGER = ir.IntType(64)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import multiopt as mo
+from multiopt.adapters.torch.state import parameter_from_torch
 from multiopt.adapters.torch_optim import from_torch, read, rules_of, to_torch
-from multiopt.adapters.torch_state import parameter_from_torch
 from multiopt.state.document import VERSION
 
 #: Options for which an optimizer keeps all that it may keep, and some that are only torch's.

@@ -23,14 +23,14 @@ from multiopt.rules.arithmetic import (
     rescaling,
 )
 from multiopt.rules.rule import Coefficients, switch
-from multiopt_numpy import engines
-from multiopt_numpy.compiled import kernels
-from multiopt_numpy.compiled.rows import FIRST_SLOT
-from multiopt_numpy.compiled.source import Source
-from multiopt_numpy.compiled.update import update_source
-from multiopt_numpy.forms import coefficient_kinds, number_fields, other_fields, traced_scalars
-from multiopt_numpy.operations import Kind, NotTraceable
-from multiopt_numpy.trace import trace_function, trace_scalars, trace_update
+from multiopt_kernels import engines
+from multiopt_kernels.cpu import kernels
+from multiopt_kernels.cpu.rows import FIRST_SLOT
+from multiopt_kernels.cpu.source import Source
+from multiopt_kernels.cpu.update import update_source
+from multiopt_kernels.forms import coefficient_kinds, number_fields, other_fields, traced_scalars
+from multiopt_kernels.operations import Kind, NotTraceable
+from multiopt_kernels.trace import trace_function, trace_scalars, trace_update
 from tests.cases import CASES, Case
 from tests.histories import elementwise_rules, fill
 from tests.libraries import Library, assert_equal, engine

@@ -17,7 +17,7 @@ from multiopt.backend import Array, Backend
 from multiopt.engine import Group
 from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
-from multiopt_numpy import engines
+from multiopt_kernels import engines
 
 __all__ = ["JaxBackend"]
 

@@ -10,9 +10,9 @@ from multiopt.backend import Array, Backend
 from multiopt.engine import Group
 from multiopt.layout import Layout, parts_of, require_dtype
 from multiopt.rules import Rule
-from multiopt_numpy import engines
-from multiopt_numpy.compiled.group import Look
-from multiopt_numpy.compiled.kernels import look_kernel
+from multiopt_kernels import engines
+from multiopt_kernels.cpu.group import Look
+from multiopt_kernels.cpu.kernels import look_kernel
 
 __all__ = ["NumpyBackend"]
 

@@ -21,10 +21,10 @@ from multiopt.engine import Group
 from multiopt.errors import brief
 from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
-from multiopt_numpy import engines
+from multiopt_kernels import engines
+from multiopt_kernels.cpu.group import Look
+from multiopt_kernels.cpu.kernels import look_kernel
 from multiopt_numpy.backend import check_places, read_only
-from multiopt_numpy.compiled.group import Look
-from multiopt_numpy.compiled.kernels import look_kernel
 
 __all__ = ["TorchBackend"]
 

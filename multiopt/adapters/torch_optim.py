@@ -25,15 +25,15 @@ from typing import Any
 
 import torch
 
-from multiopt.adapters.torch_file import read
-from multiopt.adapters.torch_settings import (
+from multiopt.adapters.torch.file import read
+from multiopt.adapters.torch.settings import (
     DECOUPLED,
     group_settings,
     in_torch,
     rule_class_of,
     rule_of,
 )
-from multiopt.adapters.torch_state import (
+from multiopt.adapters.torch.state import (
     for_torch,
     fresh_state,
     parameter_from_torch,

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from multiopt import tables
+from multiopt import terminal
 from multiopt.bench.comparisons import AT_LEAST
 from multiopt.bench.machine import described, engine
 from multiopt.bench.plan import Result, jobs, missing
@@ -32,7 +32,7 @@ def bench(rows: Sequence[str], threads: Sequence[int], quick: bool, path: str | 
         path: Where to write JSON, ``"-"`` for the standard output instead of a table, or None.
     """
     results = []
-    work, columns = jobs(rows, threads, quick), min(tables.width(), 80) - 1
+    work, columns = jobs(rows, threads, quick), min(terminal.width(), 80) - 1
     # None: only on a terminal.
     with tqdm(work, unit="job", ncols=columns, disable=None) as bar:
         for job in bar:
@@ -69,7 +69,9 @@ def heading(document: dict[str, Any]) -> str:
         sentences.append(f"Not installed, so left out: {', '.join(document['missing'])}.")
     if document["quick"]:
         sentences.append("Small works and few turns: the figures say little.")
-    return "\n".join(fill(one, tables.width(), break_on_hyphens=False) for one in sentences) + "\n"
+    return (
+        "\n".join(fill(one, terminal.width(), break_on_hyphens=False) for one in sentences) + "\n"
+    )
 
 
 def table(results: Sequence[Result]) -> str:
@@ -78,7 +80,7 @@ def table(results: Sequence[Result]) -> str:
     for (work, ours, against), turns in groupby(results, attrgetter("work", "ours", "against")):
         sides = " / ".join(side for side in (ours, against) if side)
         rows += [f"{work}: {sides}" if work else sides, *map(_cells, turns)]
-    return tables.table(rows, NUMBERS)
+    return terminal.table(rows, NUMBERS)
 
 
 def _cells(result: Result) -> tuple[str, ...]:

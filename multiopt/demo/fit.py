@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import multiopt as mo
 from multiopt.demo.baseball import Player, born, latents, negative_elbo
-from multiopt.tables import width
+from multiopt.terminal import width
 
 __all__ = [
     "AsArray",

@@ -11,7 +11,7 @@ import numpy as np
 from multiopt.demo.baseball import AT_BATS, Floats, Player, latents, negative_elbo, players
 from multiopt.demo.fit import Fit, Plan, Record, equal, resume, start
 from multiopt.demo.posterior import Posterior, exact, of_guide
-from multiopt.tables import table
+from multiopt.terminal import table
 
 __all__ = ["demo"]
 

@@ -100,7 +100,7 @@ class Rule(Declared, ABC):
 
     beside: ClassVar[str] = ", or a schedule step -> number"
     #: Fields that are rules themselves, whose hyperparameters count as those of this one: see
-    #: ``multiopt.averaging``.
+    #: ``multiopt.rules.average``.
     nested: ClassVar[tuple[str, ...]] = ()
     #: Whether ``update`` treats each element by itself. One that does not runs as it stands, for
     #: each parameter by itself, on arrays in row-major order.

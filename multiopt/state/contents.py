@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from multiopt.errors import CheckpointError
-from multiopt.skipping import Skips
 from multiopt.state.file_objects import Source, label
 from multiopt.state.record import Saved
+from multiopt.step.skips import Skips
 
 __all__ = ["Contents"]
 

@@ -20,14 +20,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from multiopt.averaging import AVERAGE
 from multiopt.errors import CheckpointError
+from multiopt.rules.average import AVERAGE
 from multiopt.schedules.plateau import is_observed
-from multiopt.skipping import Skips
 from multiopt.state.metadata import PAIR, check_nesting
 from multiopt.state.metadata import described as described_metadata
 from multiopt.state.record import Description, Form, Slot
 from multiopt.state.tables import CODES, Table, word
+from multiopt.step.skips import Skips
 
 __all__ = [
     "LAST_STEP",

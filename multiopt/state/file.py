@@ -13,9 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_64_hexdigest
 
-from multiopt.averaging import AVERAGE
 from multiopt.errors import CheckpointError
-from multiopt.skipping import Skips
+from multiopt.rules.average import AVERAGE
 from multiopt.state import versions
 from multiopt.state.contents import Contents
 from multiopt.state.document import (
@@ -32,6 +31,7 @@ from multiopt.state.record import Record, Saved
 from multiopt.state.tables import BLOCK, LARGE, Table, word
 from multiopt.state.versions import DIFFERS
 from multiopt.state.writing import CHECKSUMS, LARGEST_HEADER, bytes_of, checksums_of, too_much
+from multiopt.step.skips import Skips
 
 __all__ = ["Contents", "Listed", "listed", "read"]
 

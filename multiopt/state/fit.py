@@ -3,11 +3,11 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from multiopt.averaging import AVERAGE
 from multiopt.engine import MASTER
 from multiopt.entry import slot_shapes
 from multiopt.layout import Layout
 from multiopt.rules import Rule
+from multiopt.rules.average import AVERAGE
 
 if TYPE_CHECKING:
     from multiopt.state.record import Form, Saved, Slot

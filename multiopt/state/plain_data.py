@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from multiopt.averaging import AVERAGE
 from multiopt.backend import Array, named
 from multiopt.errors import CheckpointError
 from multiopt.layout import Layout
+from multiopt.rules.average import AVERAGE
 from multiopt.schedules.description import separated
 from multiopt.state.contents import Contents
 from multiopt.state.document import (

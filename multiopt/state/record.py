@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from multiopt.averaging import AVERAGE, Average
 from multiopt.backend import Array, backend_of, named
 from multiopt.engine import Group
 from multiopt.entry import Entry
 from multiopt.layout import Layout, parts_of
 from multiopt.rules import Rule
+from multiopt.rules.average import AVERAGE, Average
 from multiopt.schedules import Plateau, Schedule
 from multiopt.schedules.description import described, observers
 from multiopt.schedules.description import plain as plain_value

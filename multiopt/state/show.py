@@ -7,12 +7,12 @@ from math import prod
 
 import numpy as np
 
-from multiopt.averaging import AVERAGE
 from multiopt.layout import Layout
+from multiopt.rules.average import AVERAGE
 from multiopt.state.file import listed
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.record import Form, Saved
-from multiopt.tables import table
+from multiopt.terminal import table
 
 __all__ = ["show"]
 

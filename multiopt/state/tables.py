@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from multiopt.averaging import AVERAGE
 from multiopt.engine import Group
 from multiopt.kinds import formulas
+from multiopt.rules.average import AVERAGE
 from multiopt.state.record import Description, Form, Saved, Slot, description
 
 if TYPE_CHECKING:

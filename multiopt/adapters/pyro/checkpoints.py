@@ -24,8 +24,8 @@ from copy import deepcopy
 from typing import Any
 
 from multiopt.adapters.pyro.constructors import CONSTRUCTORS
-from multiopt.adapters.torch_settings import rule_class_of
-from multiopt.adapters.torch_state import (
+from multiopt.adapters.torch.settings import rule_class_of
+from multiopt.adapters.torch.state import (
     for_torch,
     parameter_from_torch,
     parameter_to_torch,

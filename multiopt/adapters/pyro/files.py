@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from multiopt.adapters.torch_state import leave_out
+from multiopt.adapters.torch.state import leave_out
 from multiopt.state.file import read
 from multiopt.state.file_objects import Source, Target
 from multiopt.state.metadata import described

@@ -9,8 +9,8 @@ from weakref import ref
 import torch
 
 from multiopt.adapters.pyro.tracking import ALONE
-from multiopt.adapters.torch_settings import number
-from multiopt.adapters.torch_state import scalar, whole_number
+from multiopt.adapters.torch.settings import number
+from multiopt.adapters.torch.state import scalar, whole_number
 
 if TYPE_CHECKING:
     from multiopt.adapters.pyro.tensor import TensorOptimizer

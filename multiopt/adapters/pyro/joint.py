@@ -32,15 +32,15 @@ from multiopt.adapters.pyro.tracking import KnownTensors
 from multiopt.adapters.pyro.views import OptimObjs
 from multiopt.arrays import Array
 from multiopt.backend import named
-from multiopt.changes import change
 from multiopt.entry import Entry, chosen_average, slot_shapes
 from multiopt.errors import brief
 from multiopt.guard import exclusive
+from multiopt.hyperparameters import change
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
-from multiopt.skipping import Skips
 from multiopt.step.report import Report, explain
 from multiopt.step.run import Step
+from multiopt.step.skips import Skips
 
 __all__ = ["JointOptim"]
 

@@ -14,8 +14,8 @@ from multiopt.adapters.pyro.joint import JointOptim
 from multiopt.adapters.pyro.optim import PyroOptim
 from multiopt.adapters.pyro.settings import differing, has_schedule
 from multiopt.adapters.pyro.tensor import TensorOptimizer
-from multiopt.averaging import Average
 from multiopt.errors import CheckpointError
+from multiopt.rules.average import Average
 from multiopt.state.file_objects import Target
 
 __all__ = ["PyroLRScheduler"]

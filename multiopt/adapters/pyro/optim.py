@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import pyro.optim
 
 from multiopt.adapters.pyro.constructors import RULES, Settings, has_rule
-from multiopt.averaging import Average
+from multiopt.rules.average import Average
 
 __all__ = ["PyroOptim", "say_not_joint"]
 

@@ -17,7 +17,7 @@ from pyro.params.param_store import (
 from multiopt import rules
 from multiopt.adapters.pyro.constructors import Settings
 from multiopt.adapters.pyro.dct import OF_TENSORS
-from multiopt.adapters.torch_settings import (
+from multiopt.adapters.torch.settings import (
     DECOUPLED,
     from_plain,
     group_settings,

@@ -14,17 +14,17 @@ from multiopt.adapters.pyro.optim import PyroOptim
 from multiopt.adapters.pyro.settings import make_clip, make_rule, restored_rule
 from multiopt.adapters.pyro.tensor import TensorOptimizer
 from multiopt.adapters.pyro.tracking import KnownTensors
-from multiopt.adapters.torch_file import is_safetensors, read
-from multiopt.adapters.torch_state import parameter_to_torch, parameters_from_torch
+from multiopt.adapters.torch.file import is_safetensors, read
+from multiopt.adapters.torch.state import parameter_to_torch, parameters_from_torch
 from multiopt.errors import CheckpointError
 from multiopt.guard import Guard
 from multiopt.registry import Registry
 from multiopt.rules import Rule
-from multiopt.skipping import Skips
 from multiopt.state.file_objects import Source, Target
 from multiopt.state.fit import check_slot_names
 from multiopt.state.plateaus import warn_of_plateaus
 from multiopt.state.record import entry_of, observe, saved_of
+from multiopt.step.skips import Skips
 
 __all__ = ["REMEDY", "StatefulOptim"]
 

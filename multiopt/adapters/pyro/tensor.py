@@ -22,8 +22,8 @@ from multiopt.adapters.pyro.settings import (
     with_setting,
 )
 from multiopt.adapters.pyro.views import Group, Groups, State
-from multiopt.adapters.torch_settings import number
-from multiopt.adapters.torch_state import (
+from multiopt.adapters.torch.settings import number
+from multiopt.adapters.torch.state import (
     derived_numbers,
     fresh_state,
     parameter_from_torch,

@@ -5,5 +5,5 @@ of the spec (``norms``), or reads where arrays are (``look``). It takes the addr
 int64 arguments (``batch``) and works on the rows of a table (``rows``), one for each parameter. It
 allocates nothing and calls nothing outside itself, but for one function of torch (``look``).
 
-With the same results ``multiopt_numpy.blocks`` and the rules as they stand take its place.
+With the same results ``multiopt_kernels.blocks.group`` and the rules as they stand take its place.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt_numpy.compiled.object_cache import ObjectCode
+from multiopt_kernels.cpu.object_cache import ObjectCode
 
 __all__ = ["compiled", "object_code", "toolbox"]
 

@@ -12,9 +12,10 @@ from multiopt.arrays import Arrays, Part
 from multiopt.kinds import other_fields
 from multiopt.rules.arithmetic import rounded
 from multiopt.rules.rule import named, namespace
-from multiopt_numpy.host import CHUNK, LARGE, HostGroup
-from multiopt_numpy.runs import ClippedRun, Places, Run, clip, joined
-from multiopt_numpy.tape import Tape, Tapes
+from multiopt_kernels.blocks.runs import ClippedRun, Places, Run, clip, joined
+from multiopt_kernels.blocks.tape import Tape, Tapes
+from multiopt_kernels.chunks import LARGE
+from multiopt_kernels.host import CHUNK, HostGroup
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from multiopt_numpy.compiled.object_cache import ObjectCode
-from multiopt_numpy.compiled.rows import GRAD, NDIM, PARAM, SHAPE, SIZE
-from multiopt_numpy.compiled.toolbox import object_code, toolbox
+from multiopt_kernels.cpu.object_cache import ObjectCode
+from multiopt_kernels.cpu.rows import GRAD, NDIM, PARAM, SHAPE, SIZE
+from multiopt_kernels.cpu.toolbox import object_code, toolbox
 
 __all__ = ["ODD", "OVERLAP", "compile_look"]
 

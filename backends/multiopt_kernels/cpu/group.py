@@ -11,14 +11,14 @@ from multiopt.arrays import APART, UNKNOWN, Arrays, Part
 from multiopt.engine import Slots
 from multiopt.layout import Words, address
 from multiopt.rules.arithmetic import BLOCK
-from multiopt_numpy.compiled.kernels import look_kernel, norm_kernels
-from multiopt_numpy.compiled.look import ODD, OVERLAP
-from multiopt_numpy.compiled.narrow import NARROW
-from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, WIDE
-from multiopt_numpy.compiled.shares import SHARES, borders
-from multiopt_numpy.compiled.team import Kernel, Shares, thread_count
-from multiopt_numpy.forms import sample_scalars
-from multiopt_numpy.host import HostGroup, Loan
+from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels
+from multiopt_kernels.cpu.look import ODD, OVERLAP
+from multiopt_kernels.cpu.narrow import NARROW
+from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, WIDE
+from multiopt_kernels.cpu.shares import SHARES, borders
+from multiopt_kernels.cpu.team import Kernel, Shares, thread_count
+from multiopt_kernels.forms import sample_scalars
+from multiopt_kernels.host import HostGroup, Loan
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend

@@ -4,7 +4,7 @@ An average is one more slot of a parameter. A rule and an average are chained in
 one pass over the memory updates both:
 
 >>> import numpy as np
->>> from multiopt.averaging import Average, Averaged
+>>> from multiopt.rules.average import Average, Averaged
 >>> from multiopt.rules import SGD
 >>> rule = Averaged(SGD(lr=1.0, momentum=0.5), Average())
 >>> rule.slots

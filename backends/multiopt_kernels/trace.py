@@ -31,7 +31,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from multiopt.rules.arithmetic import by_squaring
 from multiopt.rules.rule import Coefficients, named, namespace
-from multiopt_numpy.operations import (
+from multiopt_kernels.operations import (
     EXACT,
     Kind,
     Loop,

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.averaging import Averaged
 from multiopt.engine import Group
 from multiopt.entry import Changed, Entry, changed, with_rule
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
+from multiopt.rules.average import Averaged
 from multiopt.rules.rule import plain_numbers
 from multiopt.step.clip import Clip
 from multiopt.table import NOTHING, Table

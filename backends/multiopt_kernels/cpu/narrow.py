@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt_numpy.compiled.toolbox import toolbox
+from multiopt_kernels.cpu.toolbox import toolbox
 
 __all__ = ["NARROW", "conversions"]
 

@@ -10,13 +10,13 @@ from textwrap import indent
 from typing import Any
 
 from multiopt.rules.arithmetic import BLOCK, clamp
-from multiopt_numpy.compiled.narrow import conversions
-from multiopt_numpy.compiled.object_cache import ObjectCode
-from multiopt_numpy.compiled.rows import FIRST_SLOT, GRAD, PARAM, SIZE, WIDE
-from multiopt_numpy.compiled.source import Source
-from multiopt_numpy.compiled.toolbox import compiled, object_code, toolbox
-from multiopt_numpy.operations import Kind, Trace
-from multiopt_numpy.trace import trace_function, trace_update
+from multiopt_kernels.cpu.narrow import conversions
+from multiopt_kernels.cpu.object_cache import ObjectCode
+from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, PARAM, SIZE, WIDE
+from multiopt_kernels.cpu.source import Source
+from multiopt_kernels.cpu.toolbox import compiled, object_code, toolbox
+from multiopt_kernels.operations import Kind, Trace
+from multiopt_kernels.trace import trace_function, trace_update
 
 __all__ = ["compile_update", "update_source"]
 

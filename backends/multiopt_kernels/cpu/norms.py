@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from multiopt.rules.arithmetic import BLOCK, clip_coefficient, fold, rescaling
-from multiopt_numpy.compiled.narrow import conversions
-from multiopt_numpy.compiled.object_cache import ObjectCode
-from multiopt_numpy.compiled.rows import GRAD, SIZE, WIDE
-from multiopt_numpy.compiled.source import Source
-from multiopt_numpy.compiled.toolbox import compiled, object_code, toolbox
-from multiopt_numpy.trace import trace_function
+from multiopt_kernels.cpu.narrow import conversions
+from multiopt_kernels.cpu.object_cache import ObjectCode
+from multiopt_kernels.cpu.rows import GRAD, SIZE, WIDE
+from multiopt_kernels.cpu.source import Source
+from multiopt_kernels.cpu.toolbox import compiled, object_code, toolbox
+from multiopt_kernels.trace import trace_function
 
 __all__ = ["compile_norms", "norms_source"]
 

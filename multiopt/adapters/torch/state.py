@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from multiopt.adapters.torch_settings import (
+from multiopt.adapters.torch.settings import (
     BESIDE,
     KNOWN,
     check_settings,

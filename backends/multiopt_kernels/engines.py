@@ -10,14 +10,14 @@ from multiopt.engine import Group
 from multiopt.kinds import formulas, kind_of
 from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
-from multiopt_numpy.blocks import BlockedGroup
-from multiopt_numpy.compiled.group import CompiledGroup, Look
-from multiopt_numpy.compiled.kernels import update_kernel
-from multiopt_numpy.compiled.team import Kernel
-from multiopt_numpy.compiled.update import update_source
-from multiopt_numpy.forms import coefficient_kinds, traced_scalars
-from multiopt_numpy.operations import NotTraceable
-from multiopt_numpy.tape import Tapes, tapes
+from multiopt_kernels.blocks.group import BlockedGroup
+from multiopt_kernels.blocks.tape import Tapes, tapes
+from multiopt_kernels.cpu.group import CompiledGroup, Look
+from multiopt_kernels.cpu.kernels import update_kernel
+from multiopt_kernels.cpu.team import Kernel
+from multiopt_kernels.cpu.update import update_source
+from multiopt_kernels.forms import coefficient_kinds, traced_scalars
+from multiopt_kernels.operations import NotTraceable
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 
 from multiopt.arrays import Array
-from multiopt.averaging import Averaged
 from multiopt.backend import backend_of, named, slot_of
 from multiopt.engine import Group
 from multiopt.entry import chosen, chosen_clip, slot_shapes
 from multiopt.kinds import formulas
 from multiopt.layout import Layout
 from multiopt.rules import Rule
+from multiopt.rules.average import Averaged
 from multiopt.state.fit import check_average, check_fit
 from multiopt.state.record import Form, Saved, observe, resumed, set_clocks
 from multiopt.step.run import Rows

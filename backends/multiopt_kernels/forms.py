@@ -7,8 +7,8 @@ from typing import Any
 from multiopt.kinds import number_fields, numbers_of, other_fields
 from multiopt.rules import Rule
 from multiopt.rules.rule import with_numbers
-from multiopt_numpy.operations import Kind, NotTraceable, Trace
-from multiopt_numpy.trace import attempt, trace_scalars
+from multiopt_kernels.operations import Kind, NotTraceable, Trace
+from multiopt_kernels.trace import attempt, trace_scalars
 
 __all__ = ["coefficient_kinds", "sample_scalars", "traced_scalars"]
 

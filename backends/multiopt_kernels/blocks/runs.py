@@ -1,31 +1,23 @@
 """Runs of a tape: over a large parameter where it is, over small ones copied side by side."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from multiopt_numpy.tape import Tape
+from multiopt_kernels.blocks.tape import Tape
+from multiopt_kernels.chunks import stretches
 
 if TYPE_CHECKING:
-    from multiopt_numpy.host import HostGroup
+    from multiopt_kernels.host import HostGroup
 
-__all__ = ["ClippedRun", "Places", "Run", "clip", "joined", "stretches"]
+__all__ = ["ClippedRun", "Places", "Run", "clip", "joined"]
 
 #: Arrays, one for each slot, the elements in them that are meant, and their places in a pack.
 Segment: TypeAlias = tuple[Sequence[np.ndarray], slice | np.ndarray, slice]
-
-
-def stretches(column: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where stretches of one number begin and end in a column that has at least one.
-
-    >>> list(stretches(np.array([3, 3, 7, 3])))
-    [(0, 2), (2, 3), (3, 4)]
-    """
-    return pairwise((0, *(np.flatnonzero(np.diff(column)) + 1).tolist(), len(column)))
 
 
 class Places:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt_numpy.compiled.object_cache import ObjectCode, linked
+from multiopt_kernels.cpu.object_cache import ObjectCode, linked
 
 __all__ = ["Kernel", "thread_count"]
 

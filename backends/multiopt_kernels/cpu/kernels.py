@@ -8,9 +8,9 @@ from functools import cache, partial
 from types import ModuleType
 
 from multiopt.rules.arithmetic import BLOCK, fold
-from multiopt_numpy.compiled import look, narrow, norms, rows, toolbox, update
-from multiopt_numpy.compiled.object_cache import ObjectCode, cached, linked
-from multiopt_numpy.compiled.team import Kernel
+from multiopt_kernels.cpu import look, narrow, norms, rows, toolbox, update
+from multiopt_kernels.cpu.object_cache import ObjectCode, cached, linked
+from multiopt_kernels.cpu.team import Kernel
 
 __all__ = ["look_kernel", "norm_kernels", "update_kernel"]
 

@@ -3,7 +3,7 @@
 The text is all that machine code is made from, beside the loops around it. It says what the code
 is called on the disk, so that a formula that was edited is never an old one.
 
->>> from multiopt_numpy.trace import trace_function
+>>> from multiopt_kernels.trace import trace_function
 >>> trace = trace_function(lambda xp, x: xp.where(x > 0.5, 2.0 * x, x), ["x"])
 >>> lines, results = Source().lines(trace, ["x"])
 >>> lines, results
@@ -13,7 +13,7 @@ is called on the disk, so that a formula that was edited is never an old one.
 from collections.abc import Callable, Sequence
 from textwrap import indent
 
-from multiopt_numpy.operations import Loop, Trace
+from multiopt_kernels.operations import Loop, Trace
 
 __all__ = ["Source"]
 

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from multiopt_numpy.operations import Kind, Trace
-from multiopt_numpy.trace import trace_update
+from multiopt_kernels.operations import Kind, Trace
+from multiopt_kernels.trace import trace_update
 
 __all__ = ["Tape", "Tapes", "tapes"]
 

@@ -1,9 +1,4 @@
-"""Groups in the memory of the host: their slots side by side, and copies where arrays are odd.
-
-A new parameter's slots come from a chunk, slot by slot: all first slots of the parameters that came
-together, then all second ones. A chunk is let go when its last parameter is; its memory is never
-given to another one, so that a view of a slot shows that slot for good.
-"""
+"""Groups in the memory of the host: their slots side by side, and copies where arrays are odd."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,41 +13,20 @@ from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.engine import Group, Slots
 from multiopt.reference import resumed
 from multiopt.rules.arithmetic import BLOCK, block_sums, tree_sum
-from multiopt_numpy.runs import stretches
+from multiopt_kernels.chunks import LARGE, LARGEST, SMALLEST, Chunk, stretches
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
     from multiopt.layout import Layout
     from multiopt.rules import Rule
 
-__all__ = ["CHUNK", "LARGE", "HostGroup", "Loan"]
-
-#: Elements of a parameter from which on its slots are an allocation of their own.
-LARGE = 4096
-
-#: Elements of a slot in a chunk: each new chunk has twice as many as the last, between these. What
-#: one parameter keeps of others that are gone is no more than a chunk.
-SMALLEST, LARGEST = 2**10, 2**14
-
+__all__ = ["CHUNK", "HostGroup", "Loan"]
 
 #: Elements that are measured or clipped at a time: whole blocks of the summation tree.
 CHUNK = 8 * BLOCK
 
 #: What a step returns that writes its arrays.
 NONE_REPLACED: dict[int, Array] = {}
-
-
-@dataclass(slots=True, eq=False)
-class _Chunk:
-    """Slots of some parameters: for each slot an array of one axis.
-
-    Attributes:
-        arrays: The elements.
-        live: How many parameters have theirs here.
-    """
-
-    arrays: Sequence[np.ndarray]
-    live: int = 0
 
 
 @dataclass(slots=True)
@@ -97,9 +71,9 @@ class HostGroup(Group):
     ) -> None:
         """Have no row yet."""
         self.slot_count = len(rule.slots) + has_masters
-        self._chunks: dict[int, _Chunk] = {}
+        self._chunks: dict[int, Chunk] = {}
         # The chunk that has room for more, and how much of it is taken.
-        self._open: _Chunk | None = None
+        self._open: Chunk | None = None
         self._length = self._taken = self._next = 0
         self._loans: dict[int, Loan] = {}
         self._clipped_grads: np.ndarray | None = None
@@ -178,7 +152,7 @@ class HostGroup(Group):
 
     def _new_chunk(self, arrays: Sequence[np.ndarray], live: int = 0) -> int:
         number, self._next = self._next, self._next + 1
-        self._chunks[number] = _Chunk(arrays, live)
+        self._chunks[number] = Chunk(arrays, live)
         return number
 
     def _drop_slots(self, row: int) -> None:
