@@ -1,7 +1,7 @@
 """Write the tables of rules from the rules' own declarations: ``python docs/make_rules.py``.
 
-They are ``docs/rules.md`` and the table in ``README.md``. ``tests/test_rules_table.py`` compares
-both with what comes out here.
+They are ``docs/rules.md`` and the table in ``README.md``. ``tests/rules/test_rules_table.py``
+compares both with what comes out here.
 """
 
 import inspect

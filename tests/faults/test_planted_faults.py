@@ -1,0 +1,301 @@
+"""The suite fails when the code is wrong: faults are planted in a copy, which is then tested."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of one place, and the test that must notice it."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = [
+    Fault(
+        "eps inside the root",
+        "multiopt/rules/adam.py",
+        "c.root_scale * xp.sqrt(exp_avg_sq) + c.eps",
+        "c.root_scale * xp.sqrt(exp_avg_sq + c.eps)",
+        "rules/test_peers.py::test_two_hundred_steps_follow_the_peer[Adam()-float64]",
+    ),
+    Fault(
+        "one clock for all names",
+        "backends/multiopt_kernels/cpu/update.py",
+        "step, bound = steps[r] + 1, bounds[r]",
+        "step, bound = steps[index[k0]] + 1, bounds[r]",
+        "engines/test_backends.py::test_a_late_parameter_equals_one_that_started_alone",
+    ),
+    Fault(
+        "clipping switched off",
+        "backends/multiopt_kernels/cpu/norms.py",
+        "own[r] = number(coefficient(bound, norms[r], eps[r]))",
+        "own[r] = 1.0",
+        "registry/test_clipping.py::test_clipped_steps_equal_those_of_the_rule_as_it_stands",
+    ),
+    Fault(
+        "value clipping switched off",
+        "backends/multiopt_kernels/cpu/update.py",
+        "grad = clamp(grad, bound)",
+        "pass",
+        "registry/test_clipping.py::test_value_clipping_is_exact",
+    ),
+    Fault(
+        "a step that does nothing",
+        "multiopt/reference.py",
+        "self.backend.write(one.member.param, one.param)",
+        "pass",
+        "engines/test_backends.py::test_every_rule_over_fifty_steps[numpy-compiled-SGD()-float32]",
+    ),
+    Fault(
+        "a sum of squares in another order",
+        "multiopt/rules/arithmetic.py",
+        "return _fold(xp, xp.reshape(x, (*x.shape[:-1], blocks, width)))",
+        "return xp.sum(xp.reshape(x, (*x.shape[:-1], blocks, width)), axis=-1)",
+        "registry/test_clipping.py::test_the_norm_is_the_tree_of_the_spec",
+    ),
+    Fault(
+        "a length in the order of the library",
+        "multiopt/rules/lamb.py",
+        "xp.sqrt(sum_of_squares(xp, wide))",
+        "xp.sqrt(xp.sum(wide * wide))",
+        "rules/test_whole_rules.py::test_lamb_is_the_text_of_the_spec",
+    ),
+    Fault(
+        "arrays of a whole rule in any order",
+        "multiopt/reference.py",
+        "(_in_rows(xp, x) for x in (param, grad))",
+        "(xp.asarray(x, copy=True) for x in (param, grad))",
+        "rules/test_whole_rules.py::test_arrays_come_in_row_major_order",
+    ),
+    Fault(
+        "a compiled sum of squares in another order",
+        "backends/multiopt_kernels/cpu/norms.py",
+        "even = (x0 * x0 + x4 * x4) + (x2 * x2 + x6 * x6)",
+        "even = (x0 * x0 + x2 * x2) + (x4 * x4 + x6 * x6)",
+        "registry/test_clipping.py::test_the_norm_is_the_tree_of_the_spec",
+    ),
+    Fault(
+        "products and sums contracted into one operation",
+        "backends/multiopt_kernels/cpu/toolbox.py",
+        'error_model="numpy",',
+        'error_model="numpy", fastmath={"contract"},',
+        "engines/test_backends.py::test_every_rule_over_fifty_steps[numpy-compiled-SGD()-float32]",
+    ),
+    Fault(
+        "blocks in another order of operations",
+        "backends/multiopt_kernels/blocks/tape.py",
+        "np.bitwise_xor(bits, b, out=bits)",
+        "np.bitwise_or(bits, b, out=bits)",
+        "engines/test_tape.py::test_every_rule_is_traced_and_equal",
+    ),
+    Fault(
+        "flags and dtypes not looked at again",
+        "backends/multiopt_kernels/cpu/look.py",
+        "if ndim != row[NDIM] or (halves(o + 64)[0] & needed) != needed or a[5] != descr:",
+        "if ndim != row[NDIM]:",
+        "registry/test_staleness.py::test_an_array_may_become_another",
+    ),
+    Fault(
+        "a kernel found under the name of another rule",
+        "backends/multiopt_kernels/cpu/kernels.py",
+        "[text, dtype, stored], make, update)",
+        "[dtype, stored], make, update)",
+        "engines/test_kernels.py::test_an_edited_rule_is_compiled_anew_and_ten_runs_leave_one_file",
+    ),
+    Fault(
+        "a literal in float64",
+        "backends/multiopt_kernels/cpu/update.py",
+        'lambda x: f"dtype({x!r})"',
+        "repr",
+        "engines/test_trace.py::test_literals_are_of_the_working_dtype_on_every_library",
+    ),
+    Fault(
+        "a switch that chooses what it should not",
+        "backends/multiopt_kernels/trace.py",
+        '"where", (switch.number, x, y)',
+        '"where", (switch.number, y, x)',
+        "engines/test_trace.py::test_switches_that_numbers_turn",
+    ),
+    Fault(
+        "a division by a number that has a trace",
+        "backends/multiopt_kernels/operations.py",
+        'if function == "divide" and Kind.NUMBER in kinds:',
+        'if function == "none":',
+        "engines/test_trace.py::test_an_update_is_refused_by_name",
+    ),
+    Fault(
+        "somebody's rule traced once and for all",
+        "backends/multiopt_kernels/engines.py",
+        ' or not all(kind.__module__.startswith("multiopt.") for kind in kinds)',
+        "",
+        "engines/test_trace.py::test_an_edited_rule_is_a_new_one_for_the_next_optimizer[SCALE-3.0-compiled]",
+    ),
+    Fault(
+        "JAX computed by XLA",
+        "backends/multiopt_jax/backend.py",
+        'return layout.device.startswith("cpu")',
+        "return False",
+        "registry/test_clipping.py::test_norms_neither_overflow_nor_underflow",
+    ),
+    Fault(
+        "roots taken by torch on the CPU",
+        "backends/multiopt_torch/backend.py",
+        'return layout.device == "cpu"',
+        "return False",
+        "engines/test_backends.py::test_every_rule_over_fifty_steps[torch-Adam(lr=0.1,eps=0.1)-float32]",
+    ),
+    Fault(
+        "a write that torch does not see",
+        "backends/multiopt_torch/backend.py",
+        "torch.autograd.graph.increment_version(tensors.tolist())",
+        "pass",
+        "engines/test_torch.py",
+    ),
+    Fault(
+        "16 bits computed in 16 bits",
+        "multiopt/layout.py",
+        '"float16": "float32",',
+        '"float16": "float16",',
+        "engines/test_backends.py::test_sixteen_bits_keep_float32_slots",
+    ),
+    Fault(
+        "an L2 penalty computed where it is off",
+        "multiopt/rules/decay.py",
+        "return grad + c.weight_decay * param if c.penalizes else grad",
+        "return grad + c.weight_decay * param",
+        "registry/test_registry.py::test_a_decay_that_is_off_is_not_computed",
+    ),
+    Fault(
+        "pending state lost by saving",
+        "multiopt/optimizer.py",
+        "[*held(known), *waiting(known.pending)]",
+        "[*held(known)]",
+        "state/test_checkpoint.py::test_pending_state_survives_save_load_save",
+    ),
+    Fault(
+        "a step that Ctrl-C can tear",
+        "multiopt/guard.py",
+        "self._came = number, frame",
+        "raise KeyboardInterrupt",
+        "faults/test_faults.py::test_an_interrupt_leaves_each_name_as_before_or_as_after[plain]",
+    ),
+    Fault(
+        "gradients that do not fit their parameters",
+        "multiopt/step/checks.py",
+        'if have != want:\n            raise error(\n                f"{label} has {what}',
+        'if have is None:\n            raise error(\n                f"{label} has {what}',
+        "registry/test_errors.py",
+    ),
+    Fault(
+        "rows of a step in another order than its names",
+        "multiopt/table.py",
+        "rows = codes - number * GROUP if number else codes",
+        "rows = np.sort(codes - number * GROUP)",
+        "registry/test_rows.py::test_every_name_is_as_if_it_were_alone",
+    ),
+    Fault(
+        "a number that is set and not used",
+        "multiopt/columns.py",
+        "self.numbers[rows, column] = values[column]",
+        "self.numbers[rows[:1], column] = values[column]",
+        "registry/test_rows.py::test_every_name_is_as_if_it_were_alone",
+    ),
+    Fault(
+        "a schedule that is asked for one of its names",
+        "multiopt/step/numbers.py",
+        "(step + 1, seen + 1), rows[which])",
+        "(step + 1, seen + 1), rows[which[:1]])",
+        "registry/test_rows.py::test_every_name_is_as_if_it_were_alone",
+    ),
+    Fault(
+        "a rounding to 16 bits that is not to even",
+        "backends/multiopt_kernels/cpu/narrow.py",
+        "u32(0x7FFF) + ((u >> u32(16)) & u32(1)))",
+        "u32(0x8000))",
+        "engines/test_low_precision.py::test_every_rounding",
+    ),
+    Fault(
+        "a NaN that becomes an infinity when it is rounded",
+        "backends/multiopt_kernels/cpu/narrow.py",
+        "found = u32(0x7E00) if size > infinity else found",
+        "found = found",
+        "engines/test_low_precision.py::test_every_value_of_parameter_and_gradient",
+    ),
+    Fault(
+        "a row that is still taken for a copy in float32",
+        "backends/multiopt_kernels/cpu/group.py",
+        "self._table[row, WIDE] = 0\n",
+        "pass\n",
+        "engines/test_low_precision.py::test_copies_are_lent_of_what_is_not_side_by_side",
+    ),
+    Fault(
+        "a master copy of what somebody else has changed",
+        "backends/multiopt_kernels/cpu/update.py",
+        "param = master if load(store(master)) == param else param",
+        "param = master",
+        "engines/test_low_precision.py::test_a_parameter_that_was_set_is_taken_as_it_is",
+    ),
+    Fault(
+        "a clock that is counted by the kernel and by the host",
+        "backends/multiopt_kernels/cpu/group.py",
+        "self._shares.run()\n            if self.backend.in_place:",
+        "self._shares.run()\n        if self.backend.in_place:",
+        "registry/test_rows.py::test_every_name_is_as_if_it_were_alone",
+    ),
+    Fault(
+        "a step that goes on with the row of a name that is forgotten",
+        "multiopt/registry.py",
+        "for n, count in self.skips.items() if n not in gone}\n            self.last = NOTHING",
+        "for n, count in self.skips.items() if n not in gone}",
+        "registry/test_rows.py::test_every_name_is_as_if_it_were_alone",
+    ),
+    Fault(
+        "a row with the columns of the one before it",
+        "multiopt/columns.py",
+        "getattr(self, name)[rows] = value",
+        "pass",
+        "registry/test_rows.py::test_every_name_is_as_if_it_were_alone",
+    ),
+]
+
+
+def run_in_copy(folder: Path, *tests: str) -> int:
+    """Run tests in a copy of the project; 0 if they pass, 1 if one fails."""
+    paths = [f"tests/{test}" for test in tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
+    return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of what the tests need."""
+    for name in ("multiopt", "backends", "spec", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_planted_fault_is_noticed(project: Path, fault: Fault) -> None:
+    path = project / fault.file
+    source = path.read_text()
+    assert source.count(fault.old) == 1, "the fault no longer fits the code"
+    path.write_text(source.replace(fault.old, fault.new))
+    assert run_in_copy(project, fault.test) == 1
+
+
+def test_the_copy_passes_without_a_fault(project: Path) -> None:
+    # Otherwise a copy that fails for a reason of its own would look like a fault noticed.
+    assert run_in_copy(project, *dict.fromkeys(fault.test for fault in FAULTS)) == 0
