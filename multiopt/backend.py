@@ -22,7 +22,7 @@ from multiopt.layout import PARTS_OF, Layout, require_dtype
 from multiopt.reference import ReferenceGroup, fetched, is_finite, updated
 from multiopt.rules import Adam, Rule
 
-__all__ = ["Array", "Backend", "backend_of", "named", "slot_of", "zeros"]
+__all__ = ["Array", "Backend", "backend_for", "backend_named", "slot_of", "zeros"]
 
 #: The libraries with a package of their own. A library that nothing has imported is never asked.
 PACKAGES: Mapping[str, str] = {
@@ -42,7 +42,7 @@ class Backend:
     """The rule as it stands on any Array API library; new arrays come back.
 
     Args:
-        library: The name by which ``named`` finds it: the module name of the namespace.
+        library: The name by which ``backend_named`` finds it: the module name of the namespace.
     """
 
     #: Whether ``write`` changes the parameter. If not, a new array takes its place, and a batch is
@@ -71,7 +71,7 @@ class Backend:
         dtype, shape, device = answer(f"{what}, which does not say what it is", _facts, array)
         require_dtype(dtype, label)
         layout = Layout.of(self.library, shape, dtype, device)
-        kind = layout.dtype, device, layout.is_complex
+        kind = layout.storage_dtype, device, layout.is_complex
         if kind not in self._tried:
             answer(f"{what}, which cannot do what a step and a checkpoint need", self._try, layout)
             self._tried.add(kind)
@@ -79,25 +79,25 @@ class Backend:
 
     def _try(self, layout: Layout) -> None:
         """Take a step of two numbers on their way to the library and back."""
-        xp, layout = self.namespace(layout), layout._replace(shape=(2,))
+        xp, layout = self.namespace(layout), layout._replace(storage_shape=(2,))
         numbers = np.array([0.5, 2.0], layout.compute_dtype)
-        (slot,) = self.closed([numbers], layout)
+        (slot,) = self.to_slots([numbers], layout)
         back = self.to_host(slot)
         if back.dtype != numbers.dtype or back.tolist() != numbers.tolist():
             raise TypeError(f"{brief(numbers)} comes back as {brief(back)}")
-        param = xp.astype(slot, getattr(xp, layout.dtype))
+        param = xp.astype(slot, getattr(xp, layout.storage_dtype))
         rule = Adam(amsgrad=True)
         member = Member("", 0, 0, self, param, param, layout, (slot,) * len(rule.slots))
         member.rule, member.scalars = rule, rule.coefficients(1, layout.compute_dtype)
         member.scales, member.bound = [0.5], 1.0
         fetched(self, layout, [is_finite(member)])
-        param, *slots = self.closed(updated(member).arrays, layout)
-        (param,) = self.rounded([member], [param])
+        param, *slots = self.to_slots(updated(member).arrays, layout)
+        (param,) = self.to_params([member], [param])
         if layout.is_complex:
-            self.parts(self.whole(param), layout)
+            self.as_real(self.as_complex(param), layout)
         self.to_host(slots[0])
 
-    def parts(self, array: Array, layout: Layout) -> Array:
+    def as_real(self, array: Array, layout: Layout) -> Array:
         """An array of real numbers over the same memory, without what a user's class makes of it.
 
         A complex array becomes its real and imaginary parts along one more axis. Where arrays can
@@ -108,7 +108,7 @@ class Backend:
         xp = import_module(self.library)
         return xp.stack([xp.real(array), xp.imag(array)], axis=-1)
 
-    def whole(self, parts: Array) -> Array:
+    def as_complex(self, parts: Array) -> Array:
         """The complex array of its parts."""
         host = np.ascontiguousarray(self.to_host(parts))
         complex_ = next(name for name, part in PARTS_OF.items() if part == host.dtype.name)
@@ -156,12 +156,12 @@ class Backend:
         """The Array API namespace that computes for a layout."""
         return import_module(self.library)
 
-    def opened(self, array: Array, layout: Layout) -> Array:
+    def to_compute(self, array: Array, layout: Layout) -> Array:
         """An array ready for the computation: in its namespace, in the compute dtype."""
         xp = self.namespace(layout)
         return xp.astype(array, getattr(xp, layout.compute_dtype), copy=False)
 
-    def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
+    def to_slots(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
         """Arrays as slots are kept, and as ``write`` takes them.
 
         Args:
@@ -175,7 +175,7 @@ class Backend:
         device = next((d for d in devices if str(d) == layout.device), None)
         return [xp.asarray(array, device=device) for array in arrays]
 
-    def rounded(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
+    def to_params(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
         """Computed arrays in the dtypes of their parameters.
 
         They take the places of those where these are not written.
@@ -207,7 +207,7 @@ class Backend:
             array = np.from_dlpack(array, device=None if is_there else "cpu")
         return np.array(array)
 
-    def shown(self, array: Array, layout: Layout | None = None) -> Array:
+    def export(self, array: Array, layout: Layout | None = None) -> Array:
         """A copy for the user, as an array of this library.
 
         Args:
@@ -224,9 +224,9 @@ class DaskBackend(Backend):
     Left as they come, they would be plans of all steps so far: 40 steps of 120 numbers took 27 s.
     """
 
-    def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
+    def to_slots(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
         """See ``Backend``."""
-        return list(import_module("dask").persist(*super().closed(arrays, layout)))
+        return list(import_module("dask").persist(*super().to_slots(arrays, layout)))
 
 
 def _facts(array: Array) -> tuple[str, tuple[int, ...], str]:
@@ -239,7 +239,7 @@ def _facts(array: Array) -> tuple[str, tuple[int, ...], str]:
 
 
 @cache
-def named(library: str) -> Backend:
+def backend_named(library: str) -> Backend:
     """The backend of a library, by the name that a ``Layout`` has."""
     if library in PACKAGES:
         backend: Backend = import_module(PACKAGES[library]).BACKEND
@@ -249,16 +249,16 @@ def named(library: str) -> Backend:
 
 def slot_of(array: np.ndarray, layout: Layout) -> Array:
     """A NumPy array, which nobody else writes any more, as a slot for a layout."""
-    (slot,) = named(layout.library).closed([array], layout)
+    (slot,) = backend_named(layout.library).to_slots([array], layout)
     return slot
 
 
 def zeros(layout: Layout) -> Array:
     """A new slot."""
-    return slot_of(np.zeros(layout.shape, layout.compute_dtype), layout)
+    return slot_of(np.zeros(layout.storage_shape, layout.compute_dtype), layout)
 
 
-def backend_of(array: Any, label: str) -> Backend:
+def backend_for(array: Any, label: str) -> Backend:
     """The backend of an array.
 
     Args:
@@ -268,7 +268,7 @@ def backend_of(array: Any, label: str) -> Backend:
     Raises:
         TypeError: It is no array.
 
-    >>> backend_of(np.zeros(2), "parameter 'loc'").library
+    >>> backend_for(np.zeros(2), "parameter 'loc'").library
     'numpy'
     """
     backend = _backend_by_type.get(type(array))
@@ -282,7 +282,7 @@ _backend_by_type: dict[type, Backend] = {}
 
 def _find_backend(array: Any, label: str) -> Backend:
     if isinstance(array, np.ndarray):
-        return named("numpy")
+        return backend_named("numpy")
     if isinstance(array, Number | np.generic | list | tuple | Mapping):
         raise TypeError(f"{label} is {_no_array(array)}")
     what = f"{label} is a {type(array).__name__}"
@@ -291,11 +291,11 @@ def _find_backend(array: Any, label: str) -> Backend:
         raise TypeError(
             f"{what}; expected an array of NumPy, PyTorch, JAX or another Array API library"
         )
-    return named(library)
+    return backend_named(library)
 
 
 def _library(array: Any) -> str | None:
-    """The name by which ``named`` finds the backend of an array; None if it is none."""
+    """The name by which ``backend_named`` finds the backend of an array; None if it is none."""
     if "torch" in sys.modules and array_api_compat.is_torch_array(array):
         return "torch"
     if "jax" in sys.modules and array_api_compat.is_jax_array(array):

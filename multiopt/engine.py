@@ -10,12 +10,13 @@ A step names some rows, in any order, and makes five calls, whatever the rows ar
     run       clip and update; nothing fails any more
 
 >>> import numpy as np
->>> from multiopt.backend import named
+>>> from multiopt.backend import backend_named
 >>> from multiopt.layout import Layout
 >>> from multiopt.rules import SGD
->>> group = named("numpy").group(SGD(lr=0.5, momentum=0.9), Layout("numpy", (), "float32", "cpu"))
+>>> rule, layout = SGD(lr=0.5, momentum=0.9), Layout("numpy", (), "float32", "cpu")
+>>> group = backend_named("numpy").group(rule, layout)
 >>> rows = group.add([(3,), (2, 2)])
->>> group.set_rules(rows, SGD(lr=0.5, momentum=0.9))
+>>> group.set_rules(rows, rule)
 >>> [group.rule_at(row).lr for row in rows]
 [0.5, 0.5]
 """

@@ -93,9 +93,11 @@ def all_slots(entry: Entry, names: Iterable[str]) -> list[Array]:
         have[AVERAGE] = entry.average.slots["average"]
     if not have:
         return []
-    shapes, layout = chained(entry).slot_shapes(entry.layout.shape), entry.layout
+    shapes, layout = chained(entry).slot_shapes(entry.layout.storage_shape), entry.layout
     return [
-        have[name] if name in have else zeros(layout.with_shape(shapes.get(name, layout.shape)))
+        have[name]
+        if name in have
+        else zeros(layout.with_shape(shapes.get(name, layout.storage_shape)))
         for name in names
     ]
 
@@ -172,7 +174,7 @@ def slot_shapes(name: str, rule: Rule, layout: Layout) -> dict[str, tuple[int, .
             "it as a whole: give it another rule"
         )
     try:
-        return rule.slot_shapes(layout.shape)
+        return rule.slot_shapes(layout.storage_shape)
     except ValueError as error:
         raise ValueError(f"parameter {name!r}: {error}") from error
 
@@ -187,7 +189,7 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
         ValueError: The rule is not for parameters of this shape.
     """
     layout = entry.layout
-    old = entry.rule.slot_shapes(layout.shape)
+    old = entry.rule.slot_shapes(layout.storage_shape)
     new = slot_shapes(name, rule, layout)
     if list(new.items()) == list(old.items()):
         return entry._replace(rule=rule)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 
 from multiopt.arrays import Array
-from multiopt.backend import backend_of, named, slot_of
+from multiopt.backend import backend_for, backend_named, slot_of
 from multiopt.engine import Group
 from multiopt.entry import chosen, chosen_clip, slot_shapes
 from multiopt.kinds import formulas
@@ -76,10 +76,10 @@ def begin(
         form = _form(param)
         if form is None or form not in layouts:
             label = f"parameter {name!r}"
-            layout = backend_of(param, label).layout(param, label)
+            layout = backend_for(param, label).layout(param, label)
             layouts[form] = layout, layout.with_shape(())
         layout, alike = layouts[form]
-        shapes[place] = layout.shape
+        shapes[place] = layout.storage_shape
         if not shared:
             rule = chosen(registry.rule, name, Rule, "rule")
         average = None if registry.average is None else registry.average_of(name)
@@ -184,4 +184,4 @@ def move(
 
 def _carried(array: Array, old: Layout, new: Layout) -> Array:
     """A slot taken to another library or device."""
-    return slot_of(named(old.library).to_host(array), new)
+    return slot_of(backend_named(old.library).to_host(array), new)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "Words", "address", "parts_of", "require_dtype"]
+__all__ = ["COMPUTE_DTYPE", "PARTS_OF", "Layout", "Words", "address", "as_real", "require_dtype"]
 
 #: The dtypes of parameters, and the dtype in which each one is computed and keeps its slots.
 COMPUTE_DTYPE: Mapping[str, str] = {
@@ -28,19 +28,19 @@ class Layout(NamedTuple):
 
     Attributes:
         library: Its library: a package of ours, or the module name of an Array API namespace.
-        shape: As in NumPy.
-        dtype: A key of ``COMPUTE_DTYPE``.
+        storage_shape: As in NumPy, the axis of the parts included.
+        storage_dtype: A key of ``COMPUTE_DTYPE``, that of the parts.
         device: As the library writes it.
         is_complex: Whether it is complex.
 
     >>> layout = Layout.of("numpy", (3,), "complex64", "cpu")
-    >>> layout.shape, layout.dtype, layout.own_shape, layout.own_dtype
+    >>> layout.storage_shape, layout.storage_dtype, layout.shape, layout.dtype
     ((3, 2), 'float32', (3,), 'complex64')
     """
 
     library: str
-    shape: tuple[int, ...]
-    dtype: str
+    storage_shape: tuple[int, ...]
+    storage_dtype: str
     device: str
     is_complex: bool = False
 
@@ -52,25 +52,25 @@ class Layout(NamedTuple):
         return cls(library, tuple(shape), dtype, device)
 
     @property
-    def own_shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:
         """The shape that the array itself has."""
-        return self.shape[:-1] if self.is_complex else self.shape
+        return self.storage_shape[:-1] if self.is_complex else self.storage_shape
 
     @property
-    def own_dtype(self) -> str:
+    def dtype(self) -> str:
         """The dtype that the array itself has."""
         if self.is_complex:
-            return next(name for name, part in PARTS_OF.items() if part == self.dtype)
-        return self.dtype
+            return next(name for name, part in PARTS_OF.items() if part == self.storage_dtype)
+        return self.storage_dtype
 
     @property
     def compute_dtype(self) -> str:
         """The dtype of the computation and of the slots."""
-        return COMPUTE_DTYPE[self.dtype]
+        return COMPUTE_DTYPE[self.storage_dtype]
 
     def with_shape(self, shape: tuple[int, ...]) -> "Layout":
         """That of an array of the same kind with another shape, parts included."""
-        return self._replace(shape=shape)
+        return self._replace(storage_shape=shape)
 
 
 def require_dtype(dtype: str, label: str) -> None:
@@ -91,7 +91,7 @@ def require_dtype(dtype: str, label: str) -> None:
         )
 
 
-def parts_of(array: np.ndarray) -> np.ndarray:
+def as_real(array: np.ndarray) -> np.ndarray:
     """A view of a complex array: its real and imaginary parts along one more axis."""
     kind = np.dtype(PARTS_OF[array.dtype.name]).newbyteorder(array.dtype.byteorder)
     return array[..., np.newaxis].view(kind)

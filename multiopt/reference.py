@@ -70,7 +70,7 @@ class ReferenceGroup(Group):
             forms = list(self.rule.slot_shapes(shape).values()) + [shape] * self.has_masters
             given = [None] * len(forms) if slots is None else slots[k]
             arrays = [self._array(x, form) for x, form in zip(given, forms, strict=True)]
-            made[row] = tuple(self.backend.closed(arrays, self.layout))
+            made[row] = tuple(self.backend.to_slots(arrays, self.layout))
         self._slots.update(made)
 
     def _array(self, given: Array | None, shape: tuple[int, ...]) -> Array:
@@ -151,11 +151,11 @@ class ReferenceGroup(Group):
             bound = float(self.bound[row])
             member.bound = None if bound == np.inf else bound
         done = list(map(updated, members))
-        closed = iter(self.backend.closed([x for one in done for x in one.arrays], self.layout))
+        closed = iter(self.backend.to_slots([x for one in done for x in one.arrays], self.layout))
         kept = [tuple(next(closed) for _ in one.arrays) for one in done]
         params = [param for param, *_ in kept]
         if not self.backend.in_place:
-            params = self.backend.rounded(members, params)
+            params = self.backend.to_params(members, params)
         self._computed = [
             _Computed(member, param, tuple(slots), one.grad, one.limited)
             for member, param, (_, *slots), one in zip(members, params, kept, done, strict=True)
@@ -169,7 +169,7 @@ class ReferenceGroup(Group):
             }
         if self.backend.in_place:
             return {}
-        whole = self.backend.whole if self.layout.is_complex else lambda array: array
+        whole = self.backend.as_complex if self.layout.is_complex else lambda array: array
         return {one.member.place: whole(one.param) for one in self._computed}
 
     @np.errstate(all="ignore")
@@ -207,12 +207,12 @@ def fetched(backend: "Backend", layout: "Layout", values: Iterable[Array]) -> np
 def is_finite(member: Member) -> Array:
     """Whether a gradient, as it came in, has no infinity and no NaN."""
     xp = member.backend.namespace(member.layout)
-    return xp.all(xp.isfinite(member.backend.opened(member.grad, member.layout)))
+    return xp.all(xp.isfinite(member.backend.to_compute(member.grad, member.layout)))
 
 
 def _scaled(member: Member) -> Array:
     """A gradient times its clip coefficients."""
-    grad = member.backend.opened(member.grad, member.layout)
+    grad = member.backend.to_compute(member.grad, member.layout)
     for scale in member.scales:
         if scale != 1:
             grad = scale * grad
@@ -246,8 +246,8 @@ def resumed(member: Member, param: Array, master: Array) -> Array:
         master: Its master copy, likewise.
     """
     backend, layout = member.backend, member.layout
-    (rounded,) = backend.rounded([member], [master])
-    same = backend.opened(rounded, layout) == param
+    (rounded,) = backend.to_params([member], [master])
+    same = backend.to_compute(rounded, layout) == param
     return backend.namespace(layout).where(same, master, param)
 
 
@@ -264,13 +264,13 @@ def updated(member: Member) -> Updated:
     if member.bound is not None:
         limited = xp.any(xp.abs(grad) > member.bound)
         grad = clamp(xp, grad, member.bound)
-    param = backend.opened(member.param, layout)
+    param = backend.to_compute(member.param, layout)
     if member.master is not None:
-        param = resumed(member, param, backend.opened(member.master, layout))
+        param = resumed(member, param, backend.to_compute(member.master, layout))
     if not rule.elementwise:
         # A matrix product depends on strides, which ``asarray`` keeps.
         param, grad = (_in_rows(xp, x) for x in (param, grad))
-    slots = tuple(backend.opened(slot, layout) for slot in member.slots)
+    slots = tuple(backend.to_compute(slot, layout) for slot in member.slots)
     try:
         new_param, new_slots = rule.update(xp, param, grad, slots, member.scalars)
     except Exception as error:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from multiopt.arrays import Array, Arrays
-from multiopt.backend import backend_of, named, slot_of
+from multiopt.backend import backend_for, backend_named, slot_of
 from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
 from multiopt.first_sight import Undo, begin, move
 from multiopt.guard import Guard
@@ -104,7 +104,7 @@ class Registry(Table):
         entries = {}
         for name in self._codes:
             entry = self.entry(name)
-            to_host = named(entry.layout.library).to_host
+            to_host = backend_named(entry.layout.library).to_host
             entries[name] = entry.with_converted(to_host)
         beside = {"masters": self.masters, "pending": self.pending}
         return {**state, **beside, "entries": entries}
@@ -225,7 +225,7 @@ class Registry(Table):
         names = rows.names
         if not names:
             return params
-        backend = backend_of(params[0], f"parameter {names[0]!r}")
+        backend = backend_for(params[0], f"parameter {names[0]!r}")
         return backend.gradients(params, names, rows.missing, self.needs_gradients)
 
     # What a step leaves behind

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from multiopt.backend import named
+from multiopt.backend import backend_named
 from multiopt.engine import Group
 from multiopt.entry import Entry, all_slots, chained, unchained
 from multiopt.guard import Guard
@@ -222,8 +222,8 @@ class Table:
 
     def group_for(self, rule: Rule, layout: Layout) -> Group:
         """The group of a kind of rule and of parameters."""
-        backend = named(layout.library)
-        has_masters = self.masters and layout.dtype != layout.compute_dtype
+        backend = backend_named(layout.library)
+        has_masters = self.masters and layout.storage_dtype != layout.compute_dtype
         kind = kind_of(rule) or tuple(map(id, formulas(rule)))
         key = kind, layout.with_shape(()), has_masters
         if key not in self._kinds:
@@ -272,9 +272,9 @@ class Table:
                 mine = [entries[name] for name in names]
                 chain, averages = chained(mine[0]), [entry.average for entry in mine]
                 group = self.group_for(chain, mine[0].layout)
-                shapes = [entry.layout.shape for entry in mine]
+                shapes = [entry.layout.storage_shape for entry in mine]
                 known = {shape: group.slot_names(shape) for shape in set(shapes)}
-                slots = [all_slots(entry, known[entry.layout.shape]) for entry in mine]
+                slots = [all_slots(entry, known[entry.layout.storage_shape]) for entry in mine]
                 rows = group.add(shapes, slots if slots[0] else None)
                 made = (rows + group.number * GROUP).tolist()
                 codes.update(zip(names, made, strict=True))

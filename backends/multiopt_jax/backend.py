@@ -42,13 +42,13 @@ class JaxBackend(Backend):
             )
         return Layout.of("jax", array.shape, dtype, _device(array.sharding))
 
-    def parts(self, array: Array, layout: Layout) -> Array:
+    def as_real(self, array: Array, layout: Layout) -> Array:
         """The array, or a new one."""
         if not layout.is_complex:
             return array
         return jax.numpy.stack([array.real, array.imag], axis=-1)
 
-    def whole(self, parts: Array) -> Array:
+    def as_complex(self, parts: Array) -> Array:
         """A new array."""
         return jax.lax.complex(parts[..., 0], parts[..., 1])
 
@@ -56,18 +56,18 @@ class JaxBackend(Backend):
         """NumPy for the CPU, ``jax.numpy`` for other devices."""
         return np if _on_cpu(layout) else jax.numpy
 
-    def opened(self, array: Array, layout: Layout) -> Array:
+    def to_compute(self, array: Array, layout: Layout) -> Array:
         """A NumPy view of a CPU array; float32 if it has 16 bits."""
         return self.namespace(layout).asarray(array).astype(layout.compute_dtype, copy=False)
 
-    def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
+    def to_slots(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
         """The arrays, or copies on the device of the layout.
 
         Slots of CPU arrays are NumPy arrays, for JAX takes 20 us to make one of its own.
         """
         return [array if _on_cpu(layout) else _put(array, layout) for array in arrays]
 
-    def rounded(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
+    def to_params(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
         """New arrays where the parameters are, put there all at once."""
         made: dict[int, Array] = {}
         places: dict[tuple[bool, Any], list[int]] = {}
@@ -99,7 +99,7 @@ class JaxBackend(Backend):
         _check_values(array, "an array")
         return np.array(array)
 
-    def shown(self, array: Array, layout: Layout | None = None) -> Array:
+    def export(self, array: Array, layout: Layout | None = None) -> Array:
         """A JAX array, on the first of the parameter's devices.
 
         A NumPy array where JAX makes none of its dtype now.

@@ -68,9 +68,9 @@ def group(
         numpy_arrays: Whether their library is NumPy, which blocks need not be lent.
     """
     dtype = layout.compute_dtype
-    engine = _engine_of(rule, dtype, dtype if look is None else layout.dtype, has_masters)
+    engine = _engine_of(rule, dtype, dtype if look is None else layout.storage_dtype, has_masters)
     if isinstance(engine, _Compiled):
-        found, stored = None if look is None else look(), layout.dtype
+        found, stored = None if look is None else look(), layout.storage_dtype
         if found is None or found.facts(stored) is None:
             # Copies are lent of all that nobody can look at, 16 bits in the dtype of computing.
             found, stored = None, dtype
@@ -78,7 +78,7 @@ def group(
         assert isinstance(engine, _Compiled)
         return CompiledGroup(backend, layout, rule, has_masters, *engine, stored, found)
     if isinstance(engine, _Blocks):
-        itself = numpy_arrays and layout.dtype == dtype
+        itself = numpy_arrays and layout.storage_dtype == dtype
         return BlockedGroup(backend, layout, rule, has_masters, *engine, itself)
     return ReferenceGroup(backend, layout, rule, has_masters)
 

@@ -188,7 +188,7 @@ class HostGroup(Group):
 
     def slots_at(self, row: int) -> dict[str, Array]:
         """See ``Group``."""
-        slots = self.backend.closed(self._views(row), self.layout)
+        slots = self.backend.to_slots(self._views(row), self.layout)
         return dict(zip(self.slot_names(self.shapes[row]), slots, strict=True))
 
     def _slots_in_use(self, row: int) -> tuple[np.ndarray, ...]:
@@ -213,14 +213,14 @@ class HostGroup(Group):
         param = None if self.has_masters else self._own(member, member.param)
         in_place = self.backend.in_place and param is not None and param.flags.writeable
         if param is None or not in_place:
-            param = member.backend.opened(member.param, member.layout)
+            param = member.backend.to_compute(member.param, member.layout)
             if self.has_masters:
                 param = resumed(member, param, views[-1])
             param = np.array(param, order="C")
         grad = None if copy else self._own(member, member.grad)
         grad_is_copy = grad is None
         if grad is None:
-            grad = np.array(member.backend.opened(member.grad, member.layout), order="C")
+            grad = np.array(member.backend.to_compute(member.grad, member.layout), order="C")
         copies = None
         if not self.backend.in_place:
             copies = tuple(slot.copy() for slot in member.slots)
@@ -287,7 +287,7 @@ class HostGroup(Group):
     def _made_ready(self) -> list[int]:
         """Let loans say what is to be written to parameters; return the places of those."""
         copied = [loan for loan in self._loans.values() if not loan.in_place]
-        ready = self.backend.closed([loan.param for loan in copied], self.layout)
+        ready = self.backend.to_slots([loan.param for loan in copied], self.layout)
         for loan, array in zip(copied, ready, strict=True):
             loan.ready = array
         return [loan.member.place for loan in copied]
@@ -298,8 +298,8 @@ class HostGroup(Group):
         # It works on copies alone. New arrays of what comes out of them may fail to be made.
         self._run(part)
         members = [loan.member for loan in self._loans.values()]
-        new = self.backend.rounded(members, [loan.param for loan in self._loans.values()])
-        whole = self.backend.whole if self.layout.is_complex else lambda array: array
+        new = self.backend.to_params(members, [loan.param for loan in self._loans.values()])
+        whole = self.backend.as_complex if self.layout.is_complex else lambda array: array
         return {member.place: whole(array) for member, array in zip(members, new, strict=True)}
 
     def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: Sequence[int]) -> None:

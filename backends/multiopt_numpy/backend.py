@@ -8,7 +8,7 @@ import numpy as np
 
 from multiopt.backend import Array, Backend
 from multiopt.engine import Group
-from multiopt.layout import Layout, parts_of, require_dtype
+from multiopt.layout import Layout, as_real, require_dtype
 from multiopt.rules import Rule
 from multiopt_kernels import engines
 from multiopt_kernels.cpu.group import Look
@@ -36,11 +36,11 @@ class NumpyBackend(Backend):
         require_dtype(dtype, label)
         return Layout.of("numpy", array.shape, dtype, "cpu")
 
-    def parts(self, array: Array, layout: Layout) -> Array:
+    def as_real(self, array: Array, layout: Layout) -> Array:
         """The array, or a view."""
-        return parts_of(np.asarray(array)) if layout.is_complex else array
+        return as_real(np.asarray(array)) if layout.is_complex else array
 
-    def whole(self, parts: Array) -> Array:
+    def as_complex(self, parts: Array) -> Array:
         """A view."""
         kind = np.result_type(parts, np.complex64).newbyteorder(parts.dtype.byteorder)
         return np.ascontiguousarray(parts).view(kind)[..., 0]
@@ -59,7 +59,7 @@ class NumpyBackend(Backend):
         """NumPy itself."""
         return np
 
-    def opened(self, array: Array, layout: Layout) -> Array:
+    def to_compute(self, array: Array, layout: Layout) -> Array:
         """The array, subclasses stripped, for reading; a float32 copy if it has 16 bits."""
         return read_only(np.asarray(array).astype(layout.compute_dtype, copy=False))
 
@@ -75,7 +75,7 @@ class NumpyBackend(Backend):
         """A copy."""
         return np.array(array)
 
-    def shown(self, array: Array, layout: Layout | None = None) -> Array:
+    def export(self, array: Array, layout: Layout | None = None) -> Array:
         """A copy."""
         return np.array(array)
 

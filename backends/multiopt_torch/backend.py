@@ -16,7 +16,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from multiopt.arrays import Member
-from multiopt.backend import Array, Backend, backend_of
+from multiopt.backend import Array, Backend, backend_for
 from multiopt.engine import Group
 from multiopt.errors import brief
 from multiopt.layout import Layout, require_dtype
@@ -109,7 +109,7 @@ class TorchBackend(Backend):
         return Layout.of("torch", array.shape, dtype, device)
 
     @_undisturbed
-    def parts(self, array: Array, layout: Layout) -> Array:
+    def as_real(self, array: Array, layout: Layout) -> Array:
         """The tensor, or a view; one that holds the conjugates stays whole until it is opened."""
         tensor = array if type(array) in PLAIN else array.detach()
         if not layout.is_complex:
@@ -117,7 +117,7 @@ class TorchBackend(Backend):
         tensor = tensor.detach()
         return tensor if tensor.is_conj() else torch.view_as_real(tensor)
 
-    def whole(self, parts: Array) -> Array:
+    def as_complex(self, parts: Array) -> Array:
         """A view."""
         return torch.view_as_complex(parts.contiguous())
 
@@ -176,7 +176,7 @@ class TorchBackend(Backend):
             ValueError: It is not a leaf, so that autograd keeps no gradient for it.
         """
         label = f"parameter {name!r}"
-        backend = backend_of(param, label)
+        backend = backend_for(param, label)
         if backend is not self:
             backend.gradients(np.fromiter([param], object, 1), [name], [0], needed=False)
         if not (param.is_leaf or param.retains_grad):
@@ -193,7 +193,7 @@ class TorchBackend(Backend):
         """NumPy for the CPU, torch for other devices."""
         return np if _on_cpu(layout) else array_api_compat.torch
 
-    def opened(self, array: Array, layout: Layout) -> Array:
+    def to_compute(self, array: Array, layout: Layout) -> Array:
         """A NumPy view of a CPU tensor, or the detached tensor; float32 if it has 16 bits."""
         tensor = _resolved(array)
         if tensor.is_complex():
@@ -201,16 +201,16 @@ class TorchBackend(Backend):
         tensor = tensor.to(_DTYPES[layout.compute_dtype])
         return read_only(tensor.numpy()) if _on_cpu(layout) else tensor
 
-    def closed(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
+    def to_slots(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
         """Tensors over the memory of NumPy arrays, or copies on the device of the layout."""
         return [
             x if isinstance(x, torch.Tensor) else _from_numpy(x).to(layout.device) for x in arrays
         ]
 
-    def rounded(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
+    def to_params(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
         """Tensors."""
         return [
-            self.closed([array], member.layout)[0].to(getattr(torch, member.layout.dtype))
+            self.to_slots([array], member.layout)[0].to(getattr(torch, member.layout.storage_dtype))
             for member, array in zip(members, arrays, strict=True)
         ]
 
@@ -218,7 +218,7 @@ class TorchBackend(Backend):
         """Copy the values into the tensor; its version counter moves."""
         # A complex one that has not come in parts is what its memory does not hold.
         with torch.no_grad():
-            param.copy_(self.whole(values) if param.is_complex() else values)
+            param.copy_(self.as_complex(values) if param.is_complex() else values)
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``."""
@@ -238,7 +238,7 @@ class TorchBackend(Backend):
             array = _resolved(array).cpu().numpy()
         return np.array(array)
 
-    def shown(self, array: Array, layout: Layout | None = None) -> Array:
+    def export(self, array: Array, layout: Layout | None = None) -> Array:
         """A clone; of a NumPy array a tensor on the CPU."""
         return (array if isinstance(array, torch.Tensor) else _from_numpy(array)).clone()
 

@@ -77,8 +77,8 @@ def check_fit(name: str, saved: "Saved", rule: Rule, layout: Layout, masters: bo
         ValueError: A slot does not fit the rule, the shape or the dtype.
     """
     form, shapes = saved.form, slot_shapes(name, rule, layout)
-    if masters and layout.dtype != layout.compute_dtype and MASTER in form.own:
-        shapes[MASTER] = layout.shape
+    if masters and layout.storage_dtype != layout.compute_dtype and MASTER in form.own:
+        shapes[MASTER] = layout.storage_shape
     check_slot_names(name, form.own, saved.step, form.rule.words, rule, shapes)
     for slot in form.slots if not saved.is_unstepped else ():
         if slot.name != AVERAGE:
@@ -94,7 +94,7 @@ def check_average(name: str, saved: "Saved", layout: Layout) -> None:
     for slot in saved.form.slots:
         if slot.name == AVERAGE:
             shown = slot._replace(name=SHOWN_AVERAGE)
-            _check_slot(name, shown, saved.form, layout.shape, layout)
+            _check_slot(name, shown, saved.form, layout.storage_shape, layout)
 
 
 def _check_slot(
@@ -107,20 +107,20 @@ def _check_slot(
         return
     given = Layout("", slot.shape, slot.dtype, "", is_complex)
     if fits:
-        expected = layout.own_dtype if is_complex else layout.compute_dtype
+        expected = layout.dtype if is_complex else layout.compute_dtype
         why = (
-            f"dtype {given.own_dtype}; expected {expected}, for a parameter of dtype "
-            f"{layout.own_dtype}: load it with cast=True, or forget the name to start anew"
+            f"dtype {given.dtype}; expected {expected}, for a parameter of dtype "
+            f"{layout.dtype}: load it with cast=True, or forget the name to start anew"
         )
     elif is_complex == layout.is_complex:
         why = (
-            f"shape {given.own_shape}; expected {layout.own_shape if is_complex else shape} for a "
-            f"parameter of shape {layout.own_shape}: forget the name to start anew"
+            f"shape {given.shape}; expected {layout.shape if is_complex else shape} for a "
+            f"parameter of shape {layout.shape}: forget the name to start anew"
         )
     else:
         why = (
-            f"dtype {given.own_dtype} and shape {given.own_shape}; expected a "
+            f"dtype {given.dtype} and shape {given.shape}; expected a "
             f"{'complex' if layout.is_complex else 'real'} one, for a parameter of dtype "
-            f"{layout.own_dtype} and shape {layout.own_shape}: forget the name to start anew"
+            f"{layout.dtype} and shape {layout.shape}: forget the name to start anew"
         )
     raise ValueError(f"the loaded slot {slot.name!r} of parameter {name!r} has {why}")

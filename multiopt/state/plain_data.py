@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from multiopt.backend import Array, named
+from multiopt.backend import Array, backend_named
 from multiopt.errors import CheckpointError
 from multiopt.layout import Layout
 from multiopt.rules.average import AVERAGE
@@ -51,10 +51,10 @@ PARTS = {"entries": True, "pending": True, "averages": False, "pending_averages"
 
 def shown(layout: Layout) -> Callable[[Array], Array]:
     """How a slot of a parameter is shown: a copy in the parameter's library."""
-    backend = named(layout.library)
-    copy = partial(backend.shown, layout=layout)
+    backend = backend_named(layout.library)
+    copy = partial(backend.export, layout=layout)
     if layout.is_complex:
-        return lambda slot: backend.whole(copy(slot))
+        return lambda slot: backend.as_complex(copy(slot))
     return copy
 
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from multiopt.backend import Array, backend_of, named
+from multiopt.backend import Array, backend_for, backend_named
 from multiopt.engine import Group
 from multiopt.entry import Entry
-from multiopt.layout import Layout, parts_of
+from multiopt.layout import Layout, as_real
 from multiopt.rules import Rule
 from multiopt.rules.average import AVERAGE, Average
 from multiopt.schedules import Plateau, Schedule
@@ -219,7 +219,7 @@ def saved_of(
         for array in average["slots"].values():
             found.append(_on_host(name, AVERAGE, array))
             kept = _described(name, average)
-    slots = tuple(Slot(slot, x.shape, x.dtype, x.library) for slot, x, _ in found)
+    slots = tuple(Slot(slot, x.storage_shape, x.storage_dtype, x.library) for slot, x, _ in found)
     is_complex = bool(entry.get("complex")) or any(layout.is_complex for _, layout, _ in found)
     arrays = tuple(array for _, _, array in found)
     return Saved(Form(rule, slots, is_complex, kept), entry["step"], arrays, count)
@@ -227,17 +227,19 @@ def saved_of(
 
 def _on_host(name: str, slot: str, array: Any) -> tuple[str, Layout, np.ndarray]:
     try:
-        backend = backend_of(array, f"slot {slot!r}")
+        backend = backend_for(array, f"slot {slot!r}")
         layout = backend.layout(array, f"slot {slot!r}")
-        if layout.dtype != layout.compute_dtype:
-            raise ValueError(f"slot {slot!r} has dtype {layout.dtype}; expected float32 or float64")
+        if layout.storage_dtype != layout.compute_dtype:
+            raise ValueError(
+                f"slot {slot!r} has dtype {layout.storage_dtype}; expected float32 or float64"
+            )
         host = backend.to_host(array)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
     if layout.is_complex:
-        host = parts_of(host)
+        host = as_real(host)
     # Compiled code knows the byte order of the machine only.
-    return slot, layout, np.ascontiguousarray(host, layout.dtype).reshape(-1)
+    return slot, layout, np.ascontiguousarray(host, layout.storage_dtype).reshape(-1)
 
 
 def _described(name: str, entry: Mapping[str, Any]) -> Description:
@@ -259,8 +261,10 @@ def plain(saved: Saved) -> tuple[dict[str, Any], dict[str, Any] | None]:
     for slot, array in zip(form.slots, saved.arrays, strict=True):
         host = array.reshape(slot.shape)
         is_there = slot.library.partition(".")[0] in sys.modules
-        library = named(slot.library if is_there else "numpy")
-        slots[slot.name] = library.shown(named("numpy").whole(host) if form.is_complex else host)
+        library = backend_named(slot.library if is_there else "numpy")
+        slots[slot.name] = library.export(
+            backend_named("numpy").as_complex(host) if form.is_complex else host
+        )
     return _entries(saved, slots)
 
 

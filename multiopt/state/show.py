@@ -92,7 +92,7 @@ def _rows(
         for slot in one.form.slots:
             if slot.name != AVERAGE:
                 layout = Layout("", slot.shape, slot.dtype, "", one.form.is_complex)
-                form = layout.own_shape, layout.own_dtype
+                form = layout.shape, layout.dtype
                 alike.setdefault(form, []).append(_shown(slot.name))
         if not alike:
             yield (*head, "none", "", "", "0")

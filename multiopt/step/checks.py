@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from multiopt.arrays import Array, Member
-from multiopt.backend import backend_of
+from multiopt.backend import backend_for
 from multiopt.errors import brief
 from multiopt.layout import Layout
 
@@ -99,8 +99,8 @@ def check_layout(name: str, layout: Layout, expected: Layout) -> None:
         ValueError: The shape is.
     """
     for what, have, want, error in (
-        ("shape", layout.own_shape, expected.own_shape, ValueError),
-        ("dtype", layout.own_dtype, expected.own_dtype, TypeError),
+        ("shape", layout.shape, expected.shape, ValueError),
+        ("dtype", layout.dtype, expected.dtype, TypeError),
     ):
         if have != want:
             raise error(
@@ -124,11 +124,11 @@ def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
     label = f"gradient of {name!r}"
     if isinstance(grad, np.generic) and layout.library == "numpy":
         grad = np.asarray(grad)
-    came = backend_of(grad, label).layout(grad, label)
+    came = backend_for(grad, label).layout(grad, label)
     for what, have, want, remedy, error in (
         ("library", came.library, layout.library, "convert it", TypeError),
-        ("shape", came.own_shape, layout.own_shape, "reshape it", ValueError),
-        ("dtype", came.own_dtype, layout.own_dtype, "convert it", TypeError),
+        ("shape", came.shape, layout.shape, "reshape it", ValueError),
+        ("dtype", came.dtype, layout.dtype, "convert it", TypeError),
         ("device", came.device, layout.device, "move it", TypeError),
     ):
         if have != want:

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from multiopt.arrays import APART, SHARED_GRADIENTS, UNKNOWN, Array, Arrays, Member, Part
-from multiopt.backend import backend_of
+from multiopt.backend import backend_for
 from multiopt.engine import Group
 from multiopt.layout import Layout
 from multiopt.step.checks import (
@@ -160,7 +160,7 @@ class Step:
             name = self.names[place]
             param, grad = self._arrays.params[place], self._arrays.grads[place]
             label = f"parameter {name!r}"
-            backend = backend_of(param, label)
+            backend = backend_for(param, label)
             layout = backend.layout(param, label)
             grad = checked_gradient(name, grad, layout)
             expected = part.group.layout_at(row)
@@ -168,7 +168,7 @@ class Step:
                 check_layout(name, layout, expected)
                 moved[place] = layout
                 continue
-            param, grad = backend.parts(param, layout), backend.parts(grad, layout)
+            param, grad = backend.as_real(param, layout), backend.as_real(grad, layout)
             member = Member(name, place, row, backend, param, grad, layout)
             self._members[place] = part, member
             found.append((part, position, member))

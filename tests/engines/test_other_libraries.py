@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import multiopt as mo
-from multiopt.backend import CPU, Backend, named
+from multiopt.backend import CPU, Backend, backend_named
 from tests.cases import WHOLE, Case
 from tests.libraries import assert_equal
 
@@ -19,7 +19,7 @@ Array = type(array_api_strict.asarray(0.0))
 @pytest.fixture(autouse=True)
 def _unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library be one that nobody has tried yet."""
-    monkeypatch.setattr(named("array_api_strict"), "_tried", set())
+    monkeypatch.setattr(backend_named("array_api_strict"), "_tried", set())
 
 
 def strict(array: Any, device: str = "CPU_DEVICE") -> Any:

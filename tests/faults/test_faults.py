@@ -21,7 +21,7 @@ import torch
 import multiopt as mo
 from multiopt import reference
 from multiopt.adapters import pyro as pyro_optim
-from multiopt.backend import Backend, named
+from multiopt.backend import Backend, backend_named
 from multiopt.step.run import Step
 from multiopt_kernels.blocks.tape import Tape
 from multiopt_kernels.cpu import group, team
@@ -662,9 +662,9 @@ MAKING: list[tuple[Any, list[str]]] = [
     (torch, ["zeros", "from_numpy"]),
     (torch.Tensor, ["contiguous", "to", "clone"]),
     (Tape, ["room"]),
-    (type(named("numpy")), ["opened"]),
-    (type(named("torch")), ["opened", "closed", "rounded"]),
-    (type(named("jax")), ["opened", "closed", "rounded", "whole"]),
+    (type(backend_named("numpy")), ["opened"]),
+    (type(backend_named("torch")), ["opened", "closed", "rounded"]),
+    (type(backend_named("jax")), ["opened", "closed", "rounded", "whole"]),
     (Backend, ["closed", "rounded"]),
     (reference, ["updated", "resumed"]),
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from multiopt.backend import Backend, named
+from multiopt.backend import Backend, backend_named
 from multiopt.engine import Group
 from multiopt.layout import Layout
 from multiopt.rules import SGD
@@ -46,7 +46,7 @@ def found(dotted: str) -> Any:
     for name in names[at:]:
         if isinstance(thing, type) and issubclass(thing, Group) and not hasattr(thing, name):
             # An attribute of its objects.
-            thing = named("numpy").group(SGD(), Layout("numpy", (), "float32", "cpu"))
+            thing = backend_named("numpy").group(SGD(), Layout("numpy", (), "float32", "cpu"))
         thing = getattr(thing, name)
     return thing
 
@@ -85,7 +85,7 @@ def test_the_engines_are_those_that_there_are() -> None:
         own = set() if getattr(kind, "__abstractmethods__", ()) else {kind}
         return own.union(*below)
 
-    named("numpy")
+    backend_named("numpy")
     assert listed == concrete(Group)
 
 

@@ -31,7 +31,7 @@ from multiopt.adapters.pyro.tensor import TensorOptimizer
 from multiopt.adapters.pyro.tracking import KnownTensors
 from multiopt.adapters.pyro.views import OptimObjs
 from multiopt.arrays import Array
-from multiopt.backend import named
+from multiopt.backend import backend_named
 from multiopt.entry import Entry, chosen_average, slot_shapes
 from multiopt.errors import brief
 from multiopt.guard import exclusive
@@ -249,7 +249,7 @@ class JointOptim(StatefulOptim):
             one.clip_args = settings_of("clip_args", self.pt_clip_args, tensor, label) or {}
             one.given = {name: value for name, value in settings.items() if changeable(value)}
             clip = make_clip(one.clip_args, rule)
-            layout = named("torch").layout(tensor, f"parameter {one.key!r}")
+            layout = backend_named("torch").layout(tensor, f"parameter {one.key!r}")
             slot_shapes(one.key, rule, layout)
             dotted = one.key if label is None else normalize_param_name(label)
             kept = chosen_average(self._known.average, dotted)
@@ -348,11 +348,11 @@ def _leave_clipped(step: Step) -> None:
             break
     else:
         return
-    backend = named("torch")
+    backend = backend_named("torch")
     for param, member, grad in step.left_over():
-        (clipped,) = backend.closed([grad], member.layout)
+        (clipped,) = backend.to_slots([grad], member.layout)
         if member.layout.is_complex:
-            clipped = backend.whole(clipped)
+            clipped = backend.as_complex(clipped)
         if 0 in param.grad.stride():
             # Expanded by a backward with create_graph=True: no place for each element.
             param.grad = clipped.to(param.grad.dtype)

@@ -30,7 +30,7 @@ from multiopt.adapters.torch.state import (
     parameter_to_torch,
     whole_number,
 )
-from multiopt.backend import named
+from multiopt.backend import backend_named
 from multiopt.rules import Rule
 from multiopt.state.record import described_rule, description, plain_entry
 
@@ -223,7 +223,7 @@ class TensorOptimizer(torch.optim.Optimizer):
         if not constructor.__module__.startswith("pyro."):
             clock = owner._clocks.shown(self, entry.step)
         rule = described_rule(entry.rule, entry.step, owner._known.steps)
-        whole = named(entry.layout.library).whole
+        whole = backend_named(entry.layout.library).as_complex
         slots = entry.converted(whole) if entry.layout.is_complex else entry.slots
         return {"step": clock, **derived_numbers(rule, entry.step), **slots}
 
@@ -281,7 +281,7 @@ class TensorOptimizer(torch.optim.Optimizer):
         """All that is held of it as a state dict has it, its slots NumPy arrays, and more."""
         known = self._owner._known
         entry = known.entry(self.key)
-        to_host, steps = named(entry.layout.library).to_host, known.steps
+        to_host, steps = backend_named(entry.layout.library).to_host, known.steps
         words = description(entry.rule, entry.step, steps)
         stored = plain_entry(words, entry.step, entry.converted(to_host))
         stored["complex"] = entry.layout.is_complex

@@ -21,7 +21,7 @@ from multiopt.adapters.torch.settings import (
     rule_of,
     rule_settings,
 )
-from multiopt.backend import named
+from multiopt.backend import backend_named
 from multiopt.engine import MASTER
 from multiopt.errors import CheckpointError, brief
 from multiopt.layout import COMPUTE_DTYPE
@@ -248,7 +248,7 @@ def _on_host(slot: torch.Tensor, is_complex: bool) -> np.ndarray:
     """A slot of torch as a NumPy array, complex numbers in two parts."""
     slot = torch.view_as_real(slot.resolve_conj()) if is_complex else slot
     dtype = getattr(torch, COMPUTE_DTYPE[str(slot.dtype).removeprefix("torch.")])
-    return named("torch").to_host(slot.to(dtype))
+    return backend_named("torch").to_host(slot.to(dtype))
 
 
 def _clock(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
