@@ -1,7 +1,7 @@
 """Write the tables of rules from the rules' own declarations: ``python docs/make_rules.py``.
 
-They are ``docs/rules.md`` and the table in ``README.md``. ``tests/rules/test_rules_table.py``
-compares both with what comes out here.
+They are ``docs/rules.md`` and the tables in ``README.md`` and ``spec/README.md``.
+``tests/rules/test_rules_table.py`` compares them with what comes out here.
 """
 
 import inspect
@@ -19,6 +19,7 @@ from multiopt_kernels.forms import traced_scalars
 
 FILE = Path(__file__).parent / "rules.md"
 README = Path(__file__).parent.parent / "README.md"
+SPEC = Path(__file__).parent.parent / "spec" / "README.md"
 
 #: How the table in the README begins.
 HEAD = "| rule | like | options beside `lr` |\n|---|---|---|\n"
@@ -60,6 +61,14 @@ def readme() -> str:
     return before + HEAD + "\n".join(map(_short_row, _rules())) + rest
 
 
+def spec() -> str:
+    """The first page of the specification with its list of rules."""
+    lines = SPEC.read_text(encoding="utf-8").splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if line.startswith("| [rules/"))
+    others = [line for line in lines if not line.startswith("| [rules/")]
+    return "".join([*others[:first], *map(_spec_row, _rules()), *others[first:]])
+
+
 def _rules() -> list[type[mo.Rule]]:
     """All rules, by name."""
     names = sorted(rules.__all__, key=str.casefold)
@@ -71,6 +80,12 @@ def _short_row(rule: type[mo.Rule]) -> str:
     library, name = _peers(rule)[0].split(" ")
     modules = {"torch": "torch.optim", "Pyro": "pyro.optim", "optax": "optax"}
     return f"| `{rule.__name__}` | `{modules[library]}.{name.strip('`')}` | {options} |"
+
+
+def _spec_row(rule: type[mo.Rule]) -> str:
+    page = f"rules/{_page(rule)}"
+    says = inspect.cleandoc(rule.__doc__ or "").splitlines()[0].replace("``", "`").rstrip(".")
+    return f"| [{page}]({page}) | {says} |\n"
 
 
 def _row(rule: type[mo.Rule]) -> str:
@@ -117,3 +132,4 @@ def _peers(rule: type[mo.Rule]) -> list[str]:
 if __name__ == "__main__":
     FILE.write_text(page(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
+    SPEC.write_text(spec(), encoding="utf-8")

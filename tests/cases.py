@@ -1,12 +1,13 @@
-"""The rules with their options, each beside the peer that does the same: one table."""
+"""The rules with their options, each beside the peer that does the same, and values to draw."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import pyro.optim.adagrad_rmsprop
 import pyro.optim.clipped_adam
 import pyro.optim.dct_adam
 import torch
+from hypothesis import strategies as st
 
 import multiopt as mo
 
@@ -190,3 +191,89 @@ WHOLE = [
     Case(mo.Adafactor, {"eps": (0.1, 0.5), "maximize": True}, torch.optim.Adafactor),
     Case(mo.Adafactor, {"eps": (1e-30, 0.0), "d": float("inf")}, torch.optim.Adafactor),
 ]
+
+
+class Values(NamedTuple):
+    """Strategies for a hyperparameter that is a number, or several.
+
+    Attributes:
+        any: Values at the borders of the range too: results are equal all the same.
+        moderate: Values for which the rule is no ill-conditioned function of its inputs, so that
+            its results can be held to exact arithmetic; None if it never is.
+    """
+
+    any: st.SearchStrategy[Any]
+    moderate: st.SearchStrategy[Any] | None = None
+
+
+LR = Values(st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step]), st.floats(1e-5, 0.1))
+BETA = st.sampled_from([0.0, 0.5, 0.9, 0.999])
+EPS = st.sampled_from([0.0, 1e-8, 1e-3])
+
+#: By hyperparameter, whichever rule has it; by rule and hyperparameter where one is special.
+#: Switches and choices are drawn by what the rule declares.
+VALUES: dict[Any, Values] = {
+    "lr": LR,
+    "eta": LR,
+    "betas": Values(st.tuples(BETA, BETA), st.tuples(st.floats(0.5, 0.99), st.floats(0.5, 0.999))),
+    "alpha": Values(BETA, st.floats(0.5, 0.999)),
+    "rho": Values(BETA | st.just(1.0), st.floats(0.5, 1.0)),
+    "t": Values(BETA | st.just(1.0), st.just(0.0) | st.floats(1e-6, 1.0)),
+    "eps": Values(EPS, st.floats(1e-10, 1e-3)),
+    "weight_decay": Values(st.sampled_from([0.0, 1e-2, 0.5]), st.just(0.0) | st.floats(1e-6, 1e-3)),
+    "momentum": Values(st.sampled_from([0.0, 0.5, 0.9]), st.just(0.0) | st.floats(0.1, 0.95)),
+    "dampening": Values(st.sampled_from([0.0, 0.3]), st.floats(0.0, 0.5)),
+    "momentum_decay": Values(
+        st.sampled_from([0.0, 4e-3, 0.4, 10.0]), st.just(0.0) | st.floats(1e-3, 10.0)
+    ),
+    "lr_decay": Values(st.sampled_from([0.0, 0.1]), st.floats(0.0, 1.0)),
+    "initial_accumulator_value": Values(
+        st.sampled_from([0.0, 0.1]), st.just(0.0) | st.floats(1e-3, 1.0)
+    ),
+    "clip_norm": Values(st.sampled_from([1e-3, 10.0, float("inf")]), st.floats(0.5, 100.0)),
+    "lrd": Values(st.sampled_from([1.0, 0.9, 3.0]), st.floats(0.9, 1.0)),
+    "delta": Values(st.sampled_from([1e-16, 0.3, -0.5]), st.floats(-0.5, 0.5)),
+    "etas": Values(
+        st.sampled_from([(0.5, 1.2), (0.0, 3.0), (lambda step: 1 / step, 1.2)]),
+        st.tuples(st.floats(0.1, 0.9), st.floats(1.1, 2.0)),
+    ),
+    "step_sizes": Values(
+        st.sampled_from([(1e-6, 50.0), (0.0, float("inf")), (0.5, 0.1)]),
+        st.tuples(st.floats(0.0, 0.01), st.floats(0.02, 50.0)),
+    ),
+    "lambd": Values(st.sampled_from([0.0, 1e-4, 0.5]), st.just(0.0) | st.floats(1e-6, 1.0)),
+    "t0": Values(st.sampled_from([0.0, 5.0, 1e6]), st.floats(0.0, 60.0)),
+    "beta2_decay": Values(st.sampled_from([-0.8, -0.5, 0.0])),
+    "d": Values(st.sampled_from([1.0, 2.0, float("inf")])),
+    # Of the frequencies of a series there is no equality.
+    "dct_dim": Values(st.none()),
+    (mo.ASGD, "alpha"): Values(st.sampled_from([0.0, 0.75, 3.0]), st.floats(0.0, 2.0)),
+    (mo.Adafactor, "eps"): Values(st.tuples(st.none() | EPS, EPS)),
+}
+
+
+def options(rule: type[mo.Rule], moderate: bool = False) -> st.SearchStrategy[dict[str, Any]]:
+    """All hyperparameters of a rule, as it declares them.
+
+    Args:
+        rule: The rule.
+        moderate: Whether the numbers are moderate ones.
+    """
+
+    def drawn(name: str) -> Any:
+        if name in rule.choices:
+            return st.sampled_from(rule.choices[name])
+        values = VALUES.get((rule, name)) or VALUES[name]
+        return values.moderate if moderate else values.any
+
+    names = [f.name for f in fields(rule)]
+    return st.fixed_dictionaries({name: drawn(name) for name in names}).map(_accepted)
+
+
+def _accepted(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without a Nesterov that SGD refuses."""
+    if not options.get("nesterov"):
+        return options
+    if options["momentum"] == 0:
+        return {**options, "nesterov": False}
+    return {**options, "dampening": 0.0}

@@ -1,7 +1,7 @@
 """Random lives of parameters: rules, clips, shapes, dtypes, values, and which step has which."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import multiopt as mo
 from multiopt import rules as registered
+from tests.cases import options
 from tests.libraries import Library, engine
 
 #: Sizes on both sides of a block of the summation tree, and of several.
@@ -103,64 +104,8 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
     )
 
 
-LR = st.sampled_from([1e-3, 0.1, 1.0, lambda step: 0.5 / step])
-BETA = st.sampled_from([0.0, 0.5, 0.9, 0.999])
-EPS = st.sampled_from([0.0, 1e-8, 1e-3])
-UNBOUNDED = st.sampled_from([1e-3, 10.0, float("inf")])
-
-#: The numbers of rules, by hyperparameter; those of a rule alone, by its class too.
-VALUES: dict[Any, st.SearchStrategy[Any]] = {
-    "lr": LR,
-    "eta": LR,
-    "betas": st.tuples(BETA, BETA),
-    "alpha": BETA,
-    "rho": BETA | st.just(1.0),
-    "t": BETA | st.just(1.0),
-    "eps": EPS,
-    "weight_decay": st.sampled_from([0.0, 1e-2, 0.5]),
-    "momentum": st.sampled_from([0.0, 0.5, 0.9]),
-    "dampening": st.sampled_from([0.0, 0.3]),
-    "momentum_decay": st.sampled_from([0.0, 4e-3, 0.4, 10.0]),
-    "lr_decay": st.sampled_from([0.0, 0.1]),
-    "initial_accumulator_value": st.sampled_from([0.0, 0.1]),
-    "clip_norm": UNBOUNDED,
-    "lrd": st.sampled_from([1.0, 0.9, 3.0]),
-    "delta": st.sampled_from([1e-16, 0.3, -0.5]),
-    "etas": st.sampled_from([(0.5, 1.2), (0.0, 3.0), (lambda step: 1 / step, 1.2)]),
-    "step_sizes": st.sampled_from([(1e-6, 50.0), (0.0, float("inf")), (0.5, 0.1)]),
-    "lambd": st.sampled_from([0.0, 1e-4, 0.5]),
-    "t0": st.sampled_from([0.0, 5.0, 1e6]),
-    "beta2_decay": st.sampled_from([-0.8, -0.5, 0.0]),
-    "d": st.sampled_from([1.0, 2.0, float("inf")]),
-    # Of the frequencies of a series there is no equality.
-    "dct_dim": st.none(),
-    (mo.ASGD, "alpha"): st.sampled_from([0.0, 0.75, 3.0]),
-    (mo.Adafactor, "eps"): st.tuples(st.none() | EPS, EPS),
-}
-
 #: The rules whose results are equal everywhere.
 EQUAL = [getattr(mo, name) for name in registered.__all__ if name not in ("Rule", "Muon")]
-
-
-def options(rule: type[mo.Rule]) -> st.SearchStrategy[dict[str, Any]]:
-    """All hyperparameters of a rule, as it declares them."""
-    return st.fixed_dictionaries(
-        {
-            f.name: st.sampled_from(rule.choices[f.name])
-            if f.name in rule.choices
-            else VALUES.get((rule, f.name), VALUES.get(f.name))
-            for f in fields(rule)
-        }
-    ).map(accepted)
-
-
-def accepted(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without a Nesterov that SGD refuses."""
-    if not options.get("nesterov"):
-        return options
-    if options["momentum"] == 0:
-        return {**options, "nesterov": False}
-    return {**options, "dampening": 0.0}
 
 
 def rules() -> st.SearchStrategy[mo.Rule]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import multiopt as mo
 from spec.check_vectors import RULES, deviations
+from tests.cases import options as hyperparameters
 
 #: After step t a parameter or a slot may be off by t ulps and this many: ulps at the largest
 #: magnitude that it has had (``deviations``). A step rounds a sum or an average two or three times,
@@ -37,7 +38,7 @@ def histories(draw: st.DrawFn, rule: str, dtype: str) -> History:
     of steady gradients goes to zero: with it, gradients change signs. Lion takes the sign of a sum:
     of one that cancels it takes that of the rounding error.
     """
-    options = draw(OPTIONS[rule])
+    options = draw(hyperparameters(getattr(mo, rule), moderate=True))
     size = magnitudes(0.1, 100.0, dtype)
     centered = rule == "AdaBelief" or any(
         options.get(name, False) for name in ("centered_variance", "centered")
@@ -72,111 +73,6 @@ def magnitudes(low: float, high: float, dtype: str) -> st.SearchStrategy[float]:
     return st.floats(low, high, width=32 if dtype == "float32" else 64)
 
 
-def accepted(options: dict[str, Any]) -> dict[str, Any]:
-    """SGD's options without a Nesterov that it refuses."""
-    nesterov = options["nesterov"] and options["momentum"] != 0
-    return {**options, "nesterov": nesterov, "dampening": 0.0 if nesterov else options["dampening"]}
-
-
-LR = st.floats(1e-5, 0.1)
-DECAY = st.just(0.0) | st.floats(1e-6, 1e-3)
-MOMENTS = {
-    "lr": LR,
-    "betas": st.tuples(st.floats(0.5, 0.99), st.floats(0.5, 0.999)).map(list),
-    "eps": st.floats(1e-10, 1e-3),
-    "weight_decay": DECAY,
-}
-DECOUPLED = {"decoupled_weight_decay": st.booleans(), "maximize": st.booleans()}
-AMSGRAD = {"amsgrad": st.sampled_from([False, True, "corrected"])}
-OPTIONS = {
-    "SGD": st.fixed_dictionaries(
-        {
-            "lr": LR,
-            "momentum": st.just(0.0) | st.floats(0.1, 0.95),
-            "dampening": st.floats(0.0, 0.5),
-            "weight_decay": DECAY,
-            "nesterov": st.booleans(),
-            **DECOUPLED,
-        }
-    ).map(accepted),
-    "Adam": st.fixed_dictionaries({**MOMENTS, **AMSGRAD, **DECOUPLED}),
-    "AdamW": st.fixed_dictionaries({**MOMENTS, **AMSGRAD, "maximize": st.booleans()}),
-    "ClippedAdam": st.fixed_dictionaries(
-        {
-            **MOMENTS,
-            "clip_norm": st.floats(0.5, 100.0),
-            "lrd": st.floats(0.9, 1.0),
-            "centered_variance": st.booleans(),
-        }
-    ),
-    "Adagrad": st.fixed_dictionaries(
-        {
-            "lr": LR,
-            "lr_decay": st.floats(0.0, 1.0),
-            "weight_decay": DECAY,
-            "initial_accumulator_value": st.just(0.0) | st.floats(1e-3, 1.0),
-            "eps": st.floats(1e-10, 1e-3),
-            **DECOUPLED,
-        }
-    ),
-    "Adadelta": st.fixed_dictionaries(
-        {
-            "lr": LR,
-            "rho": st.floats(0.5, 1.0),
-            "eps": st.floats(1e-10, 1e-3),
-            "weight_decay": DECAY,
-            **DECOUPLED,
-        }
-    ),
-    "Rprop": st.fixed_dictionaries(
-        {
-            "lr": LR,
-            "etas": st.tuples(st.floats(0.1, 0.9), st.floats(1.1, 2.0)).map(list),
-            "step_sizes": st.tuples(st.floats(0.0, 0.01), st.floats(0.02, 50.0)).map(list),
-            "maximize": st.booleans(),
-        }
-    ),
-    "AdagradRMSProp": st.fixed_dictionaries(
-        {"eta": LR, "delta": st.floats(-0.5, 0.5), "t": st.just(0.0) | st.floats(1e-6, 1.0)}
-    ),
-    "RMSprop": st.fixed_dictionaries(
-        {
-            "lr": LR,
-            "alpha": st.floats(0.5, 0.999),
-            "eps": st.floats(1e-10, 1e-3),
-            "weight_decay": DECAY,
-            "momentum": st.just(0.0) | st.floats(0.1, 0.95),
-            "centered": st.booleans(),
-            **DECOUPLED,
-        }
-    ),
-    "ASGD": st.fixed_dictionaries(
-        {
-            "lr": LR,
-            "lambd": st.just(0.0) | st.floats(1e-6, 1.0),
-            "alpha": st.floats(0.0, 2.0),
-            "t0": st.floats(0.0, 60.0),
-            "weight_decay": DECAY,
-            "maximize": st.booleans(),
-        }
-    ),
-    "Lion": st.fixed_dictionaries(
-        {
-            "lr": LR,
-            "betas": MOMENTS["betas"],
-            "weight_decay": DECAY,
-            "maximize": st.booleans(),
-        }
-    ),
-    "Adamax": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
-    "NAdam": st.fixed_dictionaries(
-        {**MOMENTS, **DECOUPLED, "momentum_decay": st.just(0.0) | st.floats(1e-3, 10.0)}
-    ),
-    "RAdam": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
-    "AdaBelief": st.fixed_dictionaries({**MOMENTS, **DECOUPLED}),
-}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rule", RULES)
 @given(data=st.data())
@@ -190,7 +86,8 @@ def test_rule_is_close_to_exact_arithmetic(rule: str, dtype: str, data: st.DataO
         opt.step({"w": w}, {"w": np.array(grad, dtype)})
         slots = opt.state("w").slots
         steps.append({"param": float(w), **{name: float(x) for name, x in slots.items()}})
-    off = deviations(rule, dtype, history.options, history.param, history.grads, steps)
+    listed = {k: list(x) if isinstance(x, tuple) else x for k, x in history.options.items()}
+    off = deviations(rule, dtype, listed, history.param, history.grads, steps)
     for name, distances in off.items():
         for step, distance in enumerate(distances, start=1):
             assert distance <= step + ULPS, f"{name} after step {step}: {distance:.1f} ulps"
