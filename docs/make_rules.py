@@ -1,7 +1,7 @@
 """Write the tables of rules from the rules' own declarations: ``python docs/make_rules.py``.
 
-They are ``docs/rules.md`` and the tables in ``README.md`` and ``spec/README.md``.
-``tests/rules/test_rules_table.py`` compares them with what comes out here.
+It writes ``docs/rules.md`` and the tables in ``README.md`` and ``spec/README.md``.
+``tests/rules/test_rules_table.py`` checks that they are up to date.
 """
 
 import inspect
@@ -21,48 +21,48 @@ FILE = Path(__file__).parent / "rules.md"
 README = Path(__file__).parent.parent / "README.md"
 SPEC = Path(__file__).parent.parent / "spec" / "README.md"
 
-#: How the table in the README begins.
+#: The beginning of the table in the README.
 HEAD = "| rule | like | options beside `lr` |\n|---|---|---|\n"
 
 INTRODUCTION = """# The rules
 
-This page is made from the code by `docs/make_rules.py`. Names and defaults are those of
-`torch.optim` where it has the rule, else those of Pyro or of the paper. Every number may also be a
-schedule, `step -> number`. The pages under `spec/rules/` have the formulas, in the order in which
-they are computed, and the differences from the peers with their reasons.
+This page is generated from the code by `docs/make_rules.py`. Names and defaults are those of
+`torch.optim` if it has the rule, and otherwise those of Pyro or of the paper. Every number may also
+be a schedule, `step -> number`. The pages under `spec/rules/` give the formulas in the order in
+which they are computed, and the differences from other libraries with their reasons.
 
 `weight_decay` is an L2 penalty, added to the gradient, as in torch. With
 `decoupled_weight_decay=True` the parameter shrinks by its learning rate times `weight_decay`
 instead, as it always does in `AdamW`, `Adafactor`, `Lion` and `Muon`. In `LAMB` the decay is a part
 of the direction.
 
-*Runs* says how: compiled, elements by themselves; so, with coefficients computed by the host, where
-one needs a function such as `0.96 ** x`, so that results are equal on all libraries of one machine,
-but not across machines; or each parameter as a whole, as the code stands.
+*Runs* is one of three: *compiled*, element by element; *compiled, coefficients by the host*, if a
+coefficient needs a function such as `0.96 ** x`, so that results are equal for all libraries on one
+machine, but not between machines; *as a whole*, each parameter by itself, with the code as it is.
 
 """
 
 
 def table() -> str:
-    """The table, in Markdown."""
+    """Return the long table in Markdown."""
     lines = ["| rule | source | options and defaults | also in | runs |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *map(_row, _rules())])
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the text of ``docs/rules.md``."""
     return INTRODUCTION + table() + "\n"
 
 
 def readme() -> str:
-    """The README with its table."""
+    """Return the text of the README with the table replaced."""
     before, after = README.read_text(encoding="utf-8").split(HEAD)
     rest = after[after.index("\n\n") :]
     return before + HEAD + "\n".join(map(_short_row, _rules())) + rest
 
 
 def spec() -> str:
-    """The first page of the specification with its list of rules."""
+    """Return the text of ``spec/README.md`` with the list of rules replaced."""
     lines = SPEC.read_text(encoding="utf-8").splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if line.startswith("| [rules/"))
     others = [line for line in lines if not line.startswith("| [rules/")]
@@ -70,7 +70,7 @@ def spec() -> str:
 
 
 def _rules() -> list[type[mo.Rule]]:
-    """All rules, by name."""
+    """All rules, sorted by name."""
     names = sorted(rules.__all__, key=str.casefold)
     return [getattr(rules, name) for name in names if name != "Rule"]
 
@@ -84,8 +84,8 @@ def _short_row(rule: type[mo.Rule]) -> str:
 
 def _spec_row(rule: type[mo.Rule]) -> str:
     page = f"rules/{_page(rule)}"
-    says = inspect.cleandoc(rule.__doc__ or "").splitlines()[0].replace("``", "`").rstrip(".")
-    return f"| [{page}]({page}) | {says} |\n"
+    summary = inspect.cleandoc(rule.__doc__ or "").splitlines()[0].replace("``", "`").rstrip(".")
+    return f"| [{page}]({page}) | {summary} |\n"
 
 
 def _row(rule: type[mo.Rule]) -> str:
@@ -103,18 +103,18 @@ def _runs(rule: type[mo.Rule]) -> str:
 
 
 def _page(rule: type[mo.Rule]) -> str:
-    """The page of a rule: that of its module."""
+    """The file name of a rule's page, which is named after its module."""
     return f"{rule.__module__.rpartition('.')[2]}.md"
 
 
 def _source(rule: type[mo.Rule]) -> str:
-    """The first work that the docstring names."""
+    """The first source that the docstring of a rule cites."""
     text = " ".join(inspect.cleandoc(rule.__doc__ or "").split())
     # Up to a full stop that ends a sentence: outside of parentheses, before a capital.
-    found = re.search(r"Source: ((?:\([^)]*\)|[^(])*?)(?:\.(?= [A-Z]|$)|;)", text)
-    if found is None:
-        raise ValueError(f"the docstring of {rule.__name__} names no source")
-    return found[1].replace("``", "`").replace("|", "\\|")
+    source = re.search(r"Source: ((?:\([^)]*\)|[^(])*?)(?:\.(?= [A-Z]|$)|;)", text)
+    if source is None:
+        raise ValueError(f"the docstring of {rule.__name__} does not cite a source")
+    return source[1].replace("``", "`").replace("|", "\\|")
 
 
 def _peers(rule: type[mo.Rule]) -> list[str]:

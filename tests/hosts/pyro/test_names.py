@@ -209,7 +209,7 @@ def test_a_factory_says_what_it_is() -> None:
 
 
 def test_the_document_lists_the_rules() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "pyro.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "pyro.md").read_text()
     rows = {
         line.split(" | ")[1]: set(re.findall(r"`(\w+)`", line.split(" | ")[0]))
         for line in text.splitlines()
