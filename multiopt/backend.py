@@ -190,6 +190,13 @@ class Backend:
         """Turn a parameter into computed values, where that is done in place. It does not fail."""
         raise NotImplementedError
 
+    def duplicate(self, param: Array) -> Array:
+        """A copy of a parameter that a step may write; itself where no step writes arrays.
+
+        Whatever is wrong with the parameter is wrong with the copy: it is looked at afterwards.
+        """
+        return param
+
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """A group for parameters of this kind of rule and of this layout, whatever their shapes."""
         return ReferenceGroup(self, layout, rule, has_masters)

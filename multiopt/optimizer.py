@@ -67,6 +67,10 @@ class Optimizer:
             parameter that somebody else changes is taken as it is.
         average: What average to keep of every parameter beside it, or a callable ``name -> Average
             or None``, called once for each name; None for none. ``average(name)`` reads it.
+        in_place: Whether a step writes the arrays that it is given, where their library can. If
+            not, it returns a new array for each parameter that it updates, and nothing else may
+            notice: read-only arrays, views and arrays under several names are parameters like any
+            other. A new tensor is a leaf with the ``requires_grad`` of the old one.
 
     Raises:
         TypeError: ``rule`` or ``clip`` is of another kind.
@@ -99,6 +103,7 @@ class Optimizer:
         master_weights: bool = False,
         average: Average | Callable[[str], Average | None] | None = None,
         max_consecutive_skips: int | None = None,
+        in_place: bool = True,
     ) -> None:
         """Make an optimizer that has seen no parameter yet."""
         check_rule(rule)
@@ -118,6 +123,7 @@ class Optimizer:
             average=average,
         )
         self._registry.needs_gradients = True
+        self._registry.in_place = in_place
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what guards it."""
@@ -239,6 +245,8 @@ class Optimizer:
             parts.append(f"clip={known.clip!r}")
         if known.on_nonfinite != "propagate":
             parts.append(f"on_nonfinite={known.on_nonfinite!r}")
+        if not known.in_place:
+            parts.append("in_place=False")
         pending = f", {len(known.pending)} pending" if known.pending else ""
         return f"<Optimizer({', '.join(parts)}): {len(self)} names{pending}>"
 
@@ -350,10 +358,10 @@ class Optimizer:
         """Update the parameters that have a gradient.
 
         NumPy arrays and torch tensors are updated in place and returned as the same objects, so a
-        copy of the dict is no snapshot; for arrays that cannot be written, JAX's for one, new ones
-        are returned. The gradients are never written. A name without a gradient (missing or None)
-        is left alone, and its clock stands still. Everything is checked and made before anything is
-        changed.
+        copy of the dict is no snapshot; for arrays that cannot be written, JAX's for one, and with
+        ``in_place=False`` for all, new ones are returned. The gradients are never written. A name
+        without a gradient (missing or None) is left alone, and its clock stands still. Everything
+        is checked and made before anything is changed.
 
         Ctrl-C waits until a step that has begun to write has ended; a note of the
         ``KeyboardInterrupt`` says whether it did.

@@ -28,6 +28,7 @@ import numpy as np
 from multiopt.arrays import Array, Arrays
 from multiopt.backend import backend_for, backend_named, slot_of
 from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
+from multiopt.errors import answer
 from multiopt.first_sight import Undo, begin, move
 from multiopt.guard import Guard
 from multiopt.hyperparameters import changed_for_all, changed_numbers
@@ -66,7 +67,7 @@ class Registry(Table):
     """
 
     __slots__ = (
-        *("__weakref__", "_arrays", "_max_skips", "average", "clip", "leave_clipped"),
+        *("__weakref__", "_arrays", "_max_skips", "average", "clip", "in_place", "leave_clipped"),
         *("needs_gradients", "on_nonfinite", "outcome", "rule", "skips", "steps", "threads"),
     )
 
@@ -89,6 +90,8 @@ class Registry(Table):
         self.outcome: Outcome | None = None
         #: Whether a step writes clipped gradients over the gradients.
         self.leave_clipped = False
+        #: Whether a step writes the arrays that it was given, where the library can.
+        self.in_place = True
         #: Whether it is an error if no parameter has a gradient of its own, nor will have one.
         self.needs_gradients = False
         self.on_nonfinite, self._max_skips = on_nonfinite, max_skips
@@ -159,6 +162,8 @@ class Registry(Table):
             self.sweep()
         if grads is None:
             grads = self._own_gradients(rows, params)
+        if not self.in_place:
+            params = _duplicates(rows.names, params, grads)
         arrays = self._arrays
         fresh: dict[int, int] = {}
         undo: Undo = []
@@ -185,7 +190,9 @@ class Registry(Table):
                     after(step)
                 self._commit(rows, fresh, step, skips)
                 committed = True
-            return step.replaced
+            if self.in_place:
+                return step.replaced
+            return {place: params[place] for place in step.places()} | step.replaced
         finally:
             if step is not None:
                 step.forget()
@@ -355,3 +362,18 @@ class Registry(Table):
                 self.rule = rule
         if self._garbage:
             self.sweep()
+
+
+def _duplicates(names: Sequence[str], params: np.ndarray, grads: np.ndarray) -> np.ndarray:
+    """The parameters, those with a gradient as copies.
+
+    Raises:
+        TypeError: A parameter is not an array.
+    """
+    copies = params.copy()
+    for place, grad in enumerate(grads):
+        if grad is not None:
+            label = f"parameter {names[place]!r}"
+            backend = backend_for(params[place], label)
+            copies[place] = answer(label, backend.duplicate, params[place])
+    return copies

@@ -67,6 +67,10 @@ class NumpyBackend(Backend):
         """Copy the values into the parameter."""
         np.copyto(np.asarray(param), values, casting="unsafe")
 
+    def duplicate(self, param: Array) -> Array:
+        """A copy without gaps, of the same class."""
+        return np.array(param, subok=True)
+
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``."""
         return engines.group(self, layout, rule, has_masters, _look, numpy_arrays=True)

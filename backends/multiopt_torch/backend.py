@@ -220,6 +220,15 @@ class TorchBackend(Backend):
         with torch.no_grad():
             param.copy_(self.as_complex(values) if param.is_complex() else values)
 
+    @_undisturbed
+    def duplicate(self, param: Array) -> Array:
+        """A leaf that requires a gradient if the tensor does; a ``Parameter`` if it is one."""
+        with torch.no_grad():
+            copy = param.detach().clone()
+        if isinstance(param, torch.nn.Parameter):
+            return torch.nn.Parameter(copy, param.requires_grad)
+        return copy.requires_grad_(param.requires_grad)
+
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
         """See ``Backend``."""
         if not _on_cpu(layout):
