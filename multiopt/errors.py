@@ -1,10 +1,11 @@
 """The exception class of multiopt, others being built-in ones, and what messages are made with."""
 
 import reprlib
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["CheckpointError", "answer", "brief"]
+__all__ = ["CheckpointError", "answer", "brief", "caller_level"]
 
 #: What a library answers.
 Answer = TypeVar("Answer")
@@ -60,3 +61,14 @@ def answer(fault: str, ask: Callable[..., Answer], *arguments: Any) -> Answer:
             f"{fault}: {brief(error)}; expected an array of NumPy, PyTorch, JAX or another library "
             "with the whole Array API: convert it"
         ) from error
+
+
+def caller_level() -> int:
+    """The ``stacklevel`` of a warning that the caller of this gives about the user's own line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "multiopt",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,6 +1,6 @@
 """Rows for names that a step sees for the first time, or whose parameters have moved."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -15,6 +15,7 @@ from multiopt.layout import Layout
 from multiopt.rules import Rule
 from multiopt.rules.average import Averaged
 from multiopt.state.fit import check_average, check_fit
+from multiopt.state.misnamed import by_ending, pairs, warn_of_other_names
 from multiopt.state.record import Form, Saved, observe, resumed, set_clocks
 from multiopt.step.run import Rows
 from multiopt.table import GROUP
@@ -104,7 +105,24 @@ def begin(
             undo += _observe(chain, form)
     for place, code in fresh.items():
         codes[place] = code
+    if pending:
+        _warn_of_other_names(registry, names, fresh)
     return registry.parted(names, codes, [place for place in rows.missing if place not in fresh])
+
+
+def _warn_of_other_names(registry: "Registry", names: Sequence[str], fresh: Iterable[int]) -> None:
+    """Warn, once after each load, if state that waits seems to be that of names begun without."""
+    pending = registry.pending
+    without = [names[place] for place in fresh if names[place] not in pending]
+    if not without or registry.endings == {}:
+        return
+    if registry.endings is None:
+        registry.endings = by_ending(pending)
+    stepped = set(names)
+    found = pairs(without, lambda name: name in pending and name not in stepped, registry.endings)
+    if found:
+        registry.endings = {}
+        warn_of_other_names(found)
 
 
 def _form(array: Array) -> Hashable | None:

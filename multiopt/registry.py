@@ -69,6 +69,7 @@ class Registry(Table):
     __slots__ = (
         *("__weakref__", "_arrays", "_max_skips", "average", "clip", "in_place", "leave_clipped"),
         *("needs_gradients", "on_nonfinite", "outcome", "rule", "skips", "steps", "threads"),
+        "endings",
     )
 
     def __init__(
@@ -94,6 +95,9 @@ class Registry(Table):
         self.in_place = True
         #: Whether it is an error if no parameter has a gradient of its own, nor will have one.
         self.needs_gradients = False
+        #: The names whose state waits, by what they end in: None until a step asks, empty when it
+        #: has warned of names like new ones.
+        self.endings: dict[str, str] | None = None
         self.on_nonfinite, self._max_skips = on_nonfinite, max_skips
         self.threads = threads
         self._arrays = Arrays()

@@ -202,6 +202,7 @@ def load(
         registry.replace_rows(codes)
         gone |= codes.keys()
         registry.pending = {n: saved for n, saved in waiting.items() if n not in gone}
+        registry.endings = None
         for rule, words in observed:
             observe(rule, words.observed, ahead=is_part)
         registry.steps = _largest_clock(registry) if steps is None else steps

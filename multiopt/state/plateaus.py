@@ -1,10 +1,10 @@
 """Plateaus of which saved state has no description: ``docs/schedules.md``, "Saving"."""
 
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from multiopt.errors import caller_level
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
@@ -56,16 +56,5 @@ def warn_of_plateaus(rules: Mapping[str, Rule]) -> None:
             "seen is not in saved state, and does not come back with it. Make the callable a "
             "dataclass derived from multiopt.schedules.Schedule, with the Plateau in a field, or "
             "keep the state() of the Plateau yourself",
-            stacklevel=_level(),
+            stacklevel=caller_level(),
         )
-
-
-def _level() -> int:
-    """How far above the caller of this the first frame is that is not ours, nor torch's."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "multiopt",
-        "torch",
-    ):
-        frame, level = frame.f_back, level + 1
-    return level

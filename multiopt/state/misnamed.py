@@ -1,0 +1,96 @@
+"""Loaded state that waits under another name than its parameter has.
+
+``torch.compile`` and wrappers such as ``DistributedDataParallel`` put a prefix before the names of
+a module's parameters. State saved with the prefix and loaded without it waits for ever, while
+training starts again from zero moments:
+
+>>> waiting = ["module.layer.w"]
+>>> pairs(["layer.w", "scale"], waiting.__contains__, by_ending(waiting))
+{'module.layer.w': 'layer.w'}
+>>> remedy({"module.layer.w": "layer.w"})
+"rename=lambda name: name.removeprefix('module.')"
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from multiopt.errors import caller_level
+from multiopt.step.report import abridged
+
+__all__ = ["by_ending", "pairs", "remedy", "warn_of_other_names"]
+
+#: What ``torch.compile`` and wrappers put in the middle of a name too.
+WRAPPERS = "_orig_mod.", "module."
+
+
+def by_ending(pending: Collection[str]) -> dict[str, str]:
+    """Names whose state waits, by what they end in: what is left of them without a prefix."""
+    found: dict[str, str] = {}
+    for name in pending:
+        for end in (*_ends(name), _unwrapped(name)):
+            found.setdefault(end, name)
+    return found
+
+
+def pairs(
+    new: Iterable[str], waits: Callable[[str], bool], endings: Mapping[str, str]
+) -> dict[str, str]:
+    """New names, by the names of waiting state that differ from them by a prefix or a wrapper.
+
+    Args:
+        new: Names that start without state.
+        waits: Whether state waits under a name.
+        endings: Names by what they end in; some may no longer wait.
+    """
+    found = {}
+    for name in new:
+        ends = [*_ends(name), _unwrapped(name)]
+        near = [*ends, endings.get(name), endings.get(ends[-1])]
+        match = next((other for other in near if other and other != name and waits(other)), None)
+        if match is not None:
+            found[match] = name
+    return found
+
+
+def warn_of_other_names(names: Mapping[str, str]) -> None:
+    """Warn that state seems to wait for parameters of other names.
+
+    Args:
+        names: The names of the parameters, by those of the state.
+    """
+    warnings.warn(
+        f"new parameters ({abridged(list(names.values()))}) start without state while loaded "
+        f"state waits under names that differ by a prefix ({abridged(list(names))}). If it is "
+        f"theirs, load it again with {remedy(names)}; if not, forget those names",
+        stacklevel=caller_level(),
+    )
+
+
+def _ends(name: str) -> list[str]:
+    """What follows each dot of a name, longest first."""
+    parts = name.split(".")
+    return [".".join(parts[k:]) for k in range(1, len(parts))]
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def remedy(names: Mapping[str, str]) -> str:
+    """The argument of ``load`` that gives state new names: new names by old ones."""
+    old, new = next(iter(names.items()))
+    if old.endswith("." + new):
+        prefix = old.removesuffix(new)
+        if all(name == prefix + short for name, short in names.items()):
+            return f"rename=lambda name: name.removeprefix({prefix!r})"
+    if new.endswith("." + old):
+        prefix = new.removesuffix(old)
+        if all(long == prefix + name for name, long in names.items()):
+            return f"rename=lambda name: {prefix!r} + name"
+    for wrapper in WRAPPERS:
+        if all(name.replace(wrapper, "") == short for name, short in names.items()):
+            return f"rename=lambda name: name.replace({wrapper!r}, '')"
+    more = ", ..." if len(names) > 1 else ""
+    return f"rename={{{old!r}: {new!r}{more}}}"
