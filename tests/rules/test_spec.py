@@ -40,7 +40,7 @@ def test_the_settings_are_those_of_the_constructor() -> None:
         p.name if p.default is p.empty else f"{p.name}={p.default!r}".replace("'", '"')
         for p in parameters
     ]
-    (sentence,) = re.findall(r"All but (.*?) are given by keyword", page)
+    (sentence,) = re.findall(r"All settings except (.*?) are given by keyword", page)
     assert re.findall(r"`(.*?)`", sentence) == [
         p.name for p in parameters if p.kind != p.KEYWORD_ONLY
     ]
