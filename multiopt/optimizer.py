@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from multiopt.arrays import Array
-from multiopt.entry import check_average, check_clip, check_rule
+from multiopt.entry import check_average, check_clip, check_rule, chosen
 from multiopt.errors import CheckpointError, brief
 from multiopt.guard import Guard, exclusive, mending
 from multiopt.registry import Registry
@@ -17,9 +17,11 @@ from multiopt.rules import Rule
 from multiopt.rules.average import Average
 from multiopt.state.file import read
 from multiopt.state.file_objects import Source, Target, label
+from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.loading import LoadReport, load, renamed, wanted_names
 from multiopt.state.plain_data import check_state_dict, contents_of, shown, state_dict
 from multiopt.state.plateaus import warn_of_left_behind
+from multiopt.state.record import plain
 from multiopt.state.tables import held, waiting
 from multiopt.state.writing import write
 from multiopt.step.checks import as_dict, gradients_of
@@ -166,20 +168,30 @@ class Optimizer:
         return dict(self._registry.skips)
 
     def state(self, name: str) -> State:
-        """A snapshot of a parameter's clock and slots.
+        """A snapshot of a parameter's clock and slots, of loaded state that is pending as well.
+
+        Slots that are pending are arrays of the library in which they came, NumPy arrays if they
+        came from a file.
 
         Raises:
-            KeyError: The name has not been seen.
+            KeyError: The name is neither seen nor pending.
         """
         self._guard.check_whole("state")
-        entry = self._registry.entry(name)
+        known = self._registry
+        if name in known.pending:
+            saved, _ = plain(known.pending[name])
+            return State(saved["step"], saved["slots"])
+        entry = known.entry(name)
         return State(entry.step, entry.converted(shown(entry.layout)))
 
     def hyperparameters(self, name: str) -> dict[str, Any]:
         """The hyperparameters that the next step of a parameter will use, schedules as numbers.
 
+        For a name whose loaded state is pending these are the ones that it would start with: a
+        callable rule is asked for it, as at first sight.
+
         Raises:
-            KeyError: The name has not been seen.
+            KeyError: The name is neither seen nor pending.
             ValueError: A schedule gives no number, or one out of range.
 
         >>> import numpy as np, multiopt as mo
@@ -188,26 +200,38 @@ class Optimizer:
         >>> opt.hyperparameters("w")["lr"]
         0.25
         """
-        entry = self._registry.entry(name)
+        known = self._registry
+        if name in known.pending:
+            rule, step = chosen(known.rule, name, Rule, "rule"), known.pending[name].step
+        else:
+            entry = known.entry(name)
+            rule, step = entry.rule, entry.step
         try:
-            now = entry.rule.at(entry.step + 1, self.steps + 1)
+            now = rule.at(step + 1, self.steps + 1)
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from error
         return {f.name: getattr(now, f.name) for f in fields(now)}
 
     def average(self, name: str) -> Array:
-        """The average of a parameter: a copy, float32 for a 16-bit parameter.
+        """The average of a parameter, loaded state that is pending included.
+
+        Returns:
+            A copy, float32 for a 16-bit parameter; of a pending name as the slots of ``state``.
 
         Raises:
             KeyError: None is kept, or there was no step yet.
         """
         self._guard.check_whole("average")
         known = self._registry
-        mean = known.entry(name).average if name in known else None
-        if mean is None or not mean.step:
-            why = "its loaded state is pending" if name in known.pending else "none is kept"
-            raise KeyError(f"no average of parameter {name!r}: {why}")
-        return shown(mean.layout)(mean.slots["average"])
+        if name in known.pending:
+            _, entry = plain(known.pending[name])
+            if entry is not None and entry["step"]:
+                return entry["slots"][SHOWN_AVERAGE]
+        elif name in known:
+            mean = known.entry(name).average
+            if mean is not None and mean.step:
+                return shown(mean.layout)(mean.slots[SHOWN_AVERAGE])
+        raise KeyError(f"no average of parameter {name!r}: none is kept")
 
     @property
     def steps(self) -> int:
