@@ -12,6 +12,7 @@ from multiopt.errors import brief
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.state.contents import Contents
+from multiopt.state.differences import Difference, differences, distinct_rules
 from multiopt.state.fit import check_average, check_fit, check_slot_names
 from multiopt.state.plateaus import warn_of_plateaus
 from multiopt.state.record import (
@@ -43,6 +44,9 @@ class LoadReport:
         missing: Names seen before of which there is nothing in the state, and which stay as they
             are.
         metadata: What was saved with the state, for the user.
+        differences: By name, the hyperparameters that the saved rule and the one of this optimizer
+            have both, and that differ: this optimizer's stay. Not compared are rules that a
+            callable will choose at first sight, and schedules that are callables of the caller's.
 
     >>> LoadReport(unused={"scale": "it was not asked for"}).unused["scale"]
     'it was not asked for'
@@ -53,6 +57,7 @@ class LoadReport:
     unused: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    differences: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
 
 
 def wanted_names(names: Iterable[str] | str | None) -> list[str] | None:
@@ -188,6 +193,7 @@ def load(
     if (is_part and registry.steps > 0) or (contents.names and not taken):
         steps = registry.steps
     _warn(registry, found.batches)
+    differing = _differences(registry, found.batches)
     gone: set[str] = set()
     if registry.guard.torn is not None:
         # Names that are left alone would stay torn. Those that came later are unheard of.
@@ -218,7 +224,24 @@ def load(
         | {old: why[name] for old, name in new.items() if name in why},
         missing=tuple(name for name in registry.names if name not in had),
         metadata=dict(contents.metadata),
+        differences=differing,
     )
+
+
+def _differences(
+    registry: "Registry", batches: Iterable[_Batch]
+) -> dict[str, dict[str, Difference]]:
+    """By name, the numbers in which saved rules differ from those here."""
+    found: dict[str, dict[str, Difference]] = {}
+    for batch in batches:
+        words = batch.saved[0].form.rule.words
+        if batch.group is not None:
+            for rule, positions in distinct_rules(batch.group, batch.rows):
+                if differ := differences(words, rule):
+                    found |= {batch.names[k]: differ for k in positions.tolist()}
+        elif isinstance(registry.rule, Rule) and (differ := differences(words, registry.rule)):
+            found |= dict.fromkeys(batch.names, differ)
+    return found
 
 
 def _cast(states: Mapping[str, Saved]) -> dict[str, Saved]:
