@@ -22,7 +22,7 @@ README = Path(__file__).parent.parent / "README.md"
 SPEC = Path(__file__).parent.parent / "spec" / "README.md"
 
 #: The beginning of the table in the README.
-HEAD = "| rule | like | options beside `lr` |\n|---|---|---|\n"
+HEAD = "| rule | like | options besides `lr` |\n|---|---|---|\n"
 
 INTRODUCTION = """# The rules
 
