@@ -1,11 +1,12 @@
 """Check the vectors against exact arithmetic: ``python spec/check_vectors.py [DIRECTORY]``.
 
-The rules stand here a second time, as the equations of their papers, in mpmath with 256 bits (77
-digits). Nothing of multiopt is imported, so a slip in a rule cannot hide in its own check. Each
-history is recomputed whole, from the parameter, the gradients and the hyperparameters in the file:
-an error at any step stays visible in all later ones.
+This is a second implementation of the rules, from the equations of their papers, in mpmath with 256
+bits (77 digits). Nothing is imported from multiopt, so a mistake in a rule cannot hide in its own
+check. Each history is recomputed completely from the parameter, the gradients and the
+hyperparameters in the file: an error in any step remains visible in all later ones.
 
-Prints a line for each file; the exit status is 1 if a file has a fault, or if there is no file.
+The program prints one line per file; the exit status is 1 if a file has a fault, or if there are no
+files.
 """
 
 import json
@@ -22,20 +23,21 @@ from mpmath import MPContext
 exact = MPContext()
 exact.prec = 256
 
-# How far a result may be from the exact one, by name, in ulps: the spacing of the dtype at the
-# largest magnitude that the element of the parameter or slot has had. (Where numbers cancel, what
-# is left carries the rounding errors of the larger ones.) With u half an ulp, coefficients rounded
-# like everything else, and each rounding at its worst, a step adds
+# How far a result may be from the exact one, by name, in ulps. An ulp is the spacing of the dtype
+# at the largest magnitude that the element of the parameter or slot has had. (If numbers cancel,
+# the difference carries the rounding errors of the larger ones.) With u for half an ulp,
+# coefficients rounded like everything else, and each rounding at its worst, a step adds
 #
 # * to ``momentum_buffer`` and ``exp_avg``, a * x + b * y, 3 u: coefficient, product, sum;
 # * to ``exp_avg_sq`` the same, and 1 u more for the second product of its new term;
 # * to ``max_corrected_exp_avg_sq`` once 2 u: coefficient, product;
-# * to ``param`` 1 u for the subtraction, 2 u for a decay, and, by its share in the parameter, the
-#   change: 7 u of its own, what ``exp_avg`` is off by, and half of what ``exp_avg_sq`` is.
+# * to ``param`` 1 u for the subtraction, 2 u for a decay, and the error of the change, weighted by
+#   its share in the parameter: 7 u of its own, the error of ``exp_avg``, and half of the error of
+#   ``exp_avg_sq``.
 #
-# For a few steps that is about 2 ulps a step and less than that as errors have either sign. RMSprop
-# has twice as many for the parameter: its first changes are ten times as large as the later ones,
-# and where they cancel each other their errors add up.
+# That is about 2 ulps per step, and less over several steps, because errors have either sign.
+# RMSprop is allowed twice as many for the parameter: its first changes are ten times as large as
+# the later ones, and where they cancel each other their errors add up.
 SGD_ULPS = {"param": 4.0, "momentum_buffer": 4.0}
 ADAM_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "max_corrected_exp_avg_sq")
 ADAM_ULPS = dict.fromkeys(("param", *ADAM_SLOTS), 8.0)
@@ -44,22 +46,22 @@ ULPS = {
     "Adam": ADAM_ULPS,
     "AdamW": ADAM_ULPS,
     "ClippedAdam": ADAM_ULPS,
-    # ``sum`` takes 2 u a step: the square and the addition.
+    # ``sum`` gains 2 u per step: the square and the addition.
     "Adagrad": {"param": 8.0, "sum": 4.0},
-    # ``delta`` has 6 u of its own and half of what either average is off by; its square, twice
-    # that, goes by its share into ``acc_delta``, which keeps it.
+    # ``delta`` has 6 u of its own and half of the error of either average; its square has twice
+    # that, and enters ``acc_delta``, which keeps it, with the weight of the new term.
     "Adadelta": {"param": 8.0, "square_avg": 8.0, "acc_delta": 8.0},
-    # ``prev`` is a gradient or zero; ``step_size`` takes 2 u a step: the factor and the product.
+    # ``prev`` is a gradient or zero; ``step_size`` gains 2 u per step: factor and product.
     "Rprop": {"param": 8.0, "prev": 0.0, "step_size": 8.0},
     "AdagradRMSProp": {"param": 8.0, "sum": 8.0},
     "RMSprop": {"param": 16.0, "square_avg": 8.0, "momentum_buffer": 8.0, "grad_avg": 8.0},
     "ASGD": {"param": 8.0, "ax": 8.0},
     "Lion": {"param": 8.0, "exp_avg": 8.0},
-    # ``exp_inf`` gets 2 u at a step, of a product or a sum.
+    # ``exp_inf`` gains 2 u per step, from a product or a sum.
     "Adamax": {"param": 8.0, "exp_avg": 8.0, "exp_inf": 8.0},
     "NAdam": ADAM_ULPS,
     "RAdam": ADAM_ULPS,
-    # ``exp_avg_var`` gets what ``exp_avg`` is off by beside what ``exp_avg_sq`` gets.
+    # ``exp_avg_var`` gains the error of ``exp_avg`` in addition to what ``exp_avg_sq`` gains.
     "AdaBelief": {"param": 8.0, "exp_avg": 8.0, "exp_avg_var": 8.0},
 }
 
@@ -67,13 +69,14 @@ ULPS = {
 FORMATS = {"float32": (24, -149, "f"), "float64": (53, -1074, "d")}
 
 
-# The rules. Each yields the exact parameter and slots after each step, of one element.
+# The rules. Each yields, for one element, the exact parameter and slots after each step.
 
 
 def decayed(param: Any, grad: Any, h: Any, rate: Any) -> tuple[Any, Any]:
-    """The parameter and the gradient after the decay of the one or the other.
+    """Return the parameter and the gradient after weight decay of one or the other.
 
-    Loshchilov & Hutter (2019), Algorithms 1 and 2, in torch's form: with the learning rate.
+    Loshchilov & Hutter (2019), Algorithms 1 and 2, in torch's form, which scales the decay by the
+    learning rate.
     """
     grad = -grad if h.maximize else grad
     if h.decoupled_weight_decay:
@@ -321,7 +324,7 @@ RULES = {
 
 
 def at(options: dict[str, Any], step: int) -> SimpleNamespace:
-    """The hyperparameters at a step: floats become exact, switches stay."""
+    """The hyperparameters at a step; floats become exact numbers, switches stay as they are."""
 
     def exactly(value: Any) -> Any:
         if isinstance(value, dict):
@@ -344,7 +347,7 @@ def deviations(
     grads: list[float],
     steps: list[dict[str, float]],
 ) -> dict[str, list[float]]:
-    """How far the history of one element is from the exact one.
+    """Measure how far the history of one element is from the exact one.
 
     Args:
         rule: A key of ``RULES``.
@@ -355,11 +358,11 @@ def deviations(
         steps: The parameter and the slots after each step, by name.
 
     Returns:
-        By name, for each step, the distance in ulps, as ``ULPS`` has them.
+        By name, for each step, the distance in ulps as defined above ``ULPS``.
     """
     start = exact.mpf(param)
     truth = RULES[rule](start, map(exact.mpf, grads), options)
-    # ASGD's average is of parameters, so it has their errors.
+    # ASGD averages parameters, so its average inherits their errors.
     largest = dict.fromkeys(steps[0], exact.zero) | {"param": abs(start), "ax": abs(start)}
     result: dict[str, list[float]] = {name: [] for name in steps[0]}
     for got, wanted in zip(steps, truth, strict=True):
@@ -371,7 +374,7 @@ def deviations(
 
 
 def ulp(x: Any, dtype: str) -> Any:
-    """The spacing of the numbers of a dtype at a magnitude."""
+    """The spacing of the numbers of a dtype near ``x``."""
     bits, smallest, _ = FORMATS[dtype]
     exponent = exact.frexp(x)[1] - bits if x else smallest
     return exact.ldexp(1, max(exponent, smallest))
@@ -381,7 +384,7 @@ def ulp(x: Any, dtype: str) -> Any:
 
 
 def parsed(value: Any) -> Any:
-    """JSON with its hexadecimal strings as floats."""
+    """Convert the hexadecimal strings in parsed JSON to floats."""
     if isinstance(value, dict):
         return {key: parsed(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -392,10 +395,10 @@ def parsed(value: Any) -> Any:
 def check(path: Path) -> tuple[str, list[str]]:
     """Check a file of vectors.
 
-    Elements that meet an infinity or a NaN are left out; a case that has one must say so.
+    Elements that meet an infinity or a NaN are left out; a case with such elements must say so.
 
     Returns:
-        What was checked, in words, and the faults found.
+        A summary of what was checked, and the faults found.
     """
     file = json.loads(path.read_text(encoding="utf-8"))
     rule, faults, numbers = file["rule"], [], 0
@@ -415,7 +418,7 @@ def check(path: Path) -> tuple[str, list[str]]:
                 finite = False
                 continue
             if any(struct.unpack(letter, struct.pack(letter, x))[0] != x for x in values):
-                faults.append(f"{where}: element {i} has a number that is no {dtype}")
+                faults.append(f"{where}: element {i} has a number that is not a {dtype}")
             numbers += len(results) * len(results[0])
             for name, off in deviations(rule, dtype, options, start, inputs, results).items():
                 worst[dtype][name] = max(worst[dtype].get(name, 0.0), *off)

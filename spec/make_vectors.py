@@ -1,7 +1,7 @@
 """Write the vectors from the NumPy backend: ``python spec/make_vectors.py [DIRECTORY]``.
 
-The same files come out on every machine: the inputs stand here, and the arithmetic is that of
-``arithmetic.md``. Whether the numbers are right is for ``check_vectors.py`` to say.
+The files are the same on every machine: the inputs are defined here, and the arithmetic is that of
+``arithmetic.md``. ``check_vectors.py`` checks whether the numbers are right.
 """
 
 import json
@@ -15,15 +15,15 @@ import numpy as np
 
 import multiopt as mo
 
-#: For each dtype a row for each element: the parameter, then its gradients, one a step.
+#: For each dtype, one row per element: the parameter, then its gradients, one per step.
 Rows: TypeAlias = Mapping[str, list[list[float]]]
 
 COMMON = [
     [1.0, 0.5, -0.25, 0.125, -0.0625, 2.0],  # exact in binary, signs change
     [-0.7, -0.3, -0.2, -0.9, -0.1, -0.4],
-    [250.0, 3.0, 40.0, 0.7, 0.01, 0.002],  # rises, then falls: AMSGrad holds the largest
+    [250.0, 3.0, 40.0, 0.7, 0.01, 0.002],  # rises, then falls: AMSGrad keeps the largest
     [1e-3, 1e-12, 3e-12, 2e-9, -1e-8, 5e-9],  # about as small as eps
-    [-2.5, 0.0, 0.0, 0.6, 0.0, -0.1],  # no gradient at first, nor now and then
+    [-2.5, 0.0, 0.0, 0.6, 0.0, -0.1],  # zero gradients, at first and later
     [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
     [-0.0, -0.01, 0.02, 0.03, -0.04, 0.05],
 ]
@@ -40,7 +40,7 @@ ROWS: Rows = {
     ],
 }
 
-#: Squares that overflow, where a thousandth of them does not.
+#: Gradients whose squares overflow, while a thousandth of the square does not.
 HUGE: Rows = {
     "float32": [[1.5, 1e20, -2e20, 3e19, 1e20, 2e20]],
     "float64": [[1.5, 1e155, -2e155, 3e154, 1e155, 2e155]],
@@ -50,7 +50,7 @@ HUGE: Rows = {
 TWENTY_STEPS = [[1.0, *[0.3, -0.7, 1.1, 0.2] * 5], [-3.0, *[2.0, 0.5] * 10]]
 LONG: Rows = {"float32": TWENTY_STEPS, "float64": TWENTY_STEPS}
 
-#: Infinity, NaN and overflow, and one element beside them that comes to no harm.
+#: Infinity, NaN and overflow, next to one element that must not be affected.
 NONFINITE_COMMON = [
     [1.0, inf, 0.5, 0.25, -1.0, 2.0],
     [1.0, 0.5, -inf, 0.25, -1.0, 2.0],
@@ -63,30 +63,30 @@ NONFINITE: Rows = {
     "float64": [*NONFINITE_COMMON, [1.0, 1e155, 1e156, 0.25, -1.0, 2.0]],
 }
 
-#: For eps = 0: zero over zero, and gradients that are not zero though a thousandth of their
-#: square is.
+#: For eps = 0: zero over zero, and gradients that are not zero although a thousandth of their
+#: square underflows to zero.
 NO_EPS: Rows = {
     "float32": [*COMMON[:3], [1.0, 0.0, 0.5, -0.5, 1.0, 2.0], [1.0, 1e-22, 0.5, -0.5, 1.0, 2.0]],
     "float64": [*COMMON[:3], [1.0, 0.0, 0.5, -0.5, 1.0, 2.0], [1.0, 1e-162, 0.5, -0.5, 1.0, 2.0]],
 }
-#: The same, where the whole square is zero.
+#: The same with gradients whose whole square underflows to zero.
 NO_SUM: Rows = {**NO_EPS, "float32": [*NO_EPS["float32"][:4], [1.0, 1e-23, 0.5, -0.5, 1.0, 2.0]]}
 
-#: Steady gradients, whose variance comes out of rounding as nothing, or as less than nothing: the
-#: second with an alpha of 0.1 in float32, the third in float64. A large eps hides how much it is.
+#: Steady gradients, whose variance is rounded to zero or to a negative number: the second row with
+#: an alpha of 0.1 in float32, the third in float64. A large eps hides how much it is.
 STEADY_STEPS = [[2.0, *[size] * 20] for size in (1.0, 1.1, 0.3)]
 STEADY: Rows = {"float32": STEADY_STEPS, "float64": STEADY_STEPS}
 
 
 class Schedule:
-    """A schedule that is a list of numbers, one a step."""
+    """A schedule given by a list of numbers, one per step."""
 
     def __init__(self, *numbers: float) -> None:
-        """Take the numbers of steps 1, 2, ..."""
+        """Take the numbers for steps 1, 2, ..."""
         self.numbers = numbers
 
     def __call__(self, step: int) -> float:
-        """The number of a step."""
+        """Return the number for a step."""
         return self.numbers[step - 1]
 
 
@@ -97,7 +97,7 @@ DECAY = Schedule(0.0, 0.1, 0.0, 0.01, 0.2)
 
 
 class Case(NamedTuple):
-    """A rule with a name for its options, and what it runs on."""
+    """A rule, a name for its options, and the rows that it runs on."""
 
     name: str
     rule: mo.Rule
@@ -268,8 +268,8 @@ CASES = {
         Case("twenty steps", mo.Rprop(), LONG),
         Case("not finite", mo.Rprop(lr=0.1), NONFINITE),
     ],
-    # Deltas for which the powers of two to five are far from the middle of two numbers, so that
-    # every decent C library rounds them to the same ones.
+    # Deltas for which the powers of two to five are far from the midpoint of two numbers, so that
+    # every accurate C library rounds them in the same way.
     "adagrad_rmsprop": [
         Case("defaults", mo.AdagradRMSProp()),
         Case("eta, delta, t", mo.AdagradRMSProp(eta=0.1, delta=0.3, t=0.4)),
@@ -327,8 +327,8 @@ CASES = {
         Case("not finite", mo.RMSprop(momentum=0.5), NONFINITE),
         Case("not finite, centered", mo.RMSprop(centered=True), NONFINITE),
     ],
-    # The powers in these cases are farther than 0.03 ulps from the middle between two numbers, so
-    # C libraries that are off by less than 0.53 ulps round them alike (asgd.md).
+    # The powers in these cases are more than 0.03 ulps from the midpoint between two numbers, so C
+    # libraries that are off by less than 0.53 ulps round them in the same way (asgd.md).
     "asgd": [
         Case("defaults", mo.ASGD()),
         Case("lr, lambd, alpha", mo.ASGD(lr=0.1, lambd=2.0, alpha=0.5)),
@@ -374,7 +374,7 @@ CASES = {
         Case("twenty steps", mo.Adamax(lr=0.1), LONG),
         Case("not finite", mo.Adamax(lr=0.1), NONFINITE),
     ],
-    # The powers here too are farther than 0.03 ulps from the middle between two numbers (nadam.md).
+    # The powers here are also more than 0.03 ulps from the midpoint of two numbers (nadam.md).
     "nadam": [
         Case("defaults", mo.NAdam()),
         Case("lr, betas, eps", mo.NAdam(lr=0.1, betas=(0.6, 0.95), eps=1e-3)),
@@ -430,7 +430,7 @@ CASES = {
 
 
 def vectors(cases: list[Case]) -> dict[str, Any]:
-    """The content of a file: every case in float32 and in float64."""
+    """Return the content of a file: every case in float32 and in float64."""
     return {
         "rule": type(cases[0].rule).__name__,
         "cases": [
@@ -442,7 +442,7 @@ def vectors(cases: list[Case]) -> dict[str, Any]:
 
 
 def history(rule: mo.Rule, rows: np.ndarray) -> dict[str, Any]:
-    """The inputs and the results of one case."""
+    """Run one case and return its inputs and results."""
     start, *grads = np.ascontiguousarray(rows.T)
     opt = mo.Optimizer(rule)
     param = start.copy()
@@ -461,7 +461,7 @@ def history(rule: mo.Rule, rows: np.ndarray) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as the files have it: numbers as hexadecimal strings, schedules as lists of them."""
+    """Convert a value to its form in the files: numbers become hexadecimal strings."""
     if isinstance(value, Schedule):
         return {"schedule": plain(value.numbers)}
     if isinstance(value, dict):
@@ -472,7 +472,7 @@ def plain(value: Any) -> Any:
 
 
 def text(value: Any, newline: str = "\n") -> str:
-    """JSON with a line for each array of numbers, for readers and for diffs."""
+    """Format JSON with one line per array of numbers, for readers and for diffs."""
     parts = value.values() if isinstance(value, dict) else value
     if isinstance(value, bool | str) or not any(isinstance(part, dict | list) for part in parts):
         return json.dumps(value)
@@ -485,7 +485,7 @@ def text(value: Any, newline: str = "\n") -> str:
 
 
 def main(directory: Path) -> None:
-    """Write every file."""
+    """Write all files into a directory."""
     for name, cases in CASES.items():
         (directory / f"{name}.json").write_text(text(vectors(cases)) + "\n", encoding="utf-8")
 
