@@ -1,7 +1,7 @@
 """Schedules made of others."""
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -30,8 +30,8 @@ class Join(Schedule):
     [1.0, 1.0, 0.8, 0.4]
     """
 
-    schedules: tuple[Callable[[int], float], ...]
-    boundaries: tuple[int, ...]
+    schedules: Sequence[Callable[[int], float]]
+    boundaries: Sequence[int]
 
     def __post_init__(self) -> None:
         """Check the arguments."""

@@ -1,6 +1,7 @@
 """Schedules that are a formula of the step."""
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Literal
@@ -121,7 +122,7 @@ class MultiStep(Schedule):
     """
 
     initial: float = field(metadata=within(FINITE))
-    milestones: tuple[int, ...]
+    milestones: Sequence[int]
     gamma: float = number(0.1, NONNEGATIVE)
 
     def __post_init__(self) -> None:

@@ -28,8 +28,8 @@ from multiopt.adapters.pyro.optim import PyroOptim
 
 if TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Callable[..., PyroOptim]:
-        """One of ``FACTORIES``."""
+    def __getattr__(name: str) -> Callable[..., Any]:
+        """One of ``FACTORIES``; what it makes depends on its arguments."""
 
 
 def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:

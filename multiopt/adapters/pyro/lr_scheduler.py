@@ -21,7 +21,7 @@ from multiopt.state.file_objects import Target
 __all__ = ["PyroLRScheduler"]
 
 
-class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):
+class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):  # type: ignore[misc]  # of params
     """``pyro.optim.PyroLRScheduler``: each parameter has a scheduler, from its first call on.
 
     Args:

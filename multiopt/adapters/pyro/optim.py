@@ -1,7 +1,7 @@
 """``PyroOptim``: what steps by a rule of multiopt's, and what Pyro steps."""
 
 import warnings
-from collections.abc import Callable, Mapping, ValuesView
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from inspect import Parameter, signature
 from typing import Any, ClassVar, Literal
@@ -85,7 +85,7 @@ class PyroOptim(pyro.optim.PyroOptim):
             _say_wrapped(f"{name} with subsample_aware" if constructor in RULES else name)
         pyro.optim.PyroOptim.__init__(self, constructor, optim_args, clip_args)
 
-    def __call__(self, params: list[Any] | ValuesView[Any], *args: Any, **kwargs: Any) -> None:
+    def __call__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
         """As in Pyro, saying what is missing.
 
         Raises:
@@ -98,7 +98,8 @@ class PyroOptim(pyro.optim.PyroOptim):
                 "closure that does; expected optimizer(params, closure): SVI passes none, so give "
                 "it another optimizer, such as Adam"
             )
-        super().__call__(params, *args, **kwargs)
+        each: Any = params
+        super().__call__(each, *args, **kwargs)
 
 
 @cache
