@@ -46,9 +46,9 @@ class History:
 
     def grads(self, library: Library, step: int) -> dict[str, Any]:
         return {
-            name: library.grad(life.grads[step])
+            name: library.grad(grad)
             for name, life in self.lives.items()
-            if life.grads[step] is not None
+            if (grad := life.grads[step]) is not None
         }
 
     def run(
@@ -90,7 +90,8 @@ def laid_out(x: np.ndarray, layout: str) -> np.ndarray:
     """The same numbers in another place: with gaps, in Fortran order."""
     if layout == "strided":
         memory = np.zeros([2 * n for n in x.shape], x.dtype)
-        view = memory[(..., *(slice(None, None, 2) for _ in x.shape))]
+        every_other: tuple[Any, ...] = (slice(None, None, 2),) * x.ndim
+        view = memory[..., *every_other]
         view[...] = x
         return view
     return np.array(x, order="F" if layout == "fortran" else "C")
@@ -114,12 +115,14 @@ def rules() -> st.SearchStrategy[mo.Rule]:
 
 def whole_rules() -> st.SearchStrategy[mo.Rule]:
     return st.one_of(
-        options(rule).map(partial(make, rule)) for rule in EQUAL if not per_element(rule)
+        [options(rule).map(partial(make, rule)) for rule in EQUAL if not per_element(rule)]
     )
 
 
 def elementwise_rules() -> st.SearchStrategy[mo.Rule]:
-    return st.one_of(options(rule).map(partial(make, rule)) for rule in EQUAL if per_element(rule))
+    return st.one_of(
+        [options(rule).map(partial(make, rule)) for rule in EQUAL if per_element(rule)]
+    )
 
 
 def make(rule: type[mo.Rule], options: dict[str, Any]) -> mo.Rule:

@@ -98,7 +98,7 @@ def test_the_transform_is_the_cosine_transform(n: int, dtype: str) -> None:
     unit = np.eye(n, dtype=dtype)
     for found, wanted in ((dct(np, unit).T, expected), (idct(np, unit).T, expected.T)):
         assert found.dtype == dtype
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=4 * np.finfo(dtype).eps)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=4 * float(np.finfo(dtype).eps))
 
 
 def exactly(grads: np.ndarray, start: np.ndarray, h: mo.DCTAdam) -> list[Any]:
@@ -108,14 +108,14 @@ def exactly(grads: np.ndarray, start: np.ndarray, h: mo.DCTAdam) -> list[Any]:
     """
     size, fast = start.size, next_fast_len(start.size)
     transform = matrix(fast)
-    beta1, beta2 = (exact.mpf(beta) for beta in h.betas)  # type: ignore[arg-type]
+    beta1, beta2 = (exact.mpf(beta) for beta in h.betas)
     param = exact.matrix(start.tolist())
     moments = [exact.matrix(size, 1) for _ in range(2)] + [exact.matrix(fast, 1) for _ in range(2)]
     for step, row in enumerate(grads.tolist(), 1):
         bound = exact.mpf(h.clip_norm)
         clipped = [max(-bound, min(exact.mpf(x), bound)) for x in row]
         padded = exact.matrix(clipped + [0] * (fast - size))
-        rate = h.lr * exact.mpf(h.lrd) ** step  # type: ignore[operator]
+        rate = h.lr * exact.mpf(h.lrd) ** step
         rate *= exact.sqrt(1 - beta2**step) / (1 - beta1**step)
         moved = []
         for i, grad in ((0, exact.matrix(clipped)), (2, transform * padded)):

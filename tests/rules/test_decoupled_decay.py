@@ -70,7 +70,7 @@ def test_a_step_is_one_without_decay_from_where_the_decay_leads(
 def test_adam_with_it_is_adamw(amsgrad: Any, dtype: str, library: Library) -> None:
     if dtype not in library.dtypes:
         pytest.skip(f"{library.id} has no {dtype}")
-    numbers = {"lr": 0.1, "betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.2}
+    numbers: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.2}
     adam = mo.Adam(**numbers, amsgrad=amsgrad, maximize=True, decoupled_weight_decay=True)
     adamw = mo.AdamW(**numbers, amsgrad=amsgrad, maximize=True)
     rng = np.random.default_rng(1)
@@ -85,7 +85,8 @@ def test_adam_with_it_is_adamw(amsgrad: Any, dtype: str, library: Library) -> No
             opt.step({"w": param}, {"w": library.grad(grad)})["w"]
             for opt, param in zip(optimizers, params, strict=True)
         ]
-        assert_equal(*map(library.numpy, params))
+        one, other = map(library.numpy, params)
+        assert_equal(one, other)
     for one, other in zip(*(opt.state("w").slots.values() for opt in optimizers), strict=True):
         assert_equal(library.numpy(one), library.numpy(other))
 
@@ -95,10 +96,11 @@ def test_adamw_has_no_such_argument() -> None:
         f.name for f in fields(mo.Adam) if f.name != "decoupled_weight_decay"
     ]
     with pytest.raises(TypeError, match="decoupled_weight_decay"):
-        mo.AdamW(decoupled_weight_decay=True)  # type: ignore[call-arg]
+        mo.AdamW(decoupled_weight_decay=True)
     with pytest.raises(TypeError, match="no hyperparameter decoupled_weight_decay"):
         mo.Optimizer(mo.AdamW()).set_hyperparameters(decoupled_weight_decay=False)
-    assert mo.AdamW().decoupled_weight_decay
+    rule: Any = mo.AdamW()
+    assert rule.decoupled_weight_decay
     assert "decoupled" not in repr(mo.AdamW())
 
 

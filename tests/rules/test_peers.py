@@ -1,6 +1,7 @@
 """Against torch.optim and Pyro, within the tolerances of spec/arithmetic.md."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import multiopt as mo
 from tests.cases import CASES, Case
 
 #: For strangers only: they order their arithmetic differently.
-TOLERANCE = {"float64": {"rtol": 1e-12, "atol": 1e-14}, "float32": {"rtol": 1e-5, "atol": 1e-6}}
+TOLERANCE: dict[str, dict[str, Any]] = {
+    "float64": {"rtol": 1e-12, "atol": 1e-14},
+    "float32": {"rtol": 1e-5, "atol": 1e-6},
+}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

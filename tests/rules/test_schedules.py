@@ -44,6 +44,7 @@ from multiopt.schedules import (
 )
 from multiopt.schedules.description import described, observers
 from multiopt.state.file import listed
+from tests.hosts.pyro.tensors import param
 from tests.libraries import LIBRARIES, NUMPY, TORCH, Library, assert_equal, engine
 from tests.state.test_damaged_files import parts, sealed
 
@@ -249,11 +250,8 @@ def test_a_schedule_is_a_value(schedule: Schedule) -> None:
 
 
 def test_every_schedule_is_public_and_tested() -> None:
-    kinds = {
-        c.__name__
-        for c in (Schedule, *Schedule.__subclasses__())
-        if c.__module__.startswith(f"{schedules.__name__}.")
-    }
+    every: list[Any] = [Schedule, *Schedule.__subclasses__()]
+    kinds = {c.__name__ for c in every if c.__module__.startswith(f"{schedules.__name__}.")}
     assert kinds == set(schedules.__all__)
     assert {type(s).__name__ for s in examples()} == kinds - {"Schedule", "Plateau"}
 
@@ -268,18 +266,18 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "half a step": (lambda: Linear(0.0, 1.0, 2.5), "Linear: steps must be an integer >= 1"),  # type: ignore[arg-type]
     "zero steps": (lambda: Cosine(0.1, 0), "steps must be an integer >= 1; got 0"),
     "step size": (lambda: StepDecay(0.1, True), "step_size must be an integer >= 1"),
-    "milestones": (lambda: MultiStep(0.1, [3, 2]), "milestones must be integers >= 0 in asc"),  # type: ignore[arg-type]
-    "a milestone": (lambda: MultiStep(0.1, [1.5]), "milestones must be integers >= 0 in asc"),  # type: ignore[list-item,arg-type]
+    "milestones": (lambda: MultiStep(0.1, [3, 2]), "milestones must be integers >= 0 in asc"),
+    "a milestone": (lambda: MultiStep(0.1, [1.5]), "milestones must be integers >= 0 in asc"),  # type: ignore[list-item]
     "power": (lambda: Polynomial(0.1, 0.0, 9, 0.0), "power must be a finite number > 0"),
     "period": (lambda: CosineWarmRestarts(0.1, 5, 0), "multiplier must be an integer >= 1"),
     "anneal": (lambda: OneCycle(0.1, 5, anneal="sine"), "anneal must be 'cos' or 'linear'"),  # type: ignore[arg-type]
     "phases": (lambda: OneCycle(0.1, 5, 0.6, three_phase=True), "pct_start must be at most 0.5"),
     "three": (lambda: OneCycle(0.1, 5, three_phase=1), "three_phase must be True or False"),  # type: ignore[arg-type]
-    "no schedules": (lambda: Join([], []), "schedules must be one or more schedules"),  # type: ignore[arg-type]
-    "a number": (lambda: Join([0.1, Constant(0.1)], [3]), "schedules must be one or more"),  # type: ignore[arg-type,list-item]
-    "boundaries": (lambda: Join([Constant(0.1)], [3]), "boundaries must be 0 integers"),  # type: ignore[arg-type]
-    "boundary": (lambda: Join([Constant(0.1)] * 3, [3, 3]), "boundaries must be 2 integers"),  # type: ignore[arg-type]
-    "shared parts": (lambda: Join([Shared(Constant(0.1))], []), "Shared goes around"),  # type: ignore[arg-type]
+    "no schedules": (lambda: Join([], []), "schedules must be one or more schedules"),
+    "a number": (lambda: Join([0.1, Constant(0.1)], [3]), "schedules must be one or more"),  # type: ignore[list-item]
+    "boundaries": (lambda: Join([Constant(0.1)], [3]), "boundaries must be 0 integers"),
+    "boundary": (lambda: Join([Constant(0.1)] * 3, [3, 3]), "boundaries must be 2 integers"),
+    "shared parts": (lambda: Join([Shared(Constant(0.1))], []), "Shared goes around"),
     "shared twice": (lambda: Shared(Shared(Constant(0.1))), "schedule must be a schedule"),
     "no schedule": (lambda: Shared(0.1), "schedule must be a schedule; got 0.1"),  # type: ignore[arg-type]
     "factor": (lambda: Plateau(0.1, 1.0), "factor must be a number >= 0 and < 1"),
@@ -423,7 +421,8 @@ def test_a_schedule_that_cannot_be_looked_up() -> None:
             return self.number
 
     lr = {"a": Mutable(1.0), "b": Mutable(1.0)}
-    opt, params = mo.Optimizer(lambda n: mo.SGD(lr=lr[n])), {n: np.zeros(1) for n in "ab"}
+    opt = mo.Optimizer(lambda n: mo.SGD(lr=lr[n]))
+    params: dict[str, Any] = {n: np.zeros(1) for n in "ab"}
     opt.step(params, {n: np.ones(1) for n in params})
     lr["b"].number = 2.0
     opt.step(params, {n: np.ones(1) for n in params})
@@ -532,7 +531,8 @@ def test_state_without_a_count_has_the_largest_clock() -> None:
 def test_without_an_optimizer_a_shared_schedule_gets_the_step() -> None:
     rule = mo.SGD(lr=Shared(Linear(0.0, 1.0, 10)))
     assert rule.at(3).lr == rule.at(1, 3).lr == 0.2
-    assert rule.coefficients(np.arange(1, 4)).lr.tolist() == [0.0, 0.1, 0.2]
+    several: Any = rule.coefficients(np.arange(1, 4))
+    assert several.lr.tolist() == [0.0, 0.1, 0.2]
 
 
 # Plateaus
@@ -970,7 +970,7 @@ def of_wrapper(plateau: Plateau) -> Any:
 def of_decorator(plateau: Plateau) -> Any:
     @functools.wraps(plateau.__call__)
     def lr(*args: Any) -> Any:
-        return lr.__wrapped__(*args)  # type: ignore[attr-defined]
+        return lr.__wrapped__(*args)
 
     return lr
 
@@ -1037,9 +1037,9 @@ def test_a_plateau_inside_of_a_callable_is_warned_of(tmp_path: Path, way: str) -
         lambda opt: opt.load_state_dict(given({}).state_dict()),
     ):
         fresh = mo.Optimizer(mo.Adam(lr=REACHING[way](Plateau(0.1))))
-        warned(lambda load=load, fresh=fresh: load(fresh), message)
+        warned(functools.partial(load, fresh), message)
         assert fresh.pending == ("w", "v")
-        warned(lambda load=load: load(opt), message)
+        warned(functools.partial(load, opt), message)
 
 
 class Trainer:
@@ -1106,12 +1106,13 @@ def test_a_plateau_in_a_pair_and_in_an_average_is_warned_of(tmp_path: Path) -> N
 
     opt = given({"betas": (decay, 0.9), "eps": decay})
     warned(opt.state_dict, "schedule of betas of parameters 'w', 'v'; eps of parameters 'w', 'v'. ")
+    message = "schedule of decay of parameter 'w'. "
     for average in (mo.Average(decay=decay), lambda name: mo.Average(decay=decay)):
         opt = mo.Optimizer(mo.SGD(), average=average)
         opt.step({"w": ones()}, {"w": ones()})
-        warned(lambda opt=opt: opt.save(tmp_path / "run"), "schedule of decay of parameter 'w'. ")
+        warned(functools.partial(opt.save, tmp_path / "run"), message)
         fresh = mo.Optimizer(mo.SGD(), average=average)
-        warned(lambda opt=fresh: opt.load(tmp_path / "run"), "schedule of decay of parameter 'w'. ")
+        warned(functools.partial(fresh.load, tmp_path / "run"), message)
 
 
 def test_only_names_that_have_such_a_callable_are_warned_of(tmp_path: Path) -> None:
@@ -1157,7 +1158,7 @@ def test_a_search_for_a_plateau_has_an_end() -> None:
 
 def test_the_drop_in_warns_of_a_plateau_inside_of_a_callable(tmp_path: Path) -> None:
     pyro.clear_param_store()
-    loc = pyro.param("loc", torch.zeros(2)).unconstrained()
+    loc = param("loc")
     opt = drop_in.Adam({"lr": Held(Plateau(0.1))})
     loc.grad = torch.ones(2)
     opt([loc])

@@ -61,10 +61,12 @@ def test_means_are_taken_over_the_tree_of_the_spec(size: int) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_lamb_is_the_text_of_the_spec(dtype: Any) -> None:
     # All libraries of the CPU compute in NumPy, so a sum in its order would be equal everywhere.
-    w, opt = {"w": drawn(0, 90, 100, dtype=dtype)}, mo.Optimizer(mo.LAMB(weight_decay=0.1))
+    rule = mo.LAMB(weight_decay=0.1)
+    w, opt = {"w": drawn(0, 90, 100, dtype=dtype)}, mo.Optimizer(rule)
+    c: Any
     p, m, v = w["w"].copy(), dtype(0), dtype(0)
     for step in range(1, 4):
-        g, c = drawn(step, 90, 100, dtype=dtype), opt.rule.coefficients(step, dtype.__name__)
+        g, c = drawn(step, 90, 100, dtype=dtype), rule.coefficients(step, dtype.__name__)
         m = c.beta1 * m + c.one_minus_beta1 * g
         v = c.beta2 * v + c.one_minus_beta2 * g * g
         u = (c.first_moment_scale * m) / (c.root_scale * np.sqrt(v) + c.eps) + c.weight_decay * p
@@ -88,13 +90,15 @@ def test_adafactor_is_the_text_of_the_spec(shape: tuple[int, ...], dtype: Any) -
     def rms(x: np.ndarray) -> Any:
         return np.sqrt(mean(x.astype(np.float64) ** 2))
 
-    w, opt = {"w": drawn(0, *shape, dtype=dtype)}, mo.Optimizer(mo.Adafactor(weight_decay=0.1))
+    rule = mo.Adafactor(weight_decay=0.1)
+    w, opt = {"w": drawn(0, *shape, dtype=dtype)}, mo.Optimizer(rule)
+    c: Any
     p, eps1 = w["w"].copy(), np.finfo(dtype).eps
     v: Any = dtype(0)
     rows: Any = dtype(0)
     columns: Any = dtype(0)
     for step in range(1, 4):
-        g, c = drawn(step, *shape, dtype=dtype), opt.rule.coefficients(step, dtype.__name__)
+        g, c = drawn(step, *shape, dtype=dtype), rule.coefficients(step, dtype.__name__)
         if len(shape) > 1:
             squares = g.astype(np.float64) ** 2
             rows = c.beta2 * rows + c.one_minus_beta2 * along(-1, squares)
