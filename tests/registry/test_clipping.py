@@ -58,7 +58,7 @@ def test_the_bound_holds_to_one_ulp_and_the_direction_stays(
         # Below the bound not a bit changes.
         assert_equal(result, grad)
     else:
-        ulp = np.finfo(dtype).eps
+        ulp = float(np.finfo(dtype).eps)
         assert abs(exact_norm(result) / mpmath.mpf(bound) - 1) <= ulp
         # Three roundings of ours (norm, coefficient, product), two of this comparison's own.
         np.testing.assert_allclose(result, grad * float(bound / norm), rtol=2.5 * ulp)
@@ -91,7 +91,9 @@ def test_the_defaults_are_torchs(library: Library) -> None:
             torch.nn.utils.clip_grad_norm_(tensors.values(), bound)
         clip = mo.Clip(norm=bound) if own else mo.Clip(global_norm=bound)
         for name, result in clipped(clip, library, **grads).items():
-            np.testing.assert_allclose(result, tensors[name].grad.numpy(), rtol=1e-12)
+            gradient = tensors[name].grad
+            assert gradient is not None
+            np.testing.assert_allclose(result, gradient.numpy(), rtol=1e-12)
 
 
 def test_the_order_is_norm_then_global_norm_then_value(library: Library) -> None:
@@ -157,7 +159,9 @@ def test_extreme_gradients_are_brought_to_the_bound(dtype: str, size: float) -> 
     expected = bound / math.sqrt(2)
     np.testing.assert_allclose(result.astype(float), [expected, -expected], rtol=2e-3)
     if dtype != "float16":
-        np.testing.assert_allclose(result, [expected, -expected], rtol=2 * np.finfo(dtype).eps)
+        np.testing.assert_allclose(
+            result, [expected, -expected], rtol=2 * float(np.finfo(dtype).eps)
+        )
 
 
 def test_nan_and_infinite_norms(library: Library) -> None:

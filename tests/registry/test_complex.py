@@ -1,7 +1,7 @@
 """Complex parameters: as torch has it, their real and imaginary parts are elements of their own."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import array_api_strict
 import jax
@@ -33,7 +33,9 @@ def numbers(rng: np.random.Generator, dtype: str) -> np.ndarray:
     return np.asarray(real + 1j * imaginary, dtype)
 
 
-def run(library: str, rule: mo.Rule, dtype: str, clip: mo.Clip | None = None, steps: int = 20):
+def run(
+    library: str, rule: mo.Rule, dtype: str, clip: mo.Clip | None = None, steps: int = 20
+) -> tuple[mo.Optimizer, Any, np.ndarray]:
     make, read = MAKERS[library], READERS[library]
     rng = np.random.default_rng(3)
     params = {"z": make(numbers(rng, dtype))}
@@ -218,7 +220,8 @@ def test_averages_are_complex() -> None:
 @pytest.mark.parametrize("which", ["compiled", "blocks", "plain"])
 def test_the_other_byte_order_changes_nothing(which: str, dtype: str, tmp_path: Path) -> None:
     def made(swap: bool) -> tuple[mo.Optimizer, np.ndarray]:
-        rng, order = np.random.default_rng(3), "S" if swap else "="
+        rng = np.random.default_rng(3)
+        order: Literal["S", "="] = "S" if swap else "="
         z = numbers(rng, dtype)
         z = z.astype(z.dtype.newbyteorder(order))
         opt = mo.Optimizer(mo.Adam(lr=0.1), clip=mo.Clip(norm=0.5), average=mo.Average())

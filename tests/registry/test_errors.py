@@ -311,7 +311,7 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
         "parameter 'bad' has dtype float128; expected",
     ),
     "masked": (
-        lambda: (np.ma.masked_array(ones(3), mask=[0, 1, 0]), ones(3)),
+        lambda: (np.ma.masked_array(ones(3), mask=[False, True, False]), ones(3)),
         TypeError,
         "parameter 'bad' is a masked array, whose mask no rule knows: fill it first",
     ),
@@ -548,7 +548,7 @@ def test_a_functorch_tensor_points_to_the_pure_update(transform: Any) -> None:
 class OnDevice(torch.Tensor):
     """A tensor that says that it is on a device which this machine need not have."""
 
-    device = torch.device("cuda", 1)  # type: ignore[assignment]
+    device = torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
@@ -758,12 +758,12 @@ def test_nonfinite_gradients_raise_by_name(library: Library) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: mo.Optimizer("adam"), TypeError, "rule must be a rule or a callable"),
-        (lambda: mo.Optimizer(mo.Adam), TypeError, "rule must be a rule .*; got <class .*Adam'>"),
-        (lambda: mo.Optimizer(mo.Adam(), mo.Clip), TypeError, "clip must be a Clip, a callable"),
-        (lambda: mo.Optimizer(mo.Adam(), clip=1.0), TypeError, "clip must be a Clip, a callable"),
+        (lambda: mo.Optimizer("adam"), TypeError, "rule must be a rule or a callable"),  # type: ignore[arg-type]
+        (lambda: mo.Optimizer(mo.Adam), TypeError, "rule must be a rule .*; got <class .*Adam'>"),  # type: ignore[arg-type]
+        (lambda: mo.Optimizer(mo.Adam(), mo.Clip), TypeError, "clip must be a Clip, a callable"),  # type: ignore[arg-type]
+        (lambda: mo.Optimizer(mo.Adam(), clip=1.0), TypeError, "clip must be a Clip, a callable"),  # type: ignore[arg-type]
         (
-            lambda: mo.Optimizer(mo.Adam(), on_nonfinite="stop"),
+            lambda: mo.Optimizer(mo.Adam(), on_nonfinite="stop"),  # type: ignore[arg-type]
             ValueError,
             "on_nonfinite must be 'propagate', 'raise' or 'skip'; got 'stop'",
         ),
@@ -771,17 +771,17 @@ def test_nonfinite_gradients_raise_by_name(library: Library) -> None:
         (lambda: mo.Adam(lr=float("nan")), ValueError, "Adam: lr must be a finite number >= 0"),
         (lambda: mo.Adam(lr=float("inf")), ValueError, "Adam: lr must be a finite number >= 0"),
         (lambda: mo.Adam(lr=10**400), ValueError, "Adam: lr must be .*; got 1000"),
-        (lambda: mo.Adam(lr="fast"), ValueError, "Adam: lr must be .*; got 'fast'"),
+        (lambda: mo.Adam(lr="fast"), ValueError, "Adam: lr must be .*; got 'fast'"),  # type: ignore[arg-type]
         (lambda: mo.Adam(lr=True), ValueError, "Adam: lr must be .*; got True"),
         (lambda: mo.Adam(betas=(0.9, 1.0)), ValueError, "betas must be a number >= 0 and < 1"),
-        (lambda: mo.Adam(betas=0.9), ValueError, "betas must be a pair of numbers; got 0.9"),
-        (lambda: mo.Adam(betas=(0.9,)), ValueError, "betas must be a pair of numbers"),
-        (lambda: mo.Adam(amsgrad="yes"), ValueError, "amsgrad must be False, True or 'corrected'"),
-        (lambda: mo.Adam(maximize=1), ValueError, "Adam: maximize must be True or False; got 1"),
+        (lambda: mo.Adam(betas=0.9), ValueError, "betas must be a pair of numbers; got 0.9"),  # type: ignore[arg-type]
+        (lambda: mo.Adam(betas=(0.9,)), ValueError, "betas must be a pair of numbers"),  # type: ignore[arg-type]
+        (lambda: mo.Adam(amsgrad="yes"), ValueError, "amsgrad must be False, True or 'corrected'"),  # type: ignore[arg-type]
+        (lambda: mo.Adam(maximize=1), ValueError, "Adam: maximize must be True or False; got 1"),  # type: ignore[arg-type]
         (lambda: mo.AdamW(eps=-1e-8), ValueError, "AdamW: eps must be a finite number >= 0"),
         (lambda: mo.SGD(nesterov=True), ValueError, "SGD: nesterov needs a momentum and no damp"),
         (lambda: mo.Adadelta(rho=1.1), ValueError, "Adadelta: rho must be a number >= 0 and <= 1"),
-        (lambda: mo.Rprop(step_sizes=1.0), ValueError, "Rprop: step_sizes must be a pair of num"),
+        (lambda: mo.Rprop(step_sizes=1.0), ValueError, "Rprop: step_sizes must be a pair of num"),  # type: ignore[arg-type]
         (lambda: mo.Rprop(etas=(0.5, 1.0)), ValueError, "Rprop: etas must be below and above 1"),
         (lambda: mo.Rprop(etas=(1.0, 1.2)), ValueError, "Rprop: etas must be below and above 1"),
         (
@@ -793,9 +793,9 @@ def test_nonfinite_gradients_raise_by_name(library: Library) -> None:
         (lambda: mo.ClippedAdam(clip_norm=-1), ValueError, "ClippedAdam: clip_norm must be a num"),
         (lambda: mo.Clip(norm=-1), ValueError, "Clip: norm must be a number >= 0; got -1"),
         (lambda: mo.Clip(global_norm=float("nan")), ValueError, "Clip: global_norm must be a n"),
-        (lambda: mo.Clip(value="1"), ValueError, "Clip: value must be a number >= 0; got '1'"),
+        (lambda: mo.Clip(value="1"), ValueError, "Clip: value must be a number >= 0; got '1'"),  # type: ignore[arg-type]
         (lambda: mo.Clip(value=1, eps=float("inf")), ValueError, "Clip: eps must be .*; got inf"),
-        (lambda: mo.Clip(norm=1, eps=None), ValueError, "Clip: eps must be .*; got None"),
+        (lambda: mo.Clip(norm=1, eps=None), ValueError, "Clip: eps must be .*; got None"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_settings(make: Callable[[], Any], error: type[Exception], message: str) -> None:
@@ -854,7 +854,8 @@ def test_numpy_error_settings_cannot_tear_a_step(what: str) -> None:
             for _ in range(3):
                 opt.step({"w": w}, grads)
             results.append(w)
-    assert_equal(*results)
+    one, other = results
+    assert_equal(one, other)
 
 
 def test_table_covers_every_library() -> None:

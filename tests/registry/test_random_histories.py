@@ -24,7 +24,7 @@ NAMES = ("first.w", "second w", "third/w", "$fourth", "__fifth__")
 SHAPES = dict(zip(NAMES, [(), (0,), (3,), (2, 2), (3,)], strict=True))
 DTYPES = ["float16", "float32", "float64"]
 ADAM, HEAVY_BALL = mo.Adam(lr=0.1), mo.SGD(lr=0.1, momentum=0.5)
-RULES = {
+RULES: dict[str, Any] = {
     "Adam": ADAM,
     "AMSGrad": mo.Adam(lr=0.1, amsgrad=True),
     "heavy ball": HEAVY_BALL,
@@ -76,7 +76,7 @@ class Histories(RuleBasedStateMachine):
         data: st.DataObject,
     ) -> None:
         self.engine, self.masters = engine, masters
-        self.rules, self.average = rules, average
+        self.kind, self.average = rules, average
         self.opt, self.model = self.new(rules, average)
         for name in names[:3]:
             self.appear(name, *data.draw(kinds))
@@ -198,9 +198,9 @@ class Histories(RuleBasedStateMachine):
         masters: bool | None,
     ) -> None:
         """Some file, into a new optimizer, of the same settings if there are no others."""
-        self.rules, self.average = rules or self.rules, average or self.average
+        self.kind, self.average = rules or self.kind, average or self.average
         self.masters = self.masters if masters is None else masters
-        self.opt, self.model = self.new(self.rules, self.average)
+        self.opt, self.model = self.new(self.kind, self.average)
         self.load_one(data)
 
     def load_one(self, data: st.DataObject) -> None:
@@ -314,15 +314,16 @@ class Histories(RuleBasedStateMachine):
             return
         self.opt.rename(names)
         self.model.rename(names)
-        for arrays in (self.params, self.values, self.libraries):
+        known: tuple[dict[str, Any], ...] = (self.params, self.values, self.libraries)
+        for arrays in known:
             moved = {names[name]: arrays.pop(name) for name in old if name in arrays}
             for name in new:
                 arrays.pop(name, None)
-            arrays |= moved  # type: ignore[operator]
+            arrays |= moved
 
     @rule(rules=st.sampled_from(list(RULES)))
     def change_rule(self, rules: str) -> None:
-        self.rules, self.opt.rule = rules, RULES[rules]
+        self.kind, self.opt.rule = rules, RULES[rules]
         self.model.main.change_rules(RULES[rules])
 
     # What holds
@@ -380,6 +381,4 @@ def assert_slots(actual: dict[str, Any], expected: dict[str, np.ndarray], librar
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(
-    max_examples=2 * settings.default.max_examples, stateful_step_count=40
-)
+TestHistories.settings = settings(max_examples=2 * settings().max_examples, stateful_step_count=40)

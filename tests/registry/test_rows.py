@@ -18,6 +18,7 @@ import multiopt as mo
 from multiopt import registry as registries
 from multiopt.arrays import Part
 from multiopt.engine import Group
+from multiopt.first_sight import move
 from multiopt.registry import Registry
 from multiopt_kernels.host import HostGroup
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
@@ -34,7 +35,12 @@ def falling(step: int) -> float:
 
 #: Two kinds that have groups of their own, and one that no compiled engine takes.
 RULES = [mo.Adam(lr=0.1), mo.Adam(lr=falling), mo.SGD(lr=0.1, momentum=0.5), mo.LAMB(lr=0.1)]
-KINDS = {"shape": SHAPES, "dtype": DTYPES, "library": LIBRARIES, "rule": RULES}
+KINDS: dict[str, list[Any]] = {
+    "shape": SHAPES,
+    "dtype": DTYPES,
+    "library": LIBRARIES,
+    "rule": RULES,
+}
 CLIPS = [None, None, mo.Clip(norm=1.0), mo.Clip(value=0.3)]
 STEPS = 60
 
@@ -104,11 +110,14 @@ class Lives:
         self.expected[name] = Alone(alone, start.copy())
         self.params[name], self.libraries[name] = library.param(start), library
 
+    def known(self) -> tuple[dict[str, Any], ...]:
+        return self.expected, self.rules, self.clips, self.params, self.libraries
+
     def forget(self, name: str) -> None:
         if name in self.opt or name in self.opt.pending:
             self.opt.forget(name)
-        for known in (self.expected, self.rules, self.clips, self.params, self.libraries):
-            known.pop(name)  # type: ignore[attr-defined]
+        for known in self.known():
+            known.pop(name)
 
     def come(self) -> None:
         for name in self.some(NAMES):
@@ -132,8 +141,8 @@ class Lives:
         new = [*old[1:], *old[:1]] if len(free) < len(old) or self.rng.random() < 0.5 else free
         names = dict(zip(old, new, strict=False))
         self.opt.rename(names)
-        for known in (self.expected, self.rules, self.clips, self.params, self.libraries):
-            moved = {new: known.pop(old) for old, new in names.items()}  # type: ignore[attr-defined]
+        for known in self.known():
+            moved = {new: known.pop(old) for old, new in names.items()}
             known |= moved
 
     def move(self) -> None:
@@ -259,7 +268,7 @@ def rows_of_another_name(patch: pytest.MonkeyPatch) -> None:
 
     def swapped(self: Registry, names: list[str]) -> Any:
         rows = find(self, names)
-        for group, found, _ in rows.parts:
+        for group, found, *_ in rows.parts:
             for k in range(1, len(found)):
                 if group.shapes[found[k]] == group.shapes[found[0]]:
                     found[0], found[k] = found[k], found[0]
@@ -289,7 +298,6 @@ def stale_plain_numbers(patch: pytest.MonkeyPatch) -> None:
 
 def stale_schedules(patch: pytest.MonkeyPatch) -> None:
     """A row that has moved has the numbers of an earlier step."""
-    move = registries.move
 
     def moved(known: Registry, rows: Any, to: Any, fresh: dict[int, int]) -> Any:
         found = move(known, rows, to, fresh)

@@ -168,7 +168,7 @@ def data(tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 def set_(tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return tensor.set_(new)
+        return tensor.set_(new)  # type: ignore[call-overload]  # of another tensor, it is missing
 
 
 SAME: dict[str, Callable[[Any], Any]] = {
@@ -472,7 +472,9 @@ def test_zero_dimensions_and_zero_elements(name: str) -> None:
     pair, rng = Pair(name, clip=mo.Clip(1.0, 1.0)), np.random.default_rng(0)
     params = {"number": np.ones(()), "empty": np.ones((0, 3)), "e": np.ones(0), "one": np.ones(1)}
     for turn in range(6):
-        grads = {n: np.array(rng.standard_normal(p.shape)) for n, p in params.items()}
+        grads: dict[str, Any] = {
+            n: np.array(rng.standard_normal(p.shape)) for n, p in params.items()
+        }
         if turn % 2:
             grads["number"] = np.float64(rng.standard_normal())
         pair.step(params, grads)
@@ -808,7 +810,7 @@ def test_a_gradient_clipped_in_place_moves_its_version(name: str) -> None:
 @on_engines
 def test_parameters_move_between_libraries(name: str) -> None:
     pair, rng = Pair(name, clip=mo.Clip(0.5, 1.0)), np.random.default_rng(0)
-    libraries = [np.array, torch.from_numpy, jnp.array]
+    libraries: list[Callable[[Any], Any]] = [np.array, torch.from_numpy, jnp.array]
     now = {**arrays(), "d": np.ones(3), "half": np.ones(3, np.float16)}
     for turn in range(18):
         some = [*now][: None if turn % 3 else 3]
@@ -867,7 +869,7 @@ def test_the_number_of_threads_changes_nothing(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_forked_child_steps_on(name: str, tmp_path: Path) -> None:
     pair, rng = Pair(name, clip=mo.Clip(1.0)), np.random.default_rng(0)
-    params = {str(n): np.ones(n, np.float32) for n in (10, 300_001)}
+    params: dict[str, Any] = {str(n): np.ones(n, np.float32) for n in (10, 300_001)}
     grads = {n: rng.standard_normal(p.size).astype("f4") for n, p in params.items()}
     for _ in range(2):
         pair.step(params, grads)
