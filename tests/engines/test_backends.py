@@ -113,9 +113,9 @@ def test_libraries_mix_in_one_step(history: History) -> None:
     params = {name: of[name].param(life.start) for name, life in history.lives.items()}
     for step in range(history.steps):
         grads = {
-            name: of[name].grad(life.grads[step])
+            name: of[name].grad(grad)
             for name, life in history.lives.items()
-            if life.grads[step] is not None
+            if (grad := life.grads[step]) is not None
         }
         params = opt.step(params, grads)
     reference, expected = history.run(NUMPY)

@@ -34,7 +34,7 @@ def fail(error: Exception) -> Callable[..., Any]:
 
 
 #: What a library may lack, and what the message says of it.
-LACKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+LACKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], str]] = {
     # ndonnx
     "a way to the host": (
         lambda patch: patch.setattr(Array, "__dlpack__", fail(BufferError("no export"))),

@@ -364,7 +364,8 @@ def programs(draw: st.DrawFn) -> tuple[Callable[..., Any], int]:
     ends = draw(st.lists(st.integers(0, arrays - 1), min_size=1 + slot_count, max_size=8))
 
     def update(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-        x, masks = [param, grad, *slots], []
+        x: list[Any] = [param, grad, *slots]
+        masks: list[Any] = []
         of: dict[str, Callable[..., Any]] = {
             "+": lambda i, j, m, n: x[i] + x[j],
             "-": lambda i, j, m, n: x[i] - x[j],
@@ -443,7 +444,7 @@ def test_threads_share_a_tape() -> None:
 
     def run(param: np.ndarray, grad: np.ndarray, *slots: np.ndarray) -> None:
         with np.errstate(all="ignore"):
-            tape.run(param, grad, slots, c)
+            tape.run(param, grad, slots, tuple(c))
 
     threads = [threading.Thread(target=run, args=each) for each in whole]
     for thread in threads:

@@ -334,7 +334,7 @@ for turn in range(3):
 def torch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A PyTorch that uses 5 threads."""
     torch = SimpleNamespace(get_num_threads=lambda: 5)
-    monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.delenv("MULTIOPT_NUM_THREADS", raising=False)
     return torch
 

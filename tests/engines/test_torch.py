@@ -216,4 +216,5 @@ def test_default_dtype_and_deterministic_mode_change_nothing() -> None:
             results.append(w.numpy())
         finally:
             torch.set_default_dtype(torch.float32)
-    np.testing.assert_array_equal(*results)
+    one, other = results
+    np.testing.assert_array_equal(one, other)

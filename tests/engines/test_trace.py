@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multiopt as mo
+from multiopt.kinds import number_fields, other_fields
 from multiopt.rules.arithmetic import (
     by_squaring,
     clip_coefficient,
@@ -28,7 +29,7 @@ from multiopt_kernels.cpu import kernels
 from multiopt_kernels.cpu.rows import FIRST_SLOT
 from multiopt_kernels.cpu.source import Source
 from multiopt_kernels.cpu.update import update_source
-from multiopt_kernels.forms import coefficient_kinds, number_fields, other_fields, traced_scalars
+from multiopt_kernels.forms import coefficient_kinds, traced_scalars
 from multiopt_kernels.operations import Kind, NotTraceable
 from multiopt_kernels.trace import trace_function, trace_scalars, trace_update
 from tests.cases import CASES, Case
@@ -300,8 +301,8 @@ def literal_places(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 class Literals(mo.SGD):
     """A rule with literals wherever one may stand."""
 
-    slots = ("last",)  # type: ignore[assignment]
-    update = property(lambda self: literal_places)  # type: ignore[assignment]
+    slots = ("last",)
+    update = property(lambda self: literal_places)
 
 
 def typed_places(param: Any, grad: Any, last: Any, lr: float) -> tuple[Any, Any]:
@@ -442,7 +443,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "numbers combined": (lambda xp, p, g, c: xp.where(p & g, p, g), "logical_and"),
     "a power of coefficients": (lambda xp, p, g, c: power(p, 3), "by_squaring"),
 }
-KINDS = {"a": Kind.NUMBER, "b": Kind.NUMBER, "on": True}
+KINDS: dict[str, bool | Kind] = {"a": Kind.NUMBER, "b": Kind.NUMBER, "on": True}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -484,9 +485,7 @@ def test_what_is_refused_runs_as_it_stands(name: str) -> None:
     refused = REFUSED[name][0]
 
     class Own(mo.SGD):
-        update = property(  # type: ignore[assignment]
-            lambda self: lambda xp, p, g, s, c: (p - c.lr * refused(xp, g, p, c), s)
-        )
+        update = property(lambda self: lambda xp, p, g, s, c: (p - c.lr * refused(xp, g, p, c), s))
 
     w = {"w": np.linspace(-1, 1, 50)}
     expected = w["w"].copy()
@@ -598,7 +597,7 @@ def test_coefficients_are_the_same_numbers_everywhere(name: str, dtype: str) -> 
     scalars = UNIFORM[name]
 
     class Own(mo.Adam):
-        update = property(lambda self: lambda xp, p, g, s, c: (p, s))  # type: ignore[assignment]
+        update = property(lambda self: lambda xp, p, g, s, c: (p, s))
 
         @classmethod
         def scalars(cls, h: Any, step: Any) -> Any:
@@ -610,10 +609,12 @@ def test_coefficients_are_the_same_numbers_everywhere(name: str, dtype: str) -> 
         printed = printed or Printed(rule, dtype, given=False)
         assert not printed.given
         steps = np.array([*range(1, 20), 1000, 2**31 + 1])
-        columns = np.broadcast_to(rule.coefficients(steps).x, steps.shape)
+        several: Any = rule.coefficients(steps)
+        columns = np.broadcast_to(several.x, steps.shape)
         for step, column in zip(steps.tolist(), columns, strict=True):
             (x,) = printed.coefficients(rule, step)
-            assert x == rule.coefficients(step, dtype).x
+            alone: Any = rule.coefficients(step, dtype)
+            assert x == alone.x
             assert np.dtype(dtype).type(column) == x or isinstance(x, bool | np.bool_)
 
 
@@ -641,7 +642,7 @@ def directed(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 class Edited(mo.SGD):
     """A rule that uses a function and, in it, a number of its module."""
 
-    update = property(lambda self: directed)  # type: ignore[assignment]
+    update = property(lambda self: directed)
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> Any:

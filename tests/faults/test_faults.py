@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -354,7 +355,7 @@ def interrupts_at(world: World, few: int) -> None:
             life = world.start()
             grads = life.grads(HIT)
             try:
-                reached = opcodes(lambda life=life, grads=grads: life.step(HIT, grads), k)
+                reached = opcodes(partial(life.step, HIT, grads), k)
             except KeyboardInterrupt as error:
                 seen.add(check(reference, life, error))
             else:
@@ -387,7 +388,7 @@ def test_what_another_handler_raises_leaves_a_whole_state_or_one_that_a_load_men
             error: BaseException | None = None
             try:
                 # A library that looks whether it can do something may catch what is raised there.
-                opcodes(lambda life=life, grads=grads: life.step(HIT, grads), k, signal.SIGTERM)
+                opcodes(partial(life.step, HIT, grads), k, signal.SIGTERM)
             except (TimeoutError, TypeError) as caught:
                 error = caught
             if life.opt._guard.torn is None:
@@ -467,7 +468,7 @@ def test_a_handler_may_set_a_flag_at_any_moment_of_a_step(name: str) -> None:
         for k in points(total, 10):
             life = world.start()
             grads = life.grads(HIT)
-            opcodes(lambda life=life, grads=grads: life.step(HIT, grads), k, signal.SIGTERM)
+            opcodes(partial(life.step, HIT, grads), k, signal.SIGTERM)
             assert flags.pop()
             check(reference, life, None)
 
@@ -550,7 +551,7 @@ def loaded() -> dict[str, Any]:
     return opt.state_dict()
 
 
-LOADED = loaded()
+LOADED: dict[str, Any] = loaded()
 
 
 @pytest.mark.parametrize("alteration", ALTERATIONS)
@@ -572,7 +573,7 @@ def test_an_interrupt_of_a_change_leaves_all_or_nothing(alteration: str) -> None
     for k in points(opcodes(lambda: alter(calm)), 40):
         opt = grown()
         with pytest.raises(KeyboardInterrupt):
-            opcodes(lambda opt=opt: alter(opt), k)
+            opcodes(partial(alter, opt), k)
         now = shown(opt)
         assert now in (before, after), k
         seen.add(now == after)
@@ -742,7 +743,7 @@ def test_an_interrupt_of_the_drop_in_leaves_a_note_and_a_whole_step() -> None:
     for k in points(total, 20):
         optim, params = start()
         with pytest.raises(KeyboardInterrupt) as caught:
-            opcodes(lambda optim=optim, params=params: optim(params), k)
+            opcodes(partial(optim, params), k)
         now = [bits(param) for param in params]
         assert now in (before, after)
         for note in getattr(caught.value, "__notes__", []):
