@@ -224,7 +224,7 @@ def beside_a_save_that_stands_still(folder: Path, _: int) -> dict[str, int]:
             os.kill(os.getpid(), signal.SIGSTOP)
             flush(descriptor)
 
-        os.fsync = stopped
+        os.fsync = stopped  # type: ignore[assignment]
         opt.save(path)
 
     child = fork(stand_still)

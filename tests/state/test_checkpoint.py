@@ -4,6 +4,7 @@ import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def state_of(opt: mo.Optimizer) -> object:
     ["__metadata__", "0", "", "a/b", "é\n\0", "x" * 300, "\U0001f600", "\ud83d", "\ude00\ud83d"],
 )
 def test_any_name_can_be_saved(tmp_path: Path, name: str) -> None:
-    path = saved(tmp_path, **{name: np.ones(3)})
+    entry: dict[str, Any] = {name: np.ones(3)}
+    path = saved(tmp_path, **entry)
     opt = mo.Optimizer(mo.Adam())
     opt.load(path)
     assert opt.pending == (name,)

@@ -144,9 +144,9 @@ def test_a_save_removes_what_dead_saves_left_and_nothing_else(tmp_path: Path, na
     assert (len(mine), len(its)) == (3, 3)
     for file in strays:
         shutil.copy(file, tmp_path / file.name)
-    files = (".tmp", f".{name}.tmp", f".{name}.notes", f"{name}.0123.tmp", f".{name}.notes.tmp")
-    for file in files:
-        (tmp_path / file).write_text("the user's own")
+    others = (".tmp", f".{name}.tmp", f".{name}.notes", f"{name}.0123.tmp", f".{name}.notes.tmp")
+    for other in others:
+        (tmp_path / other).write_text("the user's own")
     (tmp_path / f".{name}.{'0' * 32}.tmp").mkdir()
 
     before = {file.name for file in tmp_path.iterdir()}

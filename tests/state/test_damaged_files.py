@@ -92,7 +92,8 @@ def hostile(raw: bytes) -> Iterator[bytes]:
         inner[keys[-1]] = value
         return sealed(copy, header, data)
 
-    odd = [None, True, -1, 0.5, 1e400, 2**63, 2**64, 10**30, "", "x", "0", [], [[]], {}, {"": {}}]
+    odd: list[Any] = [None, True, -1, 0.5, 1e400, 2**63, 2**64, 10**30, "", "x", "0", [], [[]]]
+    odd += [{}, {"": {}}]
     for value in odd:
         for key in document:
             yield changed(value, key)
@@ -155,7 +156,7 @@ def hostile(raw: bytes) -> Iterator[bytes]:
             f'{{"version": 2, "rules":[], "entries":{{{names}}},"pending":{{}}}}', header, data
         )
     tensor = {"dtype": "F64", "shape": [40], "data_offsets": [0, 320]}
-    lies = [
+    lies: list[dict[str, Any]] = [
         {"shape": [2**62]},
         {"shape": [2**31, 2**31, 8]},
         {"shape": [-1]},
@@ -225,14 +226,14 @@ def damaged(raw: bytes, rng: np.random.Generator) -> bytes:
         case 2:  # cut short
             del made[rng.integers(len(made)) :]
         case 3:  # a block of zeros, as a disk leaves it
-            start = rng.integers(len(made))
+            start = int(rng.integers(len(made)))
             size = min(int(rng.integers(1, 600)), len(made) - start)
             made[start : start + size] = bytes(size)
         case 4:  # something put in
-            start = rng.integers(len(made))
-            made[start:start] = rng.bytes(rng.integers(1, 40))
+            start = int(rng.integers(len(made)))
+            made[start:start] = rng.bytes(int(rng.integers(1, 40)))
         case 5:  # something taken out
-            start = rng.integers(len(made))
+            start = int(rng.integers(len(made)))
             del made[start : start + rng.integers(1, 40)]
         case 6:  # two blocks changed places
             i, j = sorted(rng.integers(0, len(made) - 16, size=2))

@@ -20,7 +20,7 @@ import torch
 import multiopt as mo
 import multiopt.adapters.pyro as optim
 from multiopt.adapters.torch_optim import read
-from tests.hosts.pyro.tensors import give, param, steps_of
+from tests.hosts.pyro.tensors import PYRO, give, param, steps_of
 from tests.libraries import assert_equal
 
 
@@ -351,7 +351,7 @@ def test_what_cannot_be_read_of_torch_is_said() -> None:
     with pytest.raises(mo.CheckpointError, match=r"BytesIO .*it is damaged, or of another kind"):
         read(io.BytesIO(b"nothing of torch"))
     with pytest.raises(TypeError, match="mode 'rb'"):
-        read(io.StringIO("text"))
+        read(io.StringIO("text"))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"a binary file object, which has read\(\); got 3"):
         read(3)  # type: ignore[arg-type]
 
@@ -371,7 +371,7 @@ def test_the_drop_in_saves_to_a_file_object_and_loads_from_one() -> None:
         else:
             with pytest.raises(mo.CheckpointError, match="BytesIO"):
                 other.load(source)
-    theirs = pyro.optim.Adam({"lr": 0.1})
+    theirs = PYRO.Adam({"lr": 0.1})
     theirs([give(loc)])
     file = io.BytesIO()
     torch.save(theirs.get_state(), file)

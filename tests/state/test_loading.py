@@ -468,7 +468,7 @@ def test_arguments_of_another_kind_are_said(loaded: Any) -> None:
 
 
 def test_paths_may_be_bytes(tmp_path: Path) -> None:
-    path = os.fsencode(tmp_path / "é")
+    path: Any = os.fsencode(tmp_path / "é")
     stepped(a=ones(2)).save(path)
     assert mo.Optimizer(mo.Adam()).load(path).pending == ("a",)
 
