@@ -48,11 +48,11 @@ CASES = [
     for settings in several
 ]
 #: The tolerances for strangers, of spec/arithmetic.md; torch's Muon works in bfloat16.
-TOLERANCE = {
+TOLERANCE: dict[Any, dict[str, Any]] = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-14},
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
 }
-ROUNDED = {"Muon": {"rtol": 0.0, "atol": 1e-2}}
+ROUNDED: dict[str, dict[str, Any]] = {"Muon": {"rtol": 0.0, "atol": 1e-2}}
 #: What torch rounds to its default dtype at each step, and multiopt computes anew.
 COMPUTED = ("eta", "mu_product")
 #: Groups of torch: the second has settings of its own, the last no parameters.
@@ -67,7 +67,12 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    shapes = {"matrix": (3, 2), "unused": (2, 2), "late": (4, 2), "square": (3, 3)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "matrix": (3, 2),
+        "unused": (2, 2),
+        "late": (4, 2),
+        "square": (3, 3),
+    }
     if name != "Muon":
         shapes |= {"unused": (), "late": (4,)}
     torch.manual_seed(0)
@@ -399,7 +404,7 @@ def test_a_state_dict_of_another_form_is_refused(change: Any, message: str) -> N
 
 COUNTING = sorted(SETTINGS.keys() - {"SGD", "Muon"})
 #: What is no number of steps.
-NO_CLOCKS = [
+NO_CLOCKS: list[Any] = [
     *(1.5, -1, -1.0, float("nan"), float("inf"), 2.0**54, True, "3", None, [3], {}, 1 + 0j),
     *(np.float64(0.5), np.array([1, 2]), np.bool_(True), np.array("3")),
     *(torch.tensor(2.5), torch.tensor(float("nan")), torch.tensor(-float("inf"))),
@@ -762,7 +767,7 @@ class Allowed:
 
 @pytest.fixture
 def allowances() -> Iterator[list[Any]]:
-    allowed = [
+    allowed: list[Any] = [
         *(Allowed, np.dtype, np.ndarray, np.dtypes.Float64DType, np.float64().__reduce__()[0]),
         (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
     ]

@@ -52,10 +52,13 @@ CLASSES = (
 )
 
 #: The tolerances for strangers, of spec/arithmetic.md.
-TOLERANCE = {"float64": {"rtol": 1e-12, "atol": 1e-14}, "float32": {"rtol": 1e-5, "atol": 1e-6}}
+TOLERANCE: dict[str, dict[str, Any]] = {
+    "float64": {"rtol": 1e-12, "atol": 1e-14},
+    "float32": {"rtol": 1e-5, "atol": 1e-6},
+}
 
 #: Where multiopt differs on purpose: what the looser tolerance is for.
-DIFFERENT: dict[str, tuple[str, dict[str, float]]] = {
+DIFFERENT: dict[str, tuple[str, dict[str, Any]]] = {
     "Muon": (
         "torch orthogonalizes in bfloat16, multiopt in the working precision (spec/rules/muon.md)",
         {"rtol": 0.0, "atol": 0.05},

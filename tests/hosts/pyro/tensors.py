@@ -22,13 +22,20 @@ SETTINGS: dict[str, dict[str, Any]] = {name: {"lr": 0.1} for name in CONSTRUCTOR
     "RMSprop": {"lr": 0.1, "momentum": 0.9, "centered": True},
     "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5},
 }
+#: ``pyro.optim``, which makes its functions when it is imported, unseen by mypy.
+PYRO: Any = pyro.optim
 BOTH = pytest.mark.parametrize("module", [pyro.optim, optim], ids=["pyro", "multiopt"])
+
+
+def leaf(constrained: Any) -> torch.Tensor:
+    """The unconstrained leaf behind a value of the store."""
+    return constrained.unconstrained()
 
 
 def param(name: str, value: float = 0.0, size: int | tuple[int, ...] = 2) -> torch.Tensor:
     """The unconstrained leaf behind a parameter of the store."""
     shape = size if isinstance(size, tuple) else (size,)
-    return pyro.param(name, torch.full(shape, value)).unconstrained()
+    return leaf(pyro.param(name, torch.full(shape, value)))
 
 
 def give(tensor: torch.Tensor, *grad: float) -> torch.Tensor:

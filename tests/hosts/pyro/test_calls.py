@@ -11,14 +11,14 @@ import torch
 
 import multiopt.adapters.pyro as optim
 from multiopt.registry import Registry
-from tests.hosts.pyro.tensors import BOTH, NAMES, give, param
+from tests.hosts.pyro.tensors import BOTH, NAMES, PYRO, give, param
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_object_is_what_pyro_asks_for(name: str) -> None:
     factory, theirs = getattr(optim, name), getattr(pyro.optim, name)
     opt = factory({"lr": 0.1})
-    assert isinstance(opt, pyro.optim.PyroOptim)
+    assert isinstance(opt, PYRO.PyroOptim)
     assert factory.__name__ == name == opt.pt_optim_constructor.__name__
     assert opt.pt_optim_constructor is theirs({"lr": 0.1}).pt_optim_constructor
     assert (opt.pt_optim_args, opt.pt_clip_args) == ({"lr": 0.1}, {})
@@ -119,6 +119,7 @@ def test_the_clipped_gradient_is_left_behind(module: Any, name: str, arguments: 
         expected = {"clip_norm": [0.5, -0.5]}
     elif clip.get("clip_norm") == 100.0:
         expected = {"clip_norm": [3.0, -4.0]}
+    assert loc.grad is not None
     np.testing.assert_allclose(
         loc.grad, next(expected[k] for k in expected if k in clip), rtol=1e-6
     )

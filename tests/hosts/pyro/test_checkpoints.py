@@ -18,7 +18,7 @@ import multiopt as mo
 import multiopt.adapters.pyro as optim
 from multiopt.adapters.pyro.checkpoints import from_pyro, to_pyro
 from multiopt.adapters.torch_optim import read, rules_of
-from tests.hosts.pyro.tensors import RULED, SETTINGS, give, param, steps_of
+from tests.hosts.pyro.tensors import PYRO, RULED, SETTINGS, give, leaf, param, steps_of
 
 STEPS = 9
 #: torch's Muon orthogonalizes in bfloat16.
@@ -188,15 +188,16 @@ def test_a_schedule_of_pyro_waits_while_the_core_goes_on(tmp_path: Path, name: s
 def test_a_scheduler_needs_a_schedule_for_each_name() -> None:
     opt = mo.Optimizer(mo.SGD())
     opt.step({"loc": np.zeros(2)}, {"loc": np.ones(2)})
-    theirs, loc = pyro.optim.SGD({"lr": 0.1}), param("loc")
+    theirs, loc = PYRO.SGD({"lr": 0.1}), param("loc")
     theirs([give(loc)])
-    for schedulers in ({}, theirs.get_state()):
+    without: dict[str, Any] = {}
+    for schedulers in (without, theirs.get_state()):
         with pytest.raises(ValueError, match="parameter 'loc' has no schedule in schedulers"):
             to_pyro(opt.state_dict(), schedulers)
 
 
 def test_state_without_a_name_is_left_out_with_a_warning() -> None:
-    theirs, loc = pyro.optim.Adam({"lr": 0.1}), param("loc")
+    theirs, loc = PYRO.Adam({"lr": 0.1}), param("loc")
     theirs([give(loc)])
     pyro.clear_param_store()
     assert list(theirs.get_state()) == [None]
@@ -208,8 +209,8 @@ def test_state_without_a_name_is_left_out_with_a_warning() -> None:
 
 def test_complex_state_goes_over_and_back(tmp_path: Path) -> None:
     start = torch.ones(3, dtype=torch.complex64)
-    loc, whole = pyro.param("loc", start.clone()).unconstrained(), start.requires_grad_()
-    theirs, never, back = (pyro.optim.Adam({"lr": 0.1}) for _ in range(3))
+    loc, whole = leaf(pyro.param("loc", start.clone())), start.requires_grad_()
+    theirs, never, back = (PYRO.Adam({"lr": 0.1}) for _ in range(3))
     grads = torch.randn(6, 3, dtype=torch.complex64)
 
     def give_both(i: int) -> None:
@@ -250,7 +251,7 @@ def test_complex_state_goes_over_and_back(tmp_path: Path) -> None:
 )
 def test_a_checkpoint_of_another_form_is_refused(states: Any, message: str) -> None:
     with pytest.raises(mo.CheckpointError, match=message):
-        from_pyro(states, pyro.optim.Adam)
+        from_pyro(states, PYRO.Adam)
 
 
 def stepped(name: str, steps: int = 3) -> tuple[Any, torch.Tensor]:
@@ -318,7 +319,7 @@ def test_clocks_are_whole_whatever_the_default_dtype(
 
 
 def test_an_optimizer_without_a_rule_is_refused() -> None:
-    for given in (pyro.optim.SparseAdam, pyro.optim.ExponentialLR, pyro.optim.PyroOptim):
+    for given in (PYRO.SparseAdam, PYRO.ExponentialLR, pyro.optim.PyroOptim):
         with pytest.raises(
             TypeError, match="an optimizer of torch or Pyro that multiopt has a rule"
         ):

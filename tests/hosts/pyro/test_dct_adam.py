@@ -14,7 +14,7 @@ from pyro.contrib.forecast import Forecaster, ForecastingModel
 import multiopt.adapters.pyro as optim
 from multiopt import CheckpointError
 from multiopt.adapters.pyro.joint import JointOptim
-from tests.hosts.pyro.tensors import BOTH, give, param, steps_of
+from tests.hosts.pyro.tensors import BOTH, PYRO, give, leaf, param, steps_of
 
 
 class Drift(ForecastingModel):
@@ -29,8 +29,8 @@ class Drift(ForecastingModel):
 
 def series(name: str, size: int = 7) -> torch.Tensor:
     """A parameter of two time series, marked as ``pyro.contrib.forecast`` does."""
-    tensor = pyro.param(name, torch.zeros(2, size)).unconstrained()
-    tensor._pyro_dct_dim = -1  # type: ignore[attr-defined]
+    tensor: Any = leaf(pyro.param(name, torch.zeros(2, size)))
+    tensor._pyro_dct_dim = -1
     return tensor
 
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_goes_on_here(module: Any, tmp_path: Path) -> None:
 def test_pyro_reads_the_state() -> None:
     opt, tensor = optim.DCTAdam({"lr": 0.1}), series("w")
     opt({wavy(tensor, 0)})
-    theirs = pyro.optim.DCTAdam({"lr": 0.1})
+    theirs = PYRO.DCTAdam({"lr": 0.1})
     theirs.set_state(opt.get_state())
     theirs({wavy(tensor, 1)})
     assert steps_of(theirs, "w") == 2

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 import multiopt as mo
 import multiopt.adapters.pyro as optim
-from tests.hosts.pyro.tensors import RULED, SETTINGS, give, param, steps_of
+from tests.hosts.pyro.tensors import PYRO, RULED, SETTINGS, give, leaf, param, steps_of
 
 #: torch's Muon orthogonalizes in bfloat16.
 ROUNDED = {"Muon": 1e-2}
@@ -57,7 +57,7 @@ def test_state_of_every_optimizer_before_its_first_gradient(name: str, first: st
 def test_the_state_of_a_scheduler_of_pyro_is_taken_without_its_schedule() -> None:
     loc = param("loc")
     settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}
-    theirs = pyro.optim.ExponentialLR(settings)
+    theirs = PYRO.ExponentialLR(settings)
     theirs([give(loc)])
     theirs.step()
     ours = optim.Adam({"lr": 123.0})
@@ -70,7 +70,7 @@ def test_the_state_of_a_scheduler_of_pyro_is_taken_without_its_schedule() -> Non
 @pytest.mark.parametrize("switch", ["amsgrad", "maximize"])
 def test_a_switch_may_be_a_number_as_in_pyro(tmp_path: Path, switch: str) -> None:
     settings = {"lr": 0.1, switch: 1}
-    ours, theirs = optim.Adam(settings), pyro.optim.Adam(settings)
+    ours, theirs = optim.Adam(settings), PYRO.Adam(settings)
     loc, whole = param("loc"), torch.zeros(2, requires_grad=True)
     for _ in range(2):
         theirs([give(loc)])
@@ -89,7 +89,7 @@ def test_a_switch_may_be_a_number_as_in_pyro(tmp_path: Path, switch: str) -> Non
 def test_decoupled_decay_goes_through_state_both_ways() -> None:
     loc = param("loc", 1.0)
     settings = {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True}
-    theirs, ours = pyro.optim.Adam(settings), optim.Adam(settings)
+    theirs, ours = PYRO.Adam(settings), optim.Adam(settings)
     theirs([give(loc)])
     ours.set_state(theirs.get_state())
     ours([give(loc)])
@@ -144,7 +144,7 @@ def test_what_only_the_core_has_is_left_out_with_a_warning(tmp_path: Path) -> No
     assert sorted(opt.get_state()["half"]["state"][0]) == ["exp_avg", "exp_avg_sq", "step"]
     store = pyro.get_param_store()
     store["half"], store["single"] = half, single
-    opt({give(store[name].unconstrained()) for name in ("half", "single")})
+    opt({give(leaf(store[name])) for name in ("half", "single")})
     assert [steps_of(opt, name) for name in ("half", "single")] == [2, 2]
     # The step above has ended the run of skips.
     assert opt.skips == {"single": mo.Skips(total=1, consecutive=0)}
@@ -168,7 +168,7 @@ def test_settings_of_what_was_not_stepped_are_saved_too(tmp_path: Path) -> None:
 
 
 def test_the_settings_of_plain_sgd_survive_a_file(tmp_path: Path) -> None:
-    theirs, loc = pyro.optim.SGD({"lr": 0.25}), param("loc")
+    theirs, loc = PYRO.SGD({"lr": 0.25}), param("loc")
     theirs([give(loc)])
     ours = optim.SGD({"lr": 9.0})
     ours.set_state(theirs.get_state())
@@ -256,8 +256,8 @@ def test_a_schedule_of_ours_outlives_a_load(tmp_path: Path) -> None:
 def test_sixteen_bit_state_of_pyro_becomes_float32() -> None:
     loc = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
     pyro.get_param_store()["loc"] = loc
-    loc = pyro.get_param_store()["loc"].unconstrained()
-    theirs = pyro.optim.Adam({"lr": 0.1})
+    loc = leaf(pyro.get_param_store()["loc"])
+    theirs = PYRO.Adam({"lr": 0.1})
     theirs([give(loc)])
     ours = optim.Adam({"lr": 0.1})
     ours.set_state(theirs.get_state())
@@ -281,7 +281,7 @@ def test_saving_warns_of_tensors_without_a_name(tmp_path: Path) -> None:
 
 
 def test_state_without_a_name_is_left_out_with_a_warning() -> None:
-    theirs, loc = pyro.optim.Adam({"lr": 0.1}), param("loc")
+    theirs, loc = PYRO.Adam({"lr": 0.1}), param("loc")
     theirs([give(loc)])
     pyro.clear_param_store()
     assert list(theirs.get_state()) == [None]
@@ -347,11 +347,11 @@ def test_numpy_numbers_and_infinity_go_through_files(tmp_path: Path) -> None:
 
 
 def test_state_is_cast_to_the_parameter_as_torch_does() -> None:
-    loc, theirs = param("loc"), pyro.optim.Adam({"lr": 0.1})
+    loc, theirs = param("loc"), PYRO.Adam({"lr": 0.1})
     theirs([give(loc)])
     state = theirs.get_state()
     pyro.clear_param_store()
-    double = pyro.param("loc", torch.zeros(2, dtype=torch.float64)).unconstrained()
+    double = leaf(pyro.param("loc", torch.zeros(2, dtype=torch.float64)))
     ours = optim.Adam({"lr": 0.1})
     ours.set_state(state)
     ours([give(double)])
@@ -372,7 +372,8 @@ def test_adam_and_adamw_load_each_other_as_in_torch(first: str, second: str) -> 
         opt.set_state(theirs.get_state())
         opt([give(loc)])
         results.append(loc.tolist())
-    np.testing.assert_allclose(*results, rtol=1e-6)
+    one, other = results
+    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of ours", b"PK\x03\x04half a file"])
@@ -411,7 +412,7 @@ def test_complex_state_goes_on(tmp_path: Path, name: str, way: str) -> None:
     first = pyro.optim if way == "pyro to ours" else optim
     second = pyro.optim if way == "ours to pyro" else optim
     start = torch.ones(3, dtype=torch.complex64)
-    loc, whole = pyro.param("loc", start.clone()).unconstrained(), start.requires_grad_()
+    loc, whole = leaf(pyro.param("loc", start.clone())), start.requires_grad_()
     opt, never = (getattr(module, name)(SETTINGS[name]) for module in (first, pyro.optim))
     for i, grad in enumerate(torch.randn(6, 3, dtype=torch.complex64)):
         if i == 3:

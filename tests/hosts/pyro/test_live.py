@@ -25,7 +25,8 @@ def close(run: Callable[[Any], Any], rtol: float = 1e-5) -> None:
     for module in (optim, pyro.optim):
         pyro.clear_param_store()
         found.append(run(module))
-    np.testing.assert_allclose(*found, rtol=rtol, atol=1e-7)
+    ours, theirs = found
+    np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-7)
 
 
 def group_of(opt: Any, loc: torch.Tensor) -> Any:

@@ -24,7 +24,7 @@ class Model(PyroModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = PyroParam(torch.ones(1), constraints.positive)
+        self.scale: Any = PyroParam(torch.ones(1), constraints.positive)
         self.inner = PyroModule()
         self.inner.bias = PyroParam(torch.zeros(1))
 
@@ -40,7 +40,8 @@ class Network(Model):
         super().__init__()
         self.shift = torch.nn.Parameter(torch.zeros(1))
         self.net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
-        self.linear = PyroModule[torch.nn.Linear](1, 1)
+        kind: Any = PyroModule
+        self.linear = kind[torch.nn.Linear](1, 1)
 
     def forward(self) -> None:
         w = pyro.sample("w", dist.Normal(0.0, 1.0)).reshape(1)

@@ -135,9 +135,9 @@ def test_what_pyro_steps_has_none_of_it() -> None:
 
 def test_wrong_values_are_refused_as_by_the_core() -> None:
     with pytest.raises(ValueError, match="on_nonfinite must be"):
-        optim.SGD({"lr": 1.0}, on_nonfinite="ignore")  # type: ignore[arg-type]
+        optim.SGD({"lr": 1.0}, on_nonfinite="ignore")
     with pytest.raises(TypeError, match="average must be an Average"):
-        optim.SGD({"lr": 1.0}, average=3)  # type: ignore[arg-type]
+        optim.SGD({"lr": 1.0}, average=3)
     with pytest.raises(TypeError, match=r"clip_args has .*'global_norm'.*clip_global_norm"):
         optim.SGD({"lr": 1.0}, {"global_norm": 1.0})
 

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 import multiopt.adapters.pyro as optim
 from multiopt.adapters.pyro.joint import JointOptim
-from tests.hosts.pyro.tensors import give, param
+from tests.hosts.pyro.tensors import give, leaf, param
 
 KINDS: dict[str, Callable[[Any], Any]] = {
     "Pyro": lambda o: o.multi.PyroMultiOptimizer(o.Adam({"lr": 0.05}, {"clip_norm": 9.0})),
@@ -43,16 +43,16 @@ def fit(opt: Any, steps: int) -> list[float]:
 
     def model() -> None:
         for name, start in starts.items():
-            bounds = {"constraint": constraints.greater_than(-1)} if name == "z" else {}
-            value = pyro.param(name, start.double(), **bounds)
+            bounds = constraints.greater_than(-1) if name == "z" else constraints.real
+            value = pyro.param(name, start.double(), constraint=bounds)
             target = dist.MultivariateNormal(loc, cov)
             pyro.sample(f"obs_{name}", target.expand(value.shape[:-1]).to_event(), obs=value)
 
     for _ in range(steps):
         trace = poutine.trace(model).get_trace()
-        loss = -trace.log_prob_sum()
+        loss: Any = -trace.log_prob_sum()
         params = {
-            name: site["value"].unconstrained()
+            name: leaf(site["value"])
             for name, site in trace.nodes.items()
             if site["type"] == "param"
         }
@@ -74,7 +74,7 @@ def test_ours_are_stepped_together() -> None:
         optim.multi.TorchMultiOptimizer(torch.optim.Adam, {}), pyro.optim.multi.TorchMultiOptimizer
     )
     with pytest.raises(TypeError, match="Expected a PyroOptim object"):
-        optim.multi.PyroMultiOptimizer(torch.optim.Adam)
+        optim.multi.PyroMultiOptimizer(torch.optim.Adam)  # type: ignore[arg-type]
 
 
 def test_every_name_of_pyros_module() -> None:

@@ -18,7 +18,7 @@ import multiopt.adapters.pyro as optim
 from multiopt import rules
 from multiopt.adapters.pyro.constructors import CONSTRUCTORS, RULES
 from multiopt.adapters.pyro.joint import JointOptim
-from tests.hosts.pyro.tensors import BOTH, SETTINGS, give, param
+from tests.hosts.pyro.tensors import BOTH, PYRO, SETTINGS, give, param
 
 
 class Signs(torch.optim.Optimizer):
@@ -27,7 +27,7 @@ class Signs(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float = 0.5) -> None:
         super().__init__(params, {"lr": lr})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for tensor in group["params"]:
                 with torch.no_grad():
@@ -47,7 +47,7 @@ def test_arguments_are_pyros(name: str) -> None:
     ours, theirs = getattr(optim, name), getattr(pyro.optim, name)
     if isinstance(theirs, type):
         assert issubclass(ours, theirs)
-        ours, theirs = ours.__init__, theirs.__init__
+        ours, theirs = ours.__init__, theirs.__init__  # type: ignore[misc]  # of classes
     assert ours.__name__ == theirs.__name__
     assert ours.__doc__
     pairs = [
@@ -73,7 +73,7 @@ def test_a_step_of_every_optimizer(name: str) -> None:
         pyro.clear_param_store()
         loc, opt = param("loc", 1.0, (2, 3)), getattr(module, name)(SETTINGS[name])
         assert isinstance(opt, optim.PyroOptim) == (module is optim)
-        assert isinstance(opt, pyro.optim.PyroOptim)
+        assert isinstance(opt, PYRO.PyroOptim)
         assert opt.pt_optim_constructor.__name__ == name
         for value in (1.0, 3.0):
             give(loc, *[value] * 6)
@@ -83,7 +83,8 @@ def test_a_step_of_every_optimizer(name: str) -> None:
             opt({loc})
         results.append(loc.detach().numpy())
     # torch's Muon orthogonalizes in bfloat16.
-    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-2 if name == "Muon" else 1e-6)
+    ours, theirs = results
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-2 if name == "Muon" else 1e-6)
 
 
 # What multiopt has no rule for
@@ -145,7 +146,7 @@ def test_settings_of_a_wrapped_one_by_name() -> None:
 
 @pytest.mark.parametrize("keywords", [False, True])
 def test_a_constructor_that_has_a_rule_is_no_wrapped_one(keywords: bool) -> None:
-    values = (torch.optim.Adam, {"lr": 0.5}, {"clip_norm": 1.0})
+    values: Any = (torch.optim.Adam, {"lr": 0.5}, {"clip_norm": 1.0})
     if keywords:
         names = ("optim_constructor", "optim_args", "clip_args")
         opt = optim.PyroOptim(**dict(zip(names, values, strict=True)))

@@ -23,7 +23,7 @@ import multiopt.adapters.pyro as optim
 from multiopt.adapters.pyro import lr_scheduler
 from multiopt.adapters.pyro.joint import JointOptim
 from multiopt.registry import Registry
-from tests.hosts.pyro.tensors import BOTH, give, param
+from tests.hosts.pyro.tensors import BOTH, give, leaf, param
 
 
 class Halving:
@@ -144,7 +144,7 @@ def test_what_pyro_cannot_make_fails_alike(name: str) -> None:
     errors = []
     for module in (optim, pyro.optim):
         loc, settings = param("loc"), {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.1}}
-        more = {} if name.endswith("LRScheduler") else {"schedulers": []}
+        more: dict[str, Any] = {} if name.endswith("LRScheduler") else {"schedulers": []}
         scheduler = getattr(module, name)({**settings, **more})
         # Twice: what failed is not half there.
         for _ in range(2):
@@ -242,7 +242,8 @@ def test_a_schedule_goes_on_where_it_stopped(
     if way == "set_state":
         resumed.set_state(stopped.get_state())
         # What waits is what was given.
-        assert_alike(*(one.get_state()["a"]["scheduler"] for one in (resumed, stopped)), 0)
+        ours, theirs = (one.get_state()["a"]["scheduler"] for one in (resumed, stopped))
+        assert_alike(ours, theirs, 0)
     else:
         stopped.save(str(tmp_path / "opt"))
         resumed.load(str(tmp_path / "opt"))
@@ -372,7 +373,7 @@ def test_schedules_that_torch_refuses_leave_all_as_it_was() -> None:
     assert ahead["a"]["scheduler"] != before["a"]["scheduler"]
     del state["b"]["scheduler"]["_scale_fn_custom"]
     scheduler.set_state(state)
-    a, b = (pyro.param(label).unconstrained() for label in "ab")
+    a, b = (leaf(pyro.param(label)) for label in "ab")
     for _ in range(2):
         with pytest.raises(
             mo.CheckpointError, match=r"schedule of 'b' is not one that CyclicLR loads .*_scale_fn"
@@ -488,7 +489,7 @@ def test_schedulers_that_stand_alike_step_as_each_by_itself(
 
         if not shares:
             monkeypatch.setattr(lr_scheduler, "PLAIN", set())
-        found = []
+        found: list[Any] = []
         # Those of one call stand alike; "c" comes later, "a" is moved by hand, "d" begins anew.
         a, b, c, d = (give(param(name)) for name in "abcd")
         for t in range(8):
@@ -560,4 +561,5 @@ def test_svi_with_a_scheduler_follows_pyro(name: str) -> None:
                 losses += [svi.step(), svi.step()]
                 scheduler.step(*losses[-1:] if name == "ReduceLROnPlateau" else ())
         found.append(losses)
-    np.testing.assert_allclose(*found, rtol=1e-9)
+    ours, theirs = found
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import multiopt.adapters.pyro as optim
-from tests.hosts.pyro.tensors import BOTH, give, param, steps_of
+from tests.hosts.pyro.tensors import BOTH, PYRO, give, leaf, param, steps_of
 
 
 def test_state_set_after_a_step_is_taken_at_once() -> None:
@@ -64,7 +64,7 @@ def test_replacing_a_tensor_in_the_store_starts_anew_under_its_name() -> None:
     for _ in range(3):
         opt({give(param("loc"))})
     store["loc"] = torch.ones(2)
-    opt({give(store["loc"].unconstrained())})
+    opt({give(leaf(store["loc"]))})
     state = opt.get_state()
     assert list(state) == ["loc"]
     assert steps_of(opt, "loc") == 1
@@ -150,7 +150,7 @@ def test_a_copy_goes_on_by_name(copy_of: Callable[[Any], Any]) -> None:
     opt({give(loc)})
     other = copy_of(opt)
     for one in (fresh, other):
-        assert isinstance(one, pyro.optim.PyroOptim)
+        assert isinstance(one, PYRO.PyroOptim)
         one({give(loc), give(param("late"))})
     assert [steps_of(one, "loc") for one in (opt, fresh, other)] == [1, 1, 2]
     assert other.pt_clip_args == {"clip_norm": 1.0}
@@ -191,7 +191,7 @@ def test_of_two_tensors_of_a_name_the_one_in_the_store_takes_the_state() -> None
         opt({give(old)})
     state = opt.get_state()
     store["loc"] = torch.ones(2)
-    new = store["loc"].unconstrained()
+    new = leaf(store["loc"])
     for order in ([old, new], [new, old]):
         opt.set_state(state)
         opt([give(tensor) for tensor in order])

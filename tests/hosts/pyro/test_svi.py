@@ -26,7 +26,8 @@ def linear_regression(data: torch.Tensor) -> Callable[[], None]:
     class Regression(pyro.nn.PyroModule):
         def __init__(self) -> None:
             super().__init__()
-            self.linear = pyro.nn.PyroModule[torch.nn.Linear](3, 1)
+            kind: Any = pyro.nn.PyroModule
+            self.linear = kind[torch.nn.Linear](3, 1)
             self.linear.double()
 
         def forward(self) -> None:
@@ -120,7 +121,7 @@ def test_module_local_params(module: Any) -> None:
         class Spread(pyro.nn.PyroModule):
             def __init__(self) -> None:
                 super().__init__()
-                self.scale = pyro.nn.PyroParam(torch.tensor(9.0), constraints.positive)
+                self.scale: Any = pyro.nn.PyroParam(torch.tensor(9.0), constraints.positive)
 
             def forward(self) -> None:
                 pyro.sample("x", dist.Normal(0.0, self.scale), obs=torch.tensor(1.0))
