@@ -115,10 +115,10 @@ def main() -> int:
         run, seen, begin = Run(Path(folder) / "run.safetensors"), [], perf_counter()
         for sample in samples(run, arguments.steps):
             seen.append(sample)
-            step, traced, process = sample
+            step, now, held = sample
             print(
                 f"{step:>9} steps  {perf_counter() - begin:6.0f} s  "
-                f"{traced / 1024:9.1f} KiB traced  {process / 2**20:8.2f} MiB resident",
+                f"{now / 1024:9.1f} KiB traced  {held / 2**20:8.2f} MiB resident",
                 flush=True,
             )
         left = [file.name for file in Path(folder).iterdir()]

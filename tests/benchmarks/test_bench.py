@@ -2,7 +2,10 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -20,7 +23,7 @@ from multiopt.cli import main
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays():
+def _nothing_stays() -> Iterator[None]:
     with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
         yield
 
@@ -86,7 +89,7 @@ def test_names_distinct_have_clocks_and_rates_of_their_own() -> None:
 
 def test_turns_alternate() -> None:
     calls: list[str] = []
-    runs = [Run(lambda name=name: calls.append(name), dict) for name in "ab"]
+    runs = [Run(partial(calls.append, name), dict) for name in "ab"]
     times = measured(*runs, hot=False, quick=True, threads=1, spins=True)
     assert "".join(calls).endswith("ababab")
     assert min(times) > 0
@@ -94,12 +97,12 @@ def test_turns_alternate() -> None:
 
 def test_hot_turns_have_a_call_that_is_not_timed() -> None:
     calls: list[str] = []
-    runs = [Run(lambda name=name: calls.append(name), dict) for name in "ab"]
+    runs = [Run(partial(calls.append, name), dict) for name in "ab"]
     measured(*runs, hot=True, quick=True, threads=1, spins=True)
     assert calls.count("a") > 3 * 2
 
 
-def test_every_row_is_measured_as_json(tmp_path, capsys) -> None:
+def test_every_row_is_measured_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ["memory", "import", "first-step", "without-fast", "many", "checkpoint"]
     path = tmp_path / "bench.json"
     arguments = ["--quick", "--threads", "1", "--only", *rows, "--json", str(path)]
@@ -125,7 +128,7 @@ def test_every_row_is_measured_as_json(tmp_path, capsys) -> None:
     assert err == ""
 
 
-def test_json_alone(capsys) -> None:
+def test_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--quick", "--only", "distinct", "--json", "-"]) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert list(result) == [field.name for field in fields(Result)]
@@ -133,7 +136,7 @@ def test_json_alone(capsys) -> None:
     assert result["figure"] == pytest.approx(result["ours_seconds"] / result["against_seconds"], 2)
 
 
-def test_the_table(monkeypatch) -> None:
+def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     row = ("pyro", "1000 of 10", "drop-in", "pyro.optim", 2)
     results = [
@@ -153,7 +156,9 @@ def test_the_table(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda one: one.row)
-def test_every_line_of_a_comparison_fits_80_columns_whole(comparison, monkeypatch) -> None:
+def test_every_line_of_a_comparison_fits_80_columns_whole(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     one, known = comparison, works(quick=False)
     against = one.against.name + (f", {known[one.against_work].title}" if one.against_work else "")
@@ -164,7 +169,7 @@ def test_every_line_of_a_comparison_fits_80_columns_whole(comparison, monkeypatc
     assert "…" not in text
 
 
-def test_what_is_missing_is_left_out(monkeypatch) -> None:
+def test_what_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optax", None)
     assert missing(["optax", "textbook"]) == ["optax"]
     assert jobs(["optax"], [1], quick=True) == []
@@ -179,7 +184,7 @@ def test_threads_are_counted_where_they_matter() -> None:
     ]
 
 
-def test_the_engine_follows_the_environment(monkeypatch) -> None:
+def test_the_engine_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MULTIOPT_ENGINE", "blocks")
     assert machine.engine() == "blocks"
     monkeypatch.undo()
@@ -202,7 +207,9 @@ def test_a_step_takes_no_more_threads_than_it_is_told() -> None:
         (["--only", "speed"], "invalid choice: 'speed'"),
     ],
 )
-def test_wrong_arguments_are_explained(arguments, remedy, capsys) -> None:
+def test_wrong_arguments_are_explained(
+    arguments: list[str], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["bench", *arguments])
     assert exit_.value.code == 2

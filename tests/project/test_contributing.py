@@ -112,7 +112,7 @@ def test_the_picture_has_the_stops_of_the_table() -> None:
     assert [stop for line in shown for stop in (line[0] or line[1]).split(", ")] == [*stops()][1:]
 
 
-def concrete(kind: type) -> set[type]:
+def concrete(kind: Any) -> set[type]:
     """The classes of engines: those below a class that have all calls."""
     below = [concrete(sub) for sub in kind.__subclasses__() if sub.__module__.startswith("mul")]
     own = set() if getattr(kind, "__abstractmethods__", ()) else {kind}
@@ -123,7 +123,7 @@ def code_of(dotted: str) -> set[CodeType]:
     """What runs when a function, a class or a call of any engine is used."""
     thing = found(dotted)
     if isinstance(thing, type):
-        thing = thing.__enter__ if hasattr(thing, "__enter__") else thing.__init__
+        thing = getattr(thing, "__enter__" if hasattr(thing, "__enter__") else "__init__")
     owners = concrete(Group) if thing is getattr(Group, thing.__name__, None) else ()
     things = [getattr(owner, thing.__name__) for owner in owners] or [thing]
     return {inspect.unwrap(each).__code__ for each in things}

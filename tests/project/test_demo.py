@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -11,31 +13,31 @@ import torch
 
 from multiopt.cli import main
 from multiopt.demo import with_pyro
-from multiopt.demo.baseball import AT_BATS, born, latents, negative_elbo, players, sigmoid
-from multiopt.demo.fit import Fit, Plan, advance, equal, resume, start
+from multiopt.demo.baseball import AT_BATS, Player, born, latents, negative_elbo, players, sigmoid
+from multiopt.demo.fit import Fit, Plan, Record, advance, equal, resume, start
 from multiopt.demo.posterior import exact, of_guide
 
 PLAYERS = tuple(players())
 PLAN = Plan(PLAYERS, steps=400, seed=0)
 
 
-def guide(seed):
+def guide(seed: int) -> dict[str, np.ndarray]:
     """A guide of all players, moved at random from where it begins."""
     rng = np.random.default_rng(seed)
     beginning = {name: x for latent in latents(PLAYERS) for name, x in born(latent).items()}
     return {name: np.asarray(x + 0.3 * rng.standard_normal()) for name, x in beginning.items()}
 
 
-def whole(as_array=np.asarray):
+def whole() -> tuple[Fit, list[Record]]:
     """The fit of the plan without an interruption."""
     fit = Fit()
-    return fit, advance(fit, PLAN, range(PLAN.steps), as_array)
+    return fit, advance(fit, PLAN, range(PLAN.steps), np.asarray)
 
 
 # The data
 
 
-def test_the_data_are_those_of_the_paper():
+def test_the_data_are_those_of_the_paper() -> None:
     assert len(PLAYERS) == len({player.name for player in PLAYERS}) == 18
     # The grand mean of Efron and Morris, section 2: .265.
     assert round(sum(player.hits for player in PLAYERS) / (18 * AT_BATS), 3) == 0.265
@@ -49,7 +51,7 @@ def test_the_data_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize(("batch", "joined"), [(PLAYERS, 18), (PLAYERS[3:6], 11)])
-def test_the_gradient_is_that_of_the_loss(batch, joined):
+def test_the_gradient_is_that_of_the_loss(batch: tuple[Player, ...], joined: int) -> None:
     values = guide(seed=1)
     noise = np.random.default_rng(2).standard_normal((5, len(latents(batch))))
     _, grads = negative_elbo(values, batch, joined, noise)
@@ -66,7 +68,7 @@ def test_the_gradient_is_that_of_the_loss(batch, joined):
         assert grad == pytest.approx((up - down) / (2 * h), rel=1e-6, abs=1e-6), name
 
 
-def test_minibatches_are_unbiased():
+def test_minibatches_are_unbiased() -> None:
     values = guide(seed=3)
     some = PLAYERS[:5]
     noise = np.random.default_rng(4).standard_normal((6, 7))
@@ -86,17 +88,17 @@ def test_minibatches_are_unbiased():
 # The posterior
 
 
-def test_the_exact_posterior_is_that_of_a_long_run():
+def test_the_exact_posterior_is_that_of_a_long_run() -> None:
     """Against Metropolis sampling, which shares nothing with quadrature but the model."""
     rng = np.random.default_rng(5)
     hits = np.array([player.hits for player in PLAYERS])
     chains, warm_up, kept = 400, 500, 2000
 
-    def log_likelihood(mu, log_sigma, z):
+    def log_likelihood(mu: np.ndarray, log_sigma: np.ndarray, z: np.ndarray) -> Any:
         theta = mu + np.exp(log_sigma) * z
         return hits * theta - AT_BATS * np.logaddexp(0.0, theta)
 
-    def log_prior(mu, log_sigma):
+    def log_prior(mu: np.ndarray, log_sigma: np.ndarray) -> Any:
         return -0.5 * (mu + 1.0) ** 2 - 0.5 * np.exp(2.0 * log_sigma) + log_sigma
 
     mu = rng.normal(-1.0, 0.1, (chains, 1))
@@ -132,7 +134,7 @@ def test_the_exact_posterior_is_that_of_a_long_run():
     assert (np.abs(means.mean(axis=0) - expected) < 4 * error).all()
 
 
-def test_the_guide_is_summarized_by_its_moments():
+def test_the_guide_is_summarized_by_its_moments() -> None:
     values = guide(seed=6)
     got = of_guide(values, PLAYERS)
     mu, spread = float(values["mu.loc"]), np.exp(values["mu.log_scale"])
@@ -143,7 +145,7 @@ def test_the_guide_is_summarized_by_its_moments():
     assert got.sigma == pytest.approx((mean, mean * np.sqrt(np.expm1(scale**2))), rel=0.03)
 
 
-def test_the_fit_comes_close_to_the_exact_posterior():
+def test_the_fit_comes_close_to_the_exact_posterior() -> None:
     plan = Plan(PLAYERS, steps=2000, seed=0)
     fit = Fit()
     advance(fit, plan, range(plan.steps), np.asarray)
@@ -151,7 +153,7 @@ def test_the_fit_comes_close_to_the_exact_posterior():
     rest = np.array([player.rest_average for player in PLAYERS])
     first = np.array([player.hits / AT_BATS for player in PLAYERS])
 
-    def rms(x):
+    def rms(x: np.ndarray) -> Any:
         return np.sqrt(np.mean(x**2))
 
     averages = of_guide(fit.params, PLAYERS).averages
@@ -167,7 +169,7 @@ def test_the_fit_comes_close_to_the_exact_posterior():
 # The stream and the resumed fit
 
 
-def test_names_are_born_with_their_players_and_have_clocks_of_their_own():
+def test_names_are_born_with_their_players_and_have_clocks_of_their_own() -> None:
     fit, history = whole()
     assert [record.joined for record in history[:: PLAN.every]][:18] == list(range(1, 19))
     assert history[0].names == 6
@@ -177,7 +179,7 @@ def test_names_are_born_with_their_players_and_have_clocks_of_their_own():
     assert steps[0] == PLAN.steps > steps[1] > steps[2] > 0
 
 
-def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path):
+def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     uninterrupted, history = whole()
     first = start(PLAN, tmp_path, np.asarray)
     fit, second = resume(PLAN, tmp_path, np.asarray)
@@ -189,7 +191,7 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path):
     assert pending[-1] == 0
 
 
-def test_a_fit_on_torch_equals_one_on_numpy(tmp_path):
+def test_a_fit_on_torch_equals_one_on_numpy(tmp_path: Path) -> None:
     in_numpy, _ = whole()
     start(PLAN, tmp_path, torch.from_numpy)
     in_torch, _ = resume(PLAN, tmp_path, torch.from_numpy)
@@ -201,7 +203,7 @@ def test_a_fit_on_torch_equals_one_on_numpy(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["value", "slot", "clock", "name"])
-def test_fits_that_differ_are_not_equal(change, tmp_path):
+def test_fits_that_differ_are_not_equal(change: str, tmp_path: Path) -> None:
     fit, _ = whole()
     start(PLAN, tmp_path, np.asarray)
     other, _ = resume(PLAN, tmp_path, np.asarray)
@@ -222,7 +224,7 @@ def test_fits_that_differ_are_not_equal(change, tmp_path):
     assert not equal(other, fit)
 
 
-def test_pyro_fits_the_same_model_and_leaves_no_trace():
+def test_pyro_fits_the_same_model_and_leaves_no_trace() -> None:
     pyro.get_param_store().clear()
     pyro.param("theirs", torch.tensor(1.0))
     before = torch.get_rng_state()
@@ -236,7 +238,7 @@ def test_pyro_fits_the_same_model_and_leaves_no_trace():
 # The command
 
 
-def test_the_report(capsys):
+def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--steps", "200", "--seed", "1"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -251,13 +253,15 @@ def test_the_report(capsys):
     assert err == ""
 
 
-def test_a_difference_shows_in_the_exit_status(capsys, monkeypatch):
+def test_a_difference_shows_in_the_exit_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("multiopt.demo.show.equal", lambda fit, other: False)
     assert main(["demo", "--steps", "200"]) == 1
     assert capsys.readouterr().out.endswith("equal to the last bit: False\n")
 
 
-def test_numpy_alone_is_enough():
+def test_numpy_alone_is_enough() -> None:
     code = (
         "import sys\n"
         "frameworks = {'torch', 'pyro', 'jax', 'numba'}\n"
@@ -273,7 +277,7 @@ def test_numpy_alone_is_enough():
     assert "\ntorch is not installed: the same fit with torch is left out.\n" in done.stdout
 
 
-def test_importing_the_library_does_not_import_the_demo():
+def test_importing_the_library_does_not_import_the_demo() -> None:
     code = "import sys, multiopt; sys.exit('multiopt.demo' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -285,14 +289,16 @@ def test_importing_the_library_does_not_import_the_demo():
         (["demo", "--seed", "-1"], "--seed must be at least 0"),
     ],
 )
-def test_wrong_arguments_are_explained(arguments, remedy, capsys):
+def test_wrong_arguments_are_explained(
+    arguments: list[str], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
     assert remedy in capsys.readouterr().err
 
 
-def test_the_package_runs_as_a_module():
+def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "multiopt", "--help"], capture_output=True, text=True, check=True
     )
