@@ -1,6 +1,7 @@
 """Loaded state that waits under names like those that start without state: a step warns, once."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import multiopt as mo
 SAVED = ["layer.w", "layer.b", "out.w"]
 
 
-def state_of(names: list[str]) -> dict:
+def state_of(names: list[str]) -> dict[str, Any]:
     opt = mo.Optimizer(mo.Adam())
     arrays = {name: np.ones(2) for name in names}
     opt.step(arrays, arrays)
