@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import multiopt as mo
 from multiopt import rules as registered
 from tests.cases import options
-from tests.libraries import Library, engine
+from tests.libraries import NUMPY, Library, assert_equal, engine
 
 #: Sizes on both sides of a block of the summation tree, and of several.
 SIZES = [0, 1, 2, 3, 10, 17, 4095, 4096, 4097, 9000, 40_000]
@@ -68,6 +68,22 @@ def arrays(opt: mo.Optimizer, library: Library) -> Iterator[tuple[str, np.ndarra
     for name in sorted(opt.names):
         for slot, array in opt.state(name).slots.items():
             yield f"{slot} of {name}", library.numpy(array)
+
+
+def assert_same_run(
+    actual: tuple[mo.Optimizer, dict[str, np.ndarray]],
+    expected: tuple[mo.Optimizer, dict[str, np.ndarray]],
+    library: Library,
+    reference: Library = NUMPY,
+) -> None:
+    for name, param in expected[1].items():
+        assert_equal(actual[1][name], param, f"parameter {name}")
+    for (what, a), (_, b) in zip(
+        arrays(actual[0], library), arrays(expected[0], reference), strict=True
+    ):
+        assert_equal(a, b, what)
+    for name in expected[0].names:
+        assert actual[0].state(name).step == expected[0].state(name).step
 
 
 def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, kind: str) -> np.ndarray:

@@ -21,8 +21,7 @@ from multiopt.rules import Rule
 from multiopt_kernels import engines
 from multiopt_kernels.host import HostGroup
 from tests.cases import CASES, Case
-from tests.engines.test_backends import assert_same_run
-from tests.histories import History, histories
+from tests.histories import History, assert_same_run, histories
 from tests.libraries import JAX, NUMPY, TORCH, Library, assert_equal, engine
 
 PAGE = Path(__file__).parents[2] / "docs" / "backends.md"

@@ -8,24 +8,8 @@ from hypothesis import strategies as st
 
 import multiopt as mo
 from tests.cases import CASES, WHOLE, Case
-from tests.histories import History, arrays, fill, histories
+from tests.histories import History, assert_same_run, fill, histories
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal, engine
-
-
-def assert_same_run(
-    actual: tuple[mo.Optimizer, dict[str, np.ndarray]],
-    expected: tuple[mo.Optimizer, dict[str, np.ndarray]],
-    library: Library,
-    reference: Library = NUMPY,
-) -> None:
-    for name, param in expected[1].items():
-        assert_equal(actual[1][name], param, f"parameter {name}")
-    for (what, a), (_, b) in zip(
-        arrays(actual[0], library), arrays(expected[0], reference), strict=True
-    ):
-        assert_equal(a, b, what)
-    for name in expected[0].names:
-        assert actual[0].state(name).step == expected[0].state(name).step
 
 
 @given(history=histories())

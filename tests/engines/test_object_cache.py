@@ -1,6 +1,5 @@
 """Machine code on disk: found again when nothing changed, made anew when anything did."""
 
-import ctypes
 import errno
 import gc
 import importlib.metadata
@@ -9,10 +8,8 @@ import os
 import platform
 import resource
 import stat
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from llvmlite import ir
 
 from multiopt_kernels.cpu import object_cache
 from multiopt_kernels.cpu.object_cache import ObjectCode, cached, linked
+from tests.engines.machine_code import call, compiled, run
 
 CODE = ObjectCode({"run": "symbol"}, (b"\x7fELF\x00\n\xff", b"", b"second\n{}"))
 OTHER = ObjectCode({"run": "other"}, (b"other",))
@@ -59,24 +57,9 @@ def is_hit(*identity: str | bytes, code: ObjectCode = CODE) -> bool:
     return not made.times
 
 
-def compiled(name: str, body: Callable[[ir.IRBuilder, ir.Function], Any]) -> ObjectCode:
-    """A kernel, of the prototype that numba gives it, without the second that numba takes."""
-    integer, module = ir.IntType(64), ir.Module()
-    kernel = ir.Function(module, ir.FunctionType(ir.IntType(32), [integer] * 3), name)
-    body(ir.IRBuilder(kernel.append_basic_block()), kernel)
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine()
-    return ObjectCode({name: name}, (machine.emit_object(llvm.parse_assembly(str(module))),))
-
-
 def answer(number: int, name: str = "answer") -> ObjectCode:
     """A kernel that returns a number as its status."""
     return compiled(name, lambda build, _: build.ret(ir.IntType(32)(number)))
-
-
-def call(address: int) -> int:
-    return int(ctypes.CFUNCTYPE(ctypes.c_int)(address)())
 
 
 # Found again.
@@ -94,21 +77,11 @@ def test_another_process_finds_it_without_importing_numba(folder: Path) -> None:
     code = """
 import sys
 from multiopt_kernels.cpu.object_cache import cached, linked
-from tests.engines.test_object_cache import call
+from tests.engines.machine_code import call
 addresses = linked(cached("kernel", ["a", b"b"], None))
 print(call(addresses["answer"]), {"numba", "torch", "jax"} & set(sys.modules))
 """
     assert run(code) == "42 set()"
-
-
-def run(code: str) -> str:
-    """What a fresh process prints."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.strip()
 
 
 def test_an_error_of_the_compiler_passes_and_leaves_nothing(folder: Path) -> None:

@@ -18,6 +18,7 @@ from multiopt_kernels.blocks.tape import Tape
 from multiopt_kernels.operations import Kind
 from multiopt_kernels.trace import trace_update
 from tests.cases import CASES
+from tests.engines.programs import programs
 from tests.histories import elementwise_rules, fill
 from tests.libraries import assert_equal
 
@@ -344,46 +345,6 @@ def test_other_updates_are_equal_with_a_coefficient_for_each_element(
         param, grad, a, b, *rest = arrays(4, 4 + slots, 5 * BLOCK + 7, dtype, kind)
         check(tape, update, param, grad, tuple(rest), Coefficients(a=a, b=b, on=True))
         check(tape, update, param, grad, tuple(rest), Coefficients(a=a, b=0.5, on=True))
-
-
-@st.composite
-def programs(draw: st.DrawFn) -> tuple[Callable[..., Any], int]:
-    """A random update: operations on any of the values so far, any of them returned."""
-    slot_count = draw(st.integers(0, 3))
-    arrays, bools, steps = 2 + slot_count, 0, []
-    for _ in range(draw(st.integers(0, 12))):
-        kind = draw(
-            st.sampled_from(["+", "-", "*", "abs", "a*", "<", "==", "where", "where a", "&", "&?"])
-        )
-        i, j = (draw(st.integers(0, arrays - 1)) for _ in range(2))
-        if ("where" in kind or "&" in kind) and not bools:
-            continue
-        m, n = (draw(st.integers(0, max(bools - 1, 0))) for _ in range(2))
-        steps.append((kind, i, j, m, n))
-        arrays, bools = (arrays, bools + 1) if kind[0] in "<=&" else (arrays + 1, bools)
-    ends = draw(st.lists(st.integers(0, arrays - 1), min_size=1 + slot_count, max_size=8))
-
-    def update(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-        x: list[Any] = [param, grad, *slots]
-        masks: list[Any] = []
-        of: dict[str, Callable[..., Any]] = {
-            "+": lambda i, j, m, n: x[i] + x[j],
-            "-": lambda i, j, m, n: x[i] - x[j],
-            "*": lambda i, j, m, n: x[i] * x[j],
-            "abs": lambda i, j, m, n: abs(x[i]),
-            "a*": lambda i, j, m, n: c.a * x[i],
-            "<": lambda i, j, m, n: x[i] < x[j],
-            "==": lambda i, j, m, n: x[i] == x[j],
-            "&": lambda i, j, m, n: masks[m] & masks[n],
-            "&?": lambda i, j, m, n: xp.where(masks[m], x[i] > x[j], masks[n]),
-            "where": lambda i, j, m, n: xp.where(masks[m], x[i], x[j]),
-            "where a": lambda i, j, m, n: xp.where(masks[m], -c.a, x[j]),
-        }
-        for kind, *operands in steps:
-            (masks if kind[0] in "<=&" else x).append(of[kind](*operands))
-        return x[ends[0]], tuple(x[end] for end in ends[1 : 1 + slot_count])
-
-    return update, slot_count
 
 
 @given(programs(), st.sampled_from(DTYPES), st.sampled_from(KINDS), st.integers(0, 2**32 - 1))

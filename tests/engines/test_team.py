@@ -18,7 +18,7 @@ from llvmlite import ir
 from multiopt_kernels.cpu import team
 from multiopt_kernels.cpu.object_cache import linked
 from multiopt_kernels.cpu.team import Kernel, thread_count
-from tests.engines.test_object_cache import compiled, run
+from tests.engines.machine_code import compiled, run
 
 INTEGER = ir.IntType(64)
 #: What the kernels read and write in their block, by position.

@@ -33,7 +33,7 @@ from multiopt_kernels.forms import coefficient_kinds, traced_scalars
 from multiopt_kernels.operations import Kind, NotTraceable
 from multiopt_kernels.trace import trace_function, trace_scalars, trace_update
 from tests.cases import CASES, Case
-from tests.engines.test_tape import programs
+from tests.engines.programs import programs
 from tests.histories import elementwise_rules, fill
 from tests.libraries import Library, assert_equal, engine
 
