@@ -46,7 +46,7 @@ from multiopt.schedules.description import described, observers
 from multiopt.state.file import listed
 from tests.hosts.pyro.tensors import param
 from tests.libraries import LIBRARIES, NUMPY, TORCH, Library, assert_equal, engine
-from tests.state.test_damaged_files import parts, sealed
+from tests.state.sealed import parts, sealed
 
 LOCAL = [library for library in LIBRARIES if not library.needs_cuda]
 ENGINES = ["compiled", "blocks", "plain"]
