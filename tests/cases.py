@@ -15,6 +15,12 @@ PYRO_ADAGRAD_RMSPROP = pyro.optim.adagrad_rmsprop.AdagradRMSProp
 PYRO_CLIPPED_ADAM = pyro.optim.clipped_adam.ClippedAdam
 PYRO_DCT_ADAM = pyro.optim.dct_adam.DCTAdam
 
+#: For strangers only: they order their arithmetic differently (spec/arithmetic.md).
+TOLERANCE: dict[str, dict[str, Any]] = {
+    "float64": {"rtol": 1e-12, "atol": 1e-14},
+    "float32": {"rtol": 1e-5, "atol": 1e-6},
+}
+
 
 @dataclass(frozen=True)
 class Case:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import multiopt as mo
+from tests.cases import TOLERANCE
 
 #: Prints the valid and the invalid hyperparameters of each class. In a process of its own, for
 #: ``torch.testing._internal`` changes settings of torch when it is imported.
@@ -50,12 +51,6 @@ CLASSES = (
     *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam"),
     *("RAdam", "RMSprop", "Rprop", "SGD"),
 )
-
-#: The tolerances for strangers, of spec/arithmetic.md.
-TOLERANCE: dict[str, dict[str, Any]] = {
-    "float64": {"rtol": 1e-12, "atol": 1e-14},
-    "float32": {"rtol": 1e-5, "atol": 1e-6},
-}
 
 #: Where multiopt differs on purpose: what the looser tolerance is for.
 DIFFERENT: dict[str, tuple[str, dict[str, Any]]] = {

@@ -14,9 +14,9 @@ from mpmath import MPContext
 
 import multiopt as mo
 from multiopt.rules.cosine import dct, idct, next_fast_len
+from tests.cases import TOLERANCE
 from tests.histories import arrays, fill, laid_out
 from tests.libraries import JAX, NUMPY, TORCH, Library, assert_equal, engine
-from tests.rules.test_peers import TOLERANCE
 
 exact = MPContext()
 exact.prec = 128

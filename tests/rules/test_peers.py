@@ -1,20 +1,13 @@
 """Against torch.optim and Pyro, within the tolerances of spec/arithmetic.md."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import multiopt as mo
-from tests.cases import CASES, Case
-
-#: For strangers only: they order their arithmetic differently.
-TOLERANCE: dict[str, dict[str, Any]] = {
-    "float64": {"rtol": 1e-12, "atol": 1e-14},
-    "float32": {"rtol": 1e-5, "atol": 1e-6},
-}
+from tests.cases import CASES, TOLERANCE, Case
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import multiopt as mo
-from tests.rules.test_peers import TOLERANCE
+from tests.cases import TOLERANCE
 
 
 def optax_adabelief(

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import multiopt as mo
-from tests.rules.test_peers import TOLERANCE
+from tests.cases import TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import multiopt as mo
 from multiopt.rules.arithmetic import means, root_mean_square, sum_of_squares
 from spec.check_vectors import exact, ulp
-from tests.cases import WHOLE, Case
+from tests.cases import TOLERANCE, WHOLE, Case
 from tests.histories import SIZES, laid_out
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal
-from tests.rules.test_peers import TOLERANCE
 
 SHAPES = [(), (1,), (50,), (7, 9), (1, 1), (9, 7), (2, 3, 4, 5)]
 EMPTY = [(0,), (0, 3), (3, 0), (2, 0, 3), (0, 0)]
