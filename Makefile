@@ -31,5 +31,6 @@ $(VENV)/plain: $(VENV)/pyvenv.cfg pyproject.toml
 	touch $@
 
 $(VENV)/dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'  # which knows dependency groups
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable '.[fast,torch,pyro,jax]'
 	touch $@ $(VENV)/plain
