@@ -40,8 +40,8 @@ class Contents(NamedTuple):
             CheckpointError: Something is damaged.
         """
         if self.unfit:
-            what = "; ".join(f"{name!r}, {why}" for name, why in self.unfit.items())
+            damage = "; ".join(f"{name!r}, {why}" for name, why in self.unfit.items())
             raise CheckpointError(
-                f"{label(file)}: the state of {what}. Nothing was loaded; strict=False loads "
+                f"{label(file)}: the state of {damage}. Nothing was loaded; strict=False loads "
                 "the rest"
             )

@@ -39,34 +39,34 @@ class Difference(NamedTuple):
     here: Any
 
 
-def differences(words: Mapping[str, Any], rule: Rule) -> dict[str, Difference]:
+def differences(settings: Mapping[str, Any], rule: Rule) -> dict[str, Difference]:
     """The hyperparameters that a saved rule and another one have both, and that differ.
 
     A callable of the caller's, of which nothing is saved but the number that it gave, is not
     compared.
 
     Args:
-        words: The description of the rule that was saved.
+        settings: The description of the rule that was saved.
         rule: The rule of this optimizer.
     """
-    found = {}
-    schedules = words.get("schedules", {})
+    differing = {}
+    schedules = settings.get("schedules", {})
     for f in fields(rule):
-        if f.name not in words:
+        if f.name not in settings:
             continue
         value = getattr(rule, f.name)
-        parts = value if isinstance(value, tuple) else (value,)
+        values = value if isinstance(value, tuple) else (value,)
         saved, here = schedules.get(f.name), None
-        if any(isinstance(part, Schedule) for part in parts):
+        if any(isinstance(part, Schedule) for part in values):
             here = described(value)
         elif is_schedule(value):
             continue
         if saved is None and here is None:
-            saved, here = words[f.name], plain(value)
+            saved, here = settings[f.name], plain(value)
         if saved != here:
-            saved = words[f.name] if saved is None else saved
-            found[f.name] = Difference(saved, plain(value) if here is None else here)
-    return found
+            saved = settings[f.name] if saved is None else saved
+            differing[f.name] = Difference(saved, plain(value) if here is None else here)
+    return differing
 
 
 def distinct_rules(group: Group, rows: Sequence[int]) -> list[tuple[Rule, np.ndarray]]:
@@ -84,4 +84,4 @@ def distinct_rules(group: Group, rows: Sequence[int]) -> list[tuple[Rule, np.nda
     else:
         which = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
         positions = [np.flatnonzero(which == number) for number in range(which.max() + 1)]
-    return [(formulas(group.rule_at(rows[int(own[0])]))[0], own) for own in positions]
+    return [(formulas(group.rule_at(rows[int(alike[0])]))[0], alike) for alike in positions]

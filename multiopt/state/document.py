@@ -26,7 +26,7 @@ from multiopt.schedules.plateau import is_observed
 from multiopt.state.metadata import PAIR, check_nesting
 from multiopt.state.metadata import described as described_metadata
 from multiopt.state.record import Description, Form, Slot
-from multiopt.state.tables import CODES, Table, word
+from multiopt.state.tables import CODES, SavedTable, layout_text
 from multiopt.step.skips import Skips
 
 __all__ = [
@@ -57,7 +57,7 @@ MOST_NAMES = 2_500_000
 
 
 def described(
-    tables: Iterable[Table],
+    tables: Iterable[SavedTable],
     steps: int,
     skips: Mapping[str, Sequence[int]],
     metadata: Mapping[str, Any],
@@ -78,40 +78,40 @@ def described(
     rules: list[Mapping[str, Any]] = []
     observed: dict[str, Mapping[str, Any]] = {}
     # Writing a description takes 10 us, and many tables have one and the same.
-    numbers: dict[str, int] = {}
-    known: dict[int, int] = {}
+    numbers_by_text: dict[str, int] = {}
+    numbers_by_id: dict[int, int] = {}
 
-    def number_of(one: Description, names: Sequence[str]) -> int:
-        if id(one) not in known:
+    def number_of(rule: Description, names: Sequence[str]) -> int:
+        if id(rule) not in numbers_by_id:
             try:
-                check_nesting(one.words)
+                check_nesting(rule.settings)
             except ValueError as error:
                 raise ValueError(f"the rule in the state of {names[0]!r}: {error}") from error
-            text = json.dumps(one, allow_nan=False)
-            known[id(one)] = number = numbers.setdefault(text, len(rules))
+            text = json.dumps(rule, allow_nan=False)
+            numbers_by_id[id(rule)] = number = numbers_by_text.setdefault(text, len(rules))
             if number == len(rules):
-                rules.append(one.words)
-                if one.observed:
-                    observed[str(number)] = one.observed
-        return known[id(one)]
+                rules.append(rule.settings)
+                if rule.observed:
+                    observed[str(number)] = rule.observed
+        return numbers_by_id[id(rule)]
 
     parts: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     ends = dict.fromkeys(PARTS, 0)
     for table in tables:
         form = table.form
         _check_names(table.names)
-        made: dict[str, Any] = {"names": table.names, "steps": table.steps}
+        entry: dict[str, Any] = {"names": table.names, "steps": table.steps}
         first = ends[table.part]
         ends[table.part] = end = first + len(table.names)
         if list(table.places) != list(range(first, end)):
-            made["places"] = table.places
-        made["rule"] = number_of(form.rule, table.names)
+            entry["places"] = table.places
+        entry["rule"] = number_of(form.rule, table.names)
         if form.average is not None:
-            made |= {"average": number_of(form.average, table.names), "counts": table.counts}
+            entry |= {"average": number_of(form.average, table.names), "counts": table.counts}
         if form.is_complex:
-            made["complex"] = True
-        made["slots"] = {slot.name: word(slot.dtype, slot.shape) for slot in form.slots}
-        parts[table.part].append(made)
+            entry["complex"] = True
+        entry["slots"] = {slot.name: layout_text(slot.dtype, slot.shape) for slot in form.slots}
+        parts[table.part].append(entry)
     if (count := sum(ends.values())) > MOST_NAMES:
         raise ValueError(f"there are {count} names; expected at most {MOST_NAMES} in one file")
     document = {"version": VERSION, "steps": steps, "metadata": plain}
@@ -142,7 +142,7 @@ def _check_names(names: Sequence[str]) -> None:
             )
 
 
-def tables_in(document: Mapping[str, Any]) -> list[Table]:
+def tables_in(document: Mapping[str, Any]) -> list[SavedTable]:
     """The tables in a description, in the order of their tensors.
 
     Raises:
@@ -150,7 +150,7 @@ def tables_in(document: Mapping[str, Any]) -> list[Table]:
         ValueError: It has.
     """
     rules = _rules(document)
-    tables: list[Table] = []
+    tables: list[SavedTable] = []
     seen: set[str] = set()
     for part in PARTS:
         end = 0
@@ -186,7 +186,7 @@ def tables_in(document: Mapping[str, Any]) -> list[Table]:
             ):
                 raise CheckpointError(f"the complex slots of {names[0]!r} have no two parts")
             form = Form(_rule(rules, table["rule"], names), slots, is_complex, average)
-            tables.append(Table(part, form, names, places, steps, counts))
+            tables.append(SavedTable(part, form, names, places, steps, counts))
     if len(seen) < sum(len(table.names) for table in tables):
         raise CheckpointError("a name is there twice")
     return tables
@@ -195,14 +195,14 @@ def tables_in(document: Mapping[str, Any]) -> list[Table]:
 def _rules(document: Mapping[str, Any]) -> list[Description]:
     """The descriptions of rules, each with what its schedules have seen."""
     observed = document.get("plateaus", {})
-    found = []
-    for number, words in enumerate(_list(document["rules"], "rules")):
-        check_nesting(words)
+    rules = []
+    for number, settings in enumerate(_list(document["rules"], "rules")):
+        check_nesting(settings)
         states = observed.get(str(number), {})
-        if not isinstance(words, dict) or not isinstance(words.get("schedules", {}), dict):
+        if not isinstance(settings, dict) or not isinstance(settings.get("schedules", {}), dict):
             raise CheckpointError("the rules need mappings, under 'schedules' too")
-        found.append(Description(words, states))
-    return found
+        rules.append(Description(settings, states))
+    return rules
 
 
 def _rule(rules: Sequence[Description], number: Any, names: Sequence[str]) -> Description:
@@ -227,14 +227,14 @@ def check_observed(name: str, observed: Any) -> None:
 
 
 def _slot(name: str, text: Any, names: Sequence[str]) -> Slot:
-    found = re.fullmatch(r"(F32|F64)\[((?:[0-9]{1,18},)*[0-9]{1,18})?\]", text)
-    if found is None:
+    match = re.fullmatch(r"(F32|F64)\[((?:[0-9]{1,18},)*[0-9]{1,18})?\]", text)
+    if match is None:
         raise CheckpointError(
             f"the slot {name!r} of {names[0]!r} is {text!r}; expected a dtype, F32 or F64, and a "
             "shape, such as F32[2,3]"
         )
-    shape = tuple(map(int, found[2].split(","))) if found[2] else ()
-    (dtype,) = (dtype for dtype, code in CODES.items() if code == found[1])
+    shape = tuple(map(int, match[2].split(","))) if match[2] else ()
+    (dtype,) = (dtype for dtype, code in CODES.items() if code == match[1])
     return Slot(name, shape, dtype)
 
 
@@ -263,8 +263,10 @@ def check_skips(skips: Any) -> dict[str, Skips]:
     for name, counts in skips.items():
         if not isinstance(name, str):
             raise CheckpointError(f"expected names under 'skips' to be strings; got {name!r}")
-        known = isinstance(counts, list | tuple) and len(counts) == 2 and all(map(is_clock, counts))
-        if not known or counts[0] < counts[1]:
+        is_pair = (
+            isinstance(counts, list | tuple) and len(counts) == 2 and all(map(is_clock, counts))
+        )
+        if not is_pair or counts[0] < counts[1]:
             raise CheckpointError(
                 f"the skips of {name!r} are {counts!r}; expected how many in all, and of them in a "
                 "row, ints from 0 to 2^53"

@@ -28,7 +28,7 @@ from multiopt.state.file_objects import Source, label, on_disk
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import restored as restored_metadata
 from multiopt.state.record import Record, Saved
-from multiopt.state.tables import BLOCK, LARGE, Table, word
+from multiopt.state.tables import BLOCK, LARGE, SavedTable, layout_text
 from multiopt.state.versions import DIFFERS
 from multiopt.state.writing import CHECKSUMS, LARGEST_HEADER, bytes_of, checksums_of, too_much
 from multiopt.step.skips import Skips
@@ -83,23 +83,23 @@ def read(file: Source, names: Collection[str] | None = None) -> Contents:
     saved: dict[str, dict[str, Saved]] = {"pending": {}, "entries": {}}
     unfit = {}
     wanted = None if names is None else set(names)
-    with _opened(file) as found:
-        for part, name, one, damage in found.records(wanted):
+    with _opened(file) as opened:
+        for part, name, record, damage in opened.records(wanted):
             if damage:
                 unfit[name] = "; ".join(
                     f"its slot {k!r} is damaged: {x}" for k, x in damage.items()
                 )
             else:
-                saved[part][name] = one
-        known = found.names()
-        if not found.in_order:
-            saved = {part: _ordered(mine, known) for part, mine in saved.items()}
-        if found.skips:
-            known = list(dict.fromkeys([*known, *found.skips]))
+                saved[part][name] = record
+        all_names = opened.names()
+        if not opened.in_order:
+            saved = {part: _ordered(records, all_names) for part, records in saved.items()}
+        if opened.skips:
+            all_names = list(dict.fromkeys([*all_names, *opened.skips]))
     # What waits may be older, and is taken over first.
-    both = saved["pending"]
-    both.update(saved["entries"])
-    return Contents(known, both, found.steps, found.skips, found.metadata, unfit)
+    merged = saved["pending"]
+    merged.update(saved["entries"])
+    return Contents(all_names, merged, opened.steps, opened.skips, opened.metadata, unfit)
 
 
 def listed(file: Source) -> Listed:
@@ -114,16 +114,16 @@ def listed(file: Source) -> Listed:
     """
     saved: dict[str, dict[str, Saved]] = {"entries": {}, "pending": {}}
     damaged = []
-    with _opened(file) as found:
-        for part, name, one, damage in found.records(None):
-            saved[part][name] = one._replace(arrays=())
+    with _opened(file) as opened:
+        for part, name, record, damage in opened.records(None):
+            saved[part][name] = record._replace(arrays=())
             damaged += [(name, slot, why) for slot, why in damage.items()]
-        known = found.names()
-        saved = {part: _ordered(mine, known) for part, mine in saved.items()}
-        size = Path(found.path).stat().st_size
+        all_names = opened.names()
+        saved = {part: _ordered(records, all_names) for part, records in saved.items()}
+        size = Path(opened.path).stat().st_size
     return Listed(
-        *(found.version, found.steps, saved, found.skips, found.metadata, size),
-        *(found.checked, damaged),
+        *(opened.version, opened.steps, saved, opened.skips, opened.metadata, size),
+        *(opened.checked, damaged),
     )
 
 
@@ -156,12 +156,12 @@ class _File:
         header = self._tensors.pop("__metadata__", {})
         if "multiopt" not in header:
             raise CheckpointError("it is a safetensors file with no state of multiopt in it")
-        text = header["multiopt"]
-        words = header["checksums"].split() if "checksums" in header else None
-        if words is not None and words[0] != xxh3_64_hexdigest(text.encode()):
+        description = header["multiopt"]
+        checksums = header["checksums"].split() if "checksums" in header else None
+        if checksums is not None and checksums[0] != xxh3_64_hexdigest(description.encode()):
             raise CheckpointError("its description is damaged: the checksum differs")
         document: dict[str, Any] = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse_constant
+            description, object_pairs_hook=_unique, parse_constant=_refuse_constant
         )
         check_version(document)
         self.version = document["version"]
@@ -169,17 +169,19 @@ class _File:
         if not isinstance(metadata, dict):
             raise CheckpointError(f"expected a mapping under 'metadata'; got {metadata!r}")
         self.metadata = restored_metadata(metadata, document.pop("nonfinite", {}))
-        if words is None and self.version > 1:
+        if checksums is None and self.version > 1:
             raise CheckpointError("it has no checksums; expected them, of version 2 and later")
-        self.checked = words is not None and self.version > 1
+        self.checked = checksums is not None and self.version > 1
         self.steps = check_steps(document)
         self._old, self.in_order = None, True
         if self.version < VERSION:
-            self._old = versions.Old(document, opened, words if self.checked else None)
+            self._old = versions.Old(document, opened, checksums if self.checked else None)
             self.skips = check_skips(document.get("skips", {}))
             return
-        if words is not None and len(words) != 1:
-            raise CheckpointError(f"it has {len(words)} checksums of its description; expected 1")
+        if checksums is not None and len(checksums) != 1:
+            raise CheckpointError(
+                f"it has {len(checksums)} checksums of its description; expected 1"
+            )
         self.skips = check_skips(_skips_in(document.get("skips", {})))
         self._tables = tables_in(document)
         self.in_order = all(isinstance(table.places, range) for table in self._tables)
@@ -193,7 +195,8 @@ class _File:
         """
         columns = [(len(table.names), x) for table in self._tables for x in table.form.slots]
         expected = {
-            str(i): word(slot.dtype, (rows, *slot.shape)) for i, (rows, slot) in enumerate(columns)
+            str(i): layout_text(slot.dtype, (rows, *slot.shape))
+            for i, (rows, slot) in enumerate(columns)
         }
         expected[CHECKSUMS] = f"U64[{sum(rows for rows, _ in columns)}]"
         keys = self._tensors
@@ -202,10 +205,10 @@ class _File:
                 f"its slots need {len(columns)} tensors, and one of checksums; expected those in "
                 f"the file, {len(keys)}"
             )
-        for key, text in expected.items():
+        for key, shape in expected.items():
             tensor = self._tensors[key]
-            if f"{tensor['dtype']}[{','.join(map(str, tensor['shape']))}]" != text:
-                raise CheckpointError(f"its tensor {key!r} is another one than {text}")
+            if f"{tensor['dtype']}[{','.join(map(str, tensor['shape']))}]" != shape:
+                raise CheckpointError(f"its tensor {key!r} is another one than {shape}")
 
     def _rows(self, key: str, rows: slice, size: int, dtype: str) -> np.ndarray:
         """Some rows of a tensor, each of so many elements.
@@ -259,9 +262,9 @@ class _File:
                     block = self._rows(str(number + k), rows, size, slots[k].dtype)
                     at = begin + k * count
                     expected = checksums[at + first : at + rows.stop].tolist()
-                    if (found := checksums_of(block)) != expected:
-                        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-                            if one != other:
+                    if (actual := checksums_of(block)) != expected:
+                        for i, (have, want) in enumerate(zip(actual, expected, strict=True)):
+                            if have != want:
                                 damage.setdefault(i, {})[_shown(slots[k].name)] = DIFFERS
                     columns.append(list(block.astype(slots[k].dtype, copy=False)))
                 for record in _records(table, rows, columns, damage):
@@ -277,7 +280,7 @@ def _shown(slot: str) -> str:
 
 
 def _records(
-    table: Table,
+    table: SavedTable,
     rows: slice,
     columns: Sequence[Sequence[np.ndarray]],
     damage: Mapping[int, dict[str, str]],
@@ -292,9 +295,9 @@ def _records(
     """
     names, steps = table.names[rows], table.steps[rows]
     arrays = list(zip(*columns, strict=True)) if columns else [()] * len(names)
-    seen = table.counts[rows] if table.counts else [0] * len(names)
-    for i, (name, step, mine, count) in enumerate(zip(names, steps, arrays, seen, strict=True)):
-        yield table.part, name, Saved(table.form, step, mine, count), damage.get(i, {})
+    counts = table.counts[rows] if table.counts else [0] * len(names)
+    for i, (name, step, slots, count) in enumerate(zip(names, steps, arrays, counts, strict=True)):
+        yield table.part, name, Saved(table.form, step, slots, count), damage.get(i, {})
 
 
 def _skips_in(skips: Any) -> Any:
@@ -353,10 +356,10 @@ def _check_header(path: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise ValueError("a key is there twice")
-    return made
+    return mapping
 
 
 def _refuse_constant(word: str) -> None:

@@ -22,7 +22,7 @@ def check_slot_names(
     name: str,
     have: Collection[str],
     step: int,
-    words: Mapping[str, Any],
+    settings: Mapping[str, Any],
     rule: Rule,
     names: Iterable[str] | None = None,
 ) -> None:
@@ -32,7 +32,7 @@ def check_slot_names(
         name: That of the parameter.
         have: The names of the slots.
         step: The clock of the state.
-        words: The description of the rule that was saved.
+        settings: The description of the rule that was saved.
         rule: The rule.
         names: The names of its slots, if the shape of the parameter is known.
 
@@ -51,12 +51,12 @@ def check_slot_names(
             "anew"
         )
     # Which slots a rule that is not elementwise has, the shape may decide.
-    known = names is not None or rule.elementwise
+    is_exact = names is not None or rule.elementwise
     is_unstepped = step == 0 and not have
-    if (have != want if known else not set(have) <= set(want)) and not is_unstepped:
+    if (have != want if is_exact else not set(have) <= set(want)) and not is_unstepped:
         raise ValueError(
             f"the loaded state of parameter {name!r} has the slots {have} (of "
-            f"{words.get('name', 'an unknown rule')}); expected {want}, those of its rule "
+            f"{settings.get('name', 'an unknown rule')}); expected {want}, those of its rule "
             f"{rule!r}: load with the rule that was saved, step, then assign opt.rule"
         )
 
@@ -79,7 +79,7 @@ def check_fit(name: str, saved: "Saved", rule: Rule, layout: Layout, masters: bo
     form, shapes = saved.form, slot_shapes(name, rule, layout)
     if masters and layout.storage_dtype != layout.compute_dtype and MASTER in form.own:
         shapes[MASTER] = layout.storage_shape
-    check_slot_names(name, form.own, saved.step, form.rule.words, rule, shapes)
+    check_slot_names(name, form.own, saved.step, form.rule.settings, rule, shapes)
     for slot in form.slots if not saved.is_unstepped else ():
         if slot.name != AVERAGE:
             _check_slot(name, slot, form, shapes[slot.name], layout)

@@ -95,17 +95,17 @@ def renamed(
     if names is None and rename is None:
         return dict(zip(have, have, strict=True))
     wanted = have if names is None else names
-    known = set(have)
+    available = set(have)
     for name in [*wanted, *(rename if isinstance(rename, Mapping) else ())]:
-        if name not in known:
+        if name not in available:
             raise KeyError(f"cannot load parameter {name!r}: the loaded state has none of it")
     if rename is None:
         rename = {}
-    called = rename if callable(rename) else lambda name: rename.get(name, name)
+    new_name = rename if callable(rename) else lambda name: rename.get(name, name)
     new: dict[str, str] = {}
     taken: dict[str, str] = {}
     for name in dict.fromkeys(wanted):
-        other = called(name)
+        other = new_name(name)
         if not isinstance(other, str):
             raise TypeError(f"cannot load parameter {name!r} as {brief(other)}: expected a string")
         if other in taken:
@@ -174,16 +174,16 @@ def load(
     states = contents.saved
     if any(map(ne, new, new.values())):
         states = {new[name]: saved for name, saved in states.items()}
-    found = _admitted(registry, _cast(states) if cast else states, strict)
-    admitted: dict[str, Saved] = {}
-    for batch in found.batches:
-        admitted.update(zip(batch.names, batch.saved, strict=True))
-    if len(found.batches) > 1:
-        admitted = {name: admitted[name] for name in states if name in admitted}
-    seen = [name for name in admitted if name in registry]
-    pending = [name for name in admitted if name not in registry]
-    why = {new[name]: reason for name, reason in contents.unfit.items()} | found.refused
-    taken = set(new.values()) - why.keys()
+    admitted = _admitted(registry, _cast(states) if cast else states, strict)
+    accepted: dict[str, Saved] = {}
+    for batch in admitted.batches:
+        accepted.update(zip(batch.names, batch.saved, strict=True))
+    if len(admitted.batches) > 1:
+        accepted = {name: accepted[name] for name in states if name in accepted}
+    seen = [name for name in accepted if name in registry]
+    pending = [name for name in accepted if name not in registry]
+    reasons = {new[name]: reason for name, reason in contents.unfit.items()} | admitted.refused
+    taken = set(new.values()) - reasons.keys()
     skips = {name: count for name, count in registry.skips.items() if name not in taken}
     for name, counts in contents.skips.items():
         if new.get(name) in taken:
@@ -192,16 +192,16 @@ def load(
     steps = contents.steps
     if (is_part and registry.steps > 0) or (contents.names and not taken):
         steps = registry.steps
-    _warn(registry, found.batches)
-    differing = _differences(registry, found.batches)
+    _warn(registry, admitted.batches)
+    differing = _differences(registry, admitted.batches)
     gone: set[str] = set()
     if registry.guard.torn is not None:
         # Names that are left alone would stay torn. Those that came later are unheard of.
         gone = registry.known().keys() - {*seen, *pending}
         if gone and (is_part or len(taken) < len(contents.names)):
             registry.guard.check_whole("load of some names")
-    observed, codes = _observed(registry, found.batches), _placed(registry, found.batches)
-    waiting = {**registry.pending, **admitted}
+    observed, codes = _observed(registry, admitted.batches), _placed(registry, admitted.batches)
+    waiting = {**registry.pending, **accepted}
     with registry.guard:
         if gone:
             registry.forget(gone)
@@ -209,20 +209,20 @@ def load(
         gone |= codes.keys()
         registry.pending = {n: saved for n, saved in waiting.items() if n not in gone}
         registry.endings = None
-        for rule, words in observed:
-            observe(rule, words.observed, ahead=is_part)
+        for rule, description in observed:
+            observe(rule, description.observed, ahead=is_part)
         registry.steps = _largest_clock(registry) if steps is None else steps
         registry.skips = skips
         registry.guard.torn = None
     registry.sweep()
-    why |= {name: f"its average: {reason}" for name, reason in found.without.items()}
-    had = {new.get(name, name) for name in contents.names}
+    reasons |= {name: f"its average: {reason}" for name, reason in admitted.without.items()}
+    covered = {new.get(name, name) for name in contents.names}
     return LoadReport(
         restored=tuple(seen),
         pending=tuple(pending),
         unused={name: "it was not asked for" for name in contents.names if name not in new}
-        | {old: why[name] for old, name in new.items() if name in why},
-        missing=tuple(name for name in registry.names if name not in had),
+        | {old: reasons[name] for old, name in new.items() if name in reasons},
+        missing=tuple(name for name in registry.names if name not in covered),
         metadata=dict(contents.metadata),
         differences=differing,
     )
@@ -232,16 +232,16 @@ def _differences(
     registry: "Registry", batches: Iterable[_Batch]
 ) -> dict[str, dict[str, Difference]]:
     """By name, the numbers in which saved rules differ from those here."""
-    found: dict[str, dict[str, Difference]] = {}
+    result: dict[str, dict[str, Difference]] = {}
     for batch in batches:
-        words = batch.saved[0].form.rule.words
+        settings = batch.saved[0].form.rule.settings
         if batch.group is not None:
             for rule, positions in distinct_rules(batch.group, batch.rows):
-                if differ := differences(words, rule):
-                    found |= {batch.names[k]: differ for k in positions.tolist()}
-        elif isinstance(registry.rule, Rule) and (differ := differences(words, registry.rule)):
-            found |= dict.fromkeys(batch.names, differ)
-    return found
+                if differ := differences(settings, rule):
+                    result |= {batch.names[k]: differ for k in positions.tolist()}
+        elif isinstance(registry.rule, Rule) and (differ := differences(settings, registry.rule)):
+            result |= dict.fromkeys(batch.names, differ)
+    return result
 
 
 def _cast(states: Mapping[str, Saved]) -> dict[str, Saved]:
@@ -310,7 +310,9 @@ def _misfit(registry: "Registry", name: str, saved: Saved) -> ValueError | None:
         return _error(check_fit, name, saved, rule, group.layout_at(row), registry.masters)
     if isinstance(registry.rule, Rule):
         form = saved.form
-        return _error(check_slot_names, name, form.own, saved.step, form.rule.words, registry.rule)
+        return _error(
+            check_slot_names, name, form.own, saved.step, form.rule.settings, registry.rule
+        )
     return None
 
 
@@ -331,8 +333,8 @@ def _warn(registry: "Registry", batches: Iterable[_Batch]) -> None:
         if group is None and isinstance(registry.rule, Rule):
             rules |= dict.fromkeys(names, registry.rule)
         has_average = saved[0].form.average is not None
-        for name, one in zip(names, saved, strict=True) if has_average or scheduled else ():
-            mean: Rule | None = one.keeps
+        for name, record in zip(names, saved, strict=True) if has_average or scheduled else ():
+            mean: Rule | None = record.keeps
             if name in scheduled:
                 rules[name], *means = formulas(scheduled[name])
                 mean = means[0] if means else None
@@ -350,15 +352,15 @@ def _placed(registry: "Registry", batches: Iterable[_Batch]) -> dict[str, int]:
         if batch.group is not None:
             by_group.setdefault(id(batch.group), []).append(batch)
     try:
-        for mine in by_group.values():
-            group = mine[0].group
+        for alike in by_group.values():
+            group = alike[0].group
             assert group is not None
-            saved = [one for batch in mine for one in batch.saved]
-            made = resumed(group, saved, [batch.shape for batch in mine for _ in batch.saved])
-            names = (name for batch in mine for name in batch.names)
-            codes.update(zip(names, (made + group.number * GROUP).tolist(), strict=True))
-            group.copy_columns(made, np.array([row for batch in mine for row in batch.rows]))
-            set_clocks(group, made, saved)
+            saved = [record for batch in alike for record in batch.saved]
+            rows = resumed(group, saved, [batch.shape for batch in alike for _ in batch.saved])
+            names = (name for batch in alike for name in batch.names)
+            codes.update(zip(names, (rows + group.number * GROUP).tolist(), strict=True))
+            group.copy_columns(rows, np.array([row for batch in alike for row in batch.rows]))
+            set_clocks(group, rows, saved)
     except BaseException:
         registry.free(codes.values())
         raise
@@ -367,19 +369,19 @@ def _placed(registry: "Registry", batches: Iterable[_Batch]) -> dict[str, int]:
 
 def _observed(registry: "Registry", batches: Iterable[_Batch]) -> list[tuple[Rule, Description]]:
     """Rules with the descriptions of those that were saved in their place."""
-    found: list[tuple[Rule, Description]] = []
+    pairs: list[tuple[Rule, Description]] = []
     for batch in batches:
         group, form = batch.group, batch.saved[0].form
         if group is None and isinstance(registry.rule, Rule):
-            found.append((registry.rule, form.rule))
+            pairs.append((registry.rule, form.rule))
         elif group is not None and group.scheduled:
             sets = {int(group.schedule[row]): row for row in batch.rows}
             for row in sets.values():
                 own, *average = formulas(group.rule_at(row))
-                found.append((own, form.rule))
+                pairs.append((own, form.rule))
                 if average and form.average is not None:
-                    found.append((average[0], form.average))
-    return found
+                    pairs.append((average[0], form.average))
+    return pairs
 
 
 def _largest_clock(registry: "Registry") -> int:

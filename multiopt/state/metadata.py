@@ -24,7 +24,7 @@ DEEPEST = 64
 PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 #: What JSON has no number for.
-WORDS = ("nan", "inf", "-inf")
+NONFINITE = ("nan", "inf", "-inf")
 
 EXPECTED = (
     "expected None, True, False, a number (NumPy's too), a string, or a list or a mapping with "
@@ -49,8 +49,8 @@ def described(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     """
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must be a mapping; got {metadata!r}")
-    plain, odd = _described(metadata, "metadata", 0)
-    return plain, odd or {}
+    plain, nonfinite = _described(metadata, "metadata", 0)
+    return plain, nonfinite or {}
 
 
 def _described(value: Any, where: str, depth: int) -> tuple[Any, Any]:
@@ -77,7 +77,7 @@ def _described(value: Any, where: str, depth: int) -> tuple[Any, Any]:
         raise _refusal(f"{where} is {_kind(value)}; {EXPECTED}{_remedy(value)}")
     if depth == DEEPEST:
         raise _refusal(f"it is nested more than {DEEPEST} deep")
-    plain, odd = [], {}
+    plain, nonfinite = [], {}
     for key, part in zip(keys, parts, strict=True):
         if not isinstance(key, str):
             raise _refusal(f"{where} has the key {key!r}; expected strings as keys")
@@ -87,11 +87,12 @@ def _described(value: Any, where: str, depth: int) -> tuple[Any, Any]:
                 "character"
             )
         place = f"{where}[{key}]" if isinstance(value, list) else f"{where}[{key!r}]"
-        made, mark = _described(part, place, depth + 1)
-        plain.append(made)
+        plain_part, mark = _described(part, place, depth + 1)
+        plain.append(plain_part)
         if mark is not None:
-            odd[key] = mark
-    return plain if isinstance(value, list) else dict(zip(keys, plain, strict=True)), odd or None
+            nonfinite[key] = mark
+    result = plain if isinstance(value, list) else dict(zip(keys, plain, strict=True))
+    return result, nonfinite or None
 
 
 #: Of NumPy's dtypes, those whose numbers Python has: no dates, no bytes.
@@ -127,29 +128,31 @@ def _refusal(why: str) -> ValueError:
     return ValueError(f"metadata must be what JSON can hold; {why}")
 
 
-def restored(metadata: dict[str, Any], odd: Any) -> dict[str, Any]:
+def restored(metadata: dict[str, Any], nonfinite: Any) -> dict[str, Any]:
     """Metadata from what ``described`` gave, which it changes.
 
     Raises:
         ValueError: The two do not fit.
     """
     check_nesting(metadata)
-    check_nesting(odd)
-    _restore(metadata, odd)
+    check_nesting(nonfinite)
+    _restore(metadata, nonfinite)
     return metadata
 
 
-def _restore(value: Any, odd: Any) -> None:
-    if not isinstance(odd, dict):
-        raise ValueError(f"expected a mapping or one of {WORDS} in 'nonfinite'; got {odd!r}")
-    for key, mark in odd.items():
+def _restore(value: Any, nonfinite: Any) -> None:
+    if not isinstance(nonfinite, dict):
+        raise ValueError(
+            f"expected a mapping or one of {NONFINITE} in 'nonfinite'; got {nonfinite!r}"
+        )
+    for key, mark in nonfinite.items():
         place: Any = key
         if isinstance(value, list) and re.fullmatch("[0-9]{1,15}", key):
             place = int(key)
-        known = range(len(value)) if isinstance(value, list) else value
-        if not isinstance(value, list | dict) or place not in known:
+        places = range(len(value)) if isinstance(value, list) else value
+        if not isinstance(value, list | dict) or place not in places:
             raise ValueError(f"'nonfinite' has {key!r}, a place that the metadata does not have")
-        if mark not in WORDS:
+        if mark not in NONFINITE:
             _restore(value[place], mark)
         elif value[place] is None:
             value[place] = float(mark)

@@ -25,11 +25,11 @@ WRAPPERS = "_orig_mod.", "module."
 
 def by_ending(pending: Collection[str]) -> dict[str, str]:
     """Names whose state waits, by what they end in: what is left of them without a prefix."""
-    found: dict[str, str] = {}
+    names_by_ending: dict[str, str] = {}
     for name in pending:
         for end in (*_ends(name), _unwrapped(name)):
-            found.setdefault(end, name)
-    return found
+            names_by_ending.setdefault(end, name)
+    return names_by_ending
 
 
 def pairs(
@@ -42,14 +42,14 @@ def pairs(
         waits: Whether state waits under a name.
         endings: Names by what they end in; some may no longer wait.
     """
-    found = {}
+    result = {}
     for name in new:
         ends = [*_ends(name), _unwrapped(name)]
         near = [*ends, endings.get(name), endings.get(ends[-1])]
         match = next((other for other in near if other and other != name and waits(other)), None)
         if match is not None:
-            found[match] = name
-    return found
+            result[match] = name
+    return result
 
 
 def warn_of_other_names(names: Mapping[str, str]) -> None:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from multiopt.registry import Registry
 
 __all__ = [
-    "PARTS",
-    "check_parts",
+    "SECTIONS",
+    "check_sections",
     "check_state_dict",
     "contents_of",
     "saved_in",
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 #: The parts of a state dict that are entries by name, and whether it must have them.
-PARTS = {"entries": True, "pending": True, "averages": False, "pending_averages": False}
+SECTIONS = {"entries": True, "pending": True, "averages": False, "pending_averages": False}
 
 
 def shown(layout: Layout) -> Callable[[Array], Array]:
@@ -69,8 +69,8 @@ def state_dict(registry: "Registry") -> dict[str, Any]:
         for name, step, count in zip(table.names, table.steps, counts, strict=True):
             group, row = registry.row_of(name)
             show, slots = shown(group.layout_at(row)), group.slots_at(row)
-            found = {slot: show(slots[slot]) for slot in form.own}
-            entries[name] = plain_entry(form.rule, step, found)
+            own_slots = {slot: show(slots[slot]) for slot in form.own}
+            entries[name] = plain_entry(form.rule, step, own_slots)
             if form.average is not None:
                 mean = {SHOWN_AVERAGE: show(slots[AVERAGE])}
                 averages["averages"][name] = plain_entry(form.average, count, mean)
@@ -113,10 +113,10 @@ def contents_of(
                     raise
                 unfit[name] = str(error)
     skips = check_skips(state_dict.get("skips", {}))
-    known = [name for part in (*PARTS, "skips") for name in state_dict.get(part, ())]
-    both = saved["pending"] | saved["entries"]
+    names = [name for part in (*SECTIONS, "skips") for name in state_dict.get(part, ())]
+    merged = saved["pending"] | saved["entries"]
     steps = state_dict.get("steps")
-    return Contents(list(dict.fromkeys(known)), both, steps, skips, {}, unfit)
+    return Contents(list(dict.fromkeys(names)), merged, steps, skips, {}, unfit)
 
 
 def saved_in(
@@ -141,9 +141,9 @@ def _renewed(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         check_nesting(rule)
         schedules = rule.get("schedules", {})
         for key, schedule in schedules.items():
-            words, found = separated(schedule, key)
-            rule["schedules"] = {**rule["schedules"], key: words}
-            observed |= found
+            description, seen = separated(schedule, key)
+            rule["schedules"] = {**rule["schedules"], key: description}
+            observed |= seen
     except ValueError as error:
         raise CheckpointError(f"the state of {name!r}: {error}") from error
     return {**entry, "rule": rule, "plateaus": observed}
@@ -159,17 +159,17 @@ def check_state_dict(state_dict: Any) -> None:
         raise CheckpointError("expected a state dict with 'version', 'entries' and 'pending'")
     check_version(state_dict)
     check_steps(state_dict)
-    check_parts(state_dict)
+    check_sections(state_dict)
     check_skips(state_dict.get("skips", {}))
 
 
-def check_parts(state_dict: Mapping[str, Any]) -> None:
+def check_sections(state_dict: Mapping[str, Any]) -> None:
     """Refuse parts that have not the form of those of a state dict.
 
     Raises:
         CheckpointError: They have not.
     """
-    for part, required in PARTS.items():
+    for part, required in SECTIONS.items():
         entries = state_dict.get(part, None if required else {})
         if not isinstance(entries, Mapping):
             raise CheckpointError(
@@ -178,8 +178,8 @@ def check_parts(state_dict: Mapping[str, Any]) -> None:
         for name, entry in entries.items():
             _check_entry(part, name, entry)
     parameters = state_dict["entries"].keys() | state_dict["pending"].keys()
-    for part in PARTS:
-        if PARTS[part] is False and (odd := state_dict.get(part, {}).keys() - parameters):
+    for part in SECTIONS:
+        if SECTIONS[part] is False and (odd := state_dict.get(part, {}).keys() - parameters):
             raise CheckpointError(
                 f"there are averages of {sorted(odd)}; expected them of names that have an entry"
             )

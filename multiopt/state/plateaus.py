@@ -30,9 +30,9 @@ def warn_of_plateaus(rules: Mapping[str, Rule]) -> None:
     Args:
         rules: By name, rules whose state is saved, or loaded.
     """
-    found: dict[str, list[str]] = {}
+    affected: dict[str, list[str]] = {}
     # Many names have one rule, and many rules one schedule.
-    known: dict[int, bool] = {}
+    has_plateau: dict[int, bool] = {}
     hyperparameters: dict[int, list[str]] = {}
     for name, rule in rules.items():
         if id(rule) not in hyperparameters:
@@ -40,16 +40,16 @@ def warn_of_plateaus(rules: Mapping[str, Rule]) -> None:
             for hyperparameter in rule.ranges:
                 value = getattr(rule, hyperparameter)
                 if is_schedule(value):
-                    if id(value) not in known:
-                        known[id(value)] = bool(left_behind(value))
-                    if known[id(value)]:
+                    if id(value) not in has_plateau:
+                        has_plateau[id(value)] = bool(left_behind(value))
+                    if has_plateau[id(value)]:
                         hyperparameters[id(rule)].append(hyperparameter)
         for hyperparameter in hyperparameters[id(rule)]:
-            found.setdefault(hyperparameter, []).append(name)
-    if found:
+            affected.setdefault(hyperparameter, []).append(name)
+    if affected:
         which = "; ".join(
             f"{what} of parameter{'s'[: len(names) > 1]} {abridged(names)}"
-            for what, names in found.items()
+            for what, names in affected.items()
         )
         warnings.warn(
             f"a callable of yours has a Plateau inside, in the schedule of {which}. What that has "

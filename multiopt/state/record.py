@@ -73,11 +73,11 @@ class Description(NamedTuple):
     """A rule, or an average, as plain data.
 
     Attributes:
-        words: Its name, its hyperparameters at a step, and its schedules.
+        settings: Its name, its hyperparameters at a step, and its schedules.
         observed: By its place in the schedules, what each ``Plateau`` has seen.
     """
 
-    words: Mapping[str, Any]
+    settings: Mapping[str, Any]
     observed: Mapping[str, Mapping[str, Any]]
 
 
@@ -142,7 +142,7 @@ def description(rule: Rule, step: int, count: int | None = None) -> Description:
         step: How many steps its parameter has taken.
         count: How many steps the optimizer has taken; if left out, as many.
     """
-    places = [one for name in rule.ranges for one in observers(getattr(rule, name), name)]
+    places = [observer for name in rule.ranges for observer in observers(getattr(rule, name), name)]
     states = {place: plateau.state() for place, plateau in places}
     observed = {place: state for place, state in states.items() if is_observed(state)}
     return Description(described_rule(rule, step, count), observed)
@@ -151,18 +151,22 @@ def description(rule: Rule, step: int, count: int | None = None) -> Description:
 def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str, Any]:
     """The words of ``description``."""
     try:
-        now = rule.at(max(step, 1), None if count is None else max(count, 1))
+        current = rule.at(max(step, 1), None if count is None else max(count, 1))
     except ValueError:
         # State must not be lost over a schedule that gives no number for this step.
-        now = rule
-    words = {f.name: plain_value(getattr(now, f.name)) for f in fields(now)}
+        current = rule
+    hyperparameters = {f.name: plain_value(getattr(current, f.name)) for f in fields(current)}
     schedules = {}
     for name in rule.ranges:
         value = getattr(rule, name)
         parts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(part, Schedule) for part in parts):
             schedules[name] = described(value)
-    return {"name": type(rule).__name__, **words, **({"schedules": schedules} if schedules else {})}
+    return {
+        "name": type(rule).__name__,
+        **hyperparameters,
+        **({"schedules": schedules} if schedules else {}),
+    }
 
 
 def observe(
@@ -206,23 +210,27 @@ def saved_of(
         ValueError: A slot is no array that a rule could have, or the rule's description no plain
             data.
     """
-    found = [_on_host(name, slot, array) for slot, array in entry["slots"].items()]
-    kinds = {layout.is_complex for _, layout, _ in found}
+    slots_found = [_on_host(name, slot, array) for slot, array in entry["slots"].items()]
+    kinds = {layout.is_complex for _, layout, _ in slots_found}
     if len(kinds) > 1:
         raise ValueError(
             f"the state of {name!r} has slots of no use: some are complex, and others are not"
         )
-    rule, kept, count = _described(name, entry), None, 0
+    rule, mean, count = _described(name, entry), None, 0
     if average is not None:
         check_slot_names(name, average["slots"], average["step"], average["rule"], Average())
         count = average["step"]
         for array in average["slots"].values():
-            found.append(_on_host(name, AVERAGE, array))
-            kept = _described(name, average)
-    slots = tuple(Slot(slot, x.storage_shape, x.storage_dtype, x.library) for slot, x, _ in found)
-    is_complex = bool(entry.get("complex")) or any(layout.is_complex for _, layout, _ in found)
-    arrays = tuple(array for _, _, array in found)
-    return Saved(Form(rule, slots, is_complex, kept), entry["step"], arrays, count)
+            slots_found.append(_on_host(name, AVERAGE, array))
+            mean = _described(name, average)
+    slots = tuple(
+        Slot(slot, x.storage_shape, x.storage_dtype, x.library) for slot, x, _ in slots_found
+    )
+    is_complex = bool(entry.get("complex")) or any(
+        layout.is_complex for _, layout, _ in slots_found
+    )
+    arrays = tuple(array for _, _, array in slots_found)
+    return Saved(Form(rule, slots, is_complex, mean), entry["step"], arrays, count)
 
 
 def _on_host(name: str, slot: str, array: Any) -> tuple[str, Layout, np.ndarray]:
@@ -243,9 +251,9 @@ def _on_host(name: str, slot: str, array: Any) -> tuple[str, Layout, np.ndarray]
 
 
 def _described(name: str, entry: Mapping[str, Any]) -> Description:
-    words = [dict(entry["rule"]), dict(entry.get("plateaus", {}))]
+    parts = [dict(entry["rule"]), dict(entry.get("plateaus", {}))]
     try:
-        return Description(*json.loads(json.dumps(words, allow_nan=False)))
+        return Description(*json.loads(json.dumps(parts, allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the rule in the state of {name!r} is no plain data: {error}") from error
 
@@ -260,8 +268,8 @@ def plain(saved: Saved) -> tuple[dict[str, Any], dict[str, Any] | None]:
     form, slots = saved.form, {}
     for slot, array in zip(form.slots, saved.arrays, strict=True):
         host = array.reshape(slot.shape)
-        is_there = slot.library.partition(".")[0] in sys.modules
-        library = backend_named(slot.library if is_there else "numpy")
+        is_imported = slot.library.partition(".")[0] in sys.modules
+        library = backend_named(slot.library if is_imported else "numpy")
         slots[slot.name] = library.export(
             backend_named("numpy").as_complex(host) if form.is_complex else host
         )
@@ -292,18 +300,18 @@ def slots_on_host(saved: Saved) -> dict[str, np.ndarray]:
     return {slot.name: array.reshape(slot.shape) for slot, array in pairs}
 
 
-def plain_entry(of: Description, step: int, slots: Mapping[str, Array]) -> dict[str, Any]:
+def plain_entry(description: Description, step: int, slots: Mapping[str, Array]) -> dict[str, Any]:
     """An entry of a state dict; its description is a copy."""
-    made = {"rule": deepcopy(of.words), "step": step, "slots": slots}
-    return {**made, "plateaus": deepcopy(of.observed)} if of.observed else made
+    entry = {"rule": deepcopy(description.settings), "step": step, "slots": slots}
+    return {**entry, "plateaus": deepcopy(description.observed)} if description.observed else entry
 
 
 def without_average(saved: Saved) -> Saved:
     """A record without the average in it."""
-    kept = [k for k, slot in enumerate(saved.form.slots) if slot.name != AVERAGE]
-    slots = tuple(saved.form.slots[k] for k in kept)
+    others = [k for k, slot in enumerate(saved.form.slots) if slot.name != AVERAGE]
+    slots = tuple(saved.form.slots[k] for k in others)
     form = saved.form._replace(slots=slots, average=None)
-    return Saved(form, saved.step, tuple(saved.arrays[k] for k in kept))
+    return Saved(form, saved.step, tuple(saved.arrays[k] for k in others))
 
 
 # Rows
@@ -324,8 +332,8 @@ def resumed(
     # By form, where the slots of the group are.
     places: dict[Hashable, list[int | None]] = {}
     slots = []
-    for one, shape in zip(saved, shapes, strict=True):
-        form, arrays = (None, ()) if one is None else (one.form, one.arrays)
+    for record, shape in zip(saved, shapes, strict=True):
+        form, arrays = (None, ()) if record is None else (record.form, record.arrays)
         # Which slots a rule that is not elementwise has, the shape may decide.
         key = id(form), None if group.rule.elementwise else shape
         if key not in places:
@@ -339,8 +347,8 @@ def resumed(
 def set_clocks(group: Group, rows: np.ndarray, saved: Sequence[Saved | None]) -> None:
     """Give new rows, which have their numbers, the clocks of saved state."""
     if any(saved):
-        steps = [0 if one is None else one.step for one in saved]
-        group.set_clocks(rows, steps, [0 if one is None else one.seen for one in saved])
+        steps = [0 if record is None else record.step for record in saved]
+        group.set_clocks(rows, steps, [0 if record is None else record.seen for record in saved])
 
 
 def entry_of(
@@ -368,10 +376,10 @@ def entry_of(
     """
     check_fit(name, saved, rule, layout, masters)
     slots = slots_on_host(saved)
-    mean, kept = slots.pop(AVERAGE, None), None
+    mean, average_entry = slots.pop(AVERAGE, None), None
     if average is not None:
-        kept = Entry(average, None, 0, {}, layout)
+        average_entry = Entry(average, None, 0, {}, layout)
         if mean is not None:
             check_average(name, saved, layout)
-            kept = kept._replace(step=saved.seen, slots={SHOWN_AVERAGE: mean})
-    return Entry(rule, clip, saved.step, slots, layout, kept)
+            average_entry = average_entry._replace(step=saved.seen, slots={SHOWN_AVERAGE: mean})
+    return Entry(rule, clip, saved.step, slots, layout, average_entry)

@@ -39,11 +39,11 @@ def show(path: str | os.PathLike[str]) -> bool:
     """
     file = listed(path)
     seen, pending = len(file.saved["entries"]), len(file.saved["pending"])
-    found = "damaged" if file.damaged else "checked" if file.checked else "without checksums"
+    condition = "damaged" if file.damaged else "checked" if file.checked else "without checksums"
     steps = "unknown" if file.steps is None else file.steps
     print(
         f"{_shown(os.fspath(path))}: multiopt checkpoint, version {file.version}, "
-        f"{file.size} bytes, {steps} steps, {seen} names seen, {pending} pending, {found}"
+        f"{file.size} bytes, {steps} steps, {seen} names seen, {pending} pending, {condition}"
     )
     for name, slot, why in file.damaged:
         print(f"damaged: {_shown(name)}, its slot {_shown(slot)}: {why}")
@@ -57,8 +57,8 @@ def show(path: str | os.PathLike[str]) -> bool:
         print()
         print(table([HEADINGS, *rows], NUMBERS))
         print()
-        for (_, words), label in rules.items():
-            print(f"{label}: {words}")
+        for (_, hyperparameters), label in rules.items():
+            print(f"{label}: {hyperparameters}")
     if file.skips:
         print()
         for name, (total, run) in file.skips.items():
@@ -68,30 +68,32 @@ def show(path: str | os.PathLike[str]) -> bool:
 
 def _averages(saved: Mapping[str, Saved]) -> dict[str, Saved]:
     """The averages of names, as if they were names."""
-    found = {}
-    for name, one in saved.items():
-        form = one.form
+    averages = {}
+    for name, record in saved.items():
+        form = record.form
         if form.average is not None:
             slots = [x._replace(name=SHOWN_AVERAGE) for x in form.slots if x.name == AVERAGE]
             form = Form(form.average, tuple(slots), form.is_complex)
-            found[name] = Saved(form, one.seen, ())
-    return found
+            averages[name] = Saved(form, record.seen, ())
+    return averages
 
 
 def _rows(
     state: str, saved: Mapping[str, Saved], rules: dict[tuple[str, str], str]
 ) -> Iterator[tuple[str, ...]]:
     """A row for each name, and more where its slots are not all alike."""
-    for name, one in saved.items():
-        rule = dict(one.form.rule.words)
+    for name, record in saved.items():
+        rule = dict(record.form.rule.settings)
         kind = str(rule.pop("name", "unknown"))
-        words = ", ".join(f"{json.dumps(k)[1:-1]}={json.dumps(v)}" for k, v in rule.items())
-        label = rules.setdefault((kind, words), f"{_shown(kind)} {1 + len(rules)}")
-        head = [_shown(name), state, label, str(one.step)]
+        hyperparameters = ", ".join(
+            f"{json.dumps(k)[1:-1]}={json.dumps(v)}" for k, v in rule.items()
+        )
+        label = rules.setdefault((kind, hyperparameters), f"{_shown(kind)} {1 + len(rules)}")
+        head = [_shown(name), state, label, str(record.step)]
         alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
-        for slot in one.form.slots:
+        for slot in record.form.slots:
             if slot.name != AVERAGE:
-                layout = Layout("", slot.shape, slot.dtype, "", one.form.is_complex)
+                layout = Layout("", slot.shape, slot.dtype, "", record.form.is_complex)
                 form = layout.shape, layout.dtype
                 alike.setdefault(form, []).append(_shown(slot.name))
         if not alike:

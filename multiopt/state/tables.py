@@ -15,7 +15,7 @@ from multiopt.state.record import Description, Form, Saved, Slot, description
 if TYPE_CHECKING:
     from multiopt.registry import Registry
 
-__all__ = ["BLOCK", "CODES", "LARGE", "Pieces", "Table", "held", "waiting", "word"]
+__all__ = ["BLOCK", "CODES", "LARGE", "Pieces", "SavedTable", "held", "layout_text", "waiting"]
 
 #: Elements of a slot from which on it is read and written by itself, and of several that are read
 #: and written together.
@@ -28,7 +28,7 @@ CODES = {"float32": "F32", "float64": "F64"}
 Pieces = Callable[[int], Iterator[np.ndarray]]
 
 
-class Table(NamedTuple):
+class SavedTable(NamedTuple):
     """Names of one form.
 
     Attributes:
@@ -50,40 +50,42 @@ class Table(NamedTuple):
     pieces: Pieces | None = None
 
 
-def word(dtype: str, shape: Sequence[int]) -> str:
+def layout_text(dtype: str, shape: Sequence[int]) -> str:
     """The dtype and the shape of a slot as a file has them, such as ``F32[2,3]``."""
     return f"{CODES[dtype]}[{','.join(map(str, shape))}]"
 
 
-def held(registry: "Registry") -> Iterator[Table]:
+def held(registry: "Registry") -> Iterator[SavedTable]:
     """The tables of names seen, over the memory of their slots."""
     for group, names, order, rows in registry.names_by_group():
-        known: dict[bytes, tuple[Description, Description | None]] = {}
+        descriptions: dict[bytes, tuple[Description, Description | None]] = {}
         clocks, seen = group.steps[rows], group.counts(rows)
         for (key, shape), places in _alike(group, rows).items():
-            mine = rows[places]
-            if key not in known:
+            alike = rows[places]
+            if key not in descriptions:
                 step, count = int(clocks[places[0]]), int(seen[places[0]])
-                own, *average = formulas(group.rule_at(int(mine[0])))
+                own, *average = formulas(group.rule_at(int(alike[0])))
                 # An average that has seen no step is none.
-                kept = description(average[0], count, registry.steps) if average and count else None
-                known[key] = description(own, step, registry.steps), kept
-            rule, kept = known[key]
+                average_rule = (
+                    description(average[0], count, registry.steps) if average and count else None
+                )
+                descriptions[key] = description(own, step, registry.steps), average_rule
+            rule, average_rule = descriptions[key]
             columns, slots = group.slot_names(shape), []
             forms = group.rule.slot_shapes(shape)
             for name in columns:
-                if name != AVERAGE or kept is not None:
+                if name != AVERAGE or average_rule is not None:
                     slots.append(Slot(name, forms.get(name, shape), group.dtype.name))
-            form = Form(rule, tuple(slots), group.layout.is_complex, kept)
+            form = Form(rule, tuple(slots), group.layout.is_complex, average_rule)
             numbers = [columns.index(slot.name) for slot in slots]
-            yield Table(
+            yield SavedTable(
                 "entries",
                 form,
                 [names[place] for place in places] if len(places) < len(names) else names,
                 order[places].tolist(),
                 clocks[places].tolist(),
-                seen[places].tolist() if kept is not None else [],
-                partial(_rows_of, group, mine, numbers),
+                seen[places].tolist() if average_rule is not None else [],
+                partial(_rows_of, group, alike, numbers),
             )
 
 
@@ -105,13 +107,13 @@ def _alike(group: Group, rows: np.ndarray) -> dict[tuple[bytes, tuple[int, ...]]
     table = np.column_stack([numbers, schedule, *np.where(schedule != 0, clocks, 0)])
     keys: list[Any] = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
     shapes = map(group.shapes.__getitem__, rows.tolist())
-    found: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
+    positions: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
     for place, key in enumerate(zip(keys, shapes, strict=True)):
-        found.setdefault(key, []).append(place)
-    return found
+        positions.setdefault(key, []).append(place)
+    return positions
 
 
-def waiting(saved: Mapping[str, Saved], part: str = "pending") -> list[Table]:
+def waiting(saved: Mapping[str, Saved], part: str = "pending") -> list[SavedTable]:
     """The tables of records."""
     alike: dict[int, list[int]] = {}
     names, records = list(saved), list(saved.values())
@@ -122,8 +124,10 @@ def waiting(saved: Mapping[str, Saved], part: str = "pending") -> list[Table]:
         mine = [records[place] for place in places]
         form, steps = mine[0].form, [one.step for one in mine]
         counts = [one.seen for one in mine] if form.average is not None else []
-        own = [names[place] for place in places]
-        tables.append(Table(part, form, own, places, steps, counts, partial(_pieces, mine)))
+        own_names = [names[place] for place in places]
+        tables.append(
+            SavedTable(part, form, own_names, places, steps, counts, partial(_pieces, mine))
+        )
     return tables
 
 

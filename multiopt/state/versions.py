@@ -9,9 +9,9 @@ from xxhash import xxh3_64
 from multiopt.errors import CheckpointError
 from multiopt.state.document import is_clock
 from multiopt.state.metadata import check_nesting
-from multiopt.state.plain_data import PARTS, check_parts, saved_in
+from multiopt.state.plain_data import SECTIONS, check_sections, saved_in
 from multiopt.state.record import Record, saved_of
-from multiopt.state.tables import CODES, word
+from multiopt.state.tables import CODES, layout_text
 
 __all__ = ["Old"]
 
@@ -25,30 +25,34 @@ class Old:
     Args:
         document: Its description.
         opened: Its tensors.
-        words: Its checksums; None for version 1, which has none.
+        checksums: Its checksums; None for version 1, which has none.
 
     Raises:
         CheckpointError: It has another form.
     """
 
-    def __init__(self, document: dict[str, Any], opened: Any, words: Sequence[str] | None) -> None:
+    def __init__(
+        self, document: dict[str, Any], opened: Any, checksums: Sequence[str] | None
+    ) -> None:
         """Look at the description."""
-        self._document, self._opened, self._words = document, opened, words
-        rules = document.pop("rules", []) if words is not None else []
+        self._document, self._opened, self._checksums = document, opened, checksums
+        rules = document.pop("rules", []) if checksums is not None else []
         for rule in rules:
             check_nesting(rule)
-        for part in PARTS if words is not None else ():
+        for part in SECTIONS if checksums is not None else ():
             for name, entry in document.get(part, {}).items():
                 number = entry["rule"]
                 if not (is_clock(number) and number < len(rules)):
                     raise CheckpointError(f"the state of {name!r} has no rule: {number!r}")
                 entry["rule"] = rules[number]
-        check_parts(document)
+        check_sections(document)
         self._check_keys()
 
     def names(self) -> list[str]:
         """The names of which there is state."""
-        return list(dict.fromkeys(name for part in PARTS for name in self._document.get(part, ())))
+        return list(
+            dict.fromkeys(name for part in SECTIONS for name in self._document.get(part, ()))
+        )
 
     def records(self, wanted: Set[str] | None) -> Iterator[Record]:
         """What is saved of those wanted."""
@@ -67,7 +71,7 @@ class Old:
                 raise CheckpointError(
                     f"expected slots of dtype float32 or float64; got {array.dtype.name}"
                 )
-            if self._words is not None and self._words[1 + int(key)] != _checksum(array):
+            if self._checksums is not None and self._checksums[1 + int(key)] != _checksum(array):
                 damage[slot] = DIFFERS
         return {**entry, "slots": slots}
 
@@ -79,24 +83,24 @@ class Old:
         """
         have = [
             key
-            for part in PARTS
+            for part in SECTIONS
             for entry in self._document.get(part, {}).values()
             for key in entry["slots"].values()
         ]
-        keys, words = self._opened.keys(), self._words
+        keys, checksums = self._opened.keys(), self._checksums
         if len(have) != len(keys) or set(have) != set(keys):
             raise CheckpointError(
                 f"its slots need {len(have)} tensors, one each; expected those in the file, "
                 f"{len(keys)}"
             )
-        if words is not None and (
-            len(words) != 1 + len(have) or set(have) != set(map(str, range(len(have))))
+        if checksums is not None and (
+            len(checksums) != 1 + len(have) or set(have) != set(map(str, range(len(have))))
         ):
-            raise CheckpointError(f"it has {len(words)} checksums; expected {1 + len(have)}")
+            raise CheckpointError(f"it has {len(checksums)} checksums; expected {1 + len(have)}")
 
 
 def _checksum(array: np.ndarray) -> str:
     """The checksum of a slot: of its dtype, its shape and its bytes."""
-    digest = xxh3_64(word(array.dtype.name, array.shape).encode())
+    digest = xxh3_64(layout_text(array.dtype.name, array.shape).encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 from multiopt.state.document import described
 from multiopt.state.durable import replacing
 from multiopt.state.file_objects import Target, is_path, write_whole
-from multiopt.state.tables import CODES, Table
+from multiopt.state.tables import CODES, SavedTable
 
 __all__ = ["CHECKSUMS", "LARGEST_HEADER", "bytes_of", "checksums_of", "too_much", "write"]
 
@@ -31,7 +31,7 @@ MANY = 10_000 * MAPPING
 
 def write(
     file: Target,
-    tables: Iterable[Table],
+    tables: Iterable[SavedTable],
     steps: int,
     skips: Mapping[str, Sequence[int]],
     metadata: Mapping[str, Any] | None = None,
@@ -56,11 +56,11 @@ def write(
     """
     tables = list(tables)
     document = described(tables, steps, skips, {} if metadata is None else metadata)
-    text = json.dumps(document, allow_nan=False)
+    description = json.dumps(document, allow_nan=False)
     columns = [(table, k) for table in tables for k in range(len(table.form.slots))]
     # float64 first: readers that map the file find numbers at multiples of their size.
     order = sorted(range(len(columns)), key=lambda i: _slot(*columns[i]).dtype, reverse=True)
-    header = _header(text, columns, order)
+    header = _header(description, columns, order)
     parts = _parts(header, columns, order)
     if is_path(file):
         with replacing(file) as opened:
@@ -69,11 +69,11 @@ def write(
         write_whole(file, parts)
 
 
-def _slot(table: Table, k: int) -> Any:
+def _slot(table: SavedTable, k: int) -> Any:
     return table.form.slots[k]
 
 
-def _header(text: str, columns: Sequence[tuple[Table, int]], order: Sequence[int]) -> bytes:
+def _header(text: str, columns: Sequence[tuple[SavedTable, int]], order: Sequence[int]) -> bytes:
     """The header of a file, with its length."""
     tensors: dict[str, Any] = {}
     end = count = 0
@@ -95,24 +95,24 @@ def _header(text: str, columns: Sequence[tuple[Table, int]], order: Sequence[int
 
 
 def _parts(
-    header: bytes, columns: Sequence[tuple[Table, int]], order: Sequence[int]
+    header: bytes, columns: Sequence[tuple[SavedTable, int]], order: Sequence[int]
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a file. Each is looked at once: checksums are made on the way, and come last."""
     yield header
-    found: dict[int, list[int]] = {}
+    checksums: dict[int, list[int]] = {}
     for i in order:
         table, k = columns[i]
         assert table.pieces is not None
-        found[i] = []
+        checksums[i] = []
         for piece in map(_little_endian, table.pieces(k)):
-            found[i] += checksums_of(piece)
+            checksums[i] += checksums_of(piece)
             data = bytes_of(piece)
             # The next one is made when this one is gone.
             del piece
             yield data
             del data
-    words = [word for i in range(len(columns)) for word in found[i]]
-    yield np.array(words, "<u8").data
+    flat = [word for i in range(len(columns)) for word in checksums[i]]
+    yield np.array(flat, "<u8").data
 
 
 def _little_endian(rows: np.ndarray) -> np.ndarray:

@@ -839,7 +839,7 @@ def test_a_schedule_that_is_no_dataclass_is_its_name(tmp_path: Path) -> None:
     opt.step({"w": ones()}, {"w": ones()})
     opt.save(tmp_path / "run")
     words = opt.state_dict()["entries"]["w"]["rule"]
-    for rule in (words, listed(tmp_path / "run").saved["entries"]["w"].form.rule.words):
+    for rule in (words, listed(tmp_path / "run").saved["entries"]["w"].form.rule.settings):
         assert rule["schedules"]["lr"] == {"name": "Undeclared"}
     mo.Optimizer(mo.SGD(lr=Undeclared())).load(tmp_path / "run")
 
