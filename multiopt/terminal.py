@@ -33,8 +33,8 @@ def table(rows: Sequence[Sequence[str] | str], numbers: Collection[int] = ()) ->
     loc      24
     in all: 24
     """
-    known = [_known(row) if isinstance(row, str) else [*map(_known, row)] for row in rows]
-    cells = [row for row in known if not isinstance(row, str)]
+    lines = [_printable(row) if isinstance(row, str) else [*map(_printable, row)] for row in rows]
+    cells = [row for row in lines if not isinstance(row, str)]
     widths = [max(map(_columns, column)) for column in zip(*cells, strict=True)]
     room, mark = width(), _mark()
     texts = [i for i in range(len(widths)) if i not in numbers]
@@ -42,19 +42,19 @@ def table(rows: Sequence[Sequence[str] | str], numbers: Collection[int] = ()) ->
     bound = _bound([widths[i] for i in texts], room - taken)
     for i in texts:
         widths[i] = min(widths[i], bound)
-    lines = [
+    laid_out = [
         row
         if isinstance(row, str)
         else GAP.join(
             _filled(_cut(cell, size, mark), size, i in numbers)
             for i, (cell, size) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in known
+        for row in lines
     ]
-    return "\n".join(_cut(line, room, mark) for line in lines)
+    return "\n".join(_cut(line, room, mark) for line in laid_out)
 
 
-def _known(text: str) -> str:
+def _printable(text: str) -> str:
     """The text as it will be written: letters that the terminal has not are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -62,7 +62,7 @@ def _known(text: str) -> str:
 
 def _mark() -> str:
     """What stands for that which was cut."""
-    return "…" if _known("…") == "…" else "..."
+    return "…" if _printable("…") == "…" else "..."
 
 
 def _columns(text: str) -> int:

@@ -29,9 +29,9 @@ from multiopt.adapters.torch.file import read
 from multiopt.adapters.torch.settings import (
     DECOUPLED,
     group_settings,
-    in_torch,
     rule_class_of,
     rule_of,
+    with_decoupled,
 )
 from multiopt.adapters.torch.state import (
     for_torch,
@@ -81,11 +81,11 @@ def from_torch(
     for group in groups:
         for number in group["params"]:
             # A parameter that never had a gradient has no state.
-            one = {
+            alone = {
                 "state": {number: states.get(number, {})},
                 "param_groups": [{**group, "params": [number]}],
             }
-            entries[names_of[number]] = parameter_from_torch(names_of[number], rule_class, one)
+            entries[names_of[number]] = parameter_from_torch(names_of[number], rule_class, alone)
     return state_dict_of(entries)
 
 
@@ -116,9 +116,9 @@ def to_torch(
     """
     rule_class_of(type(optimizer))
     theirs = optimizer.state_dict()
-    stored = for_torch(state_dict)
+    entries = for_torch(state_dict)
     names_of = _names_of(theirs["param_groups"], names)
-    if unknown := sorted(stored.keys() - set(names_of.values())):
+    if unknown := sorted(entries.keys() - set(names_of.values())):
         raise ValueError(
             f"there is state of {unknown}; expected that of parameters of the torch optimizer, "
             f"which has {list(names_of.values())}: rename or forget the others"
@@ -128,11 +128,11 @@ def to_torch(
         params = {
             names_of[i]: param for i, param in zip(group["params"], own["params"], strict=True)
         }
-        settings = _settings(type(optimizer), {n: stored[n] for n in params if n in stored})
+        settings = _settings(type(optimizer), {n: entries[n] for n in params if n in entries})
         groups.append(deepcopy(group) | settings)
         for number, (name, param) in zip(group["params"], params.items(), strict=True):
-            if name in stored:
-                state = _state(name, stored[name], type(optimizer), settings, param.detach())
+            if name in entries:
+                state = _state(name, entries[name], type(optimizer), settings, param.detach())
             else:
                 state = deepcopy(theirs["state"].get(number, {}))
             if state:
@@ -161,11 +161,11 @@ def rules_of(state_dict: Mapping[str, Any]) -> dict[str, Rule]:
     """
     check_state_dict(state_dict)
     same: dict[Rule, Rule] = {}
-    found = {}
-    for name, stored in {**state_dict["pending"], **state_dict["entries"]}.items():
-        rule = rule_of(name, stored["rule"])
-        found[name] = same.setdefault(rule, rule)
-    return found
+    rules = {}
+    for name, entry in {**state_dict["pending"], **state_dict["entries"]}.items():
+        rule = rule_of(name, entry["rule"])
+        rules[name] = same.setdefault(rule, rule)
+    return rules
 
 
 def _checked(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[int, Mapping[str, Any]]]:
@@ -212,21 +212,21 @@ def _names_of(groups: Iterable[Mapping[str, Any]], names: Iterable[str] | None) 
                 "that was made from named_parameters()"
             )
         names = [name for group in groups for name in group["param_names"]]
-    given = [*names]
-    if isinstance(names, str) or not all(isinstance(name, str) for name in given):
+    listed = [*names]
+    if isinstance(names, str) or not all(isinstance(name, str) for name in listed):
         raise TypeError(f"expected a list of names, which are strings; got {names!r}")
-    if len(given) != len(numbers):
+    if len(listed) != len(numbers):
         raise ValueError(
             f"expected {len(numbers)} names, one for each parameter of the torch optimizer; got "
-            f"{len(given)}: {given}"
+            f"{len(listed)}: {listed}"
         )
-    if twice := [name for name, count in Counter(given).items() if count > 1]:
+    if twice := [name for name, count in Counter(listed).items() if count > 1]:
         raise ValueError(f"expected each parameter to have a name of its own; got {twice} twice")
-    return dict(zip(numbers, given, strict=True))
+    return dict(zip(numbers, listed, strict=True))
 
 
 def _settings(
-    constructor: type[torch.optim.Optimizer], stored: Mapping[str, Mapping[str, Any]]
+    constructor: type[torch.optim.Optimizer], entries: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The settings of a group of torch: the hyperparameters of all its names.
 
@@ -234,9 +234,9 @@ def _settings(
         ValueError: They differ, or are those of another rule.
     """
     first, shared = "", dict[str, Any]()
-    for name, one in stored.items():
-        rule = in_torch(one["rule"])
-        settings = group_settings(constructor, rule, one["step"])
+    for name, entry in entries.items():
+        rule = with_decoupled(entry["rule"])
+        settings = group_settings(constructor, rule, entry["step"])
         settings = {k: v for k, v in settings.items() if k in rule}
         kinds = {rule["name"]}
         if rule["name"] in ("Adam", "AdamW") and rule[DECOUPLED] and DECOUPLED in settings:
@@ -258,7 +258,7 @@ def _settings(
 
 def _state(
     name: str,
-    stored: Mapping[str, Any],
+    entry: Mapping[str, Any],
     constructor: type[torch.optim.Optimizer],
     settings: Mapping[str, Any],
     param: torch.Tensor,
@@ -268,25 +268,25 @@ def _state(
     Raises:
         ValueError: A slot does not fit.
     """
-    rule = rule_of(name, stored["rule"])
+    rule = rule_of(name, entry["rule"])
     try:
         shapes = rule.slot_shapes(tuple(param.shape))
     except ValueError as error:
         raise ValueError(f"parameter {name!r}: {error}") from error
-    check_slot_names(name, stored["slots"], stored["step"], stored["rule"], rule, shapes)
-    if not stored["step"]:
+    check_slot_names(name, entry["slots"], entry["step"], entry["rule"], rule, shapes)
+    if not entry["step"]:
         return fresh_state(constructor, settings, param)
-    slots = stored["slots"]
+    slots = entry["slots"]
     if param.is_complex():
         shapes = {slot: (*shape, 2) for slot, shape in shapes.items()}
     for slot, array in slots.items():
-        if array.shape != shapes[slot] or stored["complex"] > param.is_complex():
+        if array.shape != shapes[slot] or entry["complex"] > param.is_complex():
             raise ValueError(
                 f"the slot {slot!r} of parameter {name!r} has shape {array.shape} and dtype "
                 f"{array.dtype}; expected {shapes[slot]}, for a parameter of shape "
                 f"{tuple(param.shape)} and dtype {param.dtype} in torch"
             )
-    whole = {**stored, "complex": param.is_complex()}
+    whole = {**entry, "complex": param.is_complex()}
     (state,) = parameter_to_torch(constructor, whole)["state"].values()
     cast = {k: v.to(param.dtype) if k in slots else v for k, v in state.items()}
     return without_clock(constructor, cast)

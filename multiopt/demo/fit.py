@@ -171,10 +171,10 @@ def equal(fit: Fit, other: Fit) -> bool:
     if any(x != names for x in (other.params.keys(), {*fit.optimizer}, {*other.optimizer})):
         return False
     for name in names:
-        state, its = fit.optimizer.state(name), other.optimizer.state(name)
+        state, other_state = fit.optimizer.state(name), other.optimizer.state(name)
         pairs = [(fit.params[name], other.params[name])]
-        pairs += [(state.slots[slot], its.slots[slot]) for slot in state.slots]
-        if state.step != its.step or not all(np.array_equal(a, b) for a, b in pairs):
+        pairs += [(state.slots[slot], other_state.slots[slot]) for slot in state.slots]
+        if state.step != other_state.step or not all(np.array_equal(a, b) for a, b in pairs):
             return False
     return True
 

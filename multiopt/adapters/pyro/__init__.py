@@ -61,9 +61,9 @@ def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:
     doc += [f"    {key}: As for ``PyroOptim``." for key in more]
 
     def factory(*args: Any, **kwargs: Any) -> PyroOptim:
-        given = arguments.bind(*args, **kwargs)
-        made: PyroOptim = wrapper(constructor, *given.args, **given.kwargs)
-        return made
+        bound = arguments.bind(*args, **kwargs)
+        optimizer: PyroOptim = wrapper(constructor, *bound.args, **bound.kwargs)
+        return optimizer
 
     arguments = factory.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     factory.__name__ = factory.__qualname__ = name

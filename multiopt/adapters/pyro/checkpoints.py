@@ -85,8 +85,8 @@ def to_pyro(
         CheckpointError: ``schedulers`` has another form.
     """
     states = {}
-    for name, stored in for_torch(state_dict).items():
-        kind = stored["rule"]["name"]
+    for name, entry in for_torch(state_dict).items():
+        kind = entry["rule"]["name"]
         if kind not in CONSTRUCTORS:
             raise ValueError(f"parameter {name!r} has the rule {kind}, which Pyro does not have")
         constructor = CONSTRUCTORS[kind]
@@ -95,8 +95,8 @@ def to_pyro(
             if "scheduler" not in schedulers.get(name, ()):
                 raise ValueError(f"parameter {name!r} has no schedule in schedulers")
             before = parameter_from_torch(name, rule_class_of(constructor), schedulers[name])
-            stored["group"] = before["group"]
-        made = parameter_to_torch(constructor, stored)
+            entry["group"] = before["group"]
+        made = parameter_to_torch(constructor, entry)
         made["state"] = {
             number: state
             for number, values in made["state"].items()

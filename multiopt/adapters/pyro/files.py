@@ -18,19 +18,21 @@ __all__ = ["read_file", "write_file"]
 GROUPS = "param_groups"
 
 
-def write_file(file: Target, stored: Mapping[str, Mapping[str, Any]], steps: int) -> None:
+def write_file(file: Target, states: Mapping[str, Mapping[str, Any]], steps: int) -> None:
     """Write state to a file.
 
     Args:
         file: The file.
-        stored: The state by label, as ``TensorOptimizer.described``.
+        states: The state by label, as ``TensorOptimizer.plain_state``.
         steps: How many steps the optimizer has taken.
     """
-    saved = {label: saved_of(label, one, one.get("average")) for label, one in stored.items()}
-    skips = {label: one["skips"] for label, one in stored.items() if "skips" in one}
-    groups = {label: _plain(label, one.get("group", {})) for label, one in stored.items()}
+    records = {
+        label: saved_of(label, state, state.get("average")) for label, state in states.items()
+    }
+    skips = {label: state["skips"] for label, state in states.items() if "skips" in state}
+    groups = {label: _plain(label, state.get("group", {})) for label, state in states.items()}
     groups = {label: group for label, group in groups.items() if group}
-    write(file, waiting(saved, "entries"), steps, skips, {GROUPS: groups} if groups else None)
+    write(file, waiting(records, "entries"), steps, skips, {GROUPS: groups} if groups else None)
 
 
 def _plain(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +65,9 @@ def read_file(file: Source, averages: bool) -> tuple[dict[str, dict[str, Any]], 
     contents = read(file)
     contents.check_whole(file)
     loaded = {label: entry_on_host(saved) for label, saved in contents.saved.items()}
-    left = {} if averages else {label: one.pop("average", None) for label, one in loaded.items()}
+    left = (
+        {} if averages else {label: state.pop("average", None) for label, state in loaded.items()}
+    )
     beside = {"skips": contents.skips, "group": contents.metadata.get(GROUPS)}
     for name, by_label in beside.items():
         # The metadata may be somebody else's.

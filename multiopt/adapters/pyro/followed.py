@@ -33,36 +33,36 @@ class Sources(dict[int, Source]):
     Pyro reads them anew at each step.
     """
 
-    def watch(self, one: "TensorOptimizer") -> None:
+    def watch(self, tracked: "TensorOptimizer") -> None:
         """Watch the settings of a tensor as they are now, and no earlier ones of it."""
-        self.unwatch(one)
-        watched = list(one.given.values())
+        self.unwatch(tracked)
+        watched = list(tracked.given.values())
         # A dict that nobody else holds, such as most callables make, stays as it is.
-        if sys.getrefcount(one.clip_args) > ALONE:
-            watched.append(one.clip_args)
+        if sys.getrefcount(tracked.clip_args) > ALONE:
+            watched.append(tracked.clip_args)
         for given in watched:
             # Others may not have followed its last change yet.
             if id(given) not in self:
                 self[id(given)] = Source(given, _held(given), {})
             source = self[id(given)]
-            source.users[one] = None
-            one.sources.append(source)
+            source.users[tracked] = None
+            tracked.sources.append(source)
 
-    def unwatch(self, one: "TensorOptimizer") -> None:
+    def unwatch(self, tracked: "TensorOptimizer") -> None:
         """Watch no settings of a tensor."""
-        for source in one.sources:
-            source.users.pop(one, None)
+        for source in tracked.sources:
+            source.users.pop(tracked, None)
             if not source.users:
                 self.pop(id(source.given), None)
-        one.sources = []
+        tracked.sources = []
 
     def changed(self) -> "list[TensorOptimizer]":
         """The tensors whose settings have changed since ``renew``."""
-        found: dict[TensorOptimizer, None] = {}
+        affected: dict[TensorOptimizer, None] = {}
         for source in self.values():
             if source.held != _held(source.given):
-                found |= source.users
-        return list(found)
+                affected |= source.users
+        return list(affected)
 
     def renew(self) -> None:
         """Take the settings for known as they are now."""
@@ -83,37 +83,37 @@ class Clocks(dict[Any, tuple["ref[torch.Tensor]", int]]):
     By ``TensorOptimizer``, with what they say. One that nobody holds any more cannot be written.
     """
 
-    def shown(self, one: "TensorOptimizer", step: int) -> torch.Tensor:
+    def shown(self, tracked: "TensorOptimizer", step: int) -> torch.Tensor:
         """The clock of a tensor, one object for as long as anybody holds it."""
-        clock = self._held(one)
+        clock = self._held(tracked)
         if clock is None:
             clock = scalar(step)
-            self[one] = ref(clock), step
+            self[tracked] = ref(clock), step
         return clock
 
-    def _held(self, one: "TensorOptimizer") -> torch.Tensor | None:
+    def _held(self, tracked: "TensorOptimizer") -> torch.Tensor | None:
         """The clock of a tensor, if anybody holds it."""
-        return self[one][0]() if one in self else None
+        return self[tracked][0]() if tracked in self else None
 
     def written(self) -> "dict[TensorOptimizer, int]":
         """The clocks that were written, and what they say now."""
-        found = {}
-        for one, (_, step) in list(self.items()):
-            clock = self._held(one)
-            if clock is None or one.tensor is None:
-                del self[one]
+        counts = {}
+        for tracked, (_, step) in list(self.items()):
+            clock = self._held(tracked)
+            if clock is None or tracked.tensor is None:
+                del self[tracked]
             elif clock.item() != step:
-                found[one] = whole_number(clock)
-        return found
+                counts[tracked] = whole_number(clock)
+        return counts
 
-    def say(self, one: "TensorOptimizer", step: int) -> None:
+    def refresh(self, tracked: "TensorOptimizer", step: int) -> None:
         """Let a clock that is shown say how many steps were taken."""
-        if (clock := self._held(one)) is not None:
+        if (clock := self._held(tracked)) is not None:
             clock.fill_(step)
-            self[one] = ref(clock), step
+            self[tracked] = ref(clock), step
 
-    def say_all(self) -> None:
+    def refresh_all(self) -> None:
         """The same of all that are shown, after a call."""
-        for one in list(self):
-            if one.tensor is not None:
-                self.say(one, one.clock)
+        for tracked in list(self):
+            if tracked.tensor is not None:
+                self.refresh(tracked, tracked.clock)

@@ -18,7 +18,7 @@ from multiopt.adapters.pyro.constructors import RULES, Settings
 from multiopt.adapters.pyro.dct import marked
 from multiopt.adapters.pyro.followed import Clocks, Sources
 from multiopt.adapters.pyro.names import ModuleNames
-from multiopt.adapters.pyro.optim import PyroOptim, say_not_joint
+from multiopt.adapters.pyro.optim import PyroOptim, warn_not_joint
 from multiopt.adapters.pyro.settings import (
     changeable,
     clips_itself,
@@ -66,10 +66,10 @@ class JointOptim(StatefulOptim):
         # Loaded state by label, for the next tensor that is presented under it.
         self._state_waiting_to_be_consumed: dict[str, dict[str, Any]] = {}
         self._core = Optimizer(self._rule_class(), **more)
-        self._known, self._guard = self._core._registry, self._core._guard
-        self._known.leave_clipped = True
+        self._registry, self._guard = self._core._registry, self._core._guard
+        self._registry.leave_clipped = True
         # Pyro passes over tensors without a gradient, whatever they are.
-        self._known.needs_gradients = False
+        self._registry.needs_gradients = False
         self._tensors, self._names = KnownTensors(), ModuleNames()
         self._sources, self._clocks = Sources(), Clocks()
         self._rules: dict[Hashable, Rule] = {}
@@ -90,9 +90,9 @@ class JointOptim(StatefulOptim):
         """How it was made, and how many tensors there are."""
         waiting = len(self._state_waiting_to_be_consumed)
         pending = f", {waiting} pending" if waiting else ""
-        return f"<{self._made()}: {len(self._tensors)} tensors{pending}>"
+        return f"<{self._call_text()}: {len(self._tensors)} tensors{pending}>"
 
-    def _made(self) -> str:
+    def _call_text(self) -> str:
         arguments = [repr(self.pt_optim_args)]
         if self.pt_clip_args:
             arguments.append(repr(self.pt_clip_args))
@@ -104,7 +104,7 @@ class JointOptim(StatefulOptim):
         """The class of torch's optimizer; who calls it, steps with torch."""
         # Pyro's wrapper of Horovod is the one that calls it.
         if sys._getframe(1).f_globals.get("__name__") == "pyro.optim.horovod":
-            say_not_joint(self._constructor.__name__)
+            warn_not_joint(self._constructor.__name__)
         return self._constructor
 
     @pt_optim_constructor.setter
@@ -125,8 +125,8 @@ class JointOptim(StatefulOptim):
             ValueError: A tensor is no leaf, loaded state does not fit its tensor, and others that
                 ``Optimizer.step`` raises; nothing has changed.
         """
-        given: Any = params if hasattr(params, "__len__") else list(params)
-        tensors = np.fromiter(given, object, len(given))
+        sized: Any = params if hasattr(params, "__len__") else list(params)
+        tensors = np.fromiter(sized, object, len(sized))
         if self._sources or self._clocks:
             self._follow()
         # What an array of objects has in memory are their identities.
@@ -136,18 +136,18 @@ class JointOptim(StatefulOptim):
             self._forget(gone)
         tensors = tensors[self._order]
         if self._state_waiting_to_be_consumed:
-            self._settle(filter(None, map(self._tensors.get, tensors)))
-        before = self._known.outcome
+            self._load_waiting(filter(None, map(self._tensors.get, tensors)))
+        before = self._registry.outcome
         try:
-            self._known.step(self._keys, tensors, None, _leave_clipped)
+            self._registry.step(self._keys, tensors, None, _leave_clipped)
         except BaseException as error:
-            explain(error, before, self._known.outcome, self._guard.torn)
-            said = REMEDY.sub("del optim_objs[tensor] to start anew", str(error))
-            if isinstance(error, TypeError | ValueError) and said != str(error):
-                raise type(error)(said) from None
+            explain(error, before, self._registry.outcome, self._guard.torn)
+            message = REMEDY.sub("del optim_objs[tensor] to start anew", str(error))
+            if isinstance(error, TypeError | ValueError) and message != str(error):
+                raise type(error)(message) from None
             raise
         if self._clocks:
-            self._clocks.say_all()
+            self._clocks.refresh_all()
 
     # What the last calls did
 
@@ -226,13 +226,15 @@ class JointOptim(StatefulOptim):
             listed = numbers[order].tolist()
         keys: list[Any] = list(map(self._tensors.keys.get, listed))
         if None in keys:
-            unknown = {id(one): one for one in tensors if self._tensors.get(one) is None}
-            met = len(self._meet(unknown.values()))
+            unknown = {
+                id(tensor): tensor for tensor in tensors if self._tensors.get(tensor) is None
+            }
+            met = len(self._first_sight(unknown.values()))
             keys = [self._tensors.keys[number] for number in listed]
         self._order, self._keys, self._ids = order, keys, ids
         return met
 
-    def _meet(self, tensors: Iterable[torch.Tensor]) -> list[TensorOptimizer]:
+    def _first_sight(self, tensors: Iterable[torch.Tensor]) -> list[TensorOptimizer]:
         """Take in tensors that are seen for the first time."""
         name, usual = self._names.of_tensors(search=True), self._usual_rule()
         met: list[TensorOptimizer] = []
@@ -244,22 +246,22 @@ class JointOptim(StatefulOptim):
             rule = marked(usual or make_rule(self._rule_class, settings), tensor)
             # Names of one rule get their rows at once.
             rule = rules.setdefault(rule, rule)
-            one = TensorOptimizer(self, tensor, self._unused_key(label, entries), label)
+            tracked = TensorOptimizer(self, tensor, self._unused_key(label, entries), label)
             # Pyro leaves it at no settings, where there are none at first sight.
-            one.clip_args = settings_of("clip_args", self.pt_clip_args, tensor, label) or {}
-            one.given = {name: value for name, value in settings.items() if changeable(value)}
-            clip = make_clip(one.clip_args, rule)
-            layout = backend_named("torch").layout(tensor, f"parameter {one.key!r}")
-            slot_shapes(one.key, rule, layout)
-            dotted = one.key if label is None else normalize_param_name(label)
-            kept = chosen_average(self._known.average, dotted)
+            tracked.clip_args = settings_of("clip_args", self.pt_clip_args, tensor, label) or {}
+            tracked.given = {name: value for name, value in settings.items() if changeable(value)}
+            clip = make_clip(tracked.clip_args, rule)
+            layout = backend_named("torch").layout(tensor, f"parameter {tracked.key!r}")
+            slot_shapes(tracked.key, rule, layout)
+            dotted = tracked.key if label is None else normalize_param_name(label)
+            kept = chosen_average(self._registry.average, dotted)
             average = None if kept is None else Entry(kept, None, 0, {}, layout)
-            entries[one.key] = Entry(rule, clip, 0, {}, layout, average)
-            met.append(one)
-        self._known.put(entries)
-        for one in met:
-            self._tensors.add(one)
-            self._sources.watch(one)
+            entries[tracked.key] = Entry(rule, clip, 0, {}, layout, average)
+            met.append(tracked)
+        self._registry.put(entries)
+        for tracked in met:
+            self._tensors.add(tracked)
+            self._sources.watch(tracked)
         return met
 
     def _unused_key(self, label: str | None, others: Collection[str]) -> str:
@@ -268,26 +270,26 @@ class JointOptim(StatefulOptim):
             self._unnamed += 1
             return f"unnamed tensor {self._unnamed}"
         key, number_of_it = label, 1
-        while key in self._known or key in others:
+        while key in self._registry or key in others:
             number_of_it += 1
             key = f"{label} ({number_of_it})"
         return key
 
-    def _start_anew(self, one: TensorOptimizer) -> None:
+    def _start_anew(self, tracked: TensorOptimizer) -> None:
         """Forget a tensor, with loaded state that waits for it and does not fit it.
 
         What fits waits on, as in Pyro, where only new tensors take it.
         """
         self._guard.check("deleting a tensor")
-        label = self._names.of_tensors()(one.alive) or one.label
+        label = self._names.of_tensors()(tracked.alive) or tracked.label
         waiting = dict(self._state_waiting_to_be_consumed)
         try:
-            self._settle([one])
+            self._load_waiting([tracked])
         except (ValueError, TypeError):
-            waiting = {name: stored for name, stored in waiting.items() if name != label}
+            waiting = {name: state for name, state in waiting.items() if name != label}
         self._state_waiting_to_be_consumed = waiting
         self._ids = b""
-        self._forget([one])
+        self._forget([tracked])
 
     # Settings
 
@@ -295,15 +297,15 @@ class JointOptim(StatefulOptim):
         """Take over what the caller has changed in his own objects, and in clocks."""
         if self._sources and (changed := self._sources.changed()):
             rules = {}
-            for one in changed:
-                rules[one] = one.rule
-                for name, given in one.given.items():
-                    rules[one] = one.with_setting(rules[one], name, given)
+            for tracked in changed:
+                rules[tracked] = tracked.rule
+                for name, given in tracked.given.items():
+                    rules[tracked] = tracked.with_setting(rules[tracked], name, given)
             self._change_rules(rules, rules)
             self._sources.renew()
         if self._clocks:
-            for one, step in self._clocks.written().items():
-                one.set_clock(step)
+            for tracked, step in self._clocks.written().items():
+                tracked.set_clock(step)
 
     def _change_rules(
         self,
@@ -318,9 +320,9 @@ class JointOptim(StatefulOptim):
                 by themselves.
         """
         if clipped is None:
-            clipped = [one for one, rule in rules.items() if clips_itself(rule)]
-        clips = {one.key: make_clip(one.clip_args, rules[one]) for one in clipped}
-        change(self._known, {one.key: rule for one, rule in rules.items()}, clips)
+            clipped = [tracked for tracked, rule in rules.items() if clips_itself(rule)]
+        clips = {tracked.key: make_clip(tracked.clip_args, rules[tracked]) for tracked in clipped}
+        change(self._registry, {tracked.key: rule for tracked, rule in rules.items()}, clips)
 
     # What users of ``optim_objs`` reach
 
@@ -336,9 +338,9 @@ class JointOptim(StatefulOptim):
             raise TypeError("optim_objs can be emptied by assigning {}, not filled")
         self.optim_objs.clear()
 
-    def _object(self, one: TensorOptimizer) -> Any:
+    def _object(self, tracked: TensorOptimizer) -> Any:
         """What ``optim_objs`` has for a tensor."""
-        return one
+        return tracked
 
 
 def _leave_clipped(step: Step) -> None:

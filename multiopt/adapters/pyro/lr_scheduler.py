@@ -116,7 +116,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             **kwargs: Likewise.
         """
         self._guard.check("a scheduler's step")
-        self._settle(self._tensors)
+        self._load_waiting(self._tensors)
         if self._arrived:
             self._arrange()
         for flight in self._flights:
@@ -124,114 +124,114 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             before, extra = leader.rule, dict(leader.extra)
             leader.scheduler.step(*args, **kwargs)
             if values := differing(leader.rule, before):
-                self._known.set_numbers([one.key for one in flight], values)
+                self._registry.set_numbers([tracked.key for tracked in flight], values)
             if leader.extra != extra:
-                for one in flight:
-                    one.extra = dict(leader.extra)
+                for tracked in flight:
+                    tracked.extra = dict(leader.extra)
         # The functions that they hold may look at others, which then are by themselves too.
-        for one in list(self._alone):
-            one.scheduler.step(*args, **kwargs)
+        for tracked in list(self._alone):
+            tracked.scheduler.step(*args, **kwargs)
 
     def _arrange(self) -> None:
         """Let those that have come fly with others that stand alike, or step by themselves."""
         flights = {self._standing(next(iter(flight))): flight for flight in self._flights}
-        for one in self._arrived:
-            standing = self._standing(one)
+        for tracked in self._arrived:
+            standing = self._standing(tracked)
             if standing is None:
-                self._alone[one] = None
+                self._alone[tracked] = None
             else:
                 if standing not in flights:
                     flights[standing] = {}
                     self._flights.append(flights[standing])
-                one.flight = flights[standing]
-                one.flight[one] = None
+                tracked.flight = flights[standing]
+                tracked.flight[tracked] = None
         self._arrived = {}
 
-    def _standing(self, one: TensorOptimizer) -> Hashable | None:
+    def _standing(self, tracked: TensorOptimizer) -> Hashable | None:
         """What those have in common that move alike; None for who has to move by itself."""
-        state, rule = _state(one.scheduler), one.rule
+        state, rule = _state(tracked.scheduler), tracked.rule
         if (
             # Only numbers tell all that a scheduler does, and only torch's own hold nothing else.
-            type(one.scheduler).__module__ != torch.optim.lr_scheduler.__name__
+            type(tracked.scheduler).__module__ != torch.optim.lr_scheduler.__name__
             or not _is_plain(state)
             # What is set here is not what a rule has if that depends on the clock, or is given.
-            or one.given
+            or tracked.given
             or getattr(rule, "lrd", 1.0) != 1.0
             or has_schedule(rule)
         ):
             return None
-        return rule, repr(state), repr(one.extra)
+        return rule, repr(state), repr(tracked.extra)
 
-    def _leave(self, one: TensorOptimizer) -> None:
+    def _leave(self, tracked: TensorOptimizer) -> None:
         """Take a tensor out of its flight."""
-        self._arrived.pop(one, None)
-        self._alone.pop(one, None)
-        if (flight := one.flight) is None:
+        self._arrived.pop(tracked, None)
+        self._alone.pop(tracked, None)
+        if (flight := tracked.flight) is None:
             return
         leader = next(iter(flight))
-        del flight[one]
-        one.flight = None
+        del flight[tracked]
+        tracked.flight = None
         self._flights = [flight for flight in self._flights if flight]
-        behind = next(iter(flight), None) if one is leader else one
+        behind = next(iter(flight), None) if tracked is leader else tracked
         if behind is not None:
             vars(behind.scheduler).update(deepcopy(_state(leader.scheduler)))
 
     def _forget(self, tensors: Iterable[TensorOptimizer]) -> None:
         tensors = list(tensors)
-        for one in tensors:
-            self._leave(one)
+        for tracked in tensors:
+            self._leave(tracked)
         super()._forget(tensors)
 
     def save(self, filename: Target) -> None:
         """Write ``get_state()`` to a file in Pyro's format; a schedule is torch's own state."""
-        self._stored_or_warn()
+        self._states_or_warn()
         file: Any = filename
         torch.save(self.get_state(), file)
 
-    def _made(self) -> str:
-        return f"{self.pt_scheduler_constructor.__name__} over {super()._made()}"
+    def _call_text(self) -> str:
+        return f"{self.pt_scheduler_constructor.__name__} over {super()._call_text()}"
 
     def _arguments(self) -> tuple[Any, ...]:
         constructor, optim_args, clip_args = super()._arguments()
         settings = {"optimizer": constructor, "optim_args": optim_args, **self.kwargs}
         return self.pt_scheduler_constructor, settings, clip_args
 
-    def _meet(self, tensors: Iterable[torch.Tensor]) -> list[TensorOptimizer]:
-        met = super()._meet(tensors)
+    def _first_sight(self, tensors: Iterable[torch.Tensor]) -> list[TensorOptimizer]:
+        met = super()._first_sight(tensors)
         try:
-            for one in met:
+            for tracked in met:
                 # It sets the first rate, which is no change from somewhere else.
                 self._guard.busy = False
-                one.scheduler = self.pt_scheduler_constructor(one, **self.kwargs)
+                tracked.scheduler = self.pt_scheduler_constructor(tracked, **self.kwargs)
                 self._guard.busy = True
-                self._arrived[one] = None
+                self._arrived[tracked] = None
         except BaseException:
             self._forget(met)
             raise
         return met
 
-    def _object(self, one: TensorOptimizer) -> Any:
-        self._leave(one)
-        self._alone[one] = None
-        return one.scheduler
+    def _object(self, tracked: TensorOptimizer) -> Any:
+        self._leave(tracked)
+        self._alone[tracked] = None
+        return tracked.scheduler
 
     # State
 
-    def _describe(self, one: TensorOptimizer) -> dict[str, Any]:
-        leader = one if one.flight is None else next(iter(one.flight))
+    def _describe(self, tracked: TensorOptimizer) -> dict[str, Any]:
+        leader = tracked if tracked.flight is None else next(iter(tracked.flight))
         scheduler = deepcopy(leader.scheduler.state_dict())
-        return {**super()._describe(one), "scheduler": scheduler}
+        return {**super()._describe(tracked), "scheduler": scheduler}
 
-    def _to_torch(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        scheduler = deepcopy(stored["scheduler"])
-        return {"scheduler": scheduler, "optimizer": super()._to_torch(stored)}
+    def _to_torch(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        scheduler = deepcopy(state["scheduler"])
+        return {"scheduler": scheduler, "optimizer": super()._to_torch(state)}
 
-    def _wait(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
-        for label, stored in loaded.items():
-            if "scheduler" not in stored:
+    def _set_waiting(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
+        for label, state in loaded.items():
+            if "scheduler" not in state:
                 raise CheckpointError(f"the state of {label!r} is not that of a scheduler")
-            self._check_schedule(label, stored["scheduler"])
-        super()._wait(loaded, steps)
+            self._check_schedule(label, state["scheduler"])
+        super()._set_waiting(loaded, steps)
 
     def _check_schedule(self, label: str, state: Any) -> None:
         """Refuse the state of a scheduler of another class.
@@ -264,32 +264,32 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
                 f"none for {missing}"
             )
 
-    def _take(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
+    def _load_states(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
         # Schedules first, for those of torch may still fail, and can be put back.
-        for one, _ in loaded:
-            if one not in self._alone:
-                self._leave(one)
-                self._arrived[one] = None
-        schedulers = [one.scheduler for one, _ in loaded]
+        for tracked, _ in loaded:
+            if tracked not in self._alone:
+                self._leave(tracked)
+                self._arrived[tracked] = None
+        schedulers = [tracked.scheduler for tracked, _ in loaded]
         before = [dict(vars(scheduler)) for scheduler in schedulers]
         try:
-            for one, stored in loaded:
-                if "scheduler" in stored:
-                    self._load_schedule(one, stored["scheduler"])
-            super()._take(loaded)
+            for tracked, state in loaded:
+                if "scheduler" in state:
+                    self._load_schedule(tracked, state["scheduler"])
+            super()._load_states(loaded)
         except BaseException:
             for scheduler, attributes in zip(schedulers, before, strict=True):
                 vars(scheduler).clear()
                 vars(scheduler).update(attributes)
             raise
 
-    def _load_schedule(self, one: TensorOptimizer, state: Any) -> None:
+    def _load_schedule(self, tracked: TensorOptimizer, state: Any) -> None:
         try:
-            one.scheduler.load_state_dict(deepcopy(state))
+            tracked.scheduler.load_state_dict(deepcopy(state))
         except Exception as error:  # of any kind: classes may be users' own
             raise CheckpointError(
-                f"the schedule of {one.key!r} is not one that "
-                f"{type(one.scheduler).__name__} loads ({type(error).__name__}: {error})"
+                f"the schedule of {tracked.key!r} is not one that "
+                f"{type(tracked.scheduler).__name__} loads ({type(error).__name__}: {error})"
             ) from error
 
 

@@ -35,7 +35,7 @@ class ModuleNames:
         """Look in some modules too; what is no module, such as a function, has no names."""
         known = [module() for module in self._modules]
         for module in modules:
-            if isinstance(module, torch.nn.Module) and not any(module is one for one in known):
+            if isinstance(module, torch.nn.Module) and not any(module is other for other in known):
                 self._modules.append(ref(module))
 
     def add_callers(self) -> None:

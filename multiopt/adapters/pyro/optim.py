@@ -11,7 +11,7 @@ import pyro.optim
 from multiopt.adapters.pyro.constructors import RULES, Settings, has_rule
 from multiopt.rules.average import Average
 
-__all__ = ["PyroOptim", "say_not_joint"]
+__all__ = ["PyroOptim", "warn_not_joint"]
 
 
 class PyroOptim(pyro.optim.PyroOptim):
@@ -38,8 +38,8 @@ class PyroOptim(pyro.optim.PyroOptim):
         """Choose who steps."""
         chosen: Any = cls
         if vars(cls).get("joint") is not None and (args or kwargs):
-            given = signature(cls.__init__).bind(None, *args, **kwargs).arguments
-            if has_rule(*cls._ruled_by(given)):
+            bound = signature(cls.__init__).bind(None, *args, **kwargs).arguments
+            if has_rule(*cls._ruled_by(bound)):
                 chosen = cls.joint
         return super().__new__(chosen)
 
@@ -65,8 +65,8 @@ class PyroOptim(pyro.optim.PyroOptim):
                 rule, and there is a setting that Pyro does not have.
             ValueError: A setting is out of range.
         """
-        given = {"max_consecutive_skips": max_consecutive_skips, "average": average}
-        more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        options = {"max_consecutive_skips": max_consecutive_skips, "average": average}
+        more: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if on_nonfinite != "propagate":
             more["on_nonfinite"] = on_nonfinite
         self._begin(optim_constructor, optim_args, clip_args, more)
@@ -82,7 +82,7 @@ class PyroOptim(pyro.optim.PyroOptim):
                 f"{', '.join(more)}"
             )
         if not has_rule(constructor, optim_args):
-            _say_wrapped(f"{name} with subsample_aware" if constructor in RULES else name)
+            _warn_wrapped(f"{name} with subsample_aware" if constructor in RULES else name)
         pyro.optim.PyroOptim.__init__(self, constructor, optim_args, clip_args)
 
     def __call__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ def _needs_closure(constructor: Any) -> bool:
 
 
 @cache
-def _say_wrapped(what: str) -> None:
+def _warn_wrapped(what: str) -> None:
     warnings.warn(
         f"multiopt has no rule for {what}: Pyro steps its parameters one by one, by torch",
         stacklevel=3,
@@ -118,7 +118,7 @@ def _say_wrapped(what: str) -> None:
 
 
 @cache
-def say_not_joint(name: str) -> None:
+def warn_not_joint(name: str) -> None:
     """Warn once of a class whose parameters multiopt does not step, though it has the rule."""
     warnings.warn(
         f"HorovodOptimizer makes an optimizer of torch's {name} for each parameter: they are "

@@ -21,12 +21,12 @@ from multiopt.adapters.torch.settings import (
     DECOUPLED,
     from_plain,
     group_settings,
-    in_torch,
     lacking,
     number,
     plain_settings,
     refuse_subsamples,
     rule_settings,
+    with_decoupled,
 )
 from multiopt.errors import brief
 from multiopt.rules import Rule
@@ -88,12 +88,12 @@ def settings_of(
         # Pyro always gives this one two arguments, which *arguments takes.
         by_name = parameters[0].kind is not Parameter.VAR_POSITIONAL
     if by_name:
-        found = given(normalize_param_name(label))
+        result = given(normalize_param_name(label))
     else:
-        found = given(module_from_param_with_module_name(label), user_param_name(label))
-    if not isinstance(found, dict):
-        raise TypeError(f"{what} gave {brief(found)} for parameter {label!r}; expected a dict")
-    return found
+        result = given(module_from_param_with_module_name(label), user_param_name(label))
+    if not isinstance(result, dict):
+        raise TypeError(f"{what} gave {brief(result)} for parameter {label!r}; expected a dict")
+    return result
 
 
 def make_rule(rule_class: type[Rule], settings: Mapping[str, Any]) -> Rule:
@@ -103,19 +103,19 @@ def make_rule(rule_class: type[Rule], settings: Mapping[str, Any]) -> Rule:
         TypeError: A setting is not one of the optimizer.
         ValueError: A setting is out of range, or is not for a rule.
     """
-    given = plain_settings(settings)
-    if given.pop("differentiable", False):
+    arguments = plain_settings(settings)
+    if arguments.pop("differentiable", False):
         raise ValueError(
             "differentiable=True: the update is not part of an autograd graph here; use torch.optim"
         )
     for name in EXECUTION:
-        given.pop(name, None)
+        arguments.pop(name, None)
     if rule_class is rules.DCTAdam:
-        refuse_subsamples(given)
-        given.pop("subsample_aware", None)
-    for name in lacking(rule_class) & given.keys():
+        refuse_subsamples(arguments)
+        arguments.pop("subsample_aware", None)
+    for name in lacking(rule_class) & arguments.keys():
         raise TypeError(f"torch.optim.{rule_class.__name__} has no argument {name!r}")
-    rule = rule_class(**given)
+    rule = rule_class(**arguments)
     if changeable(settings.get("lr")) and getattr(rule, "lrd", 1.0) != 1.0:
         raise ValueError(
             f"lr is {settings['lr']!r} and lrd={settings['lrd']!r}, so that each step would change "
@@ -175,8 +175,8 @@ def _with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any
         # torch's AdamW shows the switch of its Adam, and it can be turned off.
         values = {f.name: getattr(rule, f.name) for f in fields(rule)}
         rule = rules.Adam(**values, decoupled_weight_decay=True)
-    known = {f.name for f in fields(rule)}
-    if name not in known:
+    names = {f.name for f in fields(rule)}
+    if name not in names:
         if value != before[name]:
             raise TypeError(
                 f"{name!r} cannot be changed to {value!r}; expected {before[name]!r}, with which "
@@ -185,28 +185,28 @@ def _with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any
         return rule
     old = rule_settings(before, step)
     new = rule_settings({**before, name: value}, step)
-    changed = {k: v for k, v in new.items() if k in known and (k == name or v != old[k])}
+    changed = {k: v for k, v in new.items() if k in names and (k == name or v != old[k])}
     return replace(rule, **changed)
 
 
-def restored_rule(stored: Mapping[str, Any], rule: Rule) -> Rule:
+def restored_rule(description: Mapping[str, Any], rule: Rule) -> Rule:
     """A rule with the hyperparameters of loaded state, as Pyro restores them.
 
     A schedule stays: a file knows only the number it gave.
 
     Args:
-        stored: The description of a rule in a state dict.
+        description: The description of a rule in a state dict.
         rule: The rule that the settings here ask for.
     """
-    names = {type(rule).__name__, stored["name"]}
+    names = {type(rule).__name__, description["name"]}
     if len(names) > 1 and names != {"Adam", "AdamW"}:
         return rule
     # As in torch, Adam loads the switch of AdamW, which itself leaves it on.
-    words = in_torch(stored)
+    saved = with_decoupled(description)
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
     for name, value in values.items():
-        if name in words and name not in OF_TENSORS and not is_schedule(value):
-            values[name] = from_plain(words[name])
+        if name in saved and name not in OF_TENSORS and not is_schedule(value):
+            values[name] = from_plain(saved[name])
     return type(rule)(**values)
 
 

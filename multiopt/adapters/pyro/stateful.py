@@ -44,7 +44,7 @@ class StatefulOptim(PyroOptim):
     _constructor: Any
     _rule_class: type[Rule]
     _more: dict[str, Any]
-    _known: Registry
+    _registry: Registry
     _guard: Guard
     _tensors: KnownTensors
     _names: ModuleNames
@@ -62,15 +62,15 @@ class StatefulOptim(PyroOptim):
         return {
             "arguments": self._arguments(),
             "more": self._more,
-            "waiting": self._stored_or_warn(),
-            "steps": self._known.steps,
+            "waiting": self._states_or_warn(),
+            "steps": self._registry.steps,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin with the settings, all state waiting."""
         type(self).__init__(self, *state["arguments"], **state["more"])
         self._state_waiting_to_be_consumed = state["waiting"]
-        self._known.steps = state["steps"]
+        self._registry.steps = state["steps"]
 
     def _arguments(self) -> tuple[Any, ...]:
         return self._constructor, self.pt_optim_args, self.pt_clip_args
@@ -78,10 +78,10 @@ class StatefulOptim(PyroOptim):
     def _forget(self, tensors: Iterable[TensorOptimizer]) -> None:
         """Drop the entries of tensors; presented again, they start anew."""
         gone = list(tensors)
-        for one in gone:
-            self._sources.unwatch(one)
-            self._tensors.remove(one)
-        self._known.forget([one.key for one in gone])
+        for tracked in gone:
+            self._sources.unwatch(tracked)
+            self._tensors.remove(tracked)
+        self._registry.forget([tracked.key for tracked in gone])
 
     def _forget_abandoned(self) -> None:
         """Drop the entries of tensors that nobody else holds, but not in the middle of a call."""
@@ -95,66 +95,66 @@ class StatefulOptim(PyroOptim):
 
     # Loaded state
 
-    def _settle(self, tensors: Iterable[TensorOptimizer]) -> None:
+    def _load_waiting(self, tensors: Iterable[TensorOptimizer]) -> None:
         """Give tensors the loaded state that waits under their names, all of them or none."""
         waiting = self._state_waiting_to_be_consumed
         if not waiting:
             return
         name, in_store = self._names.of_tensors(), dict(pyro.get_param_store().named_parameters())
         takers: dict[str, TensorOptimizer] = {}
-        for one in tensors:
-            label = name(one.alive) or one.label
+        for tracked in tensors:
+            label = name(tracked.alive) or tracked.label
             # Of two tensors of one name, the one in the store takes it.
-            if label in waiting and (label not in takers or in_store.get(label) is one.tensor):
-                takers[label] = one
-        self._take([(one, waiting[label]) for label, one in takers.items()])
+            if label in waiting and (label not in takers or in_store.get(label) is tracked.tensor):
+                takers[label] = tracked
+        self._load_states([(tracked, waiting[label]) for label, tracked in takers.items()])
         for label in takers:
             waiting.pop(label, None)
 
-    def _take(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
+    def _load_states(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
         """Give tensors loaded state with the rules that come with it, all of them or none.
 
         Raises:
             ValueError: A state does not fit; nothing has changed.
         """
-        known, skips = self._known, dict(self._known.skips)
+        registry, skips = self._registry, dict(self._registry.skips)
         entries = {}
         rules: dict[Rule, Rule] = {}
         try:
-            for one, stored in loaded:
-                layout, average = known.entry(one.key).layout, known.average_of(one.key)
-                rule = restored_rule(stored["rule"], one.rule)
+            for tracked, state in loaded:
+                key, masters = tracked.key, registry.masters
+                layout, average = registry.entry(key).layout, registry.average_of(key)
+                rule = restored_rule(state["rule"], tracked.rule)
                 rule = rules.setdefault(rule, rule)
-                clip = make_clip(one.clip_args, rule)
+                clip = make_clip(tracked.clip_args, rule)
                 # It copies: what waits may be taken again, by a copy of this optimizer for one.
-                saved = saved_of(one.key, stored, stored.get("average"))
+                saved = saved_of(key, state, state.get("average"))
                 saved = saved._replace(form=saved.form._replace(cast=True))
-                masters = known.masters
-                entries[one.key] = entry_of(one.key, saved, rule, clip, layout, masters, average)
-                if counts := stored.get("skips"):
-                    skips[one.key] = Skips(*counts)
+                entries[key] = entry_of(key, saved, rule, clip, layout, masters, average)
+                if counts := state.get("skips"):
+                    skips[key] = Skips(*counts)
         except ValueError as error:
             remedy = "del optim_objs[tensor] to start anew without it"
             raise ValueError(REMEDY.sub(remedy, str(error))) from None
         with self._guard:
-            known.put(entries)
-            known.skips = skips
-        for one, stored in loaded:
-            observe(entries[one.key].rule, stored.get("plateaus", {}), ahead=True)
-            one.given = dict(stored.get("given", {}))
-            self._sources.watch(one)
-            if "group" in stored:
-                one.extra = dict(stored["group"])
+            registry.put(entries)
+            registry.skips = skips
+        for tracked, state in loaded:
+            observe(entries[tracked.key].rule, state.get("plateaus", {}), ahead=True)
+            tracked.given = dict(state.get("given", {}))
+            self._sources.watch(tracked)
+            if "group" in state:
+                tracked.extra = dict(state["group"])
 
     def get_state(self) -> dict[str, Any]:
         """The state by parameter name, in Pyro's format, loaded state that waits included.
 
         It lists the tensors that are in the param store now, and those that modules name.
         """
-        return {label: self._to_torch(stored) for label, stored in self._stored().items()}
+        return {label: self._to_torch(state) for label, state in self._states().items()}
 
-    def _to_torch(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        return parameter_to_torch(self._constructor, stored)
+    def _to_torch(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return parameter_to_torch(self._constructor, state)
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
         """Load state in Pyro's format; each name's goes to the next tensor presented under it.
@@ -165,9 +165,9 @@ class StatefulOptim(PyroOptim):
         Raises:
             CheckpointError: It has another form; nothing has changed.
         """
-        self._wait(parameters_from_torch(self._rule_class, state_dict))
+        self._set_waiting(parameters_from_torch(self._rule_class, state_dict))
 
-    def _wait(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
+    def _set_waiting(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
         """Let loaded state wait, if it fits the rule as far as that is known.
 
         Args:
@@ -176,24 +176,24 @@ class StatefulOptim(PyroOptim):
         """
         self._guard.check_idle("loading")
         if (rule := self._usual_rule()) is not None:
-            for label, stored in loaded.items():
+            for label, state in loaded.items():
                 try:
-                    words, slots = stored["rule"], stored["slots"]
-                    own = restored_rule(words, rule)
-                    check_slot_names(label, slots, stored["step"], words, own)
+                    description, slots = state["rule"], state["slots"]
+                    own = restored_rule(description, rule)
+                    check_slot_names(label, slots, state["step"], description, own)
                 except (ValueError, TypeError) as error:
                     remedy = "load it into the optimizer that was saved"
                     raise CheckpointError(REMEDY.sub(remedy, str(error))) from None
-            for stored in loaded.values():
-                observe(rule, stored.get("plateaus", {}))
+            for state in loaded.values():
+                observe(rule, state.get("plateaus", {}))
         if self._guard.torn is not None:
             # Every tensor begins anew: with the state of its name, if there is some.
             self._ids = b""
             self._forget(self._tensors)
             self._guard.torn = None
         self._state_waiting_to_be_consumed.update(loaded)
-        clocks = [stored["step"] for stored in self._state_waiting_to_be_consumed.values()]
-        self._known.steps = max(clocks, default=0) if steps is None else steps
+        clocks = [state["step"] for state in self._state_waiting_to_be_consumed.values()]
+        self._registry.steps = max(clocks, default=0) if steps is None else steps
 
     def save(self, filename: Target) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
@@ -202,9 +202,9 @@ class StatefulOptim(PyroOptim):
         param store nor a module names cannot be saved; a warning says how many there are. The file
         may be a binary file object.
         """
-        stored = self._stored_or_warn()
-        warn_of_plateaus({key: self._known.rule_of(key) for key in self._known.names})
-        write_file(filename, stored, self._known.steps)
+        states = self._states_or_warn()
+        warn_of_plateaus({key: self._registry.rule_of(key) for key in self._registry.names})
+        write_file(filename, states, self._registry.steps)
 
     def load(self, filename: Source, map_location: Any = None) -> None:
         """Load a file that ``save`` wrote, or a Pyro checkpoint, which is read without pickle.
@@ -227,9 +227,9 @@ class StatefulOptim(PyroOptim):
         loaded, steps = read_file(filename, averages=self._more.get("average") is not None)
         if (rule := self._usual_rule()) is not None:
             warn_of_plateaus(dict.fromkeys(loaded, rule))
-        self._wait(loaded, steps)
+        self._set_waiting(loaded, steps)
 
-    def _stored(self) -> dict[str, dict[str, Any]]:
+    def _states(self) -> dict[str, dict[str, Any]]:
         """The state by label as a state dict has it: of tensors that have a name, and waiting."""
         self._guard.check_whole("the state of the optimizer")
         self._forget_abandoned()
@@ -237,26 +237,26 @@ class StatefulOptim(PyroOptim):
             self._follow()
         store, in_modules = pyro.get_param_store(), self._names.current()
         labelled = [
-            *((in_modules.get(id(one.tensor)), one) for one in self._tensors),
+            *((in_modules.get(id(tracked.tensor)), tracked) for tracked in self._tensors),
             *((label, self._tensors.get(tensor)) for label, tensor in store.named_parameters()),
         ]
-        found = {
-            label: self._describe(one)
-            for label, one in labelled
-            if label is not None and one is not None
+        states = {
+            label: self._describe(tracked)
+            for label, tracked in labelled
+            if label is not None and tracked is not None
         }
-        return {**found, **self._state_waiting_to_be_consumed}
+        return {**states, **self._state_waiting_to_be_consumed}
 
-    def _stored_or_warn(self) -> dict[str, dict[str, Any]]:
-        stored, name = self._stored(), self._names.of_tensors()
-        if unnamed := sum(name(one.alive) is None for one in self._tensors):
+    def _states_or_warn(self) -> dict[str, dict[str, Any]]:
+        states, name = self._states(), self._names.of_tensors()
+        if unnamed := sum(name(tracked.alive) is None for tracked in self._tensors):
             warnings.warn(
                 f"{unnamed} tensors are in no param store and in no known module; their state is "
                 "not saved",
                 stacklevel=3,
             )
-        return stored
+        return states
 
-    def _describe(self, one: TensorOptimizer) -> dict[str, Any]:
+    def _describe(self, tracked: TensorOptimizer) -> dict[str, Any]:
         """All that is held of a tensor."""
-        return one.described()
+        return tracked.plain_state()

@@ -128,7 +128,7 @@ class TensorOptimizer(torch.optim.Optimizer):
         self.alive  # noqa: B018 -- raises if it is gone
         if not self._owner._guard.busy:
             self._owner._follow()
-        return parameter_to_torch(self._owner._constructor, self.described())
+        return parameter_to_torch(self._owner._constructor, self.plain_state())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``.
@@ -139,8 +139,8 @@ class TensorOptimizer(torch.optim.Optimizer):
         """
         self.alive  # noqa: B018 -- likewise
         self._owner._guard.check("loading")
-        stored = parameter_from_torch(self.key, self._owner._rule_class, state_dict)
-        self._owner._take([(self, stored)])
+        state = parameter_from_torch(self.key, self._owner._rule_class, state_dict)
+        self._owner._load_states([(self, state)])
 
     def add_param_group(self, param_group: Any) -> NoReturn:
         """Refuse."""
@@ -163,27 +163,27 @@ class TensorOptimizer(torch.optim.Optimizer):
     @property
     def rule(self) -> Rule:
         """Its rule. Most parameters are alike: the last few different ones are remembered."""
-        group, row = self._owner._known.row_of(self.key)
-        seen: dict[Hashable, Rule] = self._owner._rules
-        looks = group, int(group.schedule[row]), group.numbers[row].tobytes()
-        if looks not in seen:
-            if len(seen) >= SHARED:
-                seen.clear()
-            seen[looks] = self._owner._known.rule_of(self.key)
-        return seen[looks]
+        group, row = self._owner._registry.row_of(self.key)
+        remembered: dict[Hashable, Rule] = self._owner._rules
+        key = group, int(group.schedule[row]), group.numbers[row].tobytes()
+        if key not in remembered:
+            if len(remembered) >= SHARED:
+                remembered.clear()
+            remembered[key] = self._owner._registry.rule_of(self.key)
+        return remembered[key]
 
     @property
     def clock(self) -> int:
         """How many steps it has taken."""
-        clock: int = self._owner._known.clock(self.key)
+        clock: int = self._owner._registry.clock(self.key)
         return clock
 
     def settings(self) -> Mapping[str, Any]:
         """The settings as they are now, in torch's terms; not to be changed."""
-        constructor, known = self._owner._constructor, self._owner._known
-        group, row = known.row_of(self.key)
+        constructor, registry = self._owner._constructor, self._owner._registry
+        group, row = registry.row_of(self.key)
         if group.schedule[row]:
-            return settings_now(constructor, self.rule, self.clock, known.steps)
+            return settings_now(constructor, self.rule, self.clock, registry.steps)
         return remembered_settings(constructor, self.rule, self.clock)
 
     def with_setting(self, rule: Rule, name: str, value: Any) -> Rule:
@@ -209,22 +209,22 @@ class TensorOptimizer(torch.optim.Optimizer):
         if type(rule) is not type(before) or clips_itself(rule):
             owner._change_rules({self: rule})
         elif rule != before:
-            owner._known.set_numbers([self.key], differing(rule, before))
+            owner._registry.set_numbers([self.key], differing(rule, before))
 
     # Clock and slots
 
     def values(self) -> dict[str, Any]:
         """The clock and the slots in torch's terms, the slots those in memory."""
         owner = self._owner
-        constructor, entry = owner._constructor, owner._known.entry(self.key)
+        constructor, entry = owner._constructor, owner._registry.entry(self.key)
         if not entry.step:
             return fresh_state(constructor, self.settings(), self.alive)
         clock: Any = entry.step
         if not constructor.__module__.startswith("pyro."):
             clock = owner._clocks.shown(self, entry.step)
-        rule = described_rule(entry.rule, entry.step, owner._known.steps)
-        whole = backend_named(entry.layout.library).as_complex
-        slots = entry.converted(whole) if entry.layout.is_complex else entry.slots
+        rule = described_rule(entry.rule, entry.step, owner._registry.steps)
+        as_complex = backend_named(entry.layout.library).as_complex
+        slots = entry.converted(as_complex) if entry.layout.is_complex else entry.slots
         return {"step": clock, **derived_numbers(rule, entry.step), **slots}
 
     def write(self, name: str, value: Any) -> None:
@@ -246,30 +246,30 @@ class TensorOptimizer(torch.optim.Optimizer):
             self.set_clock(whole_number(value))
         elif name not in values:
             raise KeyError(f"{label} has no {name!r}; it has {', '.join(values)}")
-        elif name not in self._owner._known.entry(self.key).slots:
+        elif name not in self._owner._registry.entry(self.key).slots:
             raise TypeError(f"{label}: {name!r} follows from the step and the settings: set those")
         else:
-            given, slot = torch.as_tensor(value), values[name]
-            if given.shape != slot.shape or given.is_complex() > slot.is_complex():
+            tensor, slot = torch.as_tensor(value), values[name]
+            if tensor.shape != slot.shape or tensor.is_complex() > slot.is_complex():
                 raise ValueError(
-                    f"{label}: {name!r} would have shape {tuple(given.shape)} and dtype "
-                    f"{given.dtype}; expected {tuple(slot.shape)} and {slot.dtype}"
+                    f"{label}: {name!r} would have shape {tuple(tensor.shape)} and dtype "
+                    f"{tensor.dtype}; expected {tuple(slot.shape)} and {slot.dtype}"
                 )
-            slot.copy_(given)
+            slot.copy_(tensor)
 
     def set_clock(self, step: int) -> None:
         """Set the clock; a rate that has decayed stays where it is, as in Pyro."""
         rate = self.settings().get("lr")
-        group, row = self._owner._known.row_of(self.key)
+        group, row = self._owner._registry.row_of(self.key)
         group.set_clock(row, step)
-        self._owner._clocks.say(self, step)
+        self._owner._clocks.refresh(self, step)
         self._keep_rate(rate)
 
-    def begin_again(self) -> None:
+    def clear_state(self) -> None:
         """Drop the clock and the slots, and keep the settings as they are."""
         self._owner._guard.check("clearing the state")
-        known, rate = self._owner._known, self.settings().get("lr")
-        known.put({self.key: known.entry(self.key)._replace(step=0, slots={})})
+        registry, rate = self._owner._registry, self.settings().get("lr")
+        registry.put({self.key: registry.entry(self.key)._replace(step=0, slots={})})
         self._keep_rate(rate)
 
     def _keep_rate(self, rate: Any) -> None:
@@ -277,19 +277,19 @@ class TensorOptimizer(torch.optim.Optimizer):
         if rate != self.settings().get("lr") and not has_schedule(rule):
             self._owner._change_rules({self: self.with_setting(rule, "lr", rate)})
 
-    def described(self) -> dict[str, Any]:
+    def plain_state(self) -> dict[str, Any]:
         """All that is held of it as a state dict has it, its slots NumPy arrays, and more."""
-        known = self._owner._known
-        entry = known.entry(self.key)
-        to_host, steps = backend_named(entry.layout.library).to_host, known.steps
-        words = description(entry.rule, entry.step, steps)
-        stored = plain_entry(words, entry.step, entry.converted(to_host))
-        stored["complex"] = entry.layout.is_complex
-        stored["given"], stored["group"] = deepcopy((self.given, self.extra))
+        registry = self._owner._registry
+        entry = registry.entry(self.key)
+        to_host, steps = backend_named(entry.layout.library).to_host, registry.steps
+        rule = description(entry.rule, entry.step, steps)
+        state = plain_entry(rule, entry.step, entry.converted(to_host))
+        state["complex"] = entry.layout.is_complex
+        state["given"], state["group"] = deepcopy((self.given, self.extra))
         if entry.average is not None and entry.average.step:
             mean = entry.average
-            words = description(mean.rule, mean.step, steps)
-            stored["average"] = plain_entry(words, mean.step, mean.converted(to_host))
-        if (skips := known.skips.get(self.key)) is not None:
-            stored["skips"] = tuple(skips)
-        return stored
+            rule = description(mean.rule, mean.step, steps)
+            state["average"] = plain_entry(rule, mean.step, mean.converted(to_host))
+        if (skips := registry.skips.get(self.key)) is not None:
+            state["skips"] = tuple(skips)
+        return state

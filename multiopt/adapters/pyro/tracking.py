@@ -42,15 +42,15 @@ class KnownTensors:
         """What is held of a tensor; None for nothing."""
         return self._by_id.get(id(tensor))
 
-    def add(self, one: "TensorOptimizer") -> None:
+    def add(self, tracked: "TensorOptimizer") -> None:
         """Hold a tensor."""
-        self._by_id[id(one.tensor)] = one
-        self.keys[id(one.tensor)] = one.key
+        self._by_id[id(tracked.tensor)] = tracked
+        self.keys[id(tracked.tensor)] = tracked.key
 
-    def remove(self, one: "TensorOptimizer") -> None:
+    def remove(self, tracked: "TensorOptimizer") -> None:
         """Let go of a tensor."""
-        del self._by_id[id(one.tensor)], self.keys[id(one.tensor)]
-        one.tensor = one.scheduler = None
+        del self._by_id[id(tracked.tensor)], self.keys[id(tracked.tensor)]
+        tracked.tensor = tracked.scheduler = None
 
     def __iter__(self) -> Iterator["TensorOptimizer"]:
         """What is held of each."""
@@ -75,10 +75,10 @@ class KnownTensors:
             some = self._unasked[-asked:]
             del self._unasked[-asked:]
         found = []
-        for one in some:
-            if one.tensor is None or sys.getrefcount(one.tensor) > ALONE:
+        for tracked in some:
+            if tracked.tensor is None or sys.getrefcount(tracked.tensor) > ALONE:
                 continue
             # What autograd holds of a tensor in C++, Python does not count.
-            if one.tensor._use_count() <= 1:  # type: ignore[attr-defined]
-                found.append(one)
+            if tracked.tensor._use_count() <= 1:  # type: ignore[attr-defined]
+                found.append(tracked)
         return found

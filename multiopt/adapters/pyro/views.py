@@ -26,10 +26,10 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
 
     def __getitem__(self, tensor: torch.Tensor) -> Any:
         """What stands for the torch optimizer of a tensor, or its scheduler, loaded state taken."""
-        one = self._one(tensor)
+        tracked = self._tracked(tensor)
         if not self._owner._guard.busy:
-            self._owner._settle([one])
-        return self._owner._object(one)
+            self._owner._load_waiting([tracked])
+        return self._owner._object(tracked)
 
     def __setitem__(self, tensor: torch.Tensor, value: Any) -> NoReturn:
         """Refuse."""
@@ -40,15 +40,15 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
 
     def __delitem__(self, tensor: torch.Tensor) -> None:
         """Forget a tensor, with loaded state that waits for it and does not fit it."""
-        self._owner._start_anew(self._one(tensor))
+        self._owner._start_anew(self._tracked(tensor))
 
     def pop(self, tensor: torch.Tensor, *default: Any) -> Any:
         """Forget a tensor; loaded state that fits waits on."""
         if tensor not in self and default:
             return default[0]
-        found = self._owner._object(self._one(tensor))
+        optimizer = self._owner._object(self._tracked(tensor))
         del self[tensor]
-        return found
+        return optimizer
 
     def clear(self) -> None:
         """Forget all tensors."""
@@ -56,11 +56,11 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
         for tensor in self:
             del self[tensor]
 
-    def _one(self, tensor: torch.Tensor) -> "TensorOptimizer":
-        one = self._owner._tensors.get(tensor)
-        if one is None:
+    def _tracked(self, tensor: torch.Tensor) -> "TensorOptimizer":
+        tracked = self._owner._tensors.get(tensor)
+        if tracked is None:
             raise KeyError(tensor)
-        return one
+        return tracked
 
     def __contains__(self, tensor: object) -> bool:
         """Whether a tensor has been presented."""
@@ -68,7 +68,7 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The tensors."""
-        return iter([one.alive for one in self._owner._tensors])
+        return iter([tracked.alive for tracked in self._owner._tensors])
 
     def __len__(self) -> int:
         """How many there are."""
@@ -93,9 +93,9 @@ class Groups(list["Group"]):
 class _View(MutableMapping[Any, Any]):
     """A live view of one tensor."""
 
-    def __init__(self, one: "TensorOptimizer") -> None:
+    def __init__(self, tracked: "TensorOptimizer") -> None:
         """Look at it."""
-        self._one = one
+        self._tracked = tracked
 
     def __len__(self) -> int:
         """How many there are."""
@@ -114,13 +114,13 @@ class Group(_View):
 
     def __getitem__(self, name: str) -> Any:
         """A setting; the caller's own object, if he gave one that may change."""
-        tensor = self._one.alive
+        tensor = self._tracked.alive
         if name == "params":
             return (tensor,)
-        for known in (self._one.extra, self._one.given):
-            if name in known:
-                return known[name]
-        return self._one.settings()[name]
+        for values in (self._tracked.extra, self._tracked.given):
+            if name in values:
+                return values[name]
+        return self._tracked.settings()[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Change a setting from the next step on.
@@ -136,10 +136,10 @@ class Group(_View):
                 "differentiable=True: the update is not part of an autograd graph here; use "
                 "torch.optim"
             )
-        if name in EXECUTION or name not in self._one.settings():
-            self._one.extra[name] = value
+        if name in EXECUTION or name not in self._tracked.settings():
+            self._tracked.extra[name] = value
         else:
-            self._one.change(name, value)
+            self._tracked.change(name, value)
 
     def __delitem__(self, name: str) -> None:
         """Delete what is no setting.
@@ -150,14 +150,14 @@ class Group(_View):
         """
         if name not in self:
             raise KeyError(name)
-        if name not in self._one.extra or name in EXECUTION:
+        if name not in self._tracked.extra or name in EXECUTION:
             raise TypeError(f"{name!r} is a setting, which cannot be deleted: set it")
-        del self._one.extra[name]
+        del self._tracked.extra[name]
 
     def __iter__(self) -> Iterator[str]:
         """The names of the settings."""
-        self._one.alive  # noqa: B018 -- raises if it is gone
-        return iter(dict.fromkeys([*self._one.settings(), *self._one.extra, "params"]))
+        self._tracked.alive  # noqa: B018 -- raises if it is gone
+        return iter(dict.fromkeys([*self._tracked.settings(), *self._tracked.extra, "params"]))
 
 
 class State(_View):
@@ -168,9 +168,9 @@ class State(_View):
 
     def __getitem__(self, tensor: torch.Tensor) -> "Slots":
         """Its clock and its slots, empty before the first step."""
-        if tensor is not self._one.alive:
+        if tensor is not self._tracked.alive:
             raise KeyError(tensor)
-        return Slots(self._one)
+        return Slots(self._tracked)
 
     def __setitem__(self, tensor: torch.Tensor, values: Mapping[str, Any]) -> None:
         """Take the place of its clock and its slots."""
@@ -178,8 +178,8 @@ class State(_View):
         if not values:
             slots.clear()
         else:
-            group = {**self._one.settings(), **self._one.extra, "params": [0]}
-            self._one.load_state_dict({"state": {0: dict(values)}, "param_groups": [group]})
+            group = {**self._tracked.settings(), **self._tracked.extra, "params": [0]}
+            self._tracked.load_state_dict({"state": {0: dict(values)}, "param_groups": [group]})
 
     def __delitem__(self, tensor: torch.Tensor) -> None:
         """Let it begin again."""
@@ -187,11 +187,11 @@ class State(_View):
 
     def clear(self) -> None:
         """Let it begin again."""
-        self[self._one.alive].clear()
+        self[self._tracked.alive].clear()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The tensor, if there is anything of it."""
-        tensor = self._one.alive
+        tensor = self._tracked.alive
         return iter([tensor] if self[tensor] else [])
 
 
@@ -199,8 +199,8 @@ class Slots(_View):
     """The clock and the slots of a tensor, under torch's names; the slots are those in memory."""
 
     def _now(self) -> dict[str, Any]:
-        self._one.alive  # noqa: B018 -- raises if it is gone
-        return self._one.values()
+        self._tracked.alive  # noqa: B018 -- raises if it is gone
+        return self._tracked.values()
 
     def __getitem__(self, name: str) -> Any:
         """A slot, the clock, or a number that follows from clock and settings."""
@@ -208,20 +208,20 @@ class Slots(_View):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Write a slot or the clock; see ``TensorOptimizer.write``."""
-        self._one.write(name, value)
+        self._tracked.write(name, value)
 
     def __delitem__(self, name: str) -> None:
         """Refuse to leave half a state."""
         if name not in self:
             raise KeyError(name)
         raise TypeError(
-            f"the state of {self._one.key!r} needs {name!r}: set it, clear the state, or "
+            f"the state of {self._tracked.key!r} needs {name!r}: set it, clear the state, or "
             f"{START_ANEW}"
         )
 
     def clear(self) -> None:
         """Let the parameter begin again."""
-        self._one.begin_again()
+        self._tracked.clear_state()
 
     def __iter__(self) -> Iterator[str]:
         """The names."""

@@ -50,16 +50,16 @@ def read(path: Source, map_location: Any = None) -> Any:
         start = file.tell()
         try:
             with _numpy_numbers():
-                found = torch.load(file, map_location or "cpu", weights_only=True)
-            return _with_arrays(found, {})
+                content = torch.load(file, map_location or "cpu", weights_only=True)
+            return _with_arrays(content, {})
         except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
             # torch's own words advise to read the file with weights_only=False.
-            advises = "weights_only" in str(error)
+            is_misleading = "weights_only" in str(error)
             file.seek(start)
             raise CheckpointError(
                 f"{label(path)}: expected a checkpoint that torch.load reads with "
-                f"weights_only=True, plain data and tensors; {_refusal(file, error, advises)}"
-            ) from (None if advises else error)
+                f"weights_only=True, plain data and tensors; {_refusal(file, error, is_misleading)}"
+            ) from (None if is_misleading else error)
 
 
 def is_safetensors(file: Source) -> bool:
@@ -93,23 +93,23 @@ def _begins_as_safetensors(opened: BinaryIO) -> bool:
     return beginning[8:] == b"{"
 
 
-def _refusal(opened: BinaryIO, error: Exception, advises: bool) -> str:
+def _refusal(opened: BinaryIO, error: Exception, is_misleading: bool) -> str:
     """What is wrong with a file that torch did not read.
 
     Args:
         opened: The file.
         error: What torch raised.
-        advises: Whether that gives advice that is not ours.
+        is_misleading: Whether that gives advice that is not ours.
     """
     if _begins_as_safetensors(opened):
         return "got a file of safetensors: if multiopt wrote it, use Optimizer.load"
-    if advises and (found := REFUSED.search(str(error))):
-        what = next(filter(None, found.groups()))
+    if is_misleading and (match := REFUSED.search(str(error))):
+        what = next(filter(None, match.groups()))
         return (
             f"got one that needs {what}, which is neither. Nothing was run: save it again with "
             "tensors and numbers only, such as a state_dict()"
         )
-    text = "" if advises else f": {error}"
+    text = "" if is_misleading else f": {error}"
     return f"it is damaged, or of another kind ({type(error).__name__}{text})"
 
 
@@ -142,8 +142,8 @@ class _Array:
 
 def _number(kind: _Dtype, data: bytes) -> Any:
     """A NumPy number in a file of torch."""
-    (found,) = np.frombuffer(data, kind.dtype)
-    return found
+    (number,) = np.frombuffer(data, kind.dtype)
+    return number
 
 
 #: torch allows a NumPy number for a setting, and users keep counters and losses beside the state.

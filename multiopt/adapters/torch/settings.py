@@ -21,7 +21,6 @@ __all__ = [
     "check_settings",
     "from_plain",
     "group_settings",
-    "in_torch",
     "lacking",
     "number",
     "plain_settings",
@@ -29,6 +28,7 @@ __all__ = [
     "rule_class_of",
     "rule_of",
     "rule_settings",
+    "with_decoupled",
 ]
 
 #: Optimizers that torch has not, but Pyro.
@@ -61,7 +61,7 @@ def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict
         rule: The description of the rule in a state dict.
         step: How many steps were taken.
     """
-    defaults, rule = _default_group(constructor), in_torch(rule)
+    defaults, rule = _default_group(constructor), with_decoupled(rule)
     group = {k: from_plain(rule[k]) if k in rule else v for k, v in defaults.items()}
     if "lrd" in group:
         # Pyro's ClippedAdam keeps the rate that it has come to.
@@ -87,7 +87,7 @@ def rule_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
     return settings
 
 
-def in_torch(rule: Mapping[str, Any]) -> dict[str, Any]:
+def with_decoupled(rule: Mapping[str, Any]) -> dict[str, Any]:
     """The description of a rule with the switch that torch's Adam has, and its AdamW has on."""
     return {DECOUPLED: rule["name"] == "AdamW", **rule}
 
@@ -114,13 +114,13 @@ def check_settings(rule_class: type[Rule], group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It has settings that are not of this rule, or lacks some.
     """
-    own = {field.name for field in fields(rule_class)}
-    missing = sorted(own - OPTIONAL - group.keys())
-    foreign = sorted((KNOWN - own - OPTIONAL) & group.keys())
+    expected = {field.name for field in fields(rule_class)}
+    missing = sorted(expected - OPTIONAL - group.keys())
+    foreign = sorted((KNOWN - expected - OPTIONAL) & group.keys())
     if missing or foreign:
         raise ValueError(
-            f"expected the settings {sorted(own - OPTIONAL)}; got {foreign} besides and none for "
-            f"{missing}: it is that of another optimizer"
+            f"expected the settings {sorted(expected - OPTIONAL)}; got {foreign} besides and none "
+            f"for {missing}: it is that of another optimizer"
         )
 
 
@@ -137,9 +137,9 @@ def refuse_subsamples(settings: Mapping[str, Any]) -> None:
         )
 
 
-def plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of torch as rules have them: 0 and 1 are no truth values there."""
-    settings = {name: number(value) for name, value in given.items()}
+    settings = {name: number(value) for name, value in values.items()}
     for name in SWITCHES & settings.keys():
         if settings[name] in (0, 1):
             settings[name] = bool(settings[name])
@@ -160,46 +160,48 @@ def from_plain(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf") else value
 
 
-def rule_of(name: str, words: Mapping[str, Any]) -> Rule:
+def rule_of(name: str, description: Mapping[str, Any]) -> Rule:
     """The rule that a description in a state dict is of, its schedules numbers.
 
     Args:
         name: That of the parameter, for messages.
-        words: The description.
+        description: The description.
 
     Raises:
         ValueError: It is that of no rule of multiopt's.
     """
-    kind = words.get("name")
+    kind = description.get("name")
     if kind not in rules.__all__ or kind == "Rule":
         raise ValueError(f"parameter {name!r} has the rule {kind!r}; expected one of multiopt's")
     rule_class = getattr(rules, kind)
-    known = [field.name for field in fields(rule_class)]
+    names = [field.name for field in fields(rule_class)]
     try:
-        rule: Rule = rule_class(**{key: from_plain(words[key]) for key in known if key in words})
+        rule: Rule = rule_class(
+            **{key: from_plain(description[key]) for key in names if key in description}
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"parameter {name!r}: {error}") from error
     return rule
 
 
-def rule_class_of(given: Any) -> type[Rule]:
+def rule_class_of(optimizer: Any) -> type[Rule]:
     """The rule that a torch optimizer follows.
 
     Args:
-        given: The class of the torch optimizer, one of torch's or Pyro's own, or the function of
-            ``pyro.optim``; or the class of the rule.
+        optimizer: The class of a torch optimizer of torch or Pyro, a function of ``pyro.optim``,
+            or the class of the rule itself.
 
     Raises:
         TypeError: There is none.
     """
-    name = getattr(given, "__name__", "")
+    name = getattr(optimizer, "__name__", "")
     rule_class: Any = getattr(rules, name, None)
     is_known = rule_class is not None and (name in OF_PYRO or hasattr(torch.optim, name))
-    theirs = getattr(given, "__module__", "").partition(".")[0] in ("torch", "pyro")
-    if not is_known or not (given is rule_class or theirs):
+    theirs = getattr(optimizer, "__module__", "").partition(".")[0] in ("torch", "pyro")
+    if not is_known or not (optimizer is rule_class or theirs):
         raise TypeError(
             "expected the class of an optimizer of torch or Pyro that multiopt has a rule for, "
-            f"such as torch.optim.Adam, or that rule; got {given!r}"
+            f"such as torch.optim.Adam, or that rule; got {optimizer!r}"
         )
     found: type[Rule] = rule_class
     return found

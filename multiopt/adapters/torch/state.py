@@ -67,20 +67,20 @@ DERIVED: dict[str, dict[str, Callable[[Mapping[str, Any], int], Any]]] = {
 
 
 def parameter_to_torch(
-    constructor: type[torch.optim.Optimizer], stored: Mapping[str, Any]
+    constructor: type[torch.optim.Optimizer], entry: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The state dict of the torch optimizer that would have made this state.
 
     Args:
         constructor: The class of the torch optimizer.
-        stored: One entry of ``Optimizer.state_dict``, its slots NumPy arrays; under ``"group"``
+        entry: One entry of ``Optimizer.state_dict``, its slots NumPy arrays; under ``"group"``
             what schedulers and users keep in the group, under ``"given"`` settings that are the
             caller's own objects, under ``"complex"`` whether slots are the parts of complex ones.
     """
-    step, rule = stored["step"], stored["rule"]
+    step, rule = entry["step"], entry["rule"]
     group = group_settings(constructor, rule, step)
-    slots = {slot: torch.from_numpy(array.copy()) for slot, array in stored["slots"].items()}
-    if stored.get("complex"):
+    slots = {slot: torch.from_numpy(array.copy()) for slot, array in entry["slots"].items()}
+    if entry.get("complex"):
         slots = {slot: torch.view_as_complex(tensor) for slot, tensor in slots.items()}
     state = {}
     if step:
@@ -94,7 +94,7 @@ def parameter_to_torch(
     return {
         "state": state,
         "param_groups": [
-            {**group, **stored.get("given", {}), **stored.get("group", {}), "params": [0]}
+            {**group, **entry.get("given", {}), **entry.get("group", {}), "params": [0]}
         ],
     }
 
@@ -215,21 +215,21 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
         )
     values = states.get(numbers[0], {})
     step = _clock(rule_class, values)
-    kept = {key: value for key, value in values.items() if value is not None and key != "step"}
-    known = {f.name for f in fields(rule_class)} - lacking(rule_class)
-    settings = {k: v for k, v in rule_settings(group, step).items() if k in known}
+    tensors = {key: value for key, value in values.items() if value is not None and key != "step"}
+    names = {f.name for f in fields(rule_class)} - lacking(rule_class)
+    settings = {k: v for k, v in rule_settings(group, step).items() if k in names}
     rule = described_rule(rule_class(**settings), step)
     for name in DERIVED.get(rule["name"], ()):
-        kept.pop(name, None)
-    for slot, tensor in kept.items():
+        tensors.pop(name, None)
+    for slot, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"expected a tensor under {slot!r}; got a {type(tensor).__name__}")
-    is_complex = any(tensor.is_complex() for tensor in kept.values())
-    slots = {slot: _on_host(tensor, is_complex) for slot, tensor in kept.items()}
+    is_complex = any(tensor.is_complex() for tensor in tensors.values())
+    slots = {slot: _on_host(tensor, is_complex) for slot, tensor in tensors.items()}
     if not step:
         # Slots are zero before the first step; Adagrad's sum in torch may not be.
         slots = {slot: np.zeros_like(array) for slot, array in slots.items()}
-    own = {k: v for k, v in group.items() if isinstance(v, torch.Tensor | np.ndarray)}
+    arrays = {k: v for k, v in group.items() if isinstance(v, torch.Tensor | np.ndarray)}
     scheduler = {"scheduler": state["scheduler"]} if "scheduler" in state else {}
     return {
         "rule": rule,
@@ -239,7 +239,7 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
         # What schedulers and users keep in a group.
         "group": deepcopy({k: v for k, v in group.items() if k not in KNOWN | BESIDE}),
         # Settings that the caller may change in place.
-        "given": deepcopy({k: v for k, v in own.items() if k in KNOWN}),
+        "given": deepcopy({k: v for k, v in arrays.items() if k in KNOWN}),
         **deepcopy(scheduler),
     }
 
@@ -259,29 +259,29 @@ def _clock(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
     Raises:
         ValueError: There is none where one is counted, or it is no number of steps.
     """
-    given = values.get("step")
-    if given is None and (not values or rule_class.__name__ in CLOCKLESS):
+    step = values.get("step")
+    if step is None and (not values or rule_class.__name__ in CLOCKLESS):
         return 1 if any(value is not None for value in values.values()) else 0
     if "step" not in values:
         raise ValueError(
             "expected a whole number up to 2^53 under 'step', a step >= 0; got none, beside "
             f"{sorted(map(str, values))}"
         )
-    return whole_number(given)
+    return whole_number(step)
 
 
-def whole_number(given: Any) -> int:
+def whole_number(value: Any) -> int:
     """A clock in torch's terms as an int.
 
     Raises:
         ValueError: It is no number of steps.
     """
-    step = number(given)
+    step = number(value)
     is_number = isinstance(step, int | float) and not isinstance(step, bool)
     if not (is_number and 0 <= step <= LAST_STEP and step == int(step)):
         raise ValueError(
             "expected a whole number up to 2^53 under 'step', a step >= 0; got "
-            f"{brief(step if is_number else given)}"
+            f"{brief(step if is_number else value)}"
         )
     return int(step)
 
@@ -294,8 +294,8 @@ def state_dict_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     for name, entry in entries.items():
         try:
-            words, slots = entry["rule"], entry["slots"]
-            check_slot_names(name, slots, entry["step"], words, rule_of(name, words))
+            description, slots = entry["rule"], entry["slots"]
+            check_slot_names(name, slots, entry["step"], description, rule_of(name, description))
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     return {
@@ -323,8 +323,8 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     check_state_dict(state_dict)
     parts = {**state_dict["pending"], **state_dict["entries"]}
-    stored = {name: entry_on_host(saved_of(name, entry)) for name, entry in parts.items()}
-    for name, entry in stored.items():
+    entries = {name: entry_on_host(saved_of(name, entry)) for name, entry in parts.items()}
+    for name, entry in entries.items():
         rule = rule_of(name, entry["rule"])
         options = [option for option in lacking(type(rule)) if getattr(rule, option)]
         if getattr(rule, "amsgrad", None) == "corrected":
@@ -334,8 +334,8 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"parameter {name!r} has {found}, which torch does not have: assign opt.rule first"
             )
-    leave_out(state_dict, stored, stacklevel=4)
-    return stored
+    leave_out(state_dict, entries, stacklevel=4)
+    return entries
 
 
 def leave_out(
@@ -348,9 +348,9 @@ def leave_out(
         entries: Its entries, pending ones too, with slots that may be changed.
         stacklevel: As for ``warnings.warn``, from here.
     """
-    kept = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
-    kept |= {n for n, entry in entries.items() if entry["slots"].pop(MASTER, None) is not None}
-    parts = {"averages and master copies": kept, "counts of skips": state_dict.get("skips", {})}
+    lost = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
+    lost |= {n for n, entry in entries.items() if entry["slots"].pop(MASTER, None) is not None}
+    parts = {"averages and master copies": lost, "counts of skips": state_dict.get("skips", {})}
     left = [f"{what}, of {sorted(names)}" for what, names in parts.items() if names]
     if left:
         warnings.warn(

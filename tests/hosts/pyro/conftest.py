@@ -6,14 +6,14 @@ import pyro
 import pyro.optim
 import pytest
 
-from multiopt.adapters.pyro.optim import _say_wrapped, say_not_joint
+from multiopt.adapters.pyro.optim import _warn_wrapped, warn_not_joint
 
 
 @pytest.fixture(autouse=True)
 def fresh_store() -> Iterator[None]:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    _say_wrapped.cache_clear()
-    say_not_joint.cache_clear()
+    _warn_wrapped.cache_clear()
+    warn_not_joint.cache_clear()
     yield
     pyro.clear_param_store()

@@ -445,7 +445,7 @@ def test_a_scheduler_that_goes_is_freed_at_once() -> None:
     scheduler, loc = made(optim, "OneCycleLR"), param("loc")
     scheduler([give(loc)])
     scheduler.step()
-    group = weakref.ref(scheduler._known.row_of("loc")[0])
+    group = weakref.ref(scheduler._registry.row_of("loc")[0])
     gc.disable()
     try:
         del scheduler

@@ -53,7 +53,7 @@ def test_a_tensor_that_leaves_the_store_leaves_nothing_behind() -> None:
         assert len(opt._core) == 1
     assert list(opt.get_state()) == ["loc"]
     assert len(opt.optim_objs) == 1
-    group, _ = opt._known.row_of(next(iter(opt._core)))
+    group, _ = opt._registry.row_of(next(iter(opt._core)))
     assert len(group) == 1
     assert len(group.shapes) == 2
     assert len(group._chunks) <= 2
@@ -159,7 +159,7 @@ def test_a_copy_goes_on_by_name(copy_of: Callable[[Any], Any]) -> None:
 def test_an_optimizer_that_goes_is_freed_at_once() -> None:
     opt, loc = optim.Adam({"lr": 0.5}), param("loc")
     opt({give(loc)})
-    group = weakref.ref(opt._known.row_of("loc")[0])
+    group = weakref.ref(opt._registry.row_of("loc")[0])
     gc.disable()
     try:
         del opt
