@@ -1,22 +1,18 @@
-"""The command line: ``multiopt demo``, ``multiopt bench`` and ``multiopt show``."""
+"""The command line: ``multiopt demo`` and ``multiopt show``."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from multiopt import __version__
-from multiopt.bench.comparisons import ROWS
-from multiopt.bench.machine import cores
-from multiopt.bench.show import bench
 from multiopt.demo.show import demo
 from multiopt.errors import CheckpointError
 from multiopt.state.show import show
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -30,20 +26,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, if a slot in a file
-        that is shown is damaged, or if nobody reads what is printed, or 130 after Ctrl-C. No figure
-        of the bench changes it. Wrong arguments and a file that cannot be shown end the program
-        with status 2.
+        that is shown is damaged, or if nobody reads what is printed, or 130 after Ctrl-C. Wrong
+        arguments and a file that cannot be shown end the program with status 2.
+    """
+    return run(_parser(), argv)
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Run what the arguments ask for, and end without a traceback if it is cut short.
+
+    Args:
+        parser: Puts a function of the arguments, which returns the exit status, into ``run``.
+        argv: The arguments after the program's name; those of the process if None.
+
+    Returns:
+        The exit status: 1 if nobody reads what is printed, 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         # A name may have letters that the terminal has not.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            arguments = _parser().parse_args(argv)
+            arguments = parser.parse_args(argv)
             status: int = arguments.run(arguments)
         except KeyboardInterrupt:
             # After the "^C" of the terminal.
-            print("\nmultiopt: interrupted", file=sys.stderr)
+            print(f"\n{parser.prog}: interrupted", file=sys.stderr)
             # If the last string that was executed, in an import perhaps, ended by Ctrl-C, ``python
             # -m`` ends by the signal, whatever the status.
             exec("")
@@ -71,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(metavar="command")
     _add_demo(commands)
-    _add_bench(commands)
     _add_show(commands)
     return parser
 
@@ -92,38 +99,6 @@ def _add_demo(commands: "Commands") -> None:
         if arguments.seed < 0:
             command.error("--seed must be at least 0")
         return 0 if demo(arguments.steps, arguments.seed) else 1
-
-    command.set_defaults(run=run)
-
-
-def _add_bench(commands: "Commands") -> None:
-    command = commands.add_parser(
-        "bench",
-        help="measure how fast a step is on this machine",
-        description="Times steps side by side with the libraries that are installed and prints a "
-        "table; docs/performance.md says how to read it. Takes some minutes.",
-    )
-    command.add_argument("--quick", action="store_true", help="little work, to see that it runs")
-    command.add_argument(
-        "--only", nargs="+", choices=ROWS, metavar="NAME", help=f"some of: {', '.join(ROWS)}"
-    )
-    command.add_argument(
-        "--threads", nargs="+", type=int, metavar="N", help="default: 1, and as many as cores"
-    )
-    command.add_argument("--json", metavar="FILE", help="also as JSON; - for JSON alone, printed")
-
-    def run(arguments: argparse.Namespace) -> int:
-        threads = arguments.threads or [1, cores()]
-        if min(threads) < 1:
-            command.error("--threads must be at least 1")
-        if arguments.json not in (None, "-"):
-            # Rather now than after some minutes.
-            try:
-                Path(arguments.json).open("a").close()
-            except OSError as error:
-                command.error(f"--json must be a file that can be written: {error}")
-        bench(arguments.only or ROWS, threads, arguments.quick, arguments.json)
-        return 0
 
     command.set_defaults(run=run)
 

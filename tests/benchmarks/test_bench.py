@@ -1,4 +1,4 @@
-"""``multiopt bench``, quickly: both sides compute the same; nothing is asserted about time."""
+"""The benchmarks, quickly: both sides compute the same; nothing is asserted about time."""
 
 import json
 import sys
@@ -12,14 +12,15 @@ import pyro
 import pytest
 import torch
 
-from multiopt.bench import machine, memory
-from multiopt.bench.comparisons import COMPARISONS, ROWS, Comparison
-from multiopt.bench.fresh import alone
+from multiopt.bench import machine
 from multiopt.bench.paired import Run, measured
-from multiopt.bench.plan import Result, jobs, missing
-from multiopt.bench.show import table
 from multiopt.bench.work import Work, works
-from multiopt.cli import main
+from tests.benchmarks import memory
+from tests.benchmarks.__main__ import main
+from tests.benchmarks.comparisons import COMPARISONS, ROWS, Comparison
+from tests.benchmarks.fresh import alone
+from tests.benchmarks.plan import Result, jobs, missing
+from tests.benchmarks.show import table
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ def test_every_row_is_measured_as_json(tmp_path: Path, capsys: pytest.CaptureFix
     rows = ["memory", "import", "first-step", "without-fast", "many", "checkpoint"]
     path = tmp_path / "bench.json"
     arguments = ["--quick", "--threads", "1", "--only", *rows, "--json", str(path)]
-    assert main(["bench", *arguments]) == 0
+    assert main(arguments) == 0
     out, err = capsys.readouterr()
     document = json.loads(path.read_text())
     assert list(document) == ["engine", "quick", "machine", "missing", "results"]
@@ -129,7 +130,7 @@ def test_every_row_is_measured_as_json(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--quick", "--only", "distinct", "--json", "-"]) == 0
+    assert main(["--quick", "--only", "distinct", "--json", "-"]) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert list(result) == [field.name for field in fields(Result)]
     assert result["turn"] == "hot"
@@ -211,7 +212,7 @@ def test_wrong_arguments_are_explained(
     arguments: list[str], remedy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["bench", *arguments])
+        main(arguments)
     assert exit_.value.code == 2
     assert remedy in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ import pytest
 
 import multiopt as mo
 from multiopt.cli import main
+from tests.benchmarks.__main__ import main as benchmarks
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +79,7 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert main([]) == 0
     assert capsys.readouterr() == (text, "")
-    assert all(f"    {command} " in text for command in ("demo", "bench", "show"))
+    assert all(f"    {command} " in text for command in ("demo", "show"))
 
 
 def test_a_wrong_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,12 +100,14 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def is_interrupted(process: "subprocess.Popen[bytes]", when: Callable[[], bool]) -> None:
+def is_interrupted(
+    process: "subprocess.Popen[bytes]", when: Callable[[], bool], program: str = "multiopt"
+) -> None:
     """Whether a command ends as it should if Ctrl-C comes to its group of processes."""
     until(when)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, b"\nmultiopt: interrupted\n")
+    assert (process.returncode, err.decode()) == (130, f"\n{program}: interrupted\n")
 
 
 def test_ctrl_c_ends_the_demo_with_one_line() -> None:
@@ -117,7 +120,7 @@ def test_ctrl_c_ends_the_demo_with_one_line() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 @pytest.mark.parametrize("row", ["distinct", "without-fast", "import"])
 def test_ctrl_c_ends_the_bench_and_what_it_has_started(row: str) -> None:
-    process = start("-m", "multiopt", "bench", "--only", row)
+    process = start("-m", "tests.benchmarks", "--only", row)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     started: set[str] = set()
 
@@ -131,7 +134,7 @@ def test_ctrl_c_ends_the_bench_and_what_it_has_started(row: str) -> None:
         except (FileNotFoundError, ProcessLookupError):
             return False
 
-    is_interrupted(process, measures)
+    is_interrupted(process, measures, "python -m tests.benchmarks")
     until(lambda: not any(map(has_numpy, started)))
 
 
@@ -157,7 +160,7 @@ sys.exit(cli.main(["demo"]))
         ["-m", "multiopt", "--help"],
         ["-m", "multiopt", "--version"],
         [*DEMO, "200"],
-        ["-m", "multiopt", "bench", "--quick", "--only", "distinct"],
+        ["-m", "tests.benchmarks", "--quick", "--only", "distinct"],
     ],
     ids=lambda arguments: arguments[-1],
 )
@@ -186,7 +189,7 @@ def test_progress_bars_are_for_terminals() -> None:
 
 
 def test_the_bench_has_a_bar_on_a_terminal_alone() -> None:
-    arguments = ["-m", "multiopt", "bench", "--quick", "--only", "distinct"]
+    arguments = ["-m", "tests.benchmarks", "--quick", "--only", "distinct"]
     process = start(*arguments)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")
@@ -230,8 +233,8 @@ def test_tables_are_as_wide_as_the_terminal_or_80_columns(
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multiopt.cli.bench", None)
+    monkeypatch.setattr("tests.benchmarks.__main__.bench", None)
     with pytest.raises(SystemExit) as exit_:
-        main(["bench", "--json", str(tmp_path / "none" / "bench.json")])
+        benchmarks(["--json", str(tmp_path / "none" / "bench.json")])
     assert exit_.value.code == 2
     assert "--json must be a file that can be written" in capsys.readouterr().err

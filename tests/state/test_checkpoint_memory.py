@@ -1,6 +1,6 @@
 """What saving and loading need in memory, and what names that are gone leave there.
 
-``multiopt bench`` measures the memory of the process, on larger arrays.
+``python -m tests.benchmarks`` measures the memory of the process, on larger arrays.
 """
 
 import pickle

@@ -6,8 +6,11 @@ from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from multiopt.bench import fresh
-from multiopt.bench.comparisons import (
+from multiopt.bench.machine import engine
+from multiopt.bench.paired import measured
+from multiopt.bench.work import works
+from tests.benchmarks import fresh
+from tests.benchmarks.comparisons import (
     COMPARISONS,
     FASTER,
     MIB,
@@ -15,11 +18,8 @@ from multiopt.bench.comparisons import (
     SHARE,
     WITHOUT_FAST,
 )
-from multiopt.bench.machine import engine
-from multiopt.bench.memory import can_measure_peak
-from multiopt.bench.paired import measured
-from multiopt.bench.peers import shared_tensors
-from multiopt.bench.work import works
+from tests.benchmarks.memory import can_measure_peak
+from tests.benchmarks.peers import shared_tensors
 
 __all__ = ["Job", "Result", "jobs", "missing"]
 

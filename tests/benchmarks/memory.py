@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from multiopt.bench.ours import on_numpy, on_torch
 from multiopt.bench.paired import Run, Side
 from multiopt.bench.work import Work
+from tests.benchmarks.ours import on_numpy, on_torch
 
 __all__ = ["can_measure_peak", "high_water", "peak", "stream"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 import multiopt as mo
-from multiopt.bench.ours import ADAM
 from multiopt.bench.paired import Run, Side
-from multiopt.bench.peers import LR, pyro_leaves, tensors, torch_values
 from multiopt.bench.work import Work
+from tests.benchmarks.ours import ADAM
+from tests.benchmarks.peers import LR, pyro_leaves, tensors, torch_values
 
 __all__ = [
     "VARIATIONS",

@@ -8,8 +8,8 @@ import numpy as np
 
 import multiopt as mo
 from multiopt.bench.paired import Run, Side
-from multiopt.bench.peers import pyro_run, tensors, torch_values
 from multiopt.bench.work import Work
+from tests.benchmarks.peers import pyro_run, tensors, torch_values
 
 __all__ = ["distinct", "drop_in", "on_jax", "on_numpy", "on_torch"]
 

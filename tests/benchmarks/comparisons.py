@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import multiopt as mo
-from multiopt.bench import files, svi, varies
-from multiopt.bench.memory import stream
-from multiopt.bench.ours import distinct, drop_in, on_jax, on_numpy, on_torch
 from multiopt.bench.paired import Side
-from multiopt.bench.peers import in_optax, in_pyro, in_sklearn, in_torch, textbook
+from tests.benchmarks import files, svi, varies
+from tests.benchmarks.memory import stream
+from tests.benchmarks.ours import distinct, drop_in, on_jax, on_numpy, on_torch
+from tests.benchmarks.peers import in_optax, in_pyro, in_sklearn, in_torch, textbook
 
 __all__ = [
     "AT_LEAST",

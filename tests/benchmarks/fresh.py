@@ -35,9 +35,9 @@ opt.step(params, grads)
 print(now() - t)
 """
 
-PEAK = "from multiopt.bench.memory import peak; print(peak({!r}, {}, {}))"
+PEAK = "from tests.benchmarks.memory import peak; print(peak({!r}, {}, {}))"
 
-CHECKPOINT_PEAKS = "from multiopt.bench.files import peaks; print(*peaks({!r}, {}))"
+CHECKPOINT_PEAKS = "from tests.benchmarks.files import peaks; print(*peaks({!r}, {}))"
 
 
 def alone(function: Callable[[], T], env: Mapping[str, str] | None = None) -> T:

@@ -16,11 +16,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import multiopt as mo
-from multiopt.bench.memory import high_water
-from multiopt.bench.ours import ADAM
 from multiopt.bench.paired import Run, Side
-from multiopt.bench.peers import tensors
 from multiopt.bench.work import Arrays, Work
+from tests.benchmarks.memory import high_water
+from tests.benchmarks.ours import ADAM
+from tests.benchmarks.peers import tensors
 
 __all__ = ["load", "peaks", "safetensors_load", "safetensors_save", "save"]
 

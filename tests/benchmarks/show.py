@@ -1,4 +1,4 @@
-"""The report of ``multiopt bench``."""
+"""The report of ``python -m tests.benchmarks``."""
 
 import json
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from multiopt import terminal
-from multiopt.bench.comparisons import AT_LEAST
 from multiopt.bench.machine import described, engine
-from multiopt.bench.plan import Result, jobs, missing
+from tests.benchmarks.comparisons import AT_LEAST
+from tests.benchmarks.plan import Result, jobs, missing
 
 __all__ = ["bench", "table"]
 
