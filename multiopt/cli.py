@@ -1,18 +1,20 @@
-"""The command line: ``multiopt demo`` and ``multiopt show``."""
+"""The command line: ``multiopt demo``, ``multiopt bench`` and ``multiopt show``."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from multiopt import __version__
+from multiopt.bench.show import bench
 from multiopt.demo.show import demo
 from multiopt.errors import CheckpointError
 from multiopt.state.show import show
 
-__all__ = ["main", "run"]
+__all__ = ["main", "run", "unwritable"]
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -25,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of the process if left out.
 
     Returns:
-        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, if a slot in a file
-        that is shown is damaged, or if nobody reads what is printed, or 130 after Ctrl-C. Wrong
-        arguments and a file that cannot be shown end the program with status 2.
+        The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, if two libraries that
+        the bench compares compute different numbers, if a slot in a file that is shown is damaged,
+        or if nobody reads what is printed, or 130 after Ctrl-C. Wrong arguments and a file that
+        cannot be shown end the program with status 2.
     """
     return run(_parser(), argv)
 
@@ -79,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(metavar="command")
     _add_demo(commands)
+    _add_bench(commands)
     _add_show(commands)
     return parser
 
@@ -101,6 +105,36 @@ def _add_demo(commands: "Commands") -> None:
         return 0 if demo(arguments.steps, arguments.seed) else 1
 
     command.set_defaults(run=run)
+
+
+def _add_bench(commands: "Commands") -> None:
+    command = commands.add_parser(
+        "bench",
+        help="time a step of Adam here, beside other libraries",
+        description="Times a step of Adam on this machine with every library that is installed, "
+        "beside textbook NumPy, torch.optim, optax and pyro.optim. Takes under a minute. Exit "
+        "status: 0; 1 if two libraries compute different numbers, whose times say nothing.",
+    )
+    command.add_argument("--quick", action="store_true", help="little work, to see that it runs")
+    command.add_argument("--json", metavar="FILE", help="also as JSON; - for JSON alone, printed")
+
+    def run(arguments: argparse.Namespace) -> int:
+        if problem := unwritable(arguments.json):
+            command.error(problem)
+        return 0 if bench(arguments.quick, arguments.json) else 1
+
+    command.set_defaults(run=run)
+
+
+def unwritable(path: str | None) -> str | None:
+    """Why the file of ``--json`` cannot be written, if so, before anything is measured."""
+    if path is None or path == "-":
+        return None
+    try:
+        Path(path).open("a").close()
+    except OSError as error:
+        return f"--json must be a file that can be written: {error}"
+    return None
 
 
 def _add_show(commands: "Commands") -> None:

@@ -3,17 +3,15 @@
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores", "described", "engine", "last_level_cache"]
+__all__ = ["LIBRARIES", "cores", "described", "engine", "load", "threads"]
 
-LIBRARIES = (
-    *("multiopt", "numpy", "numba", "torch", "pyro-ppl", "jax", "optax"),
-    *("scikit-learn", "array-api-compat"),
-)
+LIBRARIES = ("multiopt", "numpy", "numba", "torch", "pyro-ppl", "jax", "optax")
 
 
 def cores() -> int:
@@ -23,30 +21,41 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def last_level_cache() -> int:
-    """The size of the largest cache in bytes; where the system does not say, 64 MiB."""
-    sizes = [
-        # As in "32768K".
-        int(file.read_text().strip().removesuffix("K")) * 1024
-        for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    ]
-    return max(sizes, default=2**26)
+def threads() -> int:
+    """How many threads a step may use: torch's number if it is loaded, else that of the cores."""
+    torch = sys.modules.get("torch")
+    count = torch.get_num_threads() if torch else cores()
+    return min(count, int(os.environ.get("MULTIOPT_NUM_THREADS", count)))
+
+
+def load() -> float:
+    """How many cores were at work in the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def engine() -> str:
-    """What runs the rules on a CPU: kernels ``"compiled"``, ``"blocks"`` in NumPy, or else."""
+    """What runs the rules on a CPU: ``"compiled"`` kernels, ``"blocks"`` in NumPy, or else."""
     wanted = os.environ.get("MULTIOPT_ENGINE", "compiled")
     return "blocks" if wanted == "compiled" and not find_spec("numba") else wanted
 
 
-def described() -> dict[str, Any]:
-    """Processor, cores, cache in bytes, system, and versions of the libraries installed."""
+def described(libraries: Iterable[str] = LIBRARIES) -> dict[str, Any]:
+    """Processor, cores, system, and versions of Python and of those libraries that are installed.
+
+    Args:
+        libraries: The libraries, by the names of their distributions.
+    """
+    versions = {"python": platform.python_version()}
+    for library in libraries:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
     return {
         "cpu": _processor(),
         "cores": cores(),
-        "last_level_cache": last_level_cache(),
         "system": platform.platform(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions,
     }
 
 
@@ -57,13 +66,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for library in LIBRARIES:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return versions

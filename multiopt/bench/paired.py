@@ -1,7 +1,6 @@
 """Two sides timed in turn, A B A B, in one process.
 
-A machine changes its speed from one second to the next, so only what ran side by side can be
-compared: the figure is the median of the ratios of the single turns.
+The figure is the median of the ratios of single turns, whose two halves ran side by side.
 """
 
 import gc
@@ -22,9 +21,8 @@ __all__ = ["Run", "Side", "Times", "measured"]
 
 #: A hot turn is as many calls as take this long, in seconds.
 TURN = 0.02
-#: Turns of a measurement: as many as fit into so many seconds, within these bounds.
-BUDGET, FEWEST, MOST = 5.0, 7, 25
-QUICK = 3
+#: The number of turns, unless ``budget`` allows a number between these, and that of a quick look.
+FEWEST, MOST, QUICK = 7, 25, 3
 
 
 class Run(NamedTuple):
@@ -41,7 +39,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """One who makes a step.
+    """One of the two that are compared.
 
     Args:
         name: What the table calls it.
@@ -68,7 +66,15 @@ class Times(NamedTuple):
     ratio: float
 
 
-def measured(ours: Run, theirs: Run, *, hot: bool, quick: bool, threads: int, spins: bool) -> Times:
+def measured(
+    ours: Run,
+    theirs: Run,
+    *,
+    hot: bool = True,
+    quick: bool = False,
+    spins: bool = False,
+    budget: float = 5.0,
+) -> Times:
     """Time two sides in turn.
 
     Args:
@@ -77,16 +83,15 @@ def measured(ours: Run, theirs: Run, *, hot: bool, quick: bool, threads: int, sp
         hot: Whether a turn is many calls, after one that is not timed, so that caches hold what
             the side needs. Else it is one call, straight after the other side's.
         quick: Whether to take few turns.
-        threads: How many threads both sides may use, torch's included.
-        spins: Whether the work is one beside which OpenMP's threads spin.
+        spins: Whether OpenMP's threads spin beside this work.
+        budget: How many seconds all turns may take, if the fewest do not take longer.
     """
-    spins = spins and threads > 1
-    with _torch_threads(threads), _no_collection():
+    with _no_collection():
         # The first calls compile and allocate.
         guess = [min(_turn(run, 1, True, spins) for _ in range(2)) for run in (ours, theirs)]
         calls = [min(1000, max(1, ceil(TURN / seconds))) if hot else 1 for seconds in guess]
         turn = sum((1 + n) * seconds for n, seconds in zip(calls, guess, strict=True))
-        turns = QUICK if quick else min(MOST, max(FEWEST, int(BUDGET / turn)))
+        turns = QUICK if quick else min(MOST, max(FEWEST, int(budget / turn)))
         pairs = [
             (_turn(ours, calls[0], hot, spins), _turn(theirs, calls[1], hot, spins))
             for _ in range(turns)
@@ -113,21 +118,6 @@ def _turn(run: Run, calls: int, hot: bool, spins: bool) -> float:
     for _ in range(calls):
         step()
     return (perf_counter() - start) / calls
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    """Torch's number of threads, if torch is there."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

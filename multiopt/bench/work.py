@@ -1,23 +1,18 @@
-"""The parameters that are stepped: a few sets of shapes."""
+"""The parameters that are stepped."""
 
 from math import prod
+from random import Random
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from multiopt.bench.machine import last_level_cache
-
-__all__ = ["Arrays", "Work", "works"]
+__all__ = ["Arrays", "Work"]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
-VAE = (
-    *((400, 784), (400,), (20, 400), (20,), (20, 400), (20,)),
-    *((400, 20), (400,), (784, 400), (784,)),
-)
-#: Of a hierarchical model's latent variables: of everyone, of groups, of their members.
-LATENTS = ((),) * 20 + ((10,),) * 20 + ((100,),) * 10 + ((1000,),) * 4 + ((1000, 5),) * 2
+#: How many steps differ before drawn names come again.
+DRAWS = 100
 
 
 class Work(NamedTuple):
@@ -26,14 +21,16 @@ class Work(NamedTuple):
     Attributes:
         title: What the table calls them.
         shapes: Their shapes.
+        drawn: How many of them a step is for, drawn at random each time; 0 for all.
     """
 
     title: str
     shapes: tuple[tuple[int, ...], ...]
+    drawn: int = 0
 
     @property
     def is_parallel(self) -> bool:
-        """Whether torch shares the work of one array among threads: from its grain of 2**15 on.
+        """Whether torch splits an array among threads, which it does above a grain of 2**15.
 
         >>> Work("small", ((10,),)).is_parallel
         False
@@ -58,26 +55,11 @@ class Work(NamedTuple):
         )
         return params, grads
 
+    def turns(self) -> list[list[str]]:
+        """The names of one step after the other, the same every time; after the last, the first.
 
-def works(quick: bool) -> dict[str, Work]:
-    """Every work by its key in ``comparisons``.
-
-    Args:
-        quick: Whether to make fewer parameters, for a look or a test.
-    """
-    large, many, most = (300_000, 20, 200) if quick else (10_000_000, 1000, 100_000)
-    # Parameter, gradient and two slots of float32. No more than 2 GiB of them.
-    beyond = 1_000_000 if quick else min(4 * last_level_cache(), 2**31) // 16
-    return {
-        "large": Work(f"one array of {large:.0e}".replace("e+0", "e"), ((large,),)),
-        "beyond": Work(f"one array of {beyond / 1e6:.0f} million", ((beyond,),)),
-        "many small": Work(f"{many} of 10", ((10,),) * many),
-        "most small": Work(f"{most} of 10", ((10,),) * most),
-        "few small": Work("10 of 10", ((10,),) * 10),
-        "thousands": Work(f"{10 * many} of 10", ((10,),) * 10 * many),
-        "two thousand": Work(f"{2 * many} of 10", ((10,),) * 2 * many),
-        "many new": Work(f"{5 * many} of 10", ((10,),) * 5 * many),
-        "many middling": Work(f"{many} of 1000", ((1000,),) * many),
-        "vae": Work("a VAE", VAE),
-        "guide": Work("a guide", tuple(shape for shape in LATENTS for _ in ("loc", "scale"))),
-    }
+        >>> Work("two", ((), (3,))).turns()
+        [['p0', 'p1']]
+        """
+        names, rng = [f"p{i}" for i in range(len(self.shapes))], Random(0)
+        return [rng.sample(names, self.drawn) for _ in range(DRAWS)] if self.drawn else [names]

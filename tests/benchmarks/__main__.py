@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from multiopt import cli
 from multiopt.bench.machine import cores
@@ -44,12 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         threads = arguments.threads or [1, cores()]
         if min(threads) < 1:
             parser.error("--threads must be at least 1")
-        if arguments.json not in (None, "-"):
-            # Rather now than after some minutes.
-            try:
-                Path(arguments.json).open("a").close()
-            except OSError as error:
-                parser.error(f"--json must be a file that can be written: {error}")
+        if problem := cli.unwritable(arguments.json):
+            parser.error(problem)
         bench(arguments.only or ROWS, threads, arguments.quick, arguments.json)
         return 0
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import multiopt as mo
 from multiopt.bench.paired import Side
+from multiopt.bench.sides import JAX, OPTAX, TEXTBOOK
 from tests.benchmarks import files, svi, varies
 from tests.benchmarks.memory import stream
-from tests.benchmarks.ours import distinct, drop_in, on_jax, on_numpy, on_torch
-from tests.benchmarks.peers import in_optax, in_pyro, in_sklearn, in_torch, textbook
+from tests.benchmarks.ours import distinct, drop_in, on_numpy, on_torch
+from tests.benchmarks.peers import in_pyro, in_sklearn, in_torch
 
 __all__ = [
     "AT_LEAST",
@@ -95,16 +96,16 @@ COMPARISONS = (
     Comparison("torch", "many middling", TORCH, FUSED),
     Comparison("torch", "guide", TORCH, FUSED),
     Comparison("torch", "vae", TORCH, FUSED, threaded=True),
-    Comparison("optax", "many small", NUMPY, in_optax(), 30),
-    Comparison("optax", "many small", on_jax(), in_optax()),
+    Comparison("optax", "many small", NUMPY, OPTAX, 30),
+    Comparison("optax", "many small", JAX, OPTAX),
     Comparison("large", "large", TORCH, FUSED, 1.05, unit=TIME, threaded=True),
     Comparison("large", "large", NUMPY, FUSED, 1.05, unit=TIME, threaded=True),
-    Comparison("textbook", "large", NUMPY, textbook(), 10, threaded=True),
+    Comparison("textbook", "large", NUMPY, TEXTBOOK, 10, threaded=True),
     Comparison("textbook", "large", NUMPY, in_sklearn(), threaded=True),
-    Comparison("textbook", "many small", NUMPY, textbook()),
+    Comparison("textbook", "many small", NUMPY, TEXTBOOK),
     Comparison("textbook", "many small", NUMPY, in_sklearn()),
-    Comparison(WITHOUT_FAST, "large", BLOCKS, textbook(), 3),
-    Comparison(WITHOUT_FAST, "many small", BLOCKS, textbook(), 8),
+    Comparison(WITHOUT_FAST, "large", BLOCKS, TEXTBOOK, 3),
+    Comparison(WITHOUT_FAST, "many small", BLOCKS, TEXTBOOK, 8),
     Comparison(
         WITHOUT_FAST, "many small", distinct(), BLOCKS, 1.3, unit=TIME, turns=("hot",), alike=False
     ),

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import multiopt as mo
 from multiopt.bench.paired import Run, Side
+from multiopt.bench.sides import ADAM
 from multiopt.bench.work import Arrays, Work
 from tests.benchmarks.memory import high_water
-from tests.benchmarks.ours import ADAM
 from tests.benchmarks.peers import tensors
 
 __all__ = ["load", "peaks", "safetensors_load", "safetensors_save", "save"]

@@ -4,16 +4,13 @@
 
 from typing import Any
 
-import numpy as np
-
 import multiopt as mo
 from multiopt.bench.paired import Run, Side
+from multiopt.bench.sides import ADAM, torch_values
 from multiopt.bench.work import Work
-from tests.benchmarks.peers import pyro_run, tensors, torch_values
+from tests.benchmarks.peers import pyro_run, tensors
 
-__all__ = ["distinct", "drop_in", "on_jax", "on_numpy", "on_torch"]
-
-ADAM = mo.Adam(lr=1e-3)
+__all__ = ["distinct", "drop_in", "on_numpy", "on_torch"]
 
 
 def on_numpy(name: str = "NumPy", clip: mo.Clip | None = None) -> Side:
@@ -41,26 +38,6 @@ def on_torch(name: str = "torch", clip: mo.Clip | None = None) -> Side:
         return Run(lambda: opt.step(params), lambda: torch_values(params))
 
     return Side(name, begin, ("torch",))
-
-
-def on_jax() -> Side:
-    """``Optimizer.step`` on JAX arrays, which cannot be written: new ones come back."""
-
-    def begin(work: Work, threads: int) -> Run:
-        import jax
-
-        params, grads = (
-            {name: jax.numpy.asarray(x) for name, x in arrays.items()} for arrays in work.arrays()
-        )
-        opt = mo.Optimizer(ADAM, threads=threads)
-
-        def step() -> None:
-            nonlocal params
-            params = jax.block_until_ready(opt.step(params, grads))
-
-        return Run(step, lambda: {name: np.asarray(x) for name, x in params.items()})
-
-    return Side("JAX", begin, ("jax",))
 
 
 def distinct() -> Side:

@@ -3,55 +3,27 @@
 # mypy: allow-untyped-calls
 # Most of these libraries have no annotations.
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from functools import partial
 from typing import Any
 
-import numpy as np
-
+from multiopt.bench import sides
 from multiopt.bench.paired import Run, Side
-from multiopt.bench.work import Arrays, Work
+from multiopt.bench.sides import BETA1, BETA2, EPS, LR, torch_values
+from multiopt.bench.work import Work
 
 __all__ = [
-    "in_optax",
     "in_pyro",
     "in_sklearn",
     "in_torch",
+    "pyro_leaves",
     "pyro_run",
     "shared_tensors",
     "tensors",
-    "textbook",
-    "torch_values",
+    "torch_threads",
 ]
-
-LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
-
-#: So that no two runs share tensors of Pyro's store.
-NUMBERS = count()
-
-
-def textbook() -> Side:
-    """Adam in NumPy as one writes it down: a loop over names, an array for each intermediate."""
-
-    def begin(work: Work, threads: int) -> Run:
-        params, grads = work.arrays()
-        first, second = ({name: np.zeros_like(x) for name, x in params.items()} for _ in range(2))
-        t = 0
-
-        def step() -> None:
-            nonlocal t
-            t += 1
-            for name, grad in grads.items():
-                first[name] = BETA1 * first[name] + (1 - BETA1) * grad
-                second[name] = BETA2 * second[name] + (1 - BETA2) * grad**2
-                m_hat = first[name] / (1 - BETA1**t)
-                v_hat = second[name] / (1 - BETA2**t)
-                params[name] = params[name] - LR * m_hat / (np.sqrt(v_hat) + EPS)
-
-        return Run(step, lambda: params)
-
-    return Side("textbook NumPy", begin)
 
 
 def in_sklearn() -> Side:
@@ -99,47 +71,9 @@ def in_pyro(clip_args: dict[str, Any] | None = None) -> Side:
     return Side(f"pyro.optim{', clip_norm' if clip_args else ''}", begin, ("torch", "pyro"))
 
 
-def in_optax() -> Side:
-    """``optax.adam`` under ``jax.jit``; memory of the parameters and the state is used again."""
-
-    def begin(work: Work, threads: int) -> Run:
-        import jax
-        import optax
-
-        transform = optax.adam(LR, BETA1, BETA2, EPS)
-        # Copied: what is donated must be JAX's own
-        params, grads = (
-            {name: jax.numpy.array(x) for name, x in arrays.items()} for arrays in work.arrays()
-        )
-        state = transform.init(params)
-
-        def pure(params: Any, state: Any, grads: Any) -> Any:
-            updates, state = transform.update(grads, state)
-            return optax.apply_updates(params, updates), state
-
-        update = jax.jit(pure, donate_argnums=(0, 1))
-
-        def step() -> None:
-            nonlocal params, state
-            params, state = jax.block_until_ready(update(params, state, grads))
-
-        return Run(step, lambda: {name: np.asarray(x) for name, x in params.items()})
-
-    return Side("optax, jit", begin, ("jax", "optax"))
-
-
 def tensors(work: Work) -> dict[str, Any]:
-    """The work as leaf tensors that have a gradient, in memory of torch's own."""
-    import torch
-
-    def made() -> dict[str, Any]:
-        params, grads = work.arrays()
-        leaves = {name: torch.tensor(x, requires_grad=True) for name, x in params.items()}
-        for name, leaf in leaves.items():
-            leaf.grad = torch.tensor(grads[name])
-        return leaves
-
-    return _shared(("torch", work), made)
+    """The work as leaf tensors that have a gradient, those of the other side if they are shared."""
+    return _shared(("torch", work), partial(sides.tensors, work))
 
 
 #: What the sides of a comparison share while they are timed; None for nothing.
@@ -167,25 +101,24 @@ def _shared(key: Any, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return _sharing[key]
 
 
-def torch_values(leaves: dict[str, Any]) -> Arrays:
-    """Tensors as NumPy arrays."""
-    return {name: leaf.detach().numpy() for name, leaf in leaves.items()}
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Torch's number of threads, if torch is there."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pyro_leaves(work: Work) -> dict[str, Any]:
-    """The work as unconstrained parameters of Pyro's store, which have a gradient."""
-    import pyro
-
-    def made() -> dict[str, Any]:
-        prefix = f"bench{next(NUMBERS)}"
-        leaves = {}
-        for name, given in tensors(work).items():
-            param: Any = pyro.param(f"{prefix}.{name}", given.detach())
-            leaves[name] = param.unconstrained()
-            leaves[name].grad = given.grad
-        return leaves
-
-    return _shared(("pyro", work), made)
+    """The work as parameters of Pyro's store, those of the other side if they are shared."""
+    return _shared(("pyro", work), partial(sides.pyro_leaves, work))
 
 
 def pyro_run(

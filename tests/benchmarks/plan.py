@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from multiopt.bench.machine import engine
 from multiopt.bench.paired import measured
-from multiopt.bench.work import works
 from tests.benchmarks import fresh
 from tests.benchmarks.comparisons import (
     COMPARISONS,
@@ -19,7 +18,8 @@ from tests.benchmarks.comparisons import (
     WITHOUT_FAST,
 )
 from tests.benchmarks.memory import can_measure_peak
-from tests.benchmarks.peers import shared_tensors
+from tests.benchmarks.peers import shared_tensors, torch_threads
+from tests.benchmarks.works import works
 
 __all__ = ["Job", "Result", "jobs", "missing"]
 
@@ -119,10 +119,10 @@ def _compare(place: int, threads: int, quick: bool) -> list[Result]:
     # A target holds for one engine and the whole work.
     has_target = not quick and engine() == ("blocks" if one.row == WITHOUT_FAST else "compiled")
     results = []
+    spins = work.is_parallel and threads > 1
     for turn in one.turns:
-        times = measured(
-            ours, theirs, hot=turn == "hot", quick=quick, threads=threads, spins=work.is_parallel
-        )
+        with torch_threads(threads):
+            times = measured(ours, theirs, hot=turn == "hot", quick=quick, spins=spins)
         ratio = times.ratio * per_parameter
         results.append(
             Result(

@@ -12,9 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from multiopt import terminal
-from multiopt.bench.machine import described, engine
+from multiopt.bench.machine import LIBRARIES, described, engine
+from multiopt.bench.show import digits
 from tests.benchmarks.comparisons import AT_LEAST
 from tests.benchmarks.plan import Result, jobs, missing
+from tests.benchmarks.works import last_level_cache
 
 __all__ = ["bench", "table"]
 
@@ -41,7 +43,10 @@ def bench(rows: Sequence[str], threads: Sequence[int], quick: bool, path: str | 
     document = {
         "engine": engine(),
         "quick": quick,
-        "machine": described(),
+        "machine": {
+            **described((*LIBRARIES, "scikit-learn", "array-api-compat")),
+            "last_level_cache": last_level_cache(),
+        },
         "missing": missing(rows),
         "results": [asdict(result) for result in results],
     }
@@ -109,12 +114,3 @@ def seconds(time: float | None) -> str:
         if time >= length:
             return f"{digits(time / length)} {unit}"
     return f"{digits(time / 1e-6)} us"
-
-
-def digits(x: float) -> str:
-    """A number with three digits, or with all before the point.
-
-    >>> digits(0.98765), digits(12345.6)
-    ('0.988', '12346')
-    """
-    return f"{x:.3g}" if abs(x) < 999.5 else f"{x:.0f}"

@@ -122,13 +122,13 @@ def main() -> int:
                 flush=True,
             )
         left = [file.name for file in Path(folder).iterdir()]
-    traced, process = growth(seen)
+    more_traced, more_resident = growth(seen)
     print(
         f"A save took {run.seconds / max(1, run.saves) * 1e3:.2f} ms, its flushes included. "
-        f"The second half added {traced:.0f} bytes traced (at most {TRACED}) "
-        f"and {process:.0f} resident (at most {RESIDENT}); files: {', '.join(left)}."
+        f"The second half added {more_traced:.0f} bytes traced (at most {TRACED}) "
+        f"and {more_resident:.0f} resident (at most {RESIDENT}); files: {', '.join(left)}."
     )
-    return int(traced > TRACED or process > RESIDENT)
+    return int(more_traced > TRACED or more_resident > RESIDENT)
 
 
 if __name__ == "__main__":

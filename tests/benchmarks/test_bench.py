@@ -14,13 +14,15 @@ import torch
 
 from multiopt.bench import machine
 from multiopt.bench.paired import Run, measured
-from multiopt.bench.work import Work, works
+from multiopt.bench.work import Work
 from tests.benchmarks import memory
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.comparisons import COMPARISONS, ROWS, Comparison
 from tests.benchmarks.fresh import alone
+from tests.benchmarks.peers import torch_threads
 from tests.benchmarks.plan import Result, jobs, missing
 from tests.benchmarks.show import table
+from tests.benchmarks.works import works
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def test_names_distinct_have_clocks_and_rates_of_their_own() -> None:
 def test_turns_alternate() -> None:
     calls: list[str] = []
     runs = [Run(partial(calls.append, name), dict) for name in "ab"]
-    times = measured(*runs, hot=False, quick=True, threads=1, spins=True)
+    times = measured(*runs, hot=False, quick=True, spins=True)
     assert "".join(calls).endswith("ababab")
     assert min(times) > 0
 
@@ -99,7 +101,7 @@ def test_turns_alternate() -> None:
 def test_hot_turns_have_a_call_that_is_not_timed() -> None:
     calls: list[str] = []
     runs = [Run(partial(calls.append, name), dict) for name in "ab"]
-    measured(*runs, hot=True, quick=True, threads=1, spins=True)
+    measured(*runs, hot=True, quick=True, spins=True)
     assert calls.count("a") > 3 * 2
 
 
@@ -196,7 +198,8 @@ def test_a_step_takes_no_more_threads_than_it_is_told() -> None:
     before = torch.get_num_threads()
     seen = []
     run = Run(lambda: seen.append(torch.get_num_threads()), dict)
-    measured(run, run, hot=False, quick=True, threads=before + 1, spins=True)
+    with torch_threads(before + 1):
+        measured(run, run, hot=False, quick=True, spins=True)
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
 

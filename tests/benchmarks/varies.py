@@ -14,9 +14,9 @@ import numpy as np
 
 import multiopt as mo
 from multiopt.bench.paired import Run, Side
+from multiopt.bench.sides import ADAM, LR, torch_values
 from multiopt.bench.work import Work
-from tests.benchmarks.ours import ADAM
-from tests.benchmarks.peers import LR, pyro_leaves, tensors, torch_values
+from tests.benchmarks.peers import pyro_leaves, tensors
 
 __all__ = [
     "VARIATIONS",

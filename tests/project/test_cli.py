@@ -30,6 +30,8 @@ sys.exit(main())
 """
 
 DEMO = ["-c", NUMPY_ALONE, "demo", "--steps"]
+BENCH = ["-c", NUMPY_ALONE, "bench"]
+BENCHMARKS = ["-m", "tests.benchmarks", "--quick", "--only", "distinct"]
 
 
 def start(*arguments: str, folder: Path = ROOT, **streams: Any) -> "subprocess.Popen[bytes]":
@@ -79,7 +81,7 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert main([]) == 0
     assert capsys.readouterr() == (text, "")
-    assert all(f"    {command} " in text for command in ("demo", "show"))
+    assert all(f"    {command} " in text for command in ("demo", "bench", "show"))
 
 
 def test_a_wrong_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +121,7 @@ def test_ctrl_c_ends_the_demo_with_one_line() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 @pytest.mark.parametrize("row", ["distinct", "without-fast", "import"])
-def test_ctrl_c_ends_the_bench_and_what_it_has_started(row: str) -> None:
+def test_ctrl_c_ends_the_benchmarks_and_what_it_has_started(row: str) -> None:
     process = start("-m", "tests.benchmarks", "--only", row)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     started: set[str] = set()
@@ -160,7 +162,8 @@ sys.exit(cli.main(["demo"]))
         ["-m", "multiopt", "--help"],
         ["-m", "multiopt", "--version"],
         [*DEMO, "200"],
-        ["-m", "tests.benchmarks", "--quick", "--only", "distinct"],
+        [*BENCH, "--quick"],
+        BENCHMARKS,
     ],
     ids=lambda arguments: arguments[-1],
 )
@@ -188,14 +191,20 @@ def test_progress_bars_are_for_terminals() -> None:
     assert "ELBO -" in written
 
 
-def test_the_bench_has_a_bar_on_a_terminal_alone() -> None:
-    arguments = ["-m", "tests.benchmarks", "--quick", "--only", "distinct"]
+@pytest.mark.parametrize(
+    ("arguments", "title"),
+    [
+        ([*BENCH, "--quick"], "one array of 1e5: NumPy and textbook NumPy"),
+        (BENCHMARKS, "distinct: NumPy, names distinct and NumPy"),
+    ],
+)
+def test_measurements_have_a_bar_on_a_terminal_alone(arguments: list[str], title: str) -> None:
     process = start(*arguments)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")
     assert b"100%" not in out
     written = on_a_terminal(*arguments)
-    assert "distinct: NumPy, names distinct and NumPy" in written
+    assert title in written
     assert "100%" in written
 
 
@@ -227,14 +236,26 @@ def test_tables_are_as_wide_as_the_terminal_or_80_columns(
         assert row.startswith(name[:5])
 
 
-# The bench
+# The file of --json
 
 
+@pytest.mark.parametrize(
+    ("command", "bench"),
+    [
+        (lambda *arguments: main(["bench", *arguments]), "multiopt.cli.bench"),
+        (lambda *arguments: benchmarks(arguments), "tests.benchmarks.__main__.bench"),
+    ],
+    ids=["bench", "benchmarks"],
+)
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., int],
+    bench: str,
 ) -> None:
-    monkeypatch.setattr("tests.benchmarks.__main__.bench", None)
+    monkeypatch.setattr(bench, None)
     with pytest.raises(SystemExit) as exit_:
-        benchmarks(["--json", str(tmp_path / "none" / "bench.json")])
+        command("--json", str(tmp_path / "none" / "bench.json"))
     assert exit_.value.code == 2
     assert "--json must be a file that can be written" in capsys.readouterr().err

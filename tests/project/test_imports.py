@@ -101,6 +101,16 @@ PLANTED = [
         "A library is imported by what is for it, never by the core",
     ),
     (
+        "multiopt/bench/show.py",
+        "import optax",
+        "A library is imported by what is for it, never by the core",
+    ),
+    (
+        "multiopt/bench/show.py",
+        "from tests.benchmarks import works",
+        "The project's tests and benchmarks are not for its users",
+    ),
+    (
         "backends/multiopt_kernels/blocks/group.py",
         "import numba",
         "A library is imported by what is for it, never by the core",
