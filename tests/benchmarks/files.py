@@ -1,7 +1,5 @@
 """Checkpoints beside safetensors: the time of a save and of a load, and the memory they need."""
 
-# mypy: allow-untyped-calls
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

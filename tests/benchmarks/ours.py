@@ -1,7 +1,5 @@
 """Our side: a step of multiopt."""
 
-# mypy: allow-untyped-calls
-
 from typing import Any
 
 import multiopt as mo

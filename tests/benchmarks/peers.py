@@ -1,8 +1,5 @@
 """The other sides: Adam with torch's default settings, by whoever is installed."""
 
-# mypy: allow-untyped-calls
-# Most of these libraries have no annotations.
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,8 +1,5 @@
 """A whole ``SVI.step`` of Pyro, to see what the optimizer's share of it is. Needs ``pyro-ppl``."""
 
-# mypy: allow-untyped-calls
-# Most of Pyro has no annotations.
-
 from collections.abc import Callable
 from itertools import count
 from typing import Any

@@ -3,8 +3,6 @@
 The other side is the step in which nothing does, or the same by Pyro.
 """
 
-# mypy: allow-untyped-calls
-
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count, cycle
 from random import Random
