@@ -663,10 +663,10 @@ MAKING: list[tuple[Any, list[str]]] = [
     (torch, ["zeros", "from_numpy"]),
     (torch.Tensor, ["contiguous", "to", "clone"]),
     (Tape, ["room"]),
-    (type(backend_named("numpy")), ["opened"]),
-    (type(backend_named("torch")), ["opened", "closed", "rounded"]),
-    (type(backend_named("jax")), ["opened", "closed", "rounded", "whole"]),
-    (Backend, ["closed", "rounded"]),
+    (type(backend_named("numpy")), ["to_compute"]),
+    (type(backend_named("torch")), ["to_compute", "to_slots", "to_params"]),
+    (type(backend_named("jax")), ["to_compute", "to_slots", "to_params", "as_complex"]),
+    (Backend, ["to_slots", "to_params"]),
     (reference, ["updated", "resumed"]),
 ]
 
