@@ -96,6 +96,30 @@ def test_what_a_stranger_looks_for_stands_where_the_table_says() -> None:
         assert name.strip("`") in defined(path), f"{file} does not define {name}"
 
 
+PAGES_WITH_LINKS = [
+    *ROOT.glob("*.md"),
+    *(path for folder in ("docs", "spec") for path in (ROOT / folder).rglob("*.md")),
+]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that a page has for its headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_LINKS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^()\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if file.startswith("https://"):
+            continue
+        assert target.exists(), f"{link} leads nowhere"
+        assert not anchor or anchor in anchors(target), f"{link}: there is no such heading"
+
+
 def picture() -> str:
     """The picture of a step."""
     return dict(sections())["CONTRIBUTING.md"].split("```text\n")[1].split("```")[0]
@@ -114,7 +138,8 @@ def test_the_picture_has_the_stops_of_the_table() -> None:
 
 def concrete(kind: Any) -> set[type]:
     """The classes of engines: those below a class that have all calls."""
-    below = [concrete(sub) for sub in kind.__subclasses__() if sub.__module__.startswith("mul")]
+    subclasses: list[type] = kind.__subclasses__()
+    below = [concrete(sub) for sub in subclasses if sub.__module__.startswith("mul")]
     own = set() if getattr(kind, "__abstractmethods__", ()) else {kind}
     return own.union(*below)
 
