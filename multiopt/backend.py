@@ -232,7 +232,7 @@ class DaskBackend(Backend):
     """
 
     def to_slots(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
-        """See ``Backend``."""
+        """Convert, and compute at once."""
         return list(import_module("dask").persist(*super().to_slots(arrays, layout)))
 
 
@@ -273,7 +273,7 @@ def backend_for(array: Any, label: str) -> Backend:
         label: What it is, for messages, as in ``parameter 'loc'``.
 
     Raises:
-        TypeError: It is no array.
+        TypeError: It is not an array.
 
     >>> backend_for(np.zeros(2), "parameter 'loc'").library
     'numpy'

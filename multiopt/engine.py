@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MASTER", "Group", "Slots"]
 
-#: The name of the slot that is no rule's: what a 16-bit parameter is rounded from, in float32.
+#: The slot that does not belong to a rule: what a 16-bit parameter is rounded from, in float32.
 MASTER = "master_param"
 
 #: For each of several parameters its slots, in their order; None for one of zeros.
@@ -61,7 +61,7 @@ class Group(Columns, ABC):
     def __init__(
         self, backend: "Backend", layout: Layout, rule: Rule, has_masters: bool = False
     ) -> None:
-        """Have no row yet."""
+        """Create a group without rows."""
         self.backend, self.layout = backend, layout.with_shape(())
         self.has_masters = has_masters
         #: What the owner of the group knows it by.
@@ -71,7 +71,7 @@ class Group(Columns, ABC):
     # Rows
 
     def add(self, shapes: Sequence[tuple[int, ...]], slots: Slots | None = None) -> np.ndarray:
-        """Rows for new parameters, with a clock of zero.
+        """Add rows for new parameters, with a clock of zero.
 
         Args:
             shapes: Their shapes, parts of complex ones included.
@@ -80,7 +80,7 @@ class Group(Columns, ABC):
 
         Raises:
             ValueError: The rule is not for parameters of a shape.
-            MemoryError: There is no room.
+            MemoryError: There is not enough memory.
         """
         rows = self._begin(len(shapes))
         self._make_slots(rows, shapes, slots)
@@ -89,7 +89,7 @@ class Group(Columns, ABC):
         return rows
 
     def remove(self, row: int) -> None:
-        """Let go of a row. Others may take its place."""
+        """Free a row; another parameter may take it."""
         self._drop_slots(row)
         self._let_go(row)
 
@@ -106,11 +106,11 @@ class Group(Columns, ABC):
         shapes: Sequence[tuple[int, ...]],
         slots: Slots | None,
     ) -> None:
-        """Give new rows slots; see ``add``."""
+        """Make room for the slots of new rows, and fill it with what ``add`` was given."""
 
     @abstractmethod
     def _drop_slots(self, row: int) -> None:
-        """Let go of the slots of a row; nothing of it fails."""
+        """Free the slots of a row. This cannot fail."""
 
     @abstractmethod
     def slots_at(self, row: int) -> dict[str, Array]:
@@ -145,10 +145,10 @@ class Group(Columns, ABC):
         """
 
     def locate(self, part: Part, arrays: Arrays) -> None:
-        """Fill the spans of what was not lent, where ``look`` has not; for ``part.owned``."""
+        """Fill the spans of arrays used as they are, if ``look`` left that out (``part.owned``)."""
 
     def overlap(self, arrays: Arrays) -> int:
-        """Whether memory that a step writes overlaps with any other.
+        """Return whether memory that the step writes overlaps any other.
 
         Args:
             arrays: Those of the step, their spans filled by the groups of all its parts.
@@ -169,7 +169,7 @@ class Group(Columns, ABC):
 
     @abstractmethod
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
-        """For each row of a part whether its gradient has no infinity and no NaN."""
+        """Return for each row of a part whether its gradient is finite."""
 
     @abstractmethod
     def squares(
@@ -218,7 +218,7 @@ class Group(Columns, ABC):
 
     @abstractmethod
     def run(self, part: Part) -> None:
-        """Clip and update what was prepared, and count the step. Nothing fails any more."""
+        """Clip and update what was prepared, and count the step. This cannot fail."""
 
     def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
         """The clipped gradients of a step that could not be left in their own place."""

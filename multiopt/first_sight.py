@@ -37,7 +37,7 @@ class _Kind(NamedTuple):
         group: Their group.
         rule: What the group computes for them.
         places: Their places in the list of names.
-        saved: Their saved state; None for names that start anew.
+        saved: Their saved state; None for names that start without state.
     """
 
     group: Group

@@ -29,17 +29,17 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Guard:
-    """What keeps the changes of one optimizer apart, and whole.
+    """Keeps the changes of one optimizer apart from each other, and whole.
 
     Attributes:
-        busy: Whether a change has begun that has not ended.
+        busy: Whether a change is in progress.
         torn: What was raised in the middle of writing, if anything was.
     """
 
     __slots__ = ("_came", "_depth", "_handler", "busy", "torn")
 
     def __init__(self) -> None:
-        """Nothing has begun."""
+        """Create a guard for an optimizer that is not changing."""
         self.busy = False
         self.torn: BaseException | None = None
         self._depth = 0
@@ -47,16 +47,16 @@ class Guard:
         self._came: tuple[int, FrameType | None] | None = None
 
     def check(self, name: str) -> None:
-        """Refuse a change in the middle of another one, and of what is torn.
+        """Refuse a change during another one, or of an optimizer that is torn.
 
-        Schedules, callables of names and signal handlers are the caller's code, and run in the
-        middle of what an optimizer does; other threads may.
+        Schedules, callables of names and signal handlers are the caller's code, and run while an
+        optimizer is at work; so may other threads.
 
         Args:
-            name: That of the method.
+            name: The name of the method.
 
         Raises:
-            RuntimeError: Another change has not ended, or ended in the middle.
+            RuntimeError: Another change is in progress, or was broken off in the middle.
         """
         if self.busy or self._handler is not None:
             self.check_idle(name)
@@ -122,7 +122,7 @@ class Guard:
 
 
 def exclusive(method: Method) -> Method:
-    """A method that refuses to begin while another such method of its object has not ended.
+    """Make a method refuse to start while another such method of its object is running.
 
     The object has a ``Guard`` as ``_guard``. What is torn it refuses too.
     """

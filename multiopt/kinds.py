@@ -112,7 +112,7 @@ def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
 
 
 def other_fields(rule: Rule) -> dict[str, Any]:
-    """The hyperparameters that are no numbers: switches, and choices of other kinds."""
+    """Return the hyperparameters that are not numbers: switches and choices."""
     declared = {*rule.ranges, *rule.nested}
     found = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in declared}
     for inner in rule.nested:

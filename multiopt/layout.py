@@ -81,7 +81,7 @@ def require_dtype(dtype: str, label: str) -> None:
         label: What has it, for the message, as in ``parameter 'loc'``.
 
     Raises:
-        TypeError: It is no floating dtype.
+        TypeError: It is not a floating dtype.
     """
     known = [*COMPUTE_DTYPE, *PARTS_OF]
     if dtype not in known:

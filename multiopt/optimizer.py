@@ -52,8 +52,8 @@ class Optimizer:
     Args:
         rule: A rule for all names, or a callable ``name -> rule``, called once for each name, at
             first sight.
-        clip: A clip for all names, or a callable ``name -> Clip or None``, likewise; None for no
-            clipping.
+        clip: A clip for all names, or a callable ``name -> Clip or None``, called once for each
+            name as well; None for no clipping.
         on_nonfinite: What a step does about a gradient with an infinity or a NaN, looked for
             before clipping. ``"propagate"``: nothing, the gradient is used. ``"raise"``:
             ``ValueError``, and nothing has changed. ``"skip"``: those names are left alone, out of
@@ -77,7 +77,7 @@ class Optimizer:
     Raises:
         TypeError: ``rule`` or ``clip`` is of another kind.
         ValueError: ``on_nonfinite`` is none of the three, or ``threads`` or
-            ``max_consecutive_skips`` is no integer >= 1, or nothing is skipped to which a limit
+            ``max_consecutive_skips`` is not an integer >= 1, or nothing is skipped to which a limit
             would apply.
 
     >>> import numpy as np, multiopt as mo
@@ -237,7 +237,7 @@ class Optimizer:
     def steps(self) -> int:
         """How many steps it has taken in which anything was updated.
 
-        Schedules count the steps of their parameter instead, but for ``schedules.Shared``.
+        Schedules count the steps of their parameter instead, except for ``schedules.Shared``.
         """
         return self._registry.steps
 
@@ -336,7 +336,7 @@ class Optimizer:
 
     @exclusive
     def forget(self, name: str) -> None:
-        """Drop a name with its state, seen or pending, and its skips; seen again, it starts anew.
+        """Drop a name with its state, seen or pending, and its skips; seen again, it starts over.
 
         Raises:
             KeyError: The name is neither seen nor pending, and was never skipped.
@@ -355,7 +355,7 @@ class Optimizer:
         Raises:
             KeyError: An old name is neither seen nor pending, and was never skipped.
             ValueError: Two names would become one.
-            TypeError: A new name is no string, or ``names`` no mapping.
+            TypeError: A new name is not a string, or ``names`` not a mapping.
         """
         if not isinstance(names, Mapping):
             raise TypeError(f"expected a mapping of old names to new ones; got {brief(names)}")
@@ -404,7 +404,7 @@ class Optimizer:
             ValueError: A shape does not fit; a parameter cannot be written; two parameters share
                 memory; pending state does not fit; a schedule left its range; a gradient is not
                 finite and ``on_nonfinite`` is ``"raise"``.
-            TypeError: Something is no usable array: a scalar, a list, one of another dtype, a
+            TypeError: Something is not a usable array: a scalar, a list, one of another dtype, a
                 gradient of another dtype or device than its parameter's, a tracer; there are no
                 gradients to read; or a CUDA graph is being captured.
             RuntimeError: A signal handler, a schedule, a callable or another thread calls it in the
@@ -469,8 +469,8 @@ class Optimizer:
 
         The state of a name already seen is replaced at once. That of another name waits in
         ``pending`` until its parameter is seen. Names that the state dict does not have stay as
-        they are. This optimizer's rules stay; the state dict's are only a description, but for what
-        a ``schedules.Plateau`` has seen, which one in the same place takes over.
+        they are. This optimizer's rules stay; the state dict's are only a description, except for
+        what a ``schedules.Plateau`` has seen, which one in the same place takes over.
 
         Args:
             state_dict: As ``state_dict`` gives it, with arrays of any library, which are copied.
@@ -487,7 +487,7 @@ class Optimizer:
 
         Raises:
             KeyError: The state dict has none of a name in ``names`` or ``rename``.
-            TypeError: A new name is no string.
+            TypeError: A new name is not a string.
             ValueError: The state dict has another form; state does not fit the rule, or the shape
                 or the dtype of its parameter, and ``strict`` is true; two names would become one.
 
@@ -522,7 +522,7 @@ class Optimizer:
 
         Raises:
             OSError: The file cannot be written; the old one is untouched.
-            TypeError: The metadata is no mapping, or ``path`` neither a path nor a binary file
+            TypeError: The metadata is not a mapping, or ``path`` neither a path nor a binary file
                 object.
             ValueError: The metadata or a name is not what JSON can hold, a schedule is nested too
                 deep, or there are too many names for one file (2 500 000; some 300 000 of
@@ -558,11 +558,11 @@ class Optimizer:
         Args:
             path: The file. What is not wanted is not read. Or a binary file object, which is read
                 from where it is to its end, by way of a temporary file.
-            strict: As for ``load_state_dict``. State with a checksum that is wrong does not fit
-                either.
-            names: As for ``load_state_dict``.
-            rename: As for ``load_state_dict``.
-            cast: As for ``load_state_dict``.
+            strict: Whether state that does not fit, or whose checksum is wrong, is an error. If
+                not, it is left out, name by name, and the report says why.
+            names: The names, or the one name, whose state is wanted; by default all.
+            rename: What to call names here: new ones by old ones, or a callable.
+            cast: Whether slots are converted to the dtype that their parameter needs.
 
         Returns:
             What became of the state of each name, and the metadata of the file.
@@ -571,7 +571,8 @@ class Optimizer:
             CheckpointError: The file is damaged, is not ours or does not fit; nothing has changed.
             KeyError: The file has none of a name in ``names`` or ``rename``.
             OSError: The file cannot be read.
-            TypeError: A new name is no string, or ``path`` neither a path nor a binary file object.
+            TypeError: A new name is not a string, or ``path`` neither a path nor a binary file
+                object.
             ValueError: Two names would become one.
         """
         wanted = wanted_names(names)

@@ -86,11 +86,11 @@ class ReferenceGroup(Group):
         del self._slots[row]
 
     def slots_at(self, row: int) -> dict[str, Array]:
-        """See ``Group``."""
+        """Return the slots of a row by name."""
         return dict(zip(self.slot_names(self.shapes[row]), self._slots[row], strict=True))
 
     def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
-        """See ``Group``."""
+        """Yield one slot of some rows, a copy for each row if the host cannot see it."""
         for row in rows.tolist():
             yield self._on_host(self._slots[row][number])
 
@@ -104,12 +104,12 @@ class ReferenceGroup(Group):
     # A step
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
-        """See ``Group``: Python looks at every array."""
+        """Declare all arrays odd, so that Python looks at each."""
         part.look_at_all(arrays)
         self._members = {}
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
-        """See ``Group``."""
+        """Keep a parameter for this step."""
         member.slots = self._slots[member.row]
         if self.has_masters:
             *slots, member.master = member.slots
@@ -120,7 +120,7 @@ class ReferenceGroup(Group):
         return [self._members[row] for row in part.rows.tolist()]
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
-        """See ``Group``."""
+        """Ask the library, with one transfer to the host for all rows."""
         return fetched(self.backend, self.layout, map(is_finite, self._members_of(part))).astype(
             bool, copy=False
         )
@@ -129,7 +129,7 @@ class ReferenceGroup(Group):
     def squares(
         self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
-        """See ``Group``."""
+        """Let the library sum the squares, with one transfer to the host for all rows."""
         members = [self._members[row] for row in part.rows[which].tolist()]
         for member in members:
             member.scales = [float(self.own[member.row])]
@@ -139,7 +139,7 @@ class ReferenceGroup(Group):
     def prepare(
         self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
     ) -> dict[int, Array]:
-        """See ``Group``."""
+        """Run the rule for each parameter; the results are new arrays."""
         members = self._members_of(part)
         for member in members:
             row = member.row
@@ -174,7 +174,7 @@ class ReferenceGroup(Group):
 
     @np.errstate(all="ignore")
     def run(self, part: Part) -> None:
-        """See ``Group``."""
+        """Write the results, keep the new slots, and count the step."""
         for one in self._computed:
             if self.backend.in_place:
                 self.backend.write(one.member.param, one.param)
@@ -182,7 +182,7 @@ class ReferenceGroup(Group):
         self.steps[part.rows] += 1
 
     def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
-        """See ``Group``."""
+        """Return the clipped gradients."""
         clipped = part.clipped
         if clipped is None:
             return []
@@ -193,7 +193,7 @@ class ReferenceGroup(Group):
         ]
 
     def forget(self, part: Part) -> None:
-        """See ``Group``."""
+        """Release everything of the step."""
         self._members, self._computed = {}, []
 
 
@@ -289,7 +289,7 @@ def updated(member: Member) -> Updated:
 
 
 def _check_update(member: Member, param: Array, new_param: Array, new_slots: Any) -> None:
-    """Refuse what is no update of a parameter.
+    """Refuse what is not an update of a parameter.
 
     Raises:
         TypeError: The rule broke its contract.

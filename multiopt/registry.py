@@ -54,7 +54,7 @@ class Registry(Table):
         max_skips: In how many steps in a row a name may be skipped; None for no limit.
         threads: The largest number of threads, or None.
         masters: Whether 16-bit parameters have master copies.
-        guard: That of the optimizer.
+        guard: The guard of the optimizer.
         average: An average of all names, a callable ``name -> Average or None``, or None.
 
     Attributes:
@@ -62,8 +62,8 @@ class Registry(Table):
         clip: The clip for names to come.
         average: The average of names to come.
         skips: How often names were skipped, for those that ever were.
-        steps: How many steps updated anything.
-        outcome: What became of the last step; every step that ended has an object of its own here.
+        steps: The number of steps in which anything was updated.
+        outcome: The outcome of the last step that ended; a new object for each.
     """
 
     __slots__ = (
@@ -83,7 +83,7 @@ class Registry(Table):
         guard: Guard | None = None,
         average: Average | Callable[[str], Average | None] | None = None,
     ) -> None:
-        """Know no name yet."""
+        """Create an empty registry."""
         super().__init__(masters, guard)
         self.rule, self.clip, self.average = rule, clip, average
         self.skips: dict[str, Skips] = {}
@@ -103,9 +103,9 @@ class Registry(Table):
         self._arrays = Arrays()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All that is held, by name."""
-        anew = "__weakref__", "_arrays"
-        state = {name: getattr(self, name) for name in self.__slots__ if name not in anew}
+        """Return everything that is held, by name."""
+        made_again = "__weakref__", "_arrays"
+        state = {name: getattr(self, name) for name in self.__slots__ if name not in made_again}
         if self.outcome is not None:
             state["outcome"] = self.outcome.detached()
         entries = {}
@@ -117,7 +117,7 @@ class Registry(Table):
         return {**state, **beside, "entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give all names rows."""
+        """Give all names rows again."""
         entries = state.pop("entries")
         super().__init__(state.pop("masters"))
         for name, value in state.items():
@@ -130,11 +130,11 @@ class Registry(Table):
     # What is known
 
     def known(self) -> dict[str, None]:
-        """The names of which anything is held."""
+        """Return the names of which anything is held."""
         return dict.fromkeys([*self._codes, *self.pending, *self.skips])
 
     def average_of(self, name: str) -> Average | None:
-        """What average is kept of a name, seen or not."""
+        """Return the average that is kept of a name, seen or not."""
         if name in self._codes:
             group, row = self.row_of(name)
             rule = group.rule_at(row)
@@ -205,7 +205,7 @@ class Registry(Table):
                 self._take_back(fresh, undo)
 
     def _look(self, step: Step, rows: Rows, fresh: dict[int, int]) -> Rows:
-        """Look at the arrays of a step; return its rows, others where parameters have moved."""
+        """Look at the arrays of a step; return its rows, new ones where parameters have moved."""
         while moved := step.look():
             rows = move(self, rows, moved, fresh)
             step.take(rows, fresh)
@@ -232,7 +232,7 @@ class Registry(Table):
         return rows
 
     def _own_gradients(self, rows: Rows, params: np.ndarray) -> np.ndarray:
-        """The gradients that parameters carry themselves."""
+        """Return the gradients that parameters carry themselves."""
         names = rows.names
         if not names:
             return params
@@ -242,7 +242,7 @@ class Registry(Table):
     # What a step leaves behind
 
     def _counted(self, step: Step) -> dict[str, Skips]:
-        """The counts of skips after a step.
+        """Return the counts of skips after a step.
 
         Raises:
             ValueError: A name would be skipped too often in a row.
@@ -254,7 +254,7 @@ class Registry(Table):
     def _commit(
         self, rows: Rows, fresh: Mapping[int, int], step: Step, skips: dict[str, Skips]
     ) -> None:
-        """Register what a step has begun, and count it."""
+        """Register the rows that a step has begun, and count the step."""
         born: tuple[str, ...] = ()
         if fresh:
             born = self._register(rows, fresh, step.skipped)
@@ -271,7 +271,7 @@ class Registry(Table):
         self, rows: Rows, fresh: Mapping[int, int], skipped: Sequence[int]
     ) -> tuple[str, ...]:
         """Give names the rows that a step has begun; return those that were never seen before."""
-        # Who is skipped at first sight has not been seen.
+        # A name that is skipped at first sight does not count as seen.
         left = fresh.keys() & skipped
         known, names = self._codes, rows.names
         kept = {names[place]: fresh[place] for place in sorted(fresh) if place not in left}
@@ -285,7 +285,7 @@ class Registry(Table):
         return born
 
     def _take_back(self, fresh: Mapping[int, int], undo: Undo) -> None:
-        """Let go of what a step has begun that did not end."""
+        """Roll back what a step that did not end has begun."""
         for take_back in undo:
             take_back()
         if self.guard.torn is not None:

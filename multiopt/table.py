@@ -335,7 +335,7 @@ class Table:
         self.last = NOTHING
 
     def replace_rows(self, placed: Mapping[str, int]) -> None:
-        """Let names have other rows from now on, and look at the last list of names anew."""
+        """Give names other rows, and forget the rows of the last list of names."""
         self._garbage += [self._codes[name] for name in placed if name in self._codes]
         self._codes.update(placed)
         scheduled = _are_scheduled(self.last.parts)

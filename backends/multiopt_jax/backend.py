@@ -87,7 +87,7 @@ class JaxBackend(Backend):
         return np.asarray(array) if array.dtype.name in ("float32", "float64") else None
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
-        """See ``Backend``; all arrays are lent, for none can be written."""
+        """Make a group that lends copies of all arrays, since none can be written."""
         if not _on_cpu(layout):
             return super().group(rule, layout, has_masters)
         return engines.group(self, layout, rule, has_masters)

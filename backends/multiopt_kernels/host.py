@@ -88,7 +88,7 @@ class HostGroup(Group):
         self.size[rows] = sizes
         large = np.flatnonzero(sizes >= LARGE)
         for k in large.tolist():
-            # Of that many elements there is to be no copy.
+            # So many elements are not to be copied.
             size, given = int(sizes[k]), [None] * self.slot_count if slots is None else slots[k]
             self.chunk[rows[k]] = self._new_chunk([self._owned(x, size) for x in given], 1)
         small = np.flatnonzero(sizes < LARGE) if large.size else np.arange(len(rows))
@@ -175,7 +175,7 @@ class HostGroup(Group):
         return tuple(slots[begin:end].reshape(shape) for slots in arrays)
 
     def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
-        """See ``Group``."""
+        """Yield one slot of some rows, over its memory where the rows lie side by side."""
         chunk, offset, size = self.chunk[rows], self.offset[rows], int(self.size[rows[0]])
         for first, end in stretches(chunk):
             array, begins = self._chunks[int(chunk[first])].arrays[number], offset[first:end]
@@ -187,7 +187,7 @@ class HostGroup(Group):
                 yield array[begins[:, np.newaxis] + np.arange(size)]
 
     def slots_at(self, row: int) -> dict[str, Array]:
-        """See ``Group``."""
+        """Return the slots of a row by name, as arrays of the library over their memory."""
         slots = self.backend.to_slots(self._views(row), self.layout)
         return dict(zip(self.slot_names(self.shapes[row]), slots, strict=True))
 
@@ -200,13 +200,13 @@ class HostGroup(Group):
     # A step
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
-        """See ``Group``: Python looks at every array."""
+        """Declare all arrays odd, so that Python looks at each."""
         part.look_at_all(arrays)
         part.params = arrays.params[part.places].tolist()
         part.grads = arrays.grads[part.places].tolist()
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
-        """See ``Group``."""
+        """Use the memory of a parameter, or make copies in its place."""
         row = int(part.rows[position])
         views = self._views(row)
         member.slots = views[:-1] if self.has_masters else views
@@ -242,14 +242,14 @@ class HostGroup(Group):
         part.params[position], part.grads[position] = loan.param, loan.grad
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
-        """See ``Group``."""
+        """Check each gradient in blocks."""
         return np.array([all(np.isfinite(x).all() for x in _blocks(g)) for g in part.grads], bool)
 
     @np.errstate(all="ignore")
     def squares(
         self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
-        """See ``Group``."""
+        """Sum the squares of each gradient over the summation tree, in blocks."""
         totals = []
         for k in np.arange(len(part.rows))[which].tolist():
             scale = self.dtype.type(self.own[part.rows[k]])
@@ -271,7 +271,7 @@ class HostGroup(Group):
     def prepare(
         self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
     ) -> dict[int, Array]:
-        """See ``Group``."""
+        """Make whatever may fail, and the new arrays of libraries that cannot write."""
         if self._loans:
             kept = set(part.rows.tolist())
             self._loans = {row: loan for row, loan in self._loans.items() if row in kept}
@@ -311,7 +311,7 @@ class HostGroup(Group):
         self.backend.touch(arrays if len(places) == len(arrays) else arrays[places])
 
     def run(self, part: Part) -> None:
-        """See ``Group``."""
+        """Run the engine, write loans back, and count the step."""
         if self.backend.in_place:
             self._run(part)
             if self._clipped_grads is not None and part.clipped is not None and part.clipped.any():
@@ -335,7 +335,7 @@ class HostGroup(Group):
                 self.backend.write(loan.member.param, loan.ready)
 
     def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
-        """See ``Group``."""
+        """Return the clipped gradients of loans."""
         if part.clipped is None or not self._loans:
             return []
         clipped = set(part.rows[part.clipped].tolist())
@@ -346,7 +346,7 @@ class HostGroup(Group):
         ]
 
     def forget(self, part: Part) -> None:
-        """See ``Group``."""
+        """Release the loans of the step."""
         self._clipped_grads, part.params, part.grads = None, (), ()
         if self._loans:
             self._take_back()

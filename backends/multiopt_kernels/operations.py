@@ -135,7 +135,7 @@ def kind_of(function: str, kinds: list[Kind], is_host: bool) -> Kind:
     Args:
         function: Its name in the Array API.
         kinds: What it takes.
-        is_host: As for ``kind_of_literal``.
+        is_host: Whether the host computes it, in float64.
 
     Raises:
         NotTraceable: Libraries would make different things of them, or none does what it says.

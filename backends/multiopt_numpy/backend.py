@@ -72,7 +72,7 @@ class NumpyBackend(Backend):
         return np.array(param, subok=True)
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
-        """See ``Backend``."""
+        """Make a group of an engine of the CPU."""
         return engines.group(self, layout, rule, has_masters, _look, numpy_arrays=True)
 
     def to_host(self, array: Array) -> np.ndarray:

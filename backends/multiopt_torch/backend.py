@@ -33,7 +33,7 @@ Answer = TypeVar("Answer")
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64")}
 
 
-#: The types of tensors that are no subclasses with a mind of their own.
+#: The types of tensors that are not subclasses with a ``__torch_function__`` of their own.
 PLAIN = torch.Tensor, torch.nn.Parameter
 
 #: The mode in which what is made of tensors has no values.
@@ -154,7 +154,7 @@ class TorchBackend(Backend):
         except Exception:
             grads = None
         if grads is None:
-            # Some are no tensors, or no leaves, of which torch warns: each is asked by itself.
+            # Some are not tensors, or not leaves, which torch warns about: ask each by itself.
             grads = np.fromiter(map(self._gradient, params, names), object, len(params))
         if needed and grads[0] is None and not any(grad is not None for grad in grads):
             with torch._C.DisableTorchFunctionSubclass():
@@ -169,7 +169,7 @@ class TorchBackend(Backend):
 
     @_undisturbed
     def _gradient(self, param: Array, name: str) -> Array | None:
-        """The ``.grad`` of what may be no tensor.
+        """Return the ``.grad`` of what may not be a tensor.
 
         Raises:
             TypeError: It is none.
@@ -216,7 +216,7 @@ class TorchBackend(Backend):
 
     def write(self, param: Array, values: Array) -> None:
         """Copy the values into the tensor; its version counter moves."""
-        # A complex one that has not come in parts is what its memory does not hold.
+        # The memory of a complex tensor that did not come as parts does not hold its values.
         with torch.no_grad():
             param.copy_(self.as_complex(values) if param.is_complex() else values)
 
@@ -230,7 +230,7 @@ class TorchBackend(Backend):
         return copy.requires_grad_(param.requires_grad)
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
-        """See ``Backend``."""
+        """Make a group of an engine of the CPU; of the reference engine on other devices."""
         if not _on_cpu(layout):
             return super().group(rule, layout, has_masters)
         return engines.group(self, layout, rule, has_masters, _look)
@@ -298,7 +298,7 @@ def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool) -> bool:
     """Whether tensors may be updated, and their memory holds their values, as far as is not known.
 
     DLPack gives the memory of a tensor with the negative bit, such as ``x.conj().imag``, which
-    holds the negatives. Strides tell such views, but for those without dimensions.
+    holds the negatives. Strides reveal such views, except for those without dimensions.
     """
     if any(map(_IS_NEGATIVE, (*params, *grads))):
         return False

@@ -22,7 +22,8 @@ class AdamW(Adam):
         betas: How much of the two averages stays at a step, each >= 0 and < 1.
         eps: Added to the root of the corrected second moment, >= 0.
         weight_decay: Decay, >= 0: a step multiplies the parameter by ``1 - lr * weight_decay``.
-        amsgrad: As for ``Adam``.
+        amsgrad: Divide by the largest second moment so far; ``"corrected"`` takes the largest after
+            the correction of its bias.
         maximize: Ascend instead; the decay still shrinks.
 
     ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.

@@ -119,10 +119,10 @@ def by_squaring(
     Args:
         exponent: An integer >= 0, or an array of integers.
         result: Numbers to begin with, or arrays that broadcast with the exponents.
-        square: Likewise.
+        square: The numbers or arrays that are squared.
         combined: ``combined(*result, *square) -> result``, of ``+ - * /`` alone, and of no other
             numbers than its arguments and literals.
-        squared: Likewise ``squared(*square) -> square``.
+        squared: ``squared(*square) -> square``, under the same restriction.
 
     Returns:
         The first of ``result``: a float, or a float64 array where any argument is an array.
@@ -250,7 +250,7 @@ def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:
 
 
 def rescaling(xp: Any, total: Any) -> Any:
-    """What elements are to be multiplied by where their sum of squares, in float64, is no use.
+    """Return the factor for elements whose sum of squares, in float64, over- or underflows.
 
     ``SHRINK`` where it is near overflow, ``GROW`` where it is near underflow, 1 where it is exact.
     """

@@ -112,7 +112,7 @@ class Averaged(Rule):
         rule: The rule.
         average: The average.
         since: The clock of the parameter before the first step that the average has seen. Less than
-            0 if the clock began anew meanwhile: an average counts its own steps.
+            0 if the clock was reset meanwhile: an average counts its own steps.
     """
 
     rule: Rule

@@ -88,14 +88,14 @@ class DCTAdam(Rule):
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]  # an option decides, not the class
-        """Whether there is no transform."""
+        """Whether each element is updated by itself: there is no transform."""
         return self.dct_dim is None
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Time and frequencies one after the other in the dimension of time.
 
         Raises:
-            ValueError: There is no such dimension.
+            ValueError: The shape does not have that dimension.
         """
         dim = self.dct_dim
         if dim is None:

@@ -128,7 +128,7 @@ class Declared:
 
     #: The range of each field that is a number, or several.
     ranges: ClassVar[Mapping[str, Range]] = {}
-    #: Likewise of those that are integers.
+    #: The range of each field that is an integer.
     integers: ClassVar[Mapping[str, Range]] = {}
     #: What each of the others may be that is one of some values.
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}

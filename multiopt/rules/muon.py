@@ -113,7 +113,7 @@ class Muon(Rule):
         """Those of other rules, for matrices.
 
         Raises:
-            ValueError: The parameter is no matrix.
+            ValueError: The parameter is not a matrix.
         """
         if len(shape) != 2:
             raise ValueError(

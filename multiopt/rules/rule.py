@@ -179,7 +179,7 @@ class Rule(Declared, ABC):
         """This rule with every schedule replaced by the number it gives at a step.
 
         Args:
-            step: As for ``coefficients``.
+            step: The number of the step, from 1.
             count: The number of the step of the optimizer, which ``schedules.Shared`` gets; by
                 default it gets the other.
 
@@ -219,7 +219,7 @@ class Rule(Declared, ABC):
             step: The number of the step.
 
         Raises:
-            ValueError: It is no number.
+            ValueError: It is not a number.
         """
 
         def refusal(why: object) -> ValueError:

@@ -327,7 +327,7 @@ class InverseTime(Schedule):
     Source: Robbins & Monro, "A Stochastic Approximation Method" (Annals of Mathematical Statistics,
     1951); in variational inference Hoffman, Blei, Wang & Paisley, "Stochastic Variational
     Inference" (JMLR 2013), whose ``(t + delay) ** -forgetting_rate`` is this with
-    ``steps = 1 + delay``, but for a factor. With a ``power`` of 1 it is Keras's
+    ``steps = 1 + delay``, except for a factor. With a ``power`` of 1 it is Keras's
     ``InverseTimeDecay``.
 
     Args:

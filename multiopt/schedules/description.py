@@ -20,7 +20,8 @@ DEEPEST = 56
 def described(value: Any, depth: int = 0) -> Any:
     """A schedule as plain data: its class and its fields.
 
-    One that is no dataclass is its class alone; values that are no schedules are as ``plain``.
+    A schedule that is not a dataclass becomes its class alone; other values become what ``plain``
+    makes of them.
 
     Args:
         value: The schedule.

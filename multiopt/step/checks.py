@@ -30,7 +30,7 @@ def gradients_of(params: Mapping[str, Array], grads: Mapping[str, Array | None])
 
     Raises:
         KeyError: A gradient has no parameter.
-        TypeError: A name is no string.
+        TypeError: A name is not a string.
     """
     found = np.fromiter(map(grads.get, params), object, len(params))
     # As many as there are, and none missing: they have the same names. To compare a thousand takes
@@ -73,14 +73,14 @@ def as_dict(what: str, arrays: Any) -> dict[str, Any]:
 
 
 def check_name(what: str, name: Any) -> None:
-    """Refuse what is no name.
+    """Refuse what is not a name.
 
     Args:
         what: Where it stands, for the message.
         name: It.
 
     Raises:
-        TypeError: It is no string.
+        TypeError: It is not a string.
     """
     if not isinstance(name, str):
         raise TypeError(f"{what} has the name {brief(name)}; expected a string")
@@ -118,7 +118,7 @@ def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
         layout: The parameter's layout.
 
     Raises:
-        TypeError: It is no array of the parameter's library, dtype and device.
+        TypeError: It is not an array of the parameter's library, dtype and device.
         ValueError: It has another shape.
     """
     label = f"gradient of {name!r}"

@@ -121,7 +121,7 @@ class Step:
             there are any, the step is to be begun again with their new rows.
 
         Raises:
-            TypeError: Something is no usable array, or cannot be used here and now.
+            TypeError: Something is not a usable array, or cannot be used here and now.
             ValueError: A shape does not fit, a parameter cannot be written, or two parameters share
                 memory.
         """

@@ -19,7 +19,7 @@ class Skips(NamedTuple):
 
 
 def check_limit(limit: int | None, on_nonfinite: str) -> None:
-    """Refuse what is no limit of consecutive skips.
+    """Refuse what is not a limit of consecutive skips.
 
     Raises:
         ValueError: It is none, or nothing is skipped.

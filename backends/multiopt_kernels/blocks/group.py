@@ -34,10 +34,10 @@ class BlockedGroup(HostGroup):
     """Parameters that the tapes of one rule update, on one thread.
 
     Args:
-        backend: As for ``Group``.
-        layout: Likewise.
-        rule: Likewise.
-        has_masters: Likewise.
+        backend: The backend of the parameters.
+        layout: Their layout, whatever its shape.
+        rule: A rule of their kind.
+        has_masters: Whether they have master copies.
         tapes: The tapes.
         vectorized: Whether coefficients can be computed for arrays of steps.
         itself: Whether their arrays are NumPy's, and not to be lent.
@@ -72,7 +72,7 @@ class BlockedGroup(HostGroup):
     # Looking
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
-        """See ``Group``."""
+        """Find plain arrays by their type and flags; Python looks at the others."""
         super().look(part, arrays, last)
         if not self._itself:
             return
@@ -104,7 +104,7 @@ class BlockedGroup(HostGroup):
         )
 
     def locate(self, part: Part, arrays: Arrays) -> None:
-        """See ``Group``."""
+        """Fill in the addresses of the arrays that are used as they are."""
         starts, ends = arrays.spans
         odd, count = set(part.odd), len(arrays.params)
         for k, place in enumerate(part.places.tolist()):
@@ -244,7 +244,7 @@ class BlockedGroup(HostGroup):
         self.steps[part.rows] += self.backend.in_place
 
     def forget(self, part: Part) -> None:
-        """See ``Group``."""
+        """Release everything of the step: arrays, packs and loans."""
         super().forget(part)
         self._runs = []
 

@@ -137,11 +137,11 @@ class ClippedRun(Run):
     """A run over one large parameter, which clips the gradient on the way, a block at a time.
 
     Attributes:
-        numbers: As for ``clip``.
+        numbers: The clip coefficients and bounds, as ``clip`` takes them.
         leave: Whether to write the clipped gradient over the gradient.
         told: One element, that says whether the gradient was clipped.
         block: Room for a block.
-        masks: Likewise.
+        masks: Room for its masks.
     """
 
     numbers: Sequence[Any]
@@ -151,7 +151,7 @@ class ClippedRun(Run):
     masks: np.ndarray
 
     def run(self) -> None:
-        """See ``Run``."""
+        """Clip the gradients of the run, then update."""
         for low in range(0, len(self.param), len(self.block)):
             part = slice(low, low + len(self.block))
             grad = self.grad[part]

@@ -152,9 +152,9 @@ def tapes(
     """A tape for each setting of the switches of an update.
 
     Args:
-        update: As for ``trace_update``.
-        slots: Likewise.
-        coefficients: Likewise.
+        update: The formula.
+        slots: How many slots there are.
+        coefficients: What each coefficient is, as ``trace_update`` takes it.
         dtype: ``"float32"`` or ``"float64"``.
 
     Raises:

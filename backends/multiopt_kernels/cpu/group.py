@@ -53,8 +53,10 @@ class CompiledGroup(HostGroup):
     """Parameters that one compiled kernel updates.
 
     Args:
-        backend: As for ``Group``.
-        layout, rule, has_masters: Likewise.
+        backend: The backend of the parameters.
+        layout: Their layout, whatever its shape.
+        rule: A rule of their kind.
+        has_masters: Whether they have master copies.
         kernel: The update.
         given: Whether it gets coefficients and computes none.
         stored: The dtype of the arrays that it takes; what else there is is lent copies in the
@@ -174,7 +176,7 @@ class CompiledGroup(HostGroup):
     # Looking
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
-        """See ``Group``."""
+        """Find the memory of all arrays in one compiled call."""
         look, seen, count = self._look, self._seen, len(part.rows)
         if look is None or seen is None:
             part.look_at_all(arrays)
@@ -230,7 +232,7 @@ class CompiledGroup(HostGroup):
         return True
 
     def overlap(self, arrays: Arrays) -> int:
-        """See ``Group``."""
+        """Compare all spans in one compiled call."""
         kernel = look_kernel("overlap")
         if kernel is None:
             return super().overlap(arrays)
@@ -261,7 +263,7 @@ class CompiledGroup(HostGroup):
         return norm_kernels(self.layout.compute_dtype, self._stored)
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
-        """See ``Group``."""
+        """Check all gradients in one compiled call."""
         rows, kernel = part.rows, self._norm_kernels["finite"]
         self.bad[rows] = 0
         if self._elements > MANY and self._is_large(rows):
@@ -276,7 +278,7 @@ class CompiledGroup(HostGroup):
     def squares(
         self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
-        """See ``Group``."""
+        """Sum the squares in one compiled call, large gradients on several threads."""
         kernels, rows = self._norm_kernels, part.rows[which]
         count, all_rows = len(rows), isinstance(which, slice)
         self._factor[0] = factor
@@ -295,7 +297,7 @@ class CompiledGroup(HostGroup):
         return totals
 
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
-        """See ``Group``."""
+        """Measure and clip by norm in one compiled call."""
         if self._elements > MANY and self._is_large(part.rows):
             super().clip_by_norm(part, threads)
             return

@@ -82,7 +82,7 @@ def compile_look() -> ObjectCode:
 
     @njit
     def torch_ahead(o, facts):  # type: ignore[no-untyped-def]
-        """Likewise: the tensor that the object holds."""
+        """Prefetch the tensor that the object holds."""
         if words(o + 8)[0] == facts[0] or words(o + 8)[0] == facts[1]:
             inner = words(o + 16)[0]
             prefetch(inner)

@@ -1,7 +1,7 @@
 """16-bit numbers in memory, computed in float32: exact on the way in, rounded once on the way out.
 
 Rounding is to the nearest, ties to even; what is too large becomes infinite, NaN stays NaN. All of
-it is arithmetic of integers, but for two operations of float32 that are exact or round just so.
+it is integer arithmetic, except for two operations of float32 that are exact or round just so.
 """
 
 from typing import Any

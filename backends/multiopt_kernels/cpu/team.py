@@ -47,7 +47,7 @@ def thread_count(limit: int | None) -> int:
         At least 1, and at most what the environment variable ``MULTIOPT_NUM_THREADS`` says.
 
     Raises:
-        ValueError: The variable is no integer of at least 1.
+        ValueError: The variable is not an integer >= 1.
     """
     if get_num_threads := _torch("get_num_threads"):
         count: int = get_num_threads()
@@ -119,7 +119,7 @@ class Shares:
 
     Args:
         kernel: The address of the kernel.
-        blocks: As for ``Kernel.shared``, which live as long as this.
+        blocks: The blocks that ``Kernel.shared`` takes; they live as long as this object.
         threads: At most so many.
     """
 
@@ -179,7 +179,7 @@ def _gomp_parallel() -> Callable[..., None] | None:
     if sys.platform != "linux":
         return None  # no other system was tried
     try:
-        # The linker looks the names up in what PyTorch was linked with; NOLOAD loads nothing anew.
+        # The linker looks the names up in what PyTorch was linked with; NOLOAD loads nothing new.
         library = ctypes.CDLL(_torch("_C").__file__, os.RTLD_NOLOAD)
         parallel, pause = library.GOMP_parallel, library.omp_pause_resource_all
     except (OSError, AttributeError):
@@ -199,7 +199,7 @@ def _with_helpers(work: np.ndarray, helpers: int) -> None:
         started = [pool.submit(_help, work) for _ in range(helpers)]
         _help(work)
         for helper in started:
-            # Who has not begun by now would find nothing to do.
+            # A thread that has not begun by now would find nothing to do.
             if not helper.cancel():
                 helper.result()
     except BaseException as error:

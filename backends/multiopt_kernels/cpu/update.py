@@ -88,12 +88,12 @@ def update_source(
     """The text that the update of a rule is compiled from.
 
     Args:
-        update: As for ``trace_update``.
-        slots: Likewise.
-        kinds: What each coefficient is, likewise.
+        update: The formula.
+        slots: How many slots there are.
+        kinds: What each coefficient is, as ``trace_update`` takes it.
         scalars: How they are computed, from the numbers in a row. None if the host computes them:
             then they are the numbers in a row.
-        narrow: Whether parameters and gradients have 16 bits, but for rows that are ``WIDE``.
+        narrow: Whether parameters and gradients have 16 bits, except in rows that are ``WIDE``.
         masters: Whether the last slot is what a 16-bit parameter was rounded from.
 
     Raises:
