@@ -33,7 +33,7 @@ class _Compiled(NamedTuple):
     """The kernel of a rule, and whether it gets its coefficients from the host."""
 
     kernel: Kernel
-    given: bool
+    host_coefficients: bool
 
 
 class _Blocks(NamedTuple):
@@ -70,13 +70,13 @@ def group(
     dtype = layout.compute_dtype
     engine = _engine_of(rule, dtype, dtype if look is None else layout.storage_dtype, has_masters)
     if isinstance(engine, _Compiled):
-        found, stored = None if look is None else look(), layout.storage_dtype
-        if found is None or found.facts(stored) is None:
+        found, storage_dtype = None if look is None else look(), layout.storage_dtype
+        if found is None or found.facts(storage_dtype) is None:
             # Copies are lent of all that nobody can look at, 16 bits in the dtype of computing.
-            found, stored = None, dtype
-            engine = _engine_of(rule, dtype, stored, has_masters)
+            found, storage_dtype = None, dtype
+            engine = _engine_of(rule, dtype, storage_dtype, has_masters)
         assert isinstance(engine, _Compiled)
-        return CompiledGroup(backend, layout, rule, has_masters, *engine, stored, found)
+        return CompiledGroup(backend, layout, rule, has_masters, *engine, storage_dtype, found)
     if isinstance(engine, _Blocks):
         itself = numpy_arrays and layout.storage_dtype == dtype
         return BlockedGroup(backend, layout, rule, has_masters, *engine, itself)
@@ -84,14 +84,14 @@ def group(
 
 
 def _engine_of(
-    rule: Rule, dtype: str, stored: str, has_masters: bool
+    rule: Rule, dtype: str, storage_dtype: str, has_masters: bool
 ) -> _Compiled | _Blocks | None:
     """What runs rules of this kind; None if only the rule itself can.
 
     Args:
         rule: The rule.
         dtype: That of the computation.
-        stored: That of parameters and gradients.
+        storage_dtype: The dtype of parameters and gradients.
         has_masters: Whether 16-bit parameters have master copies.
     """
     kind, asked = kind_of(rule), os.environ.get(VARIABLE, "compiled")
@@ -99,19 +99,21 @@ def _engine_of(
         raise ValueError(f"{VARIABLE} is {asked!r}; expected compiled, blocks or plain")
     if not rule.elementwise or kind is None or asked == "plain":
         return None
-    narrow = stored != dtype
-    key: tuple[Hashable, ...] = asked, kind, dtype, stored, narrow and has_masters
+    narrow = storage_dtype != dtype
+    key: tuple[Hashable, ...] = asked, kind, dtype, storage_dtype, narrow and has_masters
     kinds = list(map(type, formulas(rule)))
     if key not in _engines or not all(kind.__module__.startswith("multiopt.") for kind in kinds):
         # Somebody's formula may have been edited since the last time, or what it uses.
         try:
-            _engines[key] = _engine(asked, rule, dtype, stored, narrow and has_masters)
+            _engines[key] = _engine(asked, rule, dtype, storage_dtype, narrow and has_masters)
         except NotTraceable:
             _engines[key] = None  # as it may be: the rule then runs as it stands
     return _engines[key]
 
 
-def _engine(asked: str, rule: Rule, dtype: str, stored: str, masters: bool) -> _Compiled | _Blocks:
+def _engine(
+    asked: str, rule: Rule, dtype: str, storage_dtype: str, masters: bool
+) -> _Compiled | _Blocks:
     """The engine of a rule as it is now; see ``_engine_of``.
 
     Raises:
@@ -119,19 +121,21 @@ def _engine(asked: str, rule: Rule, dtype: str, stored: str, masters: bool) -> _
     """
     scalars, slots = traced_scalars(rule), len(rule.slots)
     kinds = coefficient_kinds(rule, scalars)
-    text = update_source(rule.update, slots, kinds, scalars, stored != dtype, masters)
+    text = update_source(rule.update, slots, kinds, scalars, storage_dtype != dtype, masters)
     name = "-".join(type(part).__name__ for part in formulas(rule))
-    dtypes, given = (dtype, stored), scalars is None
-    compiled = _compiled(name, text, dtypes, given) if asked == "compiled" else None
+    dtypes, host_coefficients = (dtype, storage_dtype), scalars is None
+    compiled = _compiled(name, text, dtypes, host_coefficients) if asked == "compiled" else None
     return compiled or _Blocks(tapes(rule.update, slots, kinds, dtype), scalars is not None)
 
 
-def _compiled(name: str, text: str, dtypes: tuple[str, str], given: bool) -> _Compiled | None:
+def _compiled(
+    name: str, text: str, dtypes: tuple[str, str], host_coefficients: bool
+) -> _Compiled | None:
     """The kernel of a text; None if there is no compiler."""
     if not (find_spec("numba") and find_spec("llvmlite")):
         return None
     try:
-        return _Compiled(update_kernel(name, text, *dtypes), given)
+        return _Compiled(update_kernel(name, text, *dtypes), host_coefficients)
     except ImportError as error:
         warnings.warn(
             f"Numba is installed but cannot be imported ({error}); steps are slower without it",

@@ -294,7 +294,7 @@ def _increment_version(tensors: np.ndarray) -> None:
     torch.autograd.graph.increment_version(tensors.tolist())
 
 
-def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool) -> bool:
+def _are_plain(params: np.ndarray, grads: np.ndarray, own_grads: bool) -> bool:
     """Whether tensors may be updated, and their memory holds their values, as far as is not known.
 
     DLPack gives the memory of a tensor with the negative bit, such as ``x.conj().imag``, which
@@ -302,7 +302,7 @@ def _are_plain(params: np.ndarray, grads: np.ndarray, leaves: bool) -> bool:
     """
     if any(map(_IS_NEGATIVE, (*params, *grads))):
         return False
-    if leaves:
+    if own_grads:
         return True
     if not all(map(_IS_LEAF, params)):
         return False

@@ -37,7 +37,7 @@ GIVEN = (mo.NAdam, mo.ASGD, mo.AdagradRMSProp)
 def test_every_rule_has_a_kernel(case: Case, dtype: str) -> None:
     found = engine_of(case.rule, dtype)
     assert isinstance(found.kernel, team.Kernel)
-    assert found.given == isinstance(case.rule, GIVEN)
+    assert found.host_coefficients == isinstance(case.rule, GIVEN)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -110,8 +110,8 @@ FAULTS = [
     Fault(
         "a kernel found under the name of another rule",
         "backends/multiopt_kernels/cpu/kernels.py",
-        "[text, dtype, stored], make, update)",
-        "[dtype, stored], make, update)",
+        "[text, dtype, storage_dtype], make, update)",
+        "[dtype, storage_dtype], make, update)",
         "engines/test_kernels.py::test_an_edited_rule_is_compiled_anew_and_ten_runs_leave_one_file",
     ),
     Fault(

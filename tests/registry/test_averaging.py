@@ -547,5 +547,5 @@ def test_an_averaged_rule_runs_as_the_rule_does() -> None:
     opt.step({"w": np.ones(2, np.float32)}, {"w": np.ones(2, np.float32)})
     group = opt._registry.row_of("w")[0]
     assert type(group) is CompiledGroup
-    assert not group._given
+    assert not group._host_coefficients
     assert [type(group) for group in opt._registry._groups.values()] == [CompiledGroup]

@@ -58,8 +58,8 @@ class CompiledGroup(HostGroup):
         rule: A rule of their kind.
         has_masters: Whether they have master copies.
         kernel: The update.
-        given: Whether it gets coefficients and computes none.
-        stored: The dtype of the arrays that it takes; what else there is is lent copies in the
+        host_coefficients: Whether the host computes the coefficients, or else the kernel.
+        storage_dtype: The dtype of the arrays that it takes. Others are lent as copies in the
             dtype of the computation.
         look: How to look at the arrays; None if all are lent.
     """
@@ -78,16 +78,18 @@ class CompiledGroup(HostGroup):
         rule: "Rule",
         has_masters: bool,
         kernel: Kernel,
-        given: bool,
-        stored: str,
+        host_coefficients: bool,
+        storage_dtype: str,
         look: Look | None,
     ) -> None:
-        """Have no row yet."""
-        self._kernel, self._given, self._look, self._stored = kernel, given, look, stored
+        """Create a group without rows."""
+        self._kernel, self._look = kernel, look
+        self._host_coefficients, self._storage_dtype = host_coefficients, storage_dtype
         # What is lent comes from the master copy already.
-        self._has_own_masters = has_masters and stored in NARROW
+        self._has_own_masters = has_masters and storage_dtype in NARROW
         self._first_number = FIRST_SLOT + len(rule.slots) + self._has_own_masters
-        self._coefficients = len(sample_scalars(rule, layout.compute_dtype)) if given else 0
+        scalars = sample_scalars(rule, layout.compute_dtype) if host_coefficients else ()
+        self._coefficients = len(scalars)
         self._table = np.zeros((0, 0), np.int64)
         #: By shape, its numbers in memory and how many rows have it.
         self._shapes: dict[tuple[int, ...], tuple[np.ndarray, list[int]]] = {}
@@ -105,11 +107,11 @@ class CompiledGroup(HostGroup):
         #: By row, where its slots are while copies of them are lent.
         self._moved: dict[int, list[int]] = {}
         super().__init__(backend, layout, rule, has_masters)
-        facts = None if look is None else look.facts(stored)
+        facts = None if look is None else look.facts(storage_dtype)
         if facts is not None:
             self._tensor = np.zeros(8, np.int64)
             self._seen = Words(13 + len(facts))
-            itemsize = 2 if stored in NARROW else self.dtype.itemsize
+            itemsize = 2 if storage_dtype in NARROW else self.dtype.itemsize
             self._seen.array[9:] = [id(None), itemsize, 0, *facts, address(self._tensor)]
             self._seen.array[4:6] = self._place
 
@@ -135,7 +137,7 @@ class CompiledGroup(HostGroup):
         table[: len(used), : used.shape[1]] = used
         self._table, self._place = table, (address(table), width)
         numbers: np.ndarray = table.view(np.float64)[:, self._first_number :]
-        return super()._new_numbers(capacity) if self._given else numbers
+        return super()._new_numbers(capacity) if self._host_coefficients else numbers
 
     def _make_slots(
         self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]], slots: Slots | None
@@ -260,7 +262,7 @@ class CompiledGroup(HostGroup):
 
     @cached_property
     def _norm_kernels(self) -> dict[str, Kernel]:
-        return norm_kernels(self.layout.compute_dtype, self._stored)
+        return norm_kernels(self.layout.compute_dtype, self._storage_dtype)
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
         """Check all gradients in one compiled call."""
@@ -314,7 +316,7 @@ class CompiledGroup(HostGroup):
 
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:
         rows, self._shares = part.rows, None
-        if self._given:
+        if self._host_coefficients:
             self._give(rows)
         if self.clipping:
             self.clipped[rows] = 0

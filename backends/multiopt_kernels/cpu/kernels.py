@@ -29,31 +29,31 @@ def look_kernel(name: str) -> Kernel | None:
 
 
 @cache
-def update_kernel(label: str, text: str, dtype: str, stored: str) -> Kernel:
+def update_kernel(label: str, text: str, dtype: str, storage_dtype: str) -> Kernel:
     """The step of rules.
 
     Args:
         label: Begins the name of its file, for people.
         text: What ``update_source`` gave.
         dtype: That of the computation.
-        stored: That of parameters and gradients.
+        storage_dtype: The dtype of parameters and gradients.
     """
-    make = partial(update.compile_update, text, dtype, stored)
-    return _loaded(f"{label}-{stored}", [text, dtype, stored], make, update)["update"]
+    make = partial(update.compile_update, text, dtype, storage_dtype)
+    return _loaded(f"{label}-{storage_dtype}", [text, dtype, storage_dtype], make, update)["update"]
 
 
 @cache
-def norm_kernels(dtype: str, stored: str) -> dict[str, Kernel]:
+def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
     """``squares``, ``sums``, ``totals``, ``measure`` and ``finite``.
 
     Args:
         dtype: That of the computation.
-        stored: That of the gradients.
+        storage_dtype: The dtype of the gradients.
     """
     text = norms.norms_source()
-    make = partial(norms.compile_norms, text, dtype, stored)
-    identity = [text, inspect.getsource(fold), dtype, stored]
-    return _loaded(f"norms-{stored}", identity, make, norms)
+    make = partial(norms.compile_norms, text, dtype, storage_dtype)
+    identity = [text, inspect.getsource(fold), dtype, storage_dtype]
+    return _loaded(f"norms-{storage_dtype}", identity, make, norms)
 
 
 def _loaded(

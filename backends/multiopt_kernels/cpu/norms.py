@@ -24,13 +24,13 @@ def norms_source() -> str:
     )
 
 
-def compile_norms(text: str, dtype: str, stored: str) -> ObjectCode:
+def compile_norms(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
     """Sums of squares over the tree of the spec, and the search for what is not finite.
 
     Args:
         text: What ``norms_source`` gave.
         dtype: That of the computation: ``"float32"`` or ``"float64"``.
-        stored: That of the gradients.
+        storage_dtype: The dtype of the gradients.
     """
     tools, known = toolbox(), compiled(text)
     coefficient, factor_for = known["clip_coefficient"], known["rescaling"]
@@ -39,8 +39,8 @@ def compile_norms(text: str, dtype: str, stored: str) -> ObjectCode:
     folded, (sum_wide, find_wide) = njit(fold), _readers(dtype, dtype)
     block_sum, is_bad = sum_wide, find_wide
 
-    if stored != dtype:
-        sum_narrow, find_narrow = _readers(dtype, stored)
+    if storage_dtype != dtype:
+        sum_narrow, find_narrow = _readers(dtype, storage_dtype)
 
         @njit
         def block_sum(row, b, own, factor, s):  # type: ignore[no-untyped-def]
@@ -147,19 +147,19 @@ def compile_norms(text: str, dtype: str, stored: str) -> ObjectCode:
     )
 
 
-def _readers(dtype: str, stored: str) -> tuple[Any, Any]:
+def _readers(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
     """What reads the gradient of a row: the sum of squares of a block, and what is not finite.
 
     Args:
         dtype: That of the computation.
-        stored: That of the gradient.
+        storage_dtype: The dtype of the gradient.
     """
     tools = toolbox()
     njit, prefetch, double = tools.njit, tools.prefetch, tools.types.float64
-    if stored == dtype:
+    if storage_dtype == dtype:
         at, load, itemsize = tools.at[dtype], tools.inlined(lambda x: x), np.dtype(dtype).itemsize
     else:
-        at, load, itemsize = tools.shorts, conversions(stored)[0], 2
+        at, load, itemsize = tools.shorts, conversions(storage_dtype)[0], 2
     folded = njit(fold)
 
     @njit

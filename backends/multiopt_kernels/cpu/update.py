@@ -176,18 +176,18 @@ def _indented(lines: list[str], depth: int) -> str:
     return indent("\n".join(lines), "    " * depth)
 
 
-def compile_update(text: str, dtype: str, stored: str) -> ObjectCode:
+def compile_update(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
     """The step of a rule over the rows of a table.
 
     Args:
         text: What ``update_source`` gave.
         dtype: That of the computation: ``"float32"`` or ``"float64"``.
-        stored: That of parameters and gradients; another one if the text is for 16 bits.
+        storage_dtype: The dtype of parameters and gradients; not ``dtype`` for a text of 16 bits.
     """
     tools = toolbox()
     names = {"at": tools.at[dtype], "dtype": getattr(tools.types, dtype)}
-    if stored != dtype:
-        load, store = conversions(stored)
+    if storage_dtype != dtype:
+        load, store = conversions(storage_dtype)
         names |= {"shorts": tools.shorts, "load": load, "store": store}
     return object_code(update=_update_kernel(dtype, compiled(text, **names)))
 
