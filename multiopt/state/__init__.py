@@ -1,9 +1,12 @@
-"""What is saved of a name, and the file of it.
+"""Saved state: what is kept of each parameter, and the checkpoint file that holds it.
 
-``record.Saved`` is the saved state of a name, wherever it comes from; ``fit`` says what it fits. It
-comes from a state dict (``plain_data``) or a file (``file``, earlier ones: ``versions``), and waits
-as it is until its name is seen (``loading``). On the way out names are rows of ``tables``, which
-``document`` describes, and ``writing`` writes.
+The one idea: whatever its source, the saved state of a name is one record, ``record.Saved``.
+Loading reads records from a state dict (``plain_data``) or a file (``file``; ``versions`` reads the
+older formats), checks that they fit (``fit``), and gives them to their parameters or keeps them
+until the name is first seen (``loading``). To save, names of one form become the rows of a table
+(``tables``), ``document`` describes the tables as JSON, and ``writing`` writes the file.
+
+Names that were saved alike share one ``Form``, so a million names stay cheap:
 
 >>> import io
 >>> import multiopt as mo

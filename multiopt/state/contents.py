@@ -1,4 +1,4 @@
-"""What comes in, from a file or from a state dict."""
+"""What a load reads, whether from a file or from a state dict."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,15 +12,15 @@ __all__ = ["Contents"]
 
 
 class Contents(NamedTuple):
-    """What a file, or a state dict, has.
+    """The contents of a file or a state dict.
 
     Attributes:
-        names: The names of which it has anything.
-        saved: What is saved of those that are wanted.
-        steps: How many steps were taken; None if it is not known.
-        skips: How often names were skipped.
-        metadata: What the user saved with it.
-        unfit: Names whose state is damaged, or of no use, and why.
+        names: Every name that appears in it.
+        saved: The saved state of the names that were asked for.
+        steps: How many steps the optimizer had taken; None if unknown.
+        skips: How often each name was skipped.
+        metadata: What the user saved along with the state.
+        unfit: The names whose state is damaged or unusable, each with the reason.
     """
 
     names: list[str]
@@ -31,13 +31,13 @@ class Contents(NamedTuple):
     unfit: dict[str, str]
 
     def check_whole(self, file: Source) -> None:
-        """Refuse what is not whole.
+        """Raise an error if the state of any name is damaged.
 
         Args:
             file: The file, for the message.
 
         Raises:
-            CheckpointError: Something is damaged.
+            CheckpointError: The state of a name is damaged.
         """
         if self.unfit:
             damage = "; ".join(f"{name!r}, {why}" for name, why in self.unfit.items())

@@ -1,7 +1,7 @@
-"""The numbers in which the rules of loaded state and of the optimizer differ.
+"""Hyperparameters that differ between loaded state and the optimizer that loads it.
 
-The rules of the optimizer stay, so a run that is resumed with another learning rate goes on with
-that one. The report of the load says so:
+The optimizer keeps its own rules, so a run that is resumed with a new learning rate continues with
+the new one. The report of the load shows the difference:
 
 >>> import numpy as np, multiopt as mo
 >>> opt = mo.Optimizer(mo.Adam(lr=0.01))
@@ -30,9 +30,9 @@ class Difference(NamedTuple):
     """A hyperparameter that differs.
 
     Attributes:
-        saved: What the state was saved with: a number or a list of numbers, or the description of
-            a schedule.
-        here: What this optimizer has, which is what the next step uses.
+        saved: The value when the state was saved: a number, a list of numbers, or the description
+            of a schedule.
+        here: The value in this optimizer, which the next step uses.
     """
 
     saved: Any
@@ -40,13 +40,12 @@ class Difference(NamedTuple):
 
 
 def differences(settings: Mapping[str, Any], rule: Rule) -> dict[str, Difference]:
-    """The hyperparameters that a saved rule and another one have both, and that differ.
+    """Compare the hyperparameters that a saved rule and the rule here have in common.
 
-    A callable of the caller's, of which nothing is saved but the number that it gave, is not
-    compared.
+    A callable of the user's own is not compared: only the last number it gave was saved.
 
     Args:
-        settings: The description of the rule that was saved.
+        settings: The name and the hyperparameters of the saved rule.
         rule: The rule of this optimizer.
     """
     differing = {}
@@ -70,11 +69,11 @@ def differences(settings: Mapping[str, Any], rule: Rule) -> dict[str, Difference
 
 
 def distinct_rules(group: Group, rows: Sequence[int]) -> list[tuple[Rule, np.ndarray]]:
-    """The rules of some rows, and the positions of those that each is of."""
+    """The distinct rules among some rows, each with the positions of its rows."""
     chosen = np.array(rows)
     numbers, schedule = group.numbers[chosen], group.schedule[chosen]
     if group.scheduled:
-        # The columns hold what a schedule gave last, which tells no rules apart.
+        # The columns hold the last value of a schedule, which says nothing about its rule.
         for number in np.unique(schedule).tolist():
             columns = list(group.schedules[number].columns)
             numbers[np.ix_(schedule == number, columns)] = 0.0

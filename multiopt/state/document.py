@@ -1,6 +1,7 @@
-"""The description in a file: names are rows of tables, whose columns are the tensors of the file.
+"""The JSON description in a checkpoint file, and reading it back.
 
-Names that share a rule, the shapes of their slots and whatever else a ``Form`` has are one table:
+A file is a list of tables. Names with the same ``Form`` (rule, slot shapes and so on) are the rows
+of one table, and each of its slots is one tensor of the file:
 
 >>> import json
 >>> import numpy as np
@@ -46,13 +47,13 @@ __all__ = [
 #: The version of the file format and of ``state_dict``.
 VERSION = 3
 
-#: The parts of a description that are tables: of names seen, and of those that wait.
+#: The lists of tables in a description: names seen, and names with pending state.
 PARTS = "entries", "pending"
 
-#: The largest clock, up to which every number is a float64.
+#: The largest clock: every whole number up to it is exact as a float64.
 LAST_STEP = 2**53
 
-#: The most names in a file: each takes up to 1 kB in memory, and may take 10 bytes in a header.
+#: The most names in one file. A name may take only 10 bytes in the header but 1 kB in memory.
 MOST_NAMES = 2_500_000
 
 
@@ -62,22 +63,23 @@ def described(
     skips: Mapping[str, Sequence[int]],
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The description of a file.
+    """Describe a file as plain data, ready for ``json.dumps``.
 
     Args:
-        tables: What is saved of names.
+        tables: The saved state of all names.
         steps: How many steps the optimizer has taken.
-        skips: By name, how many were skipped, in all and in a row.
-        metadata: What else to keep: see ``multiopt.state.metadata``.
+        skips: For each name, how often it was skipped: in total, and consecutively.
+        metadata: The user's own data, in the forms that ``multiopt.state.metadata`` accepts.
 
     Raises:
-        TypeError: The metadata is no mapping.
-        ValueError: The metadata or a name is not what JSON can hold, or a rule is nested too deep.
+        TypeError: The metadata is not a mapping.
+        ValueError: JSON cannot hold the metadata or a name, a rule is nested too deeply, or there
+            are too many names.
     """
     plain, nonfinite = described_metadata(metadata)
     rules: list[Mapping[str, Any]] = []
     observed: dict[str, Mapping[str, Any]] = {}
-    # Writing a description takes 10 us, and many tables have one and the same.
+    # Writing a description takes 10 us, and many tables share the same one.
     numbers_by_text: dict[str, int] = {}
     numbers_by_id: dict[int, int] = {}
 
@@ -127,12 +129,12 @@ def described(
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Refuse names that JSON would change.
+    """Raise an error for a name that JSON would change.
 
     Raises:
-        ValueError: There is one.
+        ValueError: A name has a pair of surrogates.
     """
-    # One look at all of them; what is between two names is no surrogate.
+    # One search for all names: the newline between two names is not a surrogate.
     for name in names if PAIR.search("\n".join(names)) else ():
         if PAIR.search(name):
             raise ValueError(
@@ -143,11 +145,11 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def tables_in(document: Mapping[str, Any]) -> list[SavedTable]:
-    """The tables in a description, in the order of their tensors.
+    """Read the tables in a description, in the order of their tensors.
 
     Raises:
-        CheckpointError: It has another form, as far as it is about names.
-        ValueError: It has.
+        CheckpointError: The description is malformed.
+        ValueError: A rule is nested too deeply, or a value is not one that a table can have.
     """
     rules = _rules(document)
     tables: list[SavedTable] = []
@@ -193,7 +195,7 @@ def tables_in(document: Mapping[str, Any]) -> list[SavedTable]:
 
 
 def _rules(document: Mapping[str, Any]) -> list[Description]:
-    """The descriptions of rules, each with what its schedules have seen."""
+    """The descriptions of rules, each with the state of its ``Plateau`` schedules."""
     observed = document.get("plateaus", {})
     rules = []
     for number, settings in enumerate(_list(document["rules"], "rules")):
@@ -214,10 +216,10 @@ def _rule(rules: Sequence[Description], number: Any, names: Sequence[str]) -> De
 
 
 def check_observed(name: str, observed: Any) -> None:
-    """Refuse what no ``Plateau`` can have seen.
+    """Raise an error unless every state is one that a ``Plateau`` can have.
 
     Raises:
-        CheckpointError: There is something.
+        CheckpointError: A state is malformed.
     """
     for state in observed.values() if isinstance(observed, Mapping) else [observed]:
         if not is_observed(state):
@@ -253,10 +255,10 @@ def _column(table: Mapping[str, Any], what: str, kind: type) -> list[Any]:
 
 
 def check_skips(skips: Any) -> dict[str, Skips]:
-    """The counts of skips by name.
+    """Check the counts of skips, and return them by name.
 
     Raises:
-        CheckpointError: They are none.
+        CheckpointError: The counts are malformed.
     """
     if not isinstance(skips, Mapping):
         raise CheckpointError(f"expected a mapping under 'skips'; got {type(skips).__name__}")
@@ -275,15 +277,15 @@ def check_skips(skips: Any) -> dict[str, Skips]:
 
 
 def is_clock(step: Any) -> bool:
-    """Whether something is a clock."""
+    """Whether a value can be a clock: an int from 0 to 2^53."""
     return type(step) is int and 0 <= step <= LAST_STEP
 
 
 def check_clock(name: str, step: Any) -> None:
-    """Refuse what no clock of a name can be.
+    """Raise an error unless a step can be the clock of a name.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: It cannot.
     """
     if not is_clock(step):
         raise CheckpointError(
@@ -292,10 +294,10 @@ def check_clock(name: str, step: Any) -> None:
 
 
 def check_steps(document: Mapping[str, Any]) -> int | None:
-    """How many steps the optimizer has taken, if that is said.
+    """How many steps the optimizer has taken; None if the description does not say.
 
     Raises:
-        CheckpointError: It is no number of steps.
+        CheckpointError: The value is not a number of steps.
     """
     if not is_clock(document.get("steps", 0)):
         raise CheckpointError(
@@ -305,10 +307,10 @@ def check_steps(document: Mapping[str, Any]) -> int | None:
 
 
 def check_version(document: Mapping[str, Any]) -> None:
-    """Refuse a version that is not known.
+    """Raise an error for a version that this release cannot read.
 
     Raises:
-        CheckpointError: It is a newer one, or none.
+        CheckpointError: The version is newer, or not a version at all.
     """
     version = document["version"]
     if type(version) is int and version > VERSION:

@@ -1,4 +1,20 @@
-"""Replacing a file whole: whatever happens, the old one is there, or the new one."""
+"""Replacing a file atomically: whatever happens, either the old or the new one is there.
+
+The new content goes to a temporary file beside the old one, is flushed to the disk, and is then
+renamed. A process that is killed half-way leaves its temporary file behind; the next one that
+writes the same file removes it, because nobody holds its lock any more.
+
+>>> from pathlib import Path
+>>> from tempfile import TemporaryDirectory
+>>> with TemporaryDirectory() as folder:
+...     path = Path(folder, "run.txt")
+...     with replacing(path) as file:
+...         _ = file.write(b"new")
+...         path.exists()
+...     path.read_bytes()
+False
+b'new'
+"""
 
 import errno
 import os
@@ -17,22 +33,22 @@ if sys.platform != "win32":
 
 __all__ = ["replacing"]
 
-#: Bytes that are written at once, where arrays are small.
+#: How many bytes are written at once when arrays are small.
 BUFFER = 2**20
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file that takes the place of another when it has been written and is on the disk.
+    """Open a new file that replaces another one once it is complete and on the disk.
 
-    Until then it has a name of its own, ``.NAME.<16 digits>.tmp``, beside the other. What goes
-    wrong removes it; what a process left behind that was killed, the next call removes.
+    Until then it is called ``.NAME.<16 digits>.tmp``, in the same directory. An error removes it.
+    If the process is killed, the next call for the same path removes it.
 
     Args:
-        path: The file to replace. It keeps its mode; a link to it stays.
+        path: The file to replace. Its mode is kept, and so is a symbolic link to it.
 
     Raises:
-        OSError: The file cannot be written; the old one is untouched.
+        OSError: The file cannot be written; the old one is unchanged.
     """
     target = Path(os.path.realpath(os.fsdecode(path)))
     if target.is_symlink():
@@ -51,8 +67,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if sys.platform == "win32":
-                file.close()  # an open file has no other name there
-            # It is locked until it has its name, or another process might remove it.
+                file.close()  # Windows cannot rename an open file
+            # Keep the lock until it is renamed, or another process might remove it.
             Path(file.name).replace(target)
     finally:
         Path(file.name).unlink(missing_ok=True)
@@ -60,7 +76,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _opened_beside(target: Path) -> BinaryIO:
-    """A new temporary file, locked for as long as it is open."""
+    """Open a new temporary file, locked for as long as it is open."""
     while True:
         file = target.with_name(f"{_beginning(target)}{os.urandom(8).hex()}.tmp").open(
             "xb", buffering=BUFFER
@@ -70,44 +86,44 @@ def _opened_beside(target: Path) -> BinaryIO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            return file  # a file system without locks, where nobody removes anything
+            return file  # a file system without locks, where temporary files are never removed
         if os.fstat(file.fileno()).st_nlink:
             return file
-        # Between the opening and the lock, another process took it for left behind.
+        # Before we had the lock, another process took it for an abandoned file and removed it.
         file.close()
 
 
 def _remove_left_behind(target: Path) -> None:
-    """Remove temporary files of the target whose writers are gone: nobody holds their locks."""
+    """Remove the target's temporary files that nobody has locked: their writers are gone."""
     if sys.platform == "win32":
         return
     name = re.compile(re.escape(_beginning(target)) + "[0-9a-f]{16}[.]tmp")
     try:
         beside = list(target.parent.iterdir())
     except PermissionError:
-        return  # a folder may be one to write to and not to read
+        return  # a directory may be writable without being readable
     for path in beside:
         if name.fullmatch(path.name):
-            # Another process may write it, or remove it too.
+            # Another process may be writing it, or removing it as well.
             with suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 path.unlink()
 
 
 def _beginning(target: Path) -> str:
-    """What the names of its temporary files begin with; systems allow 255 bytes."""
+    """The prefix of the target's temporary files; a file name may have at most 255 bytes."""
     name = os.fsencode(target.name)
     return f".{target.name if len(name) <= 200 else xxh3_64(name).hexdigest()}."
 
 
 def _sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to the disk, where a system has a call for it."""
+    """Flush the file names in a directory to the disk, on systems that can do that."""
     if sys.platform == "win32":
         return
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except PermissionError:
-        return  # a folder may be one to write to and not to read, which there is no way to flush
+        return  # writable but not readable: there is no way to flush it
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -1,4 +1,10 @@
-"""Reading the state of an optimizer from a file: ``spec/checkpoint.md``."""
+"""Reading checkpoint files; ``spec/checkpoint.md`` defines the format.
+
+A checkpoint is a safetensors file. Its header holds the JSON description (``document``) and the
+checksum of it; each slot of a table is one tensor, with a checksum per row. Whatever is wrong with
+a file is a ``CheckpointError`` that names the file; ``read`` returns what is intact, so that
+``strict=False`` can load the rest of a damaged file.
+"""
 
 import json
 import os
@@ -35,10 +41,10 @@ from multiopt.step.skips import Skips
 
 __all__ = ["Contents", "Listed", "listed", "read"]
 
-#: What files of ``torch.save`` begin with, new ones and old ones.
+#: How files of ``torch.save`` begin: the current format, and the one before.
 PICKLES = b"PK\x03\x04", b"\x80"
 
-#: What reading a file of another kind, or a damaged one, can raise.
+#: Errors that can come of reading a damaged file, or a file of another kind.
 MALFORMED = (
     *(SafetensorError, AttributeError, LookupError, OverflowError, RecursionError),
     *(TypeError, ValueError),
@@ -46,17 +52,17 @@ MALFORMED = (
 
 
 class Listed(NamedTuple):
-    """What a file has, but for the numbers in the slots.
+    """The contents of a file, except for the numbers in the slots.
 
     Attributes:
-        version: That of the format.
-        steps: How many steps were taken; None if it is not known.
-        saved: By part, ``"entries"`` or ``"pending"``, and name the records without their arrays.
-        skips: How often names were skipped.
-        metadata: What the user saved with it.
-        size: The bytes of the file.
-        checked: Whether there are checksums, to which the slots were held.
-        damaged: The name and the slot of each that is damaged, and what is wrong.
+        version: The version of the format.
+        steps: How many steps the optimizer had taken; None if unknown.
+        saved: The records without their arrays, by part (``"entries"`` or ``"pending"``) and name.
+        skips: How often each name was skipped.
+        metadata: What the user saved along with the state.
+        size: The size of the file in bytes.
+        checked: Whether the file has checksums, against which the slots were checked.
+        damaged: The name, the slot and the reason of each damaged slot.
     """
 
     version: int
@@ -74,10 +80,10 @@ def read(file: Source, names: Collection[str] | None = None) -> Contents:
 
     Args:
         file: The path of the file, or a binary file object, read from where it is to its end.
-        names: Those whose state is wanted; by default all.
+        names: The names whose state to read; by default all.
 
     Raises:
-        CheckpointError: The file is damaged as a whole, or not ours.
+        CheckpointError: The whole file is unusable, or it is not a checkpoint of multiopt.
         OSError: The file cannot be read.
     """
     saved: dict[str, dict[str, Saved]] = {"pending": {}, "entries": {}}
@@ -96,20 +102,20 @@ def read(file: Source, names: Collection[str] | None = None) -> Contents:
             saved = {part: _ordered(records, all_names) for part, records in saved.items()}
         if opened.skips:
             all_names = list(dict.fromkeys([*all_names, *opened.skips]))
-    # What waits may be older, and is taken over first.
+    # Pending state may be older than an entry of the same name, which therefore wins.
     merged = saved["pending"]
     merged.update(saved["entries"])
     return Contents(all_names, merged, opened.steps, opened.skips, opened.metadata, unfit)
 
 
 def listed(file: Source) -> Listed:
-    """What is in a file, and whether its slots are damaged; few at a time are in memory.
+    """List a file's contents and check its slots, with only a few of them in memory at a time.
 
     Args:
-        file: As for ``read``.
+        file: The path of the file, or a binary file object, read from where it is to its end.
 
     Raises:
-        CheckpointError: The file is damaged as a whole, or not ours.
+        CheckpointError: The whole file is unusable, or it is not a checkpoint of multiopt.
         OSError: The file cannot be read.
     """
     saved: dict[str, dict[str, Saved]] = {"entries": {}, "pending": {}}
@@ -132,25 +138,25 @@ def _ordered(saved: dict[str, Saved], names: Iterable[str]) -> dict[str, Saved]:
 
 
 class _File:
-    """A file that is open.
+    """An open checkpoint file.
 
     Attributes:
-        version: That of the format.
-        steps: How many steps were taken; None if it is not known.
-        skips: How often names were skipped.
-        metadata: What the user saved with it.
-        checked: Whether there are checksums.
-        in_order: Whether records come in the order of their names.
+        version: The version of the format.
+        steps: How many steps the optimizer had taken; None if unknown.
+        skips: How often each name was skipped.
+        metadata: What the user saved along with the state.
+        checked: Whether the file has checksums.
+        in_order: Whether the records come in the order of the names.
     """
 
     def __init__(self, path: str, opened: Any, data: RawIOBase) -> None:
-        """Look at all but the slots.
+        """Read and check everything except the slots.
 
         Raises:
-            CheckpointError: The file is not ours, or damaged.
+            CheckpointError: The file is damaged, or not a checkpoint of multiopt.
         """
         self.path, self._data = path, data
-        # Its places are known to be right, since it could be opened.
+        # safetensors has opened the file, so the offsets in its header are valid.
         self._begin = 8 + int.from_bytes(data.read(8), "little")
         self._tensors: dict[str, Any] = json.loads(data.read(self._begin - 8))
         header = self._tensors.pop("__metadata__", {})
@@ -188,10 +194,10 @@ class _File:
         self._check_tensors()
 
     def _check_tensors(self) -> None:
-        """Hold the tensors to the tables.
+        """Check the tensors of the file against its tables.
 
         Raises:
-            CheckpointError: They are others.
+            CheckpointError: A tensor is missing, left over, or of another dtype or shape.
         """
         columns = [(len(table.names), x) for table in self._tables for x in table.form.slots]
         expected = {
@@ -211,12 +217,16 @@ class _File:
                 raise CheckpointError(f"its tensor {key!r} is another one than {shape}")
 
     def _rows(self, key: str, rows: slice, size: int, dtype: str) -> np.ndarray:
-        """Some rows of a tensor, each of so many elements.
+        """Read some rows of a tensor; safetensors itself can only read whole tensors.
 
-        safetensors would read the whole tensor for each of them.
+        Args:
+            key: The key of the tensor.
+            rows: The rows.
+            size: How many elements a row has.
+            dtype: The dtype of the elements.
 
         Raises:
-            ValueError: The file ends before.
+            ValueError: The file ends too early.
         """
         block = np.empty((rows.stop - rows.start, size), np.dtype(dtype).newbyteorder("<"))
         offset = rows.start * size * block.itemsize
@@ -230,7 +240,7 @@ class _File:
         return block
 
     def names(self) -> list[str]:
-        """The names of which there is state."""
+        """The names that the file has state for."""
         if self._old is not None:
             return self._old.names()
         names = [name for table in self._tables for name in table.names]
@@ -240,7 +250,7 @@ class _File:
         return [names[k] for k in sorted(range(len(names)), key=places.__getitem__)]
 
     def records(self, wanted: Set[str] | None) -> Iterator[Record]:
-        """What is saved of those wanted."""
+        """Read the records of the wanted names, or of all names for None."""
         if self._old is not None:
             yield from self._old.records(wanted)
             return
@@ -250,7 +260,7 @@ class _File:
         for table in self._tables:
             count, slots = len(table.names), table.form.slots
             sizes = [prod(slot.shape) for slot in slots]
-            # Few enough at once that a name does not keep much of others in memory.
+            # So few rows at once that an array which is kept holds little memory of other names.
             most = 1 if max(sizes, default=0) >= LARGE else BLOCK // max([1, *sizes])
             for first in range(0, count, most):
                 rows = slice(first, min(first + most, count))
@@ -275,7 +285,7 @@ class _File:
 
 
 def _shown(slot: str) -> str:
-    """What a slot is called in a state dict."""
+    """The name of a slot in a state dict."""
     return SHOWN_AVERAGE if slot == AVERAGE else slot
 
 
@@ -285,13 +295,13 @@ def _records(
     columns: Sequence[Sequence[np.ndarray]],
     damage: Mapping[int, dict[str, str]],
 ) -> Iterator[Record]:
-    """Some rows of a table.
+    """Make records of some rows of a table.
 
     Args:
         table: The table.
         rows: The rows.
-        columns: By slot, the slots of these rows.
-        damage: By position among them, what is wrong with slots.
+        columns: For each slot, its arrays for these rows.
+        damage: For each damaged row, by its position among these, the reasons by slot.
     """
     names, steps = table.names[rows], table.steps[rows]
     arrays = list(zip(*columns, strict=True)) if columns else [()] * len(names)
@@ -301,7 +311,7 @@ def _records(
 
 
 def _skips_in(skips: Any) -> Any:
-    """The counts of skips by name, of which a file has the columns."""
+    """The counts of skips by name; in a file they are columns."""
     if not skips:
         return skips
     columns = zip(skips["total"], skips["consecutive"], strict=True)
@@ -310,15 +320,15 @@ def _skips_in(skips: Any) -> Any:
 
 @contextmanager
 def _opened(file: Source) -> Iterator[_File]:
-    """A file on the disk.
+    """Open a file and read everything except its slots.
 
     Raises:
-        CheckpointError: The file is damaged or not ours, as far as can be seen without the slots.
+        CheckpointError: The file is damaged, or not a checkpoint of multiopt.
     """
     with on_disk(file) as path:
         try:
             _check_header(path)
-            # Not mapped: a file that somebody cuts short would be the end of the process.
+            # Not memory-mapped: if somebody truncated the file, the process would be killed.
             with (
                 safe_open(path, framework="numpy", backend="pread") as opened,
                 Path(path).open("rb", buffering=0) as data,
@@ -334,11 +344,11 @@ def _opened(file: Source) -> Iterator[_File]:
 
 
 def _check_header(path: str) -> None:
-    """Refuse a header that would take much more memory than it has bytes.
+    """Raise an error for a header whose parsed form would take far more memory than its bytes.
 
     Raises:
         CheckpointError: It is a file of ``torch.save``.
-        ValueError: It would, or is not there.
+        ValueError: The header is too large, or missing.
     """
     with Path(path).open("rb") as file:
         first = file.read(8)

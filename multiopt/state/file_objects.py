@@ -1,4 +1,7 @@
-"""Files that the caller has opened, in the place of a path.
+"""Paths and binary file objects: whatever takes a path also takes an open file.
+
+A file object needs no more than ``read`` or ``write``, so a socket or a cloud object will do. What
+is read from one is first copied to a temporary file, because safetensors needs a path:
 
 >>> import io
 >>> buffer = io.BytesIO()
@@ -29,30 +32,30 @@ class Readable(Protocol):
     """A binary file object to read from."""
 
     def read(self, size: int, /) -> bytes:
-        """The next bytes, at most as many; none at the end."""
+        """Return the next bytes, at most ``size`` of them; none at the end."""
 
 
 class Writable(Protocol):
     """A binary file object to write to."""
 
     def write(self, data: bytes, /) -> object:
-        """Take all of the bytes."""
+        """Write all of the bytes."""
 
 
 Source: TypeAlias = Path | Readable
 Target: TypeAlias = Path | Writable
 
-#: Bytes that are handed over at once.
+#: How many bytes are passed on at once.
 PIECE = 2**20
 
 
 def is_path(file: Any) -> TypeGuard[Path]:
-    """Whether a file is given by its path."""
+    """Whether a file is given as a path."""
     return isinstance(file, str | bytes | os.PathLike)
 
 
 def label(file: Any) -> str:
-    """What a file is called in messages."""
+    """The name of a file in messages."""
     if is_path(file):
         return os.fsdecode(file)
     name = getattr(file, "name", None)
@@ -60,15 +63,15 @@ def label(file: Any) -> str:
 
 
 def write_whole(file: Any, parts: Iterable[bytes | memoryview]) -> None:
-    """Hand all bytes over to a file object, in their order. It is neither flushed nor closed.
+    """Write bytes to a file object, in order. It is neither flushed nor closed.
 
     Args:
-        file: The file object; all that is asked of it is ``write``, of at most 2 MiB at a time.
+        file: The file object. Only its ``write`` is used, with at most 2 MiB at a time.
         parts: The bytes.
 
     Raises:
         OSError: It cannot take them.
-        TypeError: It is no binary file object.
+        TypeError: It is not a binary file object.
     """
     try:
         file.write(b"")
@@ -77,7 +80,7 @@ def write_whole(file: Any, parts: Iterable[bytes | memoryview]) -> None:
     for piece in _pieces(parts):
         while piece:
             count = file.write(piece)
-            # Others say what they like, and have taken all.
+            # Only raw files write less than they are given; others may return anything.
             if not isinstance(file, io.RawIOBase):
                 break
             if count is None:
@@ -86,7 +89,7 @@ def write_whole(file: Any, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def _pieces(parts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """The same bytes, small parts together and large ones apart, copied."""
+    """Copy bytes into pieces of similar size: small parts are joined, and large ones split."""
     waiting = bytearray()
     for part in parts:
         for start in range(0, len(part), PIECE):
@@ -98,10 +101,10 @@ def _pieces(parts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
 
 
 def check_readable(file: Any) -> None:
-    """Refuse what is no binary file object.
+    """Raise an error unless a value is a binary file object to read from.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is not.
     """
     try:
         nothing = file.read(0)
@@ -125,11 +128,11 @@ def _no_file(file: Any, method: str) -> TypeError:
 
 @contextmanager
 def on_disk(file: Source) -> Iterator[str]:
-    """The path of a file. What a file object has, from where it is to its end, is copied to one.
+    """Give the path of a file; the rest of a file object is copied to a temporary one.
 
     Raises:
         OSError: It cannot be read, or there is no room for the copy.
-        TypeError: It is no binary file object.
+        TypeError: It is neither a path nor a binary file object.
     """
     if is_path(file):
         yield os.fsdecode(file)

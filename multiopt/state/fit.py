@@ -1,4 +1,8 @@
-"""Whether saved state fits a rule and a parameter."""
+"""Whether saved state fits a rule and a parameter.
+
+The names of the slots must be those of the rule, and their shapes and dtypes must suit the
+parameter. Nothing is adapted silently: the error names the parameter, what differs, and the remedy.
+"""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SHOWN_AVERAGE", "check_average", "check_fit", "check_slot_names"]
 
-#: What a state dict calls the slot of an average.
+#: The name of an average's slot in a state dict.
 SHOWN_AVERAGE = "average"
 
 
@@ -26,22 +30,22 @@ def check_slot_names(
     rule: Rule,
     names: Iterable[str] | None = None,
 ) -> None:
-    """Refuse saved state whose slots are not those of a rule.
+    """Raise an error unless the slots of saved state are those of a rule.
 
     Args:
-        name: That of the parameter.
-        have: The names of the slots.
-        step: The clock of the state.
-        settings: The description of the rule that was saved.
-        rule: The rule.
+        name: The name of the parameter.
+        have: The names of the saved slots.
+        step: The clock of the saved state.
+        settings: The name and the hyperparameters of the saved rule.
+        rule: The rule that is to use the state.
         names: The names of its slots, if the shape of the parameter is known.
 
     Raises:
-        ValueError: They are not.
+        ValueError: The slots are those of another rule.
     """
     have, want = sorted(have), sorted(rule.slots if names is None else names)
     if names is None and MASTER in have:
-        # Whether its parameter has 16 bits is not known yet.
+        # It is not known yet whether the parameter has 16 bits.
         want = sorted([*want, MASTER])
     elif MASTER in have and MASTER not in want:
         raise ValueError(
@@ -50,7 +54,7 @@ def check_slot_names(
             "16 bits make the optimizer with master_weights=True, else forget the name to start "
             "anew"
         )
-    # Which slots a rule that is not elementwise has, the shape may decide.
+    # The slots of a rule that is not elementwise may depend on the shape.
     is_exact = names is not None or rule.elementwise
     is_unstepped = step == 0 and not have
     if (have != want if is_exact else not set(have) <= set(want)) and not is_unstepped:
@@ -62,15 +66,16 @@ def check_slot_names(
 
 
 def check_fit(name: str, saved: "Saved", rule: Rule, layout: Layout, masters: bool) -> None:
-    """Refuse saved state that does not fit a parameter.
+    """Raise an error unless saved state fits a parameter; its average is not checked.
 
-    State without a master copy may begin to have one, and that of step 0 may have no slots.
+    State without a master copy fits: the copy is made from the parameter. State at step 0 fits
+    without slots.
 
     Args:
-        name: The name.
-        saved: The state; its average is left out.
+        name: The name of the parameter.
+        saved: The saved state.
         rule: The rule of the parameter.
-        layout: Its layout.
+        layout: The layout of the parameter.
         masters: Whether 16-bit parameters have master copies.
 
     Raises:
@@ -86,10 +91,10 @@ def check_fit(name: str, saved: "Saved", rule: Rule, layout: Layout, masters: bo
 
 
 def check_average(name: str, saved: "Saved", layout: Layout) -> None:
-    """Refuse the saved state of an average that does not fit a parameter.
+    """Raise an error unless the average in saved state fits a parameter.
 
     Raises:
-        ValueError: Its slot does not fit the shape or the dtype.
+        ValueError: Its slot does not fit the parameter's shape or dtype.
     """
     for slot in saved.form.slots:
         if slot.name == AVERAGE:
@@ -101,7 +106,7 @@ def _check_slot(
     name: str, slot: "Slot", form: "Form", shape: tuple[int, ...], layout: Layout
 ) -> None:
     is_complex = form.is_complex
-    # The parts of a complex slot may come as a real one.
+    # A complex slot may come as a real array of its two parts.
     fits = slot.shape == shape and is_complex <= layout.is_complex
     if fits and (form.cast or slot.dtype == layout.compute_dtype):
         return

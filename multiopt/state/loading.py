@@ -1,4 +1,15 @@
-"""Loaded state taken over: what of it is wanted, under which names, and what became of it."""
+"""Applying loaded state to an optimizer, all of it or nothing.
+
+Everything is checked before anything changes. Then names seen before get new rows, and the others
+wait in ``pending`` until a step brings their parameter; the report lists both.
+
+>>> import numpy as np, multiopt as mo
+>>> opt = mo.Optimizer(mo.SGD())
+>>> _ = opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
+>>> other = mo.Optimizer(mo.SGD())
+>>> other.load_state_dict(opt.state_dict()).pending, other.pending
+(('w',), ('w',))
+"""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,19 +45,18 @@ __all__ = ["LoadReport", "load", "renamed", "wanted_names"]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of loaded state.
+    """What a load did with each name.
 
     Attributes:
         restored: Names seen before, whose state was replaced.
         pending: Names not seen yet, whose state waits for the parameter.
-        unused: What was not used: its name where it was saved, and why. Where only the average of
-            a name is of no use, the reason says so.
-        missing: Names seen before of which there is nothing in the state, and which stay as they
-            are.
-        metadata: What was saved with the state, for the user.
-        differences: By name, the hyperparameters that the saved rule and the one of this optimizer
-            have both, and that differ: this optimizer's stay. Not compared are rules that a
-            callable will choose at first sight, and schedules that are callables of the caller's.
+        unused: State that was not used, by the name it was saved under, with the reason. If only
+            the average of a name was not used, the reason says so.
+        missing: Names seen before that the loaded state does not have; they are unchanged.
+        metadata: What the user saved along with the state.
+        differences: For each name, the hyperparameters that have another value in the saved rule
+            than in this optimizer's, which stays. Rules that a callable chooses at first sight,
+            and schedules that are the user's own callables, are not compared.
 
     >>> LoadReport(unused={"scale": "it was not asked for"}).unused["scale"]
     'it was not asked for'
@@ -61,10 +71,10 @@ class LoadReport:
 
 
 def wanted_names(names: Iterable[str] | str | None) -> list[str] | None:
-    """The names that are asked for; None for all.
+    """The names to load as a list; None stands for all of them.
 
     Raises:
-        TypeError: They are no names.
+        TypeError: The argument is neither names, nor one name, nor None.
     """
     if names is None:
         return None
@@ -78,16 +88,16 @@ def renamed(
     names: Sequence[str] | None,
     rename: Mapping[str, str] | Callable[[str], str] | None,
 ) -> dict[str, str]:
-    """The names that are wanted, and what they are to be called.
+    """Map each wanted name of the loaded state to its name in this optimizer.
 
     Args:
-        have: The names of which there is state.
-        names: Those that are wanted; None for all.
-        rename: New names, by old ones.
+        have: The names in the loaded state.
+        names: The wanted ones among them; None for all.
+        rename: New names by old ones, as a mapping or a callable; None changes no name.
 
     Raises:
-        KeyError: There is no state of a name.
-        TypeError: A new name is no string, or ``rename`` is of another kind.
+        KeyError: The loaded state does not have a name.
+        TypeError: A new name is not a string, or ``rename`` is of another kind.
         ValueError: Two names would become one.
     """
     if not (rename is None or isinstance(rename, Mapping) or callable(rename)):
@@ -119,15 +129,15 @@ def renamed(
 
 
 class _Batch(NamedTuple):
-    """Names whose saved state fits alike.
+    """Names whose saved state can be checked once for all of them.
 
     Attributes:
         group: Their group; None for names not seen.
-        shape: Their shape there.
-        fits: Whether it fits.
+        shape: Their shape in the group.
+        fits: Whether the saved state fits.
         names: The names.
         rows: Their rows.
-        saved: Their state.
+        saved: Their saved state.
     """
 
     group: Group | None
@@ -139,12 +149,12 @@ class _Batch(NamedTuple):
 
 
 class _Admitted(NamedTuple):
-    """Loaded state that fits.
+    """Loaded state after it was checked.
 
     Attributes:
-        batches: All of it, in the order in which it is taken over.
-        refused: Names whose state does not fit, and why not.
-        without: Names whose state fits, but for its average, and why that does not.
+        batches: The state that fits.
+        refused: Names whose state does not fit, with the reason.
+        without: Names whose state fits except for the average, with the reason.
     """
 
     batches: list[_Batch]
@@ -159,17 +169,17 @@ def load(
     strict: bool,
     cast: bool,
 ) -> LoadReport:
-    """Take over saved state, whole or not at all.
+    """Load saved state into a registry, all of it or nothing.
 
     Args:
-        registry: Who takes it over.
-        contents: The state.
-        new: The names that are wanted, and what they are to be called.
-        strict: Whether state that does not fit is an error, or else left out.
+        registry: The registry to load into.
+        contents: What was read from the file or the state dict.
+        new: The wanted names, each with its name in this registry.
+        strict: Whether state that does not fit is an error; otherwise it is left out.
         cast: Whether slots are converted to the dtype that their parameter needs.
 
     Raises:
-        ValueError: State does not fit, and ``strict`` is on.
+        ValueError: State does not fit, and ``strict`` is true.
     """
     states = contents.saved
     if any(map(ne, new, new.values())):
@@ -196,7 +206,7 @@ def load(
     differing = _differences(registry, admitted.batches)
     gone: set[str] = set()
     if registry.guard.torn is not None:
-        # Names that are left alone would stay torn. Those that came later are unheard of.
+        # A partial load would leave names torn. A whole one forgets names that came after the save.
         gone = registry.known().keys() - {*seen, *pending}
         if gone and (is_part or len(taken) < len(contents.names)):
             registry.guard.check_whole("load of some names")
@@ -231,7 +241,7 @@ def load(
 def _differences(
     registry: "Registry", batches: Iterable[_Batch]
 ) -> dict[str, dict[str, Difference]]:
-    """By name, the numbers in which saved rules differ from those here."""
+    """For each name, the hyperparameters in which the saved rule differs from the one here."""
     result: dict[str, dict[str, Difference]] = {}
     for batch in batches:
         settings = batch.saved[0].form.rule.settings
@@ -245,16 +255,16 @@ def _differences(
 
 
 def _cast(states: Mapping[str, Saved]) -> dict[str, Saved]:
-    """The same state, to be converted to the dtype that its parameter needs."""
+    """Mark saved state to be converted to the dtype that its parameter needs."""
     forms = {id(saved.form): saved.form._replace(cast=True) for saved in states.values()}
     return {name: saved._replace(form=forms[id(saved.form)]) for name, saved in states.items()}
 
 
 def _admitted(registry: "Registry", states: Mapping[str, Saved], strict: bool) -> _Admitted:
-    """What of saved state fits.
+    """Check saved state, and sort it into what fits and what does not.
 
     Raises:
-        ValueError: State does not fit, and ``strict`` is on.
+        ValueError: State does not fit, and ``strict`` is true.
     """
     batches: dict[Hashable, _Batch] = {}
     refused, without, odd = dict[str, str](), dict[str, str](), list[str]()
@@ -264,7 +274,7 @@ def _admitted(registry: "Registry", states: Mapping[str, Saved], strict: bool) -
         if name in registry:
             group, row = registry.row_of(name)
             shape = group.shapes[row]
-        # State of step 0 need not have slots.
+        # At step 0, state need not have slots.
         key = id(group), shape, id(saved.form), saved.step == 0
         if key not in batches:
             error = _misfit(registry, name, saved)
@@ -303,7 +313,7 @@ def _admitted(registry: "Registry", states: Mapping[str, Saved], strict: bool) -
 
 
 def _misfit(registry: "Registry", name: str, saved: Saved) -> ValueError | None:
-    """Why the state of a name does not fit, if it does not; its average is left out."""
+    """Why the state of a name does not fit, or None if it does; its average is not checked."""
     if name in registry:
         group, row = registry.row_of(name)
         rule = formulas(group.rule_at(row))[0]
@@ -317,7 +327,7 @@ def _misfit(registry: "Registry", name: str, saved: Saved) -> ValueError | None:
 
 
 def _error(check: Callable[..., None], *arguments: Any) -> ValueError | None:
-    """What a check raises."""
+    """The error that a check raises; None if it passes."""
     try:
         check(*arguments)
     except ValueError as error:
@@ -326,7 +336,7 @@ def _error(check: Callable[..., None], *arguments: Any) -> ValueError | None:
 
 
 def _warn(registry: "Registry", batches: Iterable[_Batch]) -> None:
-    """Warn of what a ``Plateau`` has seen that does not come back."""
+    """Warn about each ``Plateau`` whose state cannot be restored."""
     scheduled = registry.scheduled_rules()
     rules, averages = dict[str, Rule](), dict[str, Rule]()
     for names, saved, group in ((batch.names, batch.saved, batch.group) for batch in batches):
@@ -345,7 +355,7 @@ def _warn(registry: "Registry", batches: Iterable[_Batch]) -> None:
 
 
 def _placed(registry: "Registry", batches: Iterable[_Batch]) -> dict[str, int]:
-    """New rows with the state of names seen, by name; nothing is registered."""
+    """Make new rows for names seen before, and return their codes; nothing is registered yet."""
     codes: dict[str, int] = {}
     by_group: dict[int, list[_Batch]] = {}
     for batch in batches:
@@ -368,7 +378,7 @@ def _placed(registry: "Registry", batches: Iterable[_Batch]) -> dict[str, int]:
 
 
 def _observed(registry: "Registry", batches: Iterable[_Batch]) -> list[tuple[Rule, Description]]:
-    """Rules with the descriptions of those that were saved in their place."""
+    """Pair each rule that has schedules with the description that was saved in its place."""
     pairs: list[tuple[Rule, Description]] = []
     for batch in batches:
         group, form = batch.group, batch.saved[0].form
