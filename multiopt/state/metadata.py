@@ -1,6 +1,7 @@
-"""What users keep in a checkpoint beside the state: ``spec/checkpoint.md``, "Metadata".
+"""The user's own data in a checkpoint; ``spec/checkpoint.md`` defines it under "Metadata".
 
-JSON has no NaN and no infinity. In their places it has null, and beside it stands where they are:
+JSON has no NaN and no infinity. They are written as null, and a second description says where they
+were:
 
 >>> described({"loss": float("nan"), "bounds": [0, float("inf")]})
 ({'loss': None, 'bounds': [0, None]}, {'loss': 'nan', 'bounds': {'1': 'inf'}})
@@ -17,13 +18,13 @@ import numpy as np
 
 __all__ = ["DEEPEST", "PAIR", "check_nesting", "described", "restored"]
 
-#: How deep a description of a rule, or metadata, may be nested.
+#: How deeply a description of a rule, or metadata, may be nested.
 DEEPEST = 64
 
-#: Two surrogates that JSON takes for one character. Alone, each comes back as it is.
+#: Two surrogates that JSON would read back as one character. A single one is unchanged by JSON.
 PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
-#: What JSON has no number for.
+#: The numbers that JSON does not have.
 NONFINITE = ("nan", "inf", "-inf")
 
 EXPECTED = (
@@ -33,19 +34,19 @@ EXPECTED = (
 
 
 def described(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata as JSON has it.
+    """Convert metadata to what JSON can hold.
 
     Args:
-        metadata: What JSON can hold, numbers that are not finite, and NumPy's numbers, which become
-            Python's.
+        metadata: The metadata. It may also hold numbers that are not finite, and NumPy's numbers,
+            which become Python's.
 
     Returns:
-        The metadata with None for each number that is not finite; and by key, or index in a list,
-        what those are, nested like the metadata.
+        The metadata with None for each number that is not finite; and those numbers by key or by
+        index in a list, nested like the metadata.
 
     Raises:
-        TypeError: It is no mapping.
-        ValueError: Something in it would not come back as it is.
+        TypeError: The metadata is not a mapping.
+        ValueError: A value would not come back unchanged.
     """
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must be a mapping; got {metadata!r}")
@@ -54,12 +55,12 @@ def described(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 def _described(value: Any, where: str, depth: int) -> tuple[Any, Any]:
-    """A value as JSON has it, and what of it is not finite.
+    """Convert one value to what JSON can hold, and collect its numbers that are not finite.
 
     Args:
         value: The value.
-        where: Its place, as Python would have it.
-        depth: In how many others it is.
+        where: A Python expression for its place in the metadata.
+        depth: How many lists and mappings it is nested in.
     """
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 and value.dtype.kind in KINDS:
         value = value.item()
@@ -95,12 +96,12 @@ def _described(value: Any, where: str, depth: int) -> tuple[Any, Any]:
     return result, nonfinite or None
 
 
-#: Of NumPy's dtypes, those whose numbers Python has: no dates, no bytes.
+#: The kinds of NumPy dtypes whose values are also Python's: no dates, no bytes.
 KINDS = "biufU"
 
 
 def _is_short(value: int) -> bool:
-    """Whether Python reads a number that it writes: it refuses some thousand digits."""
+    """Whether Python can write an int and read it back: it refuses a few thousand digits."""
     try:
         return value.bit_length() < 2000 or bool(repr(value))
     except ValueError:
@@ -116,7 +117,7 @@ def _kind(value: Any) -> str:
 
 
 def _remedy(value: Any) -> str:
-    """What to do about a value that is near to one that may be kept."""
+    """How to convert a value that is almost one that can be kept."""
     if isinstance(value, tuple | set | frozenset):
         return ": make it a list"
     if hasattr(value, "tolist") and not isinstance(value, np.generic):
@@ -129,10 +130,10 @@ def _refusal(why: str) -> ValueError:
 
 
 def restored(metadata: dict[str, Any], nonfinite: Any) -> dict[str, Any]:
-    """Metadata from what ``described`` gave, which it changes.
+    """Restore metadata, in place, from the two values that ``described`` returned.
 
     Raises:
-        ValueError: The two do not fit.
+        ValueError: The two do not belong together.
     """
     check_nesting(metadata)
     check_nesting(nonfinite)
@@ -161,10 +162,10 @@ def _restore(value: Any, nonfinite: Any) -> None:
 
 
 def check_nesting(value: Any) -> None:
-    """Refuse plain data that is nested too deep for the functions that go through it.
+    """Raise an error for plain data that is nested too deeply for recursive functions.
 
     Raises:
-        ValueError: It is.
+        ValueError: It is nested too deeply.
     """
     level = [value]
     for _ in range(DEEPEST):

@@ -1,8 +1,9 @@
-"""Loaded state that waits under another name than its parameter has.
+"""Pending state under a name that its parameter no longer has.
 
 ``torch.compile`` and wrappers such as ``DistributedDataParallel`` put a prefix before the names of
-a module's parameters. State saved with the prefix and loaded without it waits for ever, while
-training starts again from zero moments:
+a module's parameters. State that was saved with the prefix and loaded without it waits forever,
+while training starts from zero moments. So a step that meets new names looks for pending ones that
+differ only by a prefix or a wrapper, and warns with the ``rename=`` that helps:
 
 >>> waiting = ["module.layer.w"]
 >>> pairs(["layer.w", "scale"], waiting.__contains__, by_ending(waiting))
@@ -19,12 +20,12 @@ from multiopt.step.report import abridged
 
 __all__ = ["by_ending", "pairs", "remedy", "warn_of_other_names"]
 
-#: What ``torch.compile`` and wrappers put in the middle of a name too.
+#: What ``torch.compile`` and wrappers may also put in the middle of a name.
 WRAPPERS = "_orig_mod.", "module."
 
 
 def by_ending(pending: Collection[str]) -> dict[str, str]:
-    """Names whose state waits, by what they end in: what is left of them without a prefix."""
+    """Map every ending of a pending name (what is left without a prefix or wrapper) to the name."""
     names_by_ending: dict[str, str] = {}
     for name in pending:
         for end in (*_ends(name), _unwrapped(name)):
@@ -35,12 +36,12 @@ def by_ending(pending: Collection[str]) -> dict[str, str]:
 def pairs(
     new: Iterable[str], waits: Callable[[str], bool], endings: Mapping[str, str]
 ) -> dict[str, str]:
-    """New names, by the names of waiting state that differ from them by a prefix or a wrapper.
+    """Map pending names to the new names that differ from them by a prefix or a wrapper.
 
     Args:
         new: Names that start without state.
-        waits: Whether state waits under a name.
-        endings: Names by what they end in; some may no longer wait.
+        waits: Whether state is pending under a name.
+        endings: What ``by_ending`` returned; some of its names may no longer be pending.
     """
     result = {}
     for name in new:
@@ -53,10 +54,10 @@ def pairs(
 
 
 def warn_of_other_names(names: Mapping[str, str]) -> None:
-    """Warn that state seems to wait for parameters of other names.
+    """Warn that pending state seems to belong to parameters with other names.
 
     Args:
-        names: The names of the parameters, by those of the state.
+        names: The names of the parameters, by the names of the pending state.
     """
     warnings.warn(
         f"new parameters ({abridged(list(names.values()))}) start without state while loaded "
@@ -67,7 +68,7 @@ def warn_of_other_names(names: Mapping[str, str]) -> None:
 
 
 def _ends(name: str) -> list[str]:
-    """What follows each dot of a name, longest first."""
+    """The endings of a name after each of its dots, longest first."""
     parts = name.split(".")
     return [".".join(parts[k:]) for k in range(1, len(parts))]
 
@@ -79,7 +80,11 @@ def _unwrapped(name: str) -> str:
 
 
 def remedy(names: Mapping[str, str]) -> str:
-    """The argument of ``load`` that gives state new names: new names by old ones."""
+    """The ``rename`` argument of ``load`` that would rename state, as source code.
+
+    Args:
+        names: New names by old ones.
+    """
     old, new = next(iter(names.items()))
     if old.endswith("." + new):
         prefix = old.removesuffix(new)

@@ -1,4 +1,7 @@
-"""State dicts: the state by name as plain data.
+"""State dicts: the saved state as plain data, in dicts by name.
+
+``state_dict`` makes one of a registry; ``contents_of`` reads the same records from one that a file
+would give:
 
 >>> import multiopt as mo
 >>> import numpy as np
@@ -45,12 +48,12 @@ __all__ = [
     "state_dict",
 ]
 
-#: The parts of a state dict that are entries by name, and whether it must have them.
+#: The sections of a state dict that hold entries by name, and whether each is required.
 SECTIONS = {"entries": True, "pending": True, "averages": False, "pending_averages": False}
 
 
 def shown(layout: Layout) -> Callable[[Array], Array]:
-    """How a slot of a parameter is shown: a copy in the parameter's library."""
+    """Return a function that copies a slot of a parameter for the user, in the same library."""
     backend = backend_named(layout.library)
     copy = partial(backend.export, layout=layout)
     if layout.is_complex:
@@ -59,7 +62,7 @@ def shown(layout: Layout) -> Callable[[Array], Array]:
 
 
 def state_dict(registry: "Registry") -> dict[str, Any]:
-    """The state of a registry, with copies."""
+    """The state dict of a registry; its arrays are copies."""
     entries: dict[str, Any] = dict.fromkeys(registry.names)
     parts: dict[str, dict[str, Any]] = {"entries": entries, "pending": {}}
     averages: dict[str, dict[str, Any]] = {"averages": {}, "pending_averages": {}}
@@ -93,15 +96,15 @@ def state_dict(registry: "Registry") -> dict[str, Any]:
 def contents_of(
     state_dict: Mapping[str, Any], wanted: Collection[str] | None = None, strict: bool = True
 ) -> Contents:
-    """What a state dict has.
+    """Read the records in a state dict.
 
     Args:
-        state_dict: The state dict, which has the form of one.
-        wanted: The names whose state is wanted; by default all.
-        strict: Whether state of no use is an error.
+        state_dict: A state dict that has passed ``check_state_dict``.
+        wanted: The names whose state to read; by default all.
+        strict: Whether unusable state is an error; otherwise it is listed as unfit.
 
     Raises:
-        ValueError: State is of no use, and ``strict`` is on.
+        ValueError: State is unusable, and ``strict`` is true.
     """
     saved, unfit = dict[str, dict[str, Saved]](pending={}, entries={}), {}
     for part, name, entry, average in saved_in(state_dict):
@@ -122,7 +125,7 @@ def contents_of(
 def saved_in(
     state_dict: Mapping[str, Any],
 ) -> Iterator[tuple[str, str, Mapping[str, Any], Mapping[str, Any] | None]]:
-    """Part, name and entry of each name in a state dict, and the entry of its average."""
+    """For each name in a state dict: its part, name, entry, and the entry of its average."""
     averages = {**state_dict.get("pending_averages", {}), **state_dict.get("averages", {})}
     current = state_dict["version"] >= VERSION
     for part in ("entries", "pending"):
@@ -135,7 +138,7 @@ def saved_in(
 
 
 def _renewed(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of an earlier version, whose schedules had in them what each Plateau has seen."""
+    """Convert an entry of an earlier version: its schedules still hold the Plateau states."""
     rule, observed = dict(entry["rule"]), dict[str, Any]()
     try:
         check_nesting(rule)
@@ -150,10 +153,10 @@ def _renewed(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Refuse what has not the form of a state dict.
+    """Raise an error unless a value has the form of a state dict.
 
     Raises:
-        CheckpointError: It has not.
+        CheckpointError: It is malformed.
     """
     if not isinstance(state_dict, Mapping) or "version" not in state_dict:
         raise CheckpointError("expected a state dict with 'version', 'entries' and 'pending'")
@@ -164,10 +167,10 @@ def check_state_dict(state_dict: Any) -> None:
 
 
 def check_sections(state_dict: Mapping[str, Any]) -> None:
-    """Refuse parts that have not the form of those of a state dict.
+    """Raise an error unless the sections of a state dict have the right form.
 
     Raises:
-        CheckpointError: They have not.
+        CheckpointError: A section is malformed.
     """
     for part, required in SECTIONS.items():
         entries = state_dict.get(part, None if required else {})

@@ -1,4 +1,8 @@
-"""Plateaus of which saved state has no description: ``docs/schedules.md``, "Saving"."""
+"""Warnings about each ``Plateau`` whose state cannot be saved.
+
+A ``Plateau`` inside a callable of the user's own is out of reach; ``docs/schedules.md`` says under
+"Saving" what to do about it.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -18,20 +22,20 @@ __all__ = ["warn_of_left_behind", "warn_of_plateaus"]
 
 
 def warn_of_left_behind(registry: "Registry") -> None:
-    """Warn of what the saved state of a registry has no place for."""
+    """Warn about the schedules of a registry whose state will not be saved."""
     chains = {name: formulas(rule) for name, rule in registry.scheduled_rules().items()}
     warn_of_plateaus({name: parts[0] for name, parts in chains.items()})
     warn_of_plateaus({name: parts[1] for name, parts in chains.items() if len(parts) > 1})
 
 
 def warn_of_plateaus(rules: Mapping[str, Rule]) -> None:
-    """Warn of each ``Plateau`` inside of a callable of the user's.
+    """Warn about each ``Plateau`` inside a callable of the user's own.
 
     Args:
-        rules: By name, rules whose state is saved, or loaded.
+        rules: The rules whose state is being saved or loaded, by name.
     """
     affected: dict[str, list[str]] = {}
-    # Many names have one rule, and many rules one schedule.
+    # Many names share a rule, and many rules share a schedule.
     has_plateau: dict[int, bool] = {}
     hyperparameters: dict[int, list[str]] = {}
     for name, rule in rules.items():

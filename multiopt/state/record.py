@@ -1,4 +1,8 @@
-"""The saved state of a name: one record, wherever it comes from and wherever it goes.
+"""The saved state of one name as a record, wherever it comes from and wherever it goes.
+
+A ``Saved`` holds what differs between names: the clock and the arrays. Everything that many names
+share (the rule, the slots' names, shapes and dtypes) is its ``Form``. Arrays are NumPy arrays of
+one axis; complex ones are stored as their real and imaginary parts along a last axis of two.
 
 >>> import numpy as np
 >>> from multiopt.state.record import plain, saved_of
@@ -54,13 +58,13 @@ __all__ = [
 
 
 class Slot(NamedTuple):
-    """The form of a saved slot.
+    """The name, the shape and the dtype of a saved slot.
 
     Attributes:
-        name: Its name; that of a chained rule for the slot of an average.
-        shape: Its shape, parts of complex ones included.
+        name: The name of the slot; for an average, the name it has in the chained rule.
+        shape: The shape of the stored array, with the axis of parts if it is complex.
         dtype: ``"float32"`` or ``"float64"``.
-        library: The library in which it came.
+        library: The array library that it came from.
     """
 
     name: str
@@ -73,8 +77,8 @@ class Description(NamedTuple):
     """A rule, or an average, as plain data.
 
     Attributes:
-        settings: Its name, its hyperparameters at a step, and its schedules.
-        observed: By its place in the schedules, what each ``Plateau`` has seen.
+        settings: Its name, its hyperparameters at some step, and its schedules.
+        observed: The state of each ``Plateau``, by its place in the schedules.
     """
 
     settings: Mapping[str, Any]
@@ -82,14 +86,14 @@ class Description(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What is the same for many names: those of a table in a file share one.
+    """What many names have in common; all names of a table in a file share one form.
 
     Attributes:
-        rule: The rule that was saved, which is only looked at.
+        rule: The saved rule; it is compared and reported, never used.
         slots: The slots, in the order of ``Saved.arrays``.
-        is_complex: Whether they are the parts of complex ones, along their last axis.
-        average: The average that was saved, whose slot is among them.
-        cast: Whether they are converted to the dtype that their parameter needs.
+        is_complex: Whether the arrays are the parts of complex slots, along their last axis.
+        average: The saved average, if there is one; its slot is among the slots.
+        cast: Whether the slots are to be converted to the dtype that their parameter needs.
     """
 
     rule: Description
@@ -100,7 +104,7 @@ class Form(NamedTuple):
 
     @property
     def own(self) -> list[str]:
-        """The names of the slots, but for that of the average."""
+        """The names of the slots, except for the average's."""
         return [slot.name for slot in self.slots if slot.name != AVERAGE]
 
 
@@ -108,11 +112,11 @@ class Saved(NamedTuple):
     """The saved state of a name.
 
     Attributes:
-        form: What it has in common with others.
-        step: Its clock.
-        arrays: Its slots on the host, each with one axis, in possession.
-        seen: How many steps its average has seen.
-        keeps: What average the optimizer that has loaded it keeps of the name.
+        form: What it has in common with other names.
+        step: The clock.
+        arrays: The slots on the host, each with one axis; whoever takes the record owns them.
+        seen: How many steps the average has seen.
+        keeps: The average that the optimizer which loaded it keeps for this name.
     """
 
     form: Form
@@ -123,11 +127,11 @@ class Saved(NamedTuple):
 
     @property
     def is_unstepped(self) -> bool:
-        """Whether it is of a parameter before its first step, which needs no slots."""
+        """Whether its parameter has taken no step yet, so that it needs no slots."""
         return self.step == 0 and not self.form.own
 
 
-#: The part of a file or a state dict, the name, the record, and by slot what is damaged.
+#: The part of the file or state dict, the name, the record, and the reasons by damaged slot.
 Record: TypeAlias = tuple[str, str, Saved, dict[str, str]]
 
 
@@ -135,12 +139,12 @@ Record: TypeAlias = tuple[str, str, Saved, dict[str, str]]
 
 
 def description(rule: Rule, step: int, count: int | None = None) -> Description:
-    """A rule as plain data.
+    """Describe a rule as plain data, with the state of its ``Plateau`` schedules.
 
     Args:
         rule: The rule.
         step: How many steps its parameter has taken.
-        count: How many steps the optimizer has taken; if left out, as many.
+        count: How many steps the optimizer has taken; by default as many.
     """
     places = [observer for name in rule.ranges for observer in observers(getattr(rule, name), name)]
     states = {place: plateau.state() for place, plateau in places}
@@ -149,11 +153,11 @@ def description(rule: Rule, step: int, count: int | None = None) -> Description:
 
 
 def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str, Any]:
-    """The words of ``description``."""
+    """The name, the hyperparameters and the schedules of a rule, as ``description`` has them."""
     try:
         current = rule.at(max(step, 1), None if count is None else max(count, 1))
     except ValueError:
-        # State must not be lost over a schedule that gives no number for this step.
+        # Do not lose state because a schedule has no value at this step.
         current = rule
     hyperparameters = {f.name: plain_value(getattr(current, f.name)) for f in fields(current)}
     schedules = {}
@@ -172,15 +176,15 @@ def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str,
 def observe(
     rule: Rule, observed: Mapping[str, Mapping[str, Any]], ahead: bool = False
 ) -> list[tuple[Plateau, dict[str, Any]]]:
-    """Give each ``Plateau`` of a rule what the one that was saved in its place has seen.
+    """Load the saved state of each ``Plateau`` into the one at the same place in a rule.
 
     Args:
         rule: The rule.
-        observed: By place, what those have seen.
-        ahead: Whether only those that have seen less than that take it.
+        observed: The saved states, by place.
+        ahead: Whether to skip a ``Plateau`` that has observed at least as much as its saved state.
 
     Returns:
-        Those that took it, with what they had seen before.
+        Each ``Plateau`` that was changed, with its state before.
     """
     before: list[tuple[Plateau, dict[str, Any]]] = []
     for name in rule.ranges if observed else ():
@@ -198,17 +202,17 @@ def observe(
 def saved_of(
     name: str, entry: Mapping[str, Any], average: Mapping[str, Any] | None = None
 ) -> Saved:
-    """The record of an entry of a state dict, with slots of its own.
+    """Make a record from an entry of a state dict, with copies of its slots.
 
     Args:
-        name: That of the parameter.
-        entry: The entry, which has the form of one. Where it has a true ``"complex"``, its slots
-            are the parts of complex ones.
-        average: That of its average.
+        name: The name of the parameter.
+        entry: A well-formed entry. If its ``"complex"`` is true, its slots are the real and
+            imaginary parts of complex ones.
+        average: The entry of its average.
 
     Raises:
-        ValueError: A slot is no array that a rule could have, or the rule's description no plain
-            data.
+        ValueError: A slot is not an array that a rule can have, or the description of the rule is
+            not plain data.
     """
     slots_found = [_on_host(name, slot, array) for slot, array in entry["slots"].items()]
     kinds = {layout.is_complex for _, layout, _ in slots_found}
@@ -246,7 +250,7 @@ def _on_host(name: str, slot: str, array: Any) -> tuple[str, Layout, np.ndarray]
         raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
     if layout.is_complex:
         host = as_real(host)
-    # Compiled code knows the byte order of the machine only.
+    # Compiled code needs the machine's own byte order.
     return slot, layout, np.ascontiguousarray(host, layout.storage_dtype).reshape(-1)
 
 
@@ -259,11 +263,11 @@ def _described(name: str, entry: Mapping[str, Any]) -> Description:
 
 
 def plain(saved: Saved) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The entries that a state dict has for a record and for its average, with copies.
+    """Make the entries of a state dict for a record and for its average, with copies.
 
-    Slots are arrays of the libraries in which they came. One that nothing has imported, in a
-    process that has unpickled the state, is not imported for it: those are NumPy arrays, like all
-    that came from a file.
+    Slots are arrays of the library that they came from. A library that this process has not
+    imported (it may have unpickled the state) is not imported now: its slots become NumPy arrays,
+    like all slots that came from a file.
     """
     form, slots = saved.form, {}
     for slot, array in zip(form.slots, saved.arrays, strict=True):
@@ -277,9 +281,9 @@ def plain(saved: Saved) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def entry_on_host(saved: Saved) -> dict[str, Any]:
-    """The entry of a record with its own arrays, those of complex slots in parts.
+    """Make an entry that shares the arrays of a record; complex slots stay in their two parts.
 
-    That says ``"complex"``, and has the entry of the average, if there is one, under ``"average"``.
+    Its ``"complex"`` says whether they are. The average, if there is one, is under ``"average"``.
     """
     entry, average = _entries(saved, slots_on_host(saved))
     entry["complex"] = saved.form.is_complex
@@ -287,7 +291,7 @@ def entry_on_host(saved: Saved) -> dict[str, Any]:
 
 
 def _entries(saved: Saved, slots: dict[str, Array]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The entries of a record and of its average; the slots hold that of the average as well."""
+    """Make the entries of a record and of its average, whose slot is one of the given slots."""
     form, mean, average = saved.form, slots.pop(AVERAGE, None), None
     if form.average is not None:
         average = plain_entry(form.average, saved.seen, {SHOWN_AVERAGE: mean})
@@ -295,19 +299,19 @@ def _entries(saved: Saved, slots: dict[str, Array]) -> tuple[dict[str, Any], dic
 
 
 def slots_on_host(saved: Saved) -> dict[str, np.ndarray]:
-    """The slots of a record by name, in the parts of complex ones."""
+    """The slots of a record by name; complex ones as real arrays of their two parts."""
     pairs = zip(saved.form.slots, saved.arrays, strict=True)
     return {slot.name: array.reshape(slot.shape) for slot, array in pairs}
 
 
 def plain_entry(description: Description, step: int, slots: Mapping[str, Array]) -> dict[str, Any]:
-    """An entry of a state dict; its description is a copy."""
+    """Make an entry of a state dict, with a copy of the rule's description."""
     entry = {"rule": deepcopy(description.settings), "step": step, "slots": slots}
     return {**entry, "plateaus": deepcopy(description.observed)} if description.observed else entry
 
 
 def without_average(saved: Saved) -> Saved:
-    """A record without the average in it."""
+    """Return a record without its average."""
     others = [k for k, slot in enumerate(saved.form.slots) if slot.name != AVERAGE]
     slots = tuple(saved.form.slots[k] for k in others)
     form = saved.form._replace(slots=slots, average=None)
@@ -320,21 +324,22 @@ def without_average(saved: Saved) -> Saved:
 def resumed(
     group: Group, saved: Sequence[Saved | None], shapes: Sequence[tuple[int, ...]]
 ) -> np.ndarray:
-    """New rows of a group with the slots of saved state that fits; their clocks are zero.
+    """Add rows with saved slots to a group; their clocks are still zero.
 
     Args:
         group: The group.
-        saved: The state, of whose arrays the group takes possession; None for what starts anew.
+        saved: Saved state that fits, whose arrays the group takes over; None for a row that
+            starts from scratch.
         shapes: The shapes of the parameters.
     """
     if not any(saved):
         return group.add(shapes)
-    # By form, where the slots of the group are.
+    # For each form, the positions in it of the group's slots.
     places: dict[Hashable, list[int | None]] = {}
     slots = []
     for record, shape in zip(saved, shapes, strict=True):
         form, arrays = (None, ()) if record is None else (record.form, record.arrays)
-        # Which slots a rule that is not elementwise has, the shape may decide.
+        # The slots of a rule that is not elementwise may depend on the shape.
         key = id(form), None if group.rule.elementwise else shape
         if key not in places:
             have = [] if form is None else [slot.name for slot in form.slots]
@@ -345,7 +350,7 @@ def resumed(
 
 
 def set_clocks(group: Group, rows: np.ndarray, saved: Sequence[Saved | None]) -> None:
-    """Give new rows, which have their numbers, the clocks of saved state."""
+    """Set the clocks of new rows, whose other columns are filled, to those of saved state."""
     if any(saved):
         steps = [0 if record is None else record.step for record in saved]
         group.set_clocks(rows, steps, [0 if record is None else record.seen for record in saved])
@@ -360,19 +365,19 @@ def entry_of(
     masters: bool,
     average: Average | None,
 ) -> Entry:
-    """An entry with saved state, of whose arrays it takes possession.
+    """Build an entry from saved state; it takes ownership of the arrays.
 
     Args:
-        name: The name.
-        saved: The state.
-        rule: Its rule.
-        clip: Its clip.
-        layout: The layout of its parameter.
+        name: The name of the parameter.
+        saved: The saved state.
+        rule: The rule of the parameter.
+        clip: The clip of the parameter.
+        layout: The layout of the parameter.
         masters: Whether 16-bit parameters have master copies.
-        average: The average that is kept of it.
+        average: The average that is kept for the parameter.
 
     Raises:
-        ValueError: The state does not fit.
+        ValueError: The saved state does not fit the parameter.
     """
     check_fit(name, saved, rule, layout, masters)
     slots = slots_on_host(saved)

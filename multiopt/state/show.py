@@ -1,4 +1,4 @@
-"""The report of ``multiopt show``."""
+"""The report of ``multiopt show``: what a checkpoint file holds, and whether it is intact."""
 
 import json
 import os
@@ -18,24 +18,24 @@ __all__ = ["show"]
 
 HEADINGS = ("name", "state", "rule", "step", "slots", "shape", "dtype", "bytes")
 
-#: What names are called, by the part of a file.
+#: The word for the names in each part of a file.
 STATES = {"entries": "seen", "pending": "pending"}
 
 NUMBERS = {HEADINGS.index("step"), HEADINGS.index("bytes")}
 
 
 def show(path: str | os.PathLike[str]) -> bool:
-    """Print what is in a file, and whether its slots are as they were written.
+    """Print what is in a checkpoint file, and check its slots against their checksums.
 
     Args:
         path: The file.
 
     Returns:
-        Whether they are, as far as there are checksums.
+        False if a slot is damaged, else True, also for an old file without checksums.
 
     Raises:
-        CheckpointError: It is damaged as a whole, or no checkpoint of multiopt.
-        OSError: It cannot be read.
+        CheckpointError: The whole file is unusable, or it is not a checkpoint of multiopt.
+        OSError: The file cannot be read.
     """
     file = listed(path)
     seen, pending = len(file.saved["entries"]), len(file.saved["pending"])
@@ -67,7 +67,7 @@ def show(path: str | os.PathLike[str]) -> bool:
 
 
 def _averages(saved: Mapping[str, Saved]) -> dict[str, Saved]:
-    """The averages of names, as if they were names."""
+    """The averages of names as records of their own, for rows of the report."""
     averages = {}
     for name, record in saved.items():
         form = record.form
@@ -81,7 +81,7 @@ def _averages(saved: Mapping[str, Saved]) -> dict[str, Saved]:
 def _rows(
     state: str, saved: Mapping[str, Saved], rules: dict[tuple[str, str], str]
 ) -> Iterator[tuple[str, ...]]:
-    """A row for each name, and more where its slots are not all alike."""
+    """The rows of each name: one, or more if its slots differ in shape or dtype."""
     for name, record in saved.items():
         rule = dict(record.form.rule.settings)
         kind = str(rule.pop("name", "unknown"))
@@ -105,5 +105,5 @@ def _rows(
 
 
 def _shown(name: str) -> str:
-    """A name as a terminal may have it: one that would move the cursor is quoted."""
+    """A name as it is printed: quoted if it has characters that could move the cursor."""
     return name if name.isprintable() and name.strip() == name != "" else repr(name)

@@ -1,4 +1,15 @@
-"""Tables: names of one form, which are rows in a file as they are in memory."""
+"""Tables of saved state: names of one form are rows in a file, as they are rows in memory.
+
+Rows of a group that share a rule and a shape form one table, so saving copies their slots in a few
+large pieces, whatever the number of names:
+
+>>> import numpy as np
+>>> import multiopt as mo
+>>> opt = mo.Optimizer(mo.Adam())
+>>> _ = opt.step({n: np.ones(2) for n in "abc"}, {n: np.ones(2) for n in "abc"})
+>>> [(table.names, table.steps) for table in held(opt._registry)]
+[(['a', 'b', 'c'], [1, 1, 1])]
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,28 +28,28 @@ if TYPE_CHECKING:
 
 __all__ = ["BLOCK", "CODES", "LARGE", "Pieces", "SavedTable", "held", "layout_text", "waiting"]
 
-#: Elements of a slot from which on it is read and written by itself, and of several that are read
-#: and written together.
+#: A slot of ``LARGE`` elements or more is read and written by itself; smaller ones are joined into
+#: blocks of about ``BLOCK`` elements.
 LARGE, BLOCK = 2**12, 2**14
 
-#: What a file calls the dtypes of slots.
+#: The names of slots' dtypes in a file.
 CODES = {"float32": "F32", "float64": "F64"}
 
-#: Gives for the number of a slot its rows as arrays of two axes, of several rows each.
+#: A function from the index of a slot to its arrays, in pieces of several rows (and two axes) each.
 Pieces = Callable[[int], Iterator[np.ndarray]]
 
 
 class SavedTable(NamedTuple):
-    """Names of one form.
+    """The saved state of names of one form.
 
     Attributes:
         part: ``"entries"`` or ``"pending"``.
         form: The form.
-        names: The names.
-        places: Where they stand in the order of all names of the part.
+        names: The names, one per row.
+        places: Their positions in the order of all names of the part.
         steps: Their clocks.
-        counts: How many steps their averages have seen; empty where there are none.
-        pieces: Their slots, if it is not in a file.
+        counts: How many steps their averages have seen; empty if they have none.
+        pieces: Their slots; None for a table that was read from a file.
     """
 
     part: str
@@ -51,12 +62,12 @@ class SavedTable(NamedTuple):
 
 
 def layout_text(dtype: str, shape: Sequence[int]) -> str:
-    """The dtype and the shape of a slot as a file has them, such as ``F32[2,3]``."""
+    """The dtype and the shape of a slot as a file writes them, such as ``F32[2,3]``."""
     return f"{CODES[dtype]}[{','.join(map(str, shape))}]"
 
 
 def held(registry: "Registry") -> Iterator[SavedTable]:
-    """The tables of names seen, over the memory of their slots."""
+    """The tables of the names in a registry; they read the memory of the slots, without a copy."""
     for group, names, order, rows in registry.names_by_group():
         descriptions: dict[bytes, tuple[Description, Description | None]] = {}
         clocks, seen = group.steps[rows], group.counts(rows)
@@ -65,7 +76,7 @@ def held(registry: "Registry") -> Iterator[SavedTable]:
             if key not in descriptions:
                 step, count = int(clocks[places[0]]), int(seen[places[0]])
                 own, *average = formulas(group.rule_at(int(alike[0])))
-                # An average that has seen no step is none.
+                # An average that has seen no steps is not saved.
                 average_rule = (
                     description(average[0], count, registry.steps) if average and count else None
                 )
@@ -96,12 +107,12 @@ def _rows_of(
 
 
 def _alike(group: Group, rows: np.ndarray) -> dict[tuple[bytes, tuple[int, ...]], list[int]]:
-    """Positions of rows by what tells their rules, averages and shapes apart."""
+    """The positions of rows, sorted by rule, average and shape: equal rows share a key."""
     numbers, schedule = group.numbers[rows], group.schedule[rows]
     clocks = np.stack([group.steps[rows], group.counts(rows)])
     if group.has_averages:
         numbers[:, -1] = clocks[1] > 0
-    # The numbers of schedules are of the last step; a description has those of the clock.
+    # A scheduled number is from the last step; the description computes it from the clock.
     for number in np.unique(schedule).tolist() if group.scheduled else ():
         numbers[np.ix_(schedule == number, list(group.schedules[number].columns))] = 0.0
     table = np.column_stack([numbers, schedule, *np.where(schedule != 0, clocks, 0)])
@@ -114,7 +125,7 @@ def _alike(group: Group, rows: np.ndarray) -> dict[tuple[bytes, tuple[int, ...]]
 
 
 def waiting(saved: Mapping[str, Saved], part: str = "pending") -> list[SavedTable]:
-    """The tables of records."""
+    """The tables of records, one for each form."""
     alike: dict[int, list[int]] = {}
     names, records = list(saved), list(saved.values())
     for place, one in enumerate(records):

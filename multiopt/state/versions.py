@@ -1,4 +1,7 @@
-"""Files of versions 1 and 2: a description of each name, and a tensor for each of its slots."""
+"""Reading checkpoint files of versions 1 and 2.
+
+In those, every name has a description of its own, and every slot is a tensor of its own.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -23,18 +26,18 @@ class Old:
     """A file of an earlier version.
 
     Args:
-        document: Its description.
-        opened: Its tensors.
-        checksums: Its checksums; None for version 1, which has none.
+        document: The description in the file.
+        opened: The open file, from which tensors are read.
+        checksums: The checksums; None for version 1, which has none.
 
     Raises:
-        CheckpointError: It has another form.
+        CheckpointError: The description is malformed.
     """
 
     def __init__(
         self, document: dict[str, Any], opened: Any, checksums: Sequence[str] | None
     ) -> None:
-        """Look at the description."""
+        """Check the description."""
         self._document, self._opened, self._checksums = document, opened, checksums
         rules = document.pop("rules", []) if checksums is not None else []
         for rule in rules:
@@ -49,13 +52,13 @@ class Old:
         self._check_keys()
 
     def names(self) -> list[str]:
-        """The names of which there is state."""
+        """The names that the file has state for."""
         return list(
             dict.fromkeys(name for part in SECTIONS for name in self._document.get(part, ()))
         )
 
     def records(self, wanted: Set[str] | None) -> Iterator[Record]:
-        """What is saved of those wanted."""
+        """Read the records of the wanted names, or of all names for None."""
         for part, name, entry, average in saved_in(self._document):
             if wanted is None or name in wanted:
                 damage: dict[str, str] = {}
@@ -63,7 +66,7 @@ class Old:
                 yield part, name, saved_of(name, *entries), damage
 
     def _read(self, entry: Mapping[str, Any], damage: dict[str, str]) -> dict[str, Any]:
-        """An entry with its slots."""
+        """Read the slots of an entry; those that are damaged are added to ``damage``."""
         slots = {}
         for slot, key in entry["slots"].items():
             slots[slot] = array = self._opened.get_tensor(key)
@@ -76,10 +79,10 @@ class Old:
         return {**entry, "slots": slots}
 
     def _check_keys(self) -> None:
-        """Hold the keys of the slots to those of the tensors, one each.
+        """Check that every slot has a tensor of its own, and that no tensor is left over.
 
         Raises:
-            CheckpointError: They are others.
+            CheckpointError: The slots and the tensors do not match.
         """
         have = [
             key
@@ -100,7 +103,7 @@ class Old:
 
 
 def _checksum(array: np.ndarray) -> str:
-    """The checksum of a slot: of its dtype, its shape and its bytes."""
+    """The checksum of a slot, over its dtype, shape and bytes."""
     digest = xxh3_64(layout_text(array.dtype.name, array.shape).encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

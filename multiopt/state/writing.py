@@ -1,4 +1,8 @@
-"""Writing the state of an optimizer to a file: ``spec/checkpoint.md``."""
+"""Writing checkpoint files; ``spec/checkpoint.md`` defines the format.
+
+The bytes of the slots are read only once: each piece is written and added to its checksums, which
+come last in the file. So saving needs no more memory than one piece of slots.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,17 +19,17 @@ from multiopt.state.tables import CODES, SavedTable
 
 __all__ = ["CHECKSUMS", "LARGEST_HEADER", "bytes_of", "checksums_of", "too_much", "write"]
 
-#: The tensor of checksums.
+#: The key of the tensor that holds the checksums.
 CHECKSUMS = "checksums"
 
 #: The largest header that safetensors reads, in bytes.
 LARGEST_HEADER = 100_000_000
 
-#: What a mapping and a list of a header count for, where a comma counts for 1: in memory they take
-#: some 250, 110 and 40 bytes, and what is in them.
+#: The weights of a mapping and a list in a header, relative to a comma: parsed, they take about
+#: 250, 110 and 40 bytes of memory, without their contents.
 MAPPING, LIST = 7, 3
 
-#: What a header of any length may count for: 10 000 mappings.
+#: The weight that a header of any length may have: 10 000 mappings.
 MANY = 10_000 * MAPPING
 
 
@@ -36,29 +40,30 @@ def write(
     skips: Mapping[str, Sequence[int]],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a file, whole or not at all.
+    """Write a checkpoint file; a file at a path is replaced completely or not at all.
 
-    No more than one slot is copied at a time, and no large one that is in the memory of the CPU.
+    At most one slot is copied at a time. A large one in the memory of the CPU is not copied.
 
     Args:
-        file: The path of the file, replaced if it exists; or a binary file object, to which all
-            bytes are handed over, from where it is.
-        tables: What is saved of names.
+        file: The path of the file, which is replaced if it exists; or a binary file object, which
+            is written from its current position.
+        tables: The saved state of all names.
         steps: How many steps the optimizer has taken.
-        skips: By name, how many were skipped, in all and in a row.
-        metadata: What else to keep: see ``multiopt.state.metadata``.
+        skips: For each name, how often it was skipped: in total, and consecutively.
+        metadata: The user's own data, in the forms that ``multiopt.state.metadata`` accepts.
 
     Raises:
         OSError: The file cannot be written.
-        TypeError: The metadata is no mapping, or the file neither a path nor a binary file object.
-        ValueError: The metadata or a name is not what JSON can hold, a rule is nested too deep, or
-            there is too much for a header.
+        TypeError: The metadata is not a mapping, or the file is neither a path nor a binary file
+            object.
+        ValueError: JSON cannot hold the metadata or a name, a rule is nested too deeply, or the
+            header would be too large.
     """
     tables = list(tables)
     document = described(tables, steps, skips, {} if metadata is None else metadata)
     description = json.dumps(document, allow_nan=False)
     columns = [(table, k) for table in tables for k in range(len(table.form.slots))]
-    # float64 first: readers that map the file find numbers at multiples of their size.
+    # float64 first, so that in a memory-mapped file every number is aligned to its size.
     order = sorted(range(len(columns)), key=lambda i: _slot(*columns[i]).dtype, reverse=True)
     header = _header(description, columns, order)
     parts = _parts(header, columns, order)
@@ -74,7 +79,7 @@ def _slot(table: SavedTable, k: int) -> Any:
 
 
 def _header(text: str, columns: Sequence[tuple[SavedTable, int]], order: Sequence[int]) -> bytes:
-    """The header of a file, with its length."""
+    """The header of a file, preceded by its length."""
     tensors: dict[str, Any] = {}
     end = count = 0
     for i in order:
@@ -97,7 +102,7 @@ def _header(text: str, columns: Sequence[tuple[SavedTable, int]], order: Sequenc
 def _parts(
     header: bytes, columns: Sequence[tuple[SavedTable, int]], order: Sequence[int]
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a file. Each is looked at once: checksums are made on the way, and come last."""
+    """Generate the bytes of a file, with the checksums of the slots at the end."""
     yield header
     checksums: dict[int, list[int]] = {}
     for i in order:
@@ -107,7 +112,7 @@ def _parts(
         for piece in map(_little_endian, table.pieces(k)):
             checksums[i] += checksums_of(piece)
             data = bytes_of(piece)
-            # The next one is made when this one is gone.
+            # Free this piece before the next one is made.
             del piece
             yield data
             del data
@@ -134,10 +139,10 @@ def checksums_of(rows: np.ndarray) -> list[int]:
 
 
 def too_much(header: bytes) -> str | None:
-    """Why a header is not to be parsed, if it is not.
+    """Why a header must not be parsed; None if it may be.
 
-    In a header that is made for harm, a mapping or a list takes 3 bytes. In one of ours a name with
-    its two or three mappings takes 45 bytes and more, and a number in a list of numbers 3.
+    In a malicious header, a mapping or a list takes only 3 bytes. In ours, a name with its two or
+    three mappings takes at least 45 bytes, and a number in a list of numbers takes 3.
     """
     if len(header) > LARGEST_HEADER:
         return f"the header has {len(header)} bytes; expected {LARGEST_HEADER} at most"
