@@ -1,4 +1,4 @@
-"""Tables that the commands print: no line is wider than the terminal, cells are cut instead."""
+"""Tables for the commands' reports. Long cells are cut, so that no line exceeds the terminal."""
 
 import sys
 from collections.abc import Collection, Sequence
@@ -11,19 +11,20 @@ GAP = "  "
 
 
 def width() -> int:
-    """The columns of the terminal, 80 where there is none; ``COLUMNS``, if set, overrides both."""
+    """The width of the terminal in columns, or 80 without one; ``COLUMNS`` overrides both."""
     return get_terminal_size().columns
 
 
 def table(rows: Sequence[Sequence[str] | str], numbers: Collection[int] = ()) -> str:
     """Lay out a table.
 
-    Cells that are too wide for the terminal are cut in the middle, since long names differ at their
-    ends. The widest of those with text are cut first.
+    If the table is too wide for the terminal, the widest text cells are cut first. They are cut in
+    the middle, since long names differ at their ends.
 
     Args:
-        rows: Each of as many cells as the others, or one text across all columns.
-        numbers: The columns, from 0, that are aligned to the right.
+        rows: The rows. Each is a sequence of cells, of the same length as the others, or one text
+            across all columns.
+        numbers: The columns (counted from 0) that are aligned to the right and never cut.
 
     Returns:
         The lines of the table, without a newline at the end.
@@ -55,25 +56,25 @@ def table(rows: Sequence[Sequence[str] | str], numbers: Collection[int] = ()) ->
 
 
 def _printable(text: str) -> str:
-    """The text as it will be written: letters that the terminal has not are escaped."""
+    """The text as it will be written: characters that the terminal cannot display are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _mark() -> str:
-    """What stands for that which was cut."""
+    """The mark in place of what was cut."""
     return "…" if _printable("…") == "…" else "..."
 
 
 def _columns(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """How many columns of the terminal a text takes."""
     if text.isascii():
         return len(text)
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "FW" else 1 for c in text)
 
 
 def _bound(widths: Sequence[int], room: int) -> int:
-    """The largest bound to all widths with which they fit into the room, and at least 1."""
+    """The largest width limit, at least 1, with which all columns fit into the room."""
     if sum(widths) <= room:
         return max(widths, default=1)
     bounds = range(room, 1, -1)
@@ -81,7 +82,7 @@ def _bound(widths: Sequence[int], room: int) -> int:
 
 
 def _cut(text: str, size: int, mark: str) -> str:
-    """The text in no more columns than that, its middle left out if there are too few."""
+    """Shorten a text to a number of columns by leaving out its middle."""
     if _columns(text) <= size:
         return text
     room = size - len(mark)
@@ -92,7 +93,7 @@ def _cut(text: str, size: int, mark: str) -> str:
 
 
 def _head(text: str, size: int) -> str:
-    """As much of a text as goes into so many columns."""
+    """The longest beginning of a text that fits into a number of columns."""
     taken = 0
     for i, letter in enumerate(text):
         taken += _columns(letter)

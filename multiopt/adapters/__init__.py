@@ -1,1 +1,4 @@
-"""Hosts that multiopt can serve in place of their own optimizers: one file a host."""
+"""Adapters for other libraries: ``torch_optim`` for torch, ``pyro`` as a drop-in for pyro.optim.
+
+``torch`` holds what both share. The core of multiopt imports neither torch nor Pyro.
+"""

@@ -1,6 +1,7 @@
-"""State from and to the state dict of a whole ``torch.optim`` optimizer: ``docs/from_torch.md``.
+"""Convert the state of a ``torch.optim`` optimizer to multiopt's and back.
 
-torch numbers parameters, so it takes their names to know them here.
+torch numbers the parameters of an optimizer, so their names are needed to find them here;
+``docs/from_torch.md`` is the guide.
 
 >>> import multiopt as mo
 >>> import torch
@@ -54,25 +55,25 @@ def from_torch(
     optimizer_class: type[torch.optim.Optimizer] | type[Rule],
     names: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """A state dict for ``Optimizer.load_state_dict`` from that of a torch optimizer.
+    """Convert a torch optimizer's state dict to one for ``Optimizer.load_state_dict``.
 
-    Each name comes with the settings of its group, which ``rules_of`` makes rules of. torch's SGD
-    and Muon count no steps: their clocks become 1, or 0 before the first step.
+    Each name carries the settings of its group; ``rules_of`` turns them into rules. torch's SGD and
+    Muon do not count steps: their clocks become 1, or 0 before the first step.
 
     Args:
-        state_dict: That of the torch optimizer.
-        optimizer_class: Its class, or the rule of that name.
-        names: The names of its parameters, in the order of the groups and within them; by default
-            those that torch keeps of an optimizer made from ``named_parameters()``.
+        state_dict: The state dict of the torch optimizer.
+        optimizer_class: The class of the torch optimizer, or multiopt's rule of the same name.
+        names: The names of the parameters, in the order of the groups and within them; by default
+            the names that torch keeps if the optimizer was made from ``named_parameters()``.
 
     Returns:
-        The state dict, its slots tensors on the CPU, copies; float32 for a 16-bit parameter.
+        The state dict. Its slots are copies on the CPU, in float32 for a 16-bit parameter.
 
     Raises:
-        CheckpointError: It has another form, is that of another optimizer, or a setting is out of
-            range.
-        ValueError: There are too many names, too few, or one is there twice.
-        TypeError: multiopt has no rule for the class, or a name is no string.
+        CheckpointError: The state dict is malformed or from another optimizer, or a setting is out
+            of range.
+        ValueError: There are too many or too few names, or a name appears twice.
+        TypeError: multiopt has no rule for the class, or a name is not a string.
     """
     rule_class = rule_class_of(optimizer_class)
     groups, states = _checked(state_dict)
@@ -80,7 +81,7 @@ def from_torch(
     entries = {}
     for group in groups:
         for number in group["params"]:
-            # A parameter that never had a gradient has no state.
+            # torch keeps no state for a parameter that never had a gradient.
             alone = {
                 "state": {number: states.get(number, {})},
                 "param_groups": [{**group, "params": [number]}],
@@ -94,25 +95,25 @@ def to_torch(
     optimizer: torch.optim.Optimizer,
     names: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """A state dict for ``load_state_dict`` of a torch optimizer from that of an ``Optimizer``.
+    """Convert an ``Optimizer``'s state dict to one for a torch optimizer's ``load_state_dict``.
 
-    Groups get the hyperparameters of their names, schedules as the numbers they gave last. What the
-    state dict does not know stays as it is in the torch optimizer: parameters that are not in it,
-    ``fused`` and its like, and what users and schedulers keep in groups.
+    Groups get the hyperparameters of their names, and a schedule becomes the last number it gave.
+    Whatever the state dict does not mention keeps its value in the torch optimizer: parameters that
+    it does not have, settings such as ``fused``, and what users and schedulers keep in groups.
 
     Args:
-        state_dict: That of the ``Optimizer``; what is pending counts too.
+        state_dict: The state dict of the ``Optimizer``; pending state is converted as well.
         optimizer: The torch optimizer, which is not changed.
-        names: As for ``from_torch``.
+        names: The names of the torch optimizer's parameters, as in ``from_torch``.
 
     Returns:
-        The state dict, its tensors copies on the CPU, with the dtypes of their parameters.
+        The state dict. Its tensors are copies on the CPU, with the dtypes of their parameters.
 
     Raises:
-        ValueError: State is of a name that the torch optimizer does not have, of another rule or
-            of another shape; names of one group differ in a hyperparameter; the names are too many,
-            too few, or one is there twice.
-        TypeError: multiopt has no rule for the torch optimizer, or a name is no string.
+        ValueError: There is state for a name that the torch optimizer does not have, or state of
+            another rule or shape; the names of one group differ in a hyperparameter; there are too
+            many or too few names, or a name appears twice.
+        TypeError: multiopt has no rule for the torch optimizer, or a name is not a string.
     """
     rule_class_of(type(optimizer))
     theirs = optimizer.state_dict()
@@ -141,16 +142,16 @@ def to_torch(
 
 
 def rules_of(state_dict: Mapping[str, Any]) -> dict[str, Rule]:
-    """The rules that a state dict describes, by name, which an ``Optimizer`` may have again.
+    """Rebuild the rules that a state dict describes, for a new ``Optimizer``.
 
     Args:
-        state_dict: Of ``from_torch``, ``from_pyro`` or ``Optimizer.state_dict``.
+        state_dict: The result of ``from_torch``, ``from_pyro`` or ``Optimizer.state_dict``.
 
     Returns:
-        The rules, schedules as the numbers they gave last. Equal rules are one object.
+        The rules by name. A schedule becomes the last number it gave; equal rules are one object.
 
     Raises:
-        ValueError: A description is that of no rule of multiopt's.
+        ValueError: A description is not of one of multiopt's rules.
 
     >>> import numpy as np, multiopt as mo
     >>> from multiopt.adapters.torch_optim import rules_of
@@ -169,10 +170,10 @@ def rules_of(state_dict: Mapping[str, Any]) -> dict[str, Rule]:
 
 
 def _checked(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[int, Mapping[str, Any]]]:
-    """The groups and the states in a state dict of torch.
+    """Check a state dict of torch, and return its groups and its states.
 
     Raises:
-        CheckpointError: It has another form.
+        CheckpointError: It is malformed.
     """
     parts = state_dict if isinstance(state_dict, Mapping) else {}
     groups, states = parts.get("param_groups"), parts.get("state")
@@ -198,11 +199,11 @@ def _checked(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[int, Map
 
 
 def _names_of(groups: Iterable[Mapping[str, Any]], names: Iterable[str] | None) -> dict[int, str]:
-    """The names of parameters by their numbers.
+    """The names of the parameters by their numbers.
 
     Raises:
-        ValueError: There are too many, too few, or one is there twice.
-        TypeError: One is no string.
+        ValueError: There are too many or too few names, or a name appears twice.
+        TypeError: A name is not a string.
     """
     numbers = [number for group in groups for number in group["params"]]
     if names is None:
@@ -228,10 +229,10 @@ def _names_of(groups: Iterable[Mapping[str, Any]], names: Iterable[str] | None) 
 def _settings(
     constructor: type[torch.optim.Optimizer], entries: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The settings of a group of torch: the hyperparameters of all its names.
+    """The settings of a torch group: the hyperparameters that all its names share.
 
     Raises:
-        ValueError: They differ, or are those of another rule.
+        ValueError: The names differ in a hyperparameter, or have another rule.
     """
     first, shared = "", dict[str, Any]()
     for name, entry in entries.items():
@@ -263,10 +264,10 @@ def _state(
     settings: Mapping[str, Any],
     param: torch.Tensor,
 ) -> dict[str, Any]:
-    """The state of a parameter in torch.
+    """The state of one parameter as torch keeps it.
 
     Raises:
-        ValueError: A slot does not fit.
+        ValueError: A slot does not fit the parameter.
     """
     rule = rule_of(name, entry["rule"])
     try:

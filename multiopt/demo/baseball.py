@@ -1,14 +1,14 @@
 """The data, the model and the gradient of its ELBO.
 
-The model, with one latent skill ``z`` a player::
+The model, with one latent skill ``z`` per player::
 
     hits ~ Binomial(45, sigmoid(mu + sigma * z)),   z ~ Normal(0, 1)
     mu ~ Normal(-1, 1),   sigma ~ HalfNormal(1)
 
-``sigmoid(-1)`` is 0.27, an ordinary batting average. The skills are not centred on ``mu``: with
-centred ones, a guide of independent normals lets ``sigma`` collapse.
+``sigmoid(-1)`` is 0.27, an ordinary batting average. The parameterization is not centred on ``mu``:
+with a centred one, ``sigma`` collapses under a guide of independent normals.
 
-The guide gives ``mu``, ``log_sigma`` and each ``z.<player>`` a normal of its own; its parameters
+The guide is an independent normal for ``mu``, ``log_sigma`` and each ``z.<player>``; its parameters
 are called ``<latent>.loc`` and ``<latent>.log_scale``.
 """
 
@@ -25,7 +25,7 @@ __all__ = ["AT_BATS", "Floats", "Player", "born", "latents", "negative_elbo", "p
 
 Floats: TypeAlias = NDArray[np.float64]
 
-#: At bats of each player that the model sees.
+#: How many at bats of each player the model sees.
 AT_BATS = 45
 
 
@@ -46,7 +46,7 @@ class Player(NamedTuple):
 
 
 def players() -> list[Player]:
-    """The players, best start first.
+    """The players, with the best start to the season first.
 
     >>> players()[0]
     Player(name='Roberto Clemente', hits=18, rest_at_bats=367, rest_average=0.346)
@@ -67,7 +67,7 @@ def latents(batch: Sequence[Player]) -> list[str]:
 
 
 def born(latent: str) -> dict[str, Floats]:
-    """The guide of a latent variable before it has met data, as 0-d arrays.
+    """The initial guide of a latent variable, as 0-d arrays.
 
     >>> born("mu")
     {'mu.loc': array(-1.), 'mu.log_scale': array(-1.)}
@@ -77,7 +77,7 @@ def born(latent: str) -> dict[str, Floats]:
 
 
 def sigmoid(x: Floats) -> Floats:
-    """The batting average of a skill on the scale of log odds."""
+    """The batting average for a skill in log odds."""
     return 1.0 / (1.0 + np.exp(-x))
 
 
@@ -90,7 +90,7 @@ def negative_elbo(
     section 2.3, with the entropy of the guide in closed form; minibatches as in its section 2.2.
 
     Args:
-        values: The guide's parameters, 0-d arrays by name; others than the batch's are ignored.
+        values: The guide's parameters, 0-d arrays by name; those of other players are ignored.
         batch: Players drawn from those who have joined, to stand for all of them.
         joined: How many players have joined.
         noise: Standard normal draws, of shape (samples, 2 + players in the batch).

@@ -1,4 +1,4 @@
-"""The training loop: players arrive in a stream, and half-way everything is saved and dropped."""
+"""The training loop: players join one by one, and half-way everything is saved and dropped."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ __all__ = [
     "start",
 ]
 
-#: From a NumPy array to one of the library that a fit runs on: ``torch.from_numpy``, for one.
+#: Converts a NumPy array to the library that a fit runs on, such as ``torch.from_numpy``.
 AsArray: TypeAlias = Callable[[Any], Any]
 
 
@@ -37,9 +37,9 @@ class Plan:
     Args:
         stream: The players, in the order in which they join.
         steps: How many steps to take.
-        seed: Of the minibatches and of the noise.
-        batch: How many of the players who have joined a step sees.
-        samples: How many draws from the guide a step makes.
+        seed: The seed of the minibatches and the noise.
+        batch: How many of the players who have joined are in a minibatch.
+        samples: How many samples each step draws from the guide.
     """
 
     stream: tuple[Player, ...]
@@ -63,10 +63,10 @@ class Record(NamedTuple):
     """What a step saw and did.
 
     Attributes:
-        elbo: Its estimate of the ELBO, of the players who have joined.
-        joined: How many have.
+        elbo: The estimate of the ELBO for the players who have joined.
+        joined: How many players have joined.
         names: How many names the optimizer has seen.
-        pending: How many names still wait with loaded state.
+        pending: How many names still have pending state.
         clipped: How many gradients the clip shortened.
     """
 
@@ -83,7 +83,7 @@ def learning_rate(step: int) -> float:
 
 
 def new_optimizer() -> mo.Optimizer:
-    """An optimizer that has seen nothing; the schedule of a name starts when the name does."""
+    """A new optimizer; the schedule of each name starts when the name is first seen."""
     return mo.Optimizer(mo.Adam(lr=learning_rate), clip=mo.Clip(norm=30.0))
 
 
@@ -102,8 +102,8 @@ def advance(fit: Fit, plan: Plan, steps: range, as_array: AsArray, title: str = 
         fit: The fit, changed in place.
         plan: The plan.
         steps: Which of its steps to take; the first is 0.
-        as_array: Makes the arrays of the library that the fit runs on.
-        title: The words before the progress bar; without any there is no bar.
+        as_array: Converts arrays to the library that the fit runs on.
+        title: The text before the progress bar; if empty, there is no bar.
 
     Returns:
         A record of each step.
@@ -112,7 +112,7 @@ def advance(fit: Fit, plan: Plan, steps: range, as_array: AsArray, title: str = 
     smooth = 0.0
     with progress(steps, title) as bar:
         for step in bar:
-            # Seeded by the step, so that a fit that goes on draws what it would have drawn.
+            # Seeded by the step, so that a resumed fit draws the same numbers.
             rng = np.random.default_rng([plan.seed, step])
             joined = min(1 + step // plan.every, len(plan.stream))
             chosen = rng.choice(joined, min(plan.batch, joined), replace=False)
@@ -166,7 +166,7 @@ def resume(
 
 
 def equal(fit: Fit, other: Fit) -> bool:
-    """Whether two fits, on whatever libraries, agree in every name, value, clock and slot."""
+    """Whether two fits, on any libraries, are equal in every name, value, clock and slot."""
     names = fit.params.keys()
     if any(x != names for x in (other.params.keys(), {*fit.optimizer}, {*other.optimizer})):
         return False
@@ -180,8 +180,8 @@ def equal(fit: Fit, other: Fit) -> bool:
 
 
 def progress(steps: range, title: str) -> "tqdm[int]":
-    """A progress bar over steps; without a title, or without a terminal, none."""
+    """A progress bar over steps; it is off without a title, or without a terminal."""
     form = "{desc:19}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}"
-    # None: only on a terminal.
+    # None turns it off unless the output is a terminal.
     off = None if title else True
     return tqdm(steps, title, disable=off, ncols=min(width(), 80) - 1, bar_format=form)

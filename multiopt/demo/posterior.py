@@ -1,4 +1,4 @@
-"""What is known of the players: exactly, by quadrature, and by a fitted guide."""
+"""The posterior of the players' skills: exact, by quadrature, and from a fitted guide."""
 
 from collections.abc import Mapping, Sequence
 from math import comb, log, pi
@@ -28,15 +28,15 @@ class Posterior(NamedTuple):
 def exact(players: Sequence[Player]) -> tuple[Posterior, float]:
     """The posterior and the log evidence, by quadrature.
 
-    Given ``mu`` and ``sigma`` the players are independent, so each ``z`` is integrated by itself.
-    Twice as many nodes in every direction change the averages and the log evidence by less than
-    1e-10, the mean and the deviation of ``sigma`` by less than 2e-5.
+    Given ``mu`` and ``sigma``, the players are independent, so each ``z`` is integrated by itself.
+    Doubling the number of nodes in every direction changes the averages and the log evidence by
+    less than 1e-10, and the mean and the deviation of ``sigma`` by less than 2e-5.
 
     Returns:
         The posterior, and the logarithm of the probability of the data.
     """
-    # The posterior, as a function of sigma extended to negative values, is even and smooth: the
-    # midpoint rule loses nothing at 0. Beyond these ranges lies 1.2e-9 of the posterior.
+    # Extended to negative sigma, the posterior is even and smooth, so the midpoint rule loses
+    # nothing at 0. Only 1.2e-9 of the posterior lies outside these ranges.
     step = 0.01
     mu = np.arange(-2.0, 0.0, step)
     sigma = np.arange(0.5 * step, 2.0, step)
@@ -69,7 +69,7 @@ def exact(players: Sequence[Player]) -> tuple[Posterior, float]:
 
 
 def of_guide(values: Mapping[str, Floats], players: Sequence[Player]) -> Posterior:
-    """What a fitted guide says, from 100 000 draws: errors of the averages are about 1e-4.
+    """The posterior of a fitted guide, from 100 000 draws; errors of averages are about 1e-4.
 
     Args:
         values: The guide's parameters by name.

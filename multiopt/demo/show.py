@@ -33,7 +33,7 @@ def demo(steps: int, seed: int) -> bool:
 
     Args:
         steps: Steps of the fit in NumPy; Pyro's takes three eighths as many.
-        seed: Of all random numbers.
+        seed: The seed of all random numbers.
 
     Returns:
         False if torch is installed and its fit differs from NumPy's, else True.
@@ -73,7 +73,7 @@ def demo(steps: int, seed: int) -> bool:
 
 
 def fit_in_numpy(plan: Plan) -> Fit:
-    """Run both halves of the plan with NumPy arrays and tell what happens."""
+    """Run both halves of the plan with NumPy arrays, and report what happens."""
     print(
         f"NumPy alone. A player joins every {plan.every} steps and brings parameters; a step\n"
         f"sees {plan.batch} of those who have joined. The more of them, the lower the ELBO."
@@ -107,7 +107,7 @@ def fit_in_numpy(plan: Plan) -> Fit:
 
 
 def show_elbo(history: Sequence[Record], done: int) -> None:
-    """Print the mean ELBO of four stretches."""
+    """Print the mean ELBO of four stretches of steps."""
     if not done:
         print("\n         steps   players     names      ELBO")
     edges = np.linspace(0, len(history), 5).astype(int)
@@ -134,8 +134,8 @@ def show_estimates(
 
     both = [("", "SVI", "exact")]
     for name, ours, theirs in (("mu", guide.mu, truth.mu), ("sigma", guide.sigma, truth.sigma)):
-        mine, its = (f"{mean:.2f} ({deviation:.2f})" for mean, deviation in (ours, theirs))
-        both.append((f"  {name}, mean (deviation)", mine, its))
+        cells = [f"{mean:.2f} ({deviation:.2f})" for mean, deviation in (ours, theirs)]
+        both.append((f"  {name}, mean (deviation)", cells[0], cells[1]))
     both.append(("  ELBO <= log evidence", f"{elbo:.2f}", f"{evidence:.2f}"))
     print(table(both, numbers={1, 2}))
     print("  The guide's normals are independent, so it is a little too sure.\n")

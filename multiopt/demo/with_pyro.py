@@ -1,7 +1,7 @@
 """The same model in Pyro, fitted by its SVI with the drop-in. Needs ``pyro-ppl``."""
 
 # mypy: allow-untyped-calls
-# Most of Pyro has no annotations.
+# Most of Pyro is not annotated.
 
 from collections.abc import Sequence
 from math import exp
@@ -26,11 +26,11 @@ def fit(players: Sequence[Player], steps: int, seed: int, title: str = "") -> di
     Args:
         players: The players.
         steps: How many steps to take.
-        seed: Of Pyro's random numbers.
-        title: The words before the progress bar; without any there is no bar.
+        seed: The seed of Pyro's random numbers.
+        title: The text before the progress bar; if empty, there is no bar.
 
     Returns:
-        The guide's parameters under the names that ``baseball`` gives them.
+        The guide's parameters under the names used in ``baseball``.
     """
     hits = torch.tensor([float(player.hits) for player in players])
 
@@ -41,17 +41,17 @@ def fit(players: Sequence[Player], steps: int, seed: int, title: str = "") -> di
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("hits", dist.Binomial(AT_BATS, logits=mu + sigma * z), obs=hits)
 
-    # A scope of its own, so that a caller's parameters stay as they are.
+    # In a scope of its own, so that the caller's parameters are not touched.
     with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Where ``baseball.born`` begins.
+        # The same start as in ``baseball.born``.
         beginning = {"mu": -1.0, "sigma": exp(-1.0), "z": 0.0}
         guide = AutoNormal(
             model,
             init_loc_fn=lambda site: torch.full(site["fn"].shape(), beginning[site["name"]]),
             init_scale=0.5,
         )
-        # From 0.05 to a hundredth of it. Pyro's clip_norm bounds each element.
+        # The rate decays from 0.05 to a hundredth of that. Pyro's clip_norm bounds each element.
         optimizer = optim.ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / steps), "clip_norm": 30.0})
         loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
         svi = SVI(model, guide, optimizer, loss)
@@ -64,7 +64,7 @@ def fit(players: Sequence[Player], steps: int, seed: int, title: str = "") -> di
 
 
 def _renamed(guide: AutoNormal, players: Sequence[Player]) -> dict[str, Floats]:
-    """AutoNormal's parameters by our names; its normal for sigma is one for log sigma, too."""
+    """AutoNormal's parameters under our names; its guide of sigma is a normal of log sigma."""
     values = {}
     for ours, site in (("mu", "mu"), ("log_sigma", "sigma")):
         values[f"{ours}.loc"] = getattr(guide.locs, site).detach().double().numpy()

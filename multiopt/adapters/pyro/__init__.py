@@ -1,7 +1,6 @@
 """A drop-in for ``pyro.optim``: ``import multiopt.adapters.pyro as optim``.
 
-Names, calls, arguments and results are Pyro's; ``docs/pyro.md`` lists where the drop-in differs on
-purpose.
+Names, calls, arguments and results are Pyro's; ``docs/pyro.md`` lists the deliberate differences.
 
 >>> import pyro, torch
 >>> import multiopt.adapters.pyro as optim
@@ -29,36 +28,37 @@ from multiopt.adapters.pyro.optim import PyroOptim
 if TYPE_CHECKING:
 
     def __getattr__(name: str) -> Callable[..., Any]:
-        """One of ``FACTORIES``; what it makes depends on its arguments."""
+        """Return one of ``FACTORIES``; the type of its result depends on its arguments."""
 
 
 def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:
-    """A function in the place of one of ``pyro.optim``.
+    """Make the counterpart of a function of ``pyro.optim``.
 
     Args:
-        name: Its name.
-        like: Pyro's, which has the same arguments.
+        name: The name of the function.
+        like: Pyro's function, which takes the same arguments.
     """
     wrapper: Any = PyroOptim
     constructor: Any = CONSTRUCTORS.get(name)
     first = "Arguments of the torch optimizer, or a callable that gives them for a parameter name"
     if constructor is None:
         wrapper, constructor = PyroLRScheduler, getattr(torch.optim.lr_scheduler, name)
-        what, first = f"``torch.optim.lr_scheduler.{name}``", "See ``PyroLRScheduler``"
+        what = f"``torch.optim.lr_scheduler.{name}``"
+        first = "The torch optimizer, its arguments, and those of the scheduler"
     elif constructor in RULES:
-        what = f"see ``multiopt.{name}``"
+        what = f"the rule ``multiopt.{name}``"
     else:
         what = f"``{constructor.__module__}.{name}``, wrapped as Pyro does"
     doc = [f"``pyro.optim.{name}``: {what}.", "", "Args:", f"    optim_args: {first}."]
     own = dict(signature(wrapper.__init__).parameters)
     without = ["self", "optim_constructor", "scheduler_constructor"]
     if "clip_args" in signature(like).parameters:
-        doc.append("    clip_args: ``clip_norm`` and ``clip_value``, or a callable likewise.")
+        doc.append("    clip_args: ``clip_norm`` and ``clip_value``, or a callable for them.")
     else:
         without.append("clip_args")
-    parameters = [one for key, one in own.items() if key not in without]
-    more = [one.name for one in parameters if one.kind is Parameter.KEYWORD_ONLY]
-    doc += [f"    {key}: As for ``PyroOptim``." for key in more]
+    parameters = [parameter for key, parameter in own.items() if key not in without]
+    more = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    doc += [f"    {key}: The argument of ``PyroOptim``." for key in more]
 
     def factory(*args: Any, **kwargs: Any) -> PyroOptim:
         bound = arguments.bind(*args, **kwargs)
@@ -71,7 +71,7 @@ def _factory(name: str, like: Callable[..., Any]) -> Callable[..., PyroOptim]:
     return factory
 
 
-#: The functions of ``pyro.optim``, each optimizer by multiopt's rule if there is one of its name.
+#: The functions of ``pyro.optim``; an optimizer uses multiopt's rule of the same name, if any.
 FACTORIES = {
     name: _factory(name, getattr(pyro.optim, name))
     for name in pyro.optim.__all__

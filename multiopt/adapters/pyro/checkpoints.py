@@ -1,4 +1,6 @@
-"""State from and to a checkpoint of a Pyro optimizer, for an ``Optimizer``: ``docs/pyro.md``.
+"""Convert checkpoints of Pyro's own optimizers to and from the state of an ``Optimizer``.
+
+For programs that leave ``pyro.optim`` altogether; ``docs/pyro.md`` is the guide.
 
 >>> import multiopt as mo
 >>> import pyro, torch
@@ -38,21 +40,22 @@ __all__ = ["from_pyro", "to_pyro"]
 
 
 def from_pyro(states: Mapping[str, Any], optimizer_class: Any) -> dict[str, Any]:
-    """A state dict for ``Optimizer.load_state_dict`` from a checkpoint of a Pyro optimizer.
+    """Convert a checkpoint of a Pyro optimizer to a state dict for ``Optimizer.load_state_dict``.
 
-    Each name comes with its settings, which ``torch_optim.rules_of`` makes rules of. A schedule of
-    Pyro's stays behind, with a warning: the settings are those that it has come to.
+    Each name carries its settings; ``torch_optim.rules_of`` turns them into rules. Schedules of
+    Pyro are left out with a warning: the settings are their current values.
 
     Args:
-        states: What ``get_state()`` gives, or ``torch_optim.read`` of a file that ``save`` wrote.
-        optimizer_class: The class of the torch optimizer, the function of ``pyro.optim``, or the
-            rule of that name.
+        states: The result of Pyro's ``get_state()``, or of ``torch_optim.read`` for a file that
+            Pyro's ``save`` wrote.
+        optimizer_class: The class of the torch optimizer, the function of ``pyro.optim``, or
+            multiopt's rule of the same name.
 
     Returns:
-        The state dict, its slots tensors on the CPU, copies; float32 for a 16-bit parameter.
+        The state dict. Its slots are copies on the CPU, in float32 for a 16-bit parameter.
 
     Raises:
-        CheckpointError: They have another form, are of another optimizer, or a setting is out of
+        CheckpointError: The states are malformed or from another optimizer, or a setting is out of
             range.
         TypeError: multiopt has no rule for the class.
     """
@@ -68,21 +71,21 @@ def from_pyro(states: Mapping[str, Any], optimizer_class: Any) -> dict[str, Any]
 def to_pyro(
     state_dict: Mapping[str, Any], schedulers: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A checkpoint for ``set_state`` of a Pyro optimizer from a state dict of an ``Optimizer``.
+    """Convert a state dict of an ``Optimizer`` to a checkpoint for ``set_state`` in Pyro.
 
-    ``torch.save`` makes a file of it that Pyro's ``load`` reads.
+    Written with ``torch.save``, it is a file that Pyro's ``load`` reads.
 
     Args:
-        state_dict: That of the ``Optimizer``; what is pending counts too.
-        schedulers: A checkpoint of a ``PyroLRScheduler``, for one: it goes on with the schedules
-            that are there, of which it must have one for each name.
+        state_dict: The state dict of the ``Optimizer``; pending state is converted as well.
+        schedulers: For a ``PyroLRScheduler``: a checkpoint of one, with a schedule for each name.
+            Those schedules continue.
 
     Returns:
-        By name, the state dict of a torch optimizer of one parameter.
+        For each name, the state dict of a torch optimizer of one parameter.
 
     Raises:
-        ValueError: A rule, or an option of it, is not Pyro's, or a name has no schedule.
-        CheckpointError: ``schedulers`` has another form.
+        ValueError: Pyro does not have a rule or one of its options, or a name has no schedule.
+        CheckpointError: ``schedulers`` is malformed.
     """
     states = {}
     for name, entry in for_torch(state_dict).items():

@@ -1,4 +1,4 @@
-"""The torch optimizers that names of ``pyro.optim`` stand for, and the rules that they follow."""
+"""Which torch optimizer each name of ``pyro.optim`` stands for, and which rule replaces it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from multiopt.rules import Rule
 
 __all__ = ["CONSTRUCTORS", "RULES", "Settings", "has_rule"]
 
-#: Settings of a dict, or a callable that gives them for a name, or for a module and a name.
+#: Settings: a dict, or a callable that returns one for a name, or for a module and a name.
 Settings = dict[str, Any] | Callable[..., dict[str, Any]]
 
-#: The torch optimizers that a name of ``pyro.optim`` stands for. LBFGS is not for SVI, says Pyro.
+#: The torch optimizer that each name of ``pyro.optim`` stands for. Pyro excludes LBFGS from SVI.
 CONSTRUCTORS: dict[str, type[torch.optim.Optimizer]] = {
     name: value
     for name, value in vars(torch.optim).items()
@@ -27,7 +27,7 @@ CONSTRUCTORS: dict[str, type[torch.optim.Optimizer]] = {
     "DCTAdam": dct_adam.DCTAdam,
 }
 
-#: The rules of multiopt, by the torch optimizer whose arguments and state they take.
+#: multiopt's rules, by the torch optimizer whose arguments and state they accept.
 RULES: dict[Any, type[Rule]] = {
     constructor: getattr(rules, name)
     for name, constructor in CONSTRUCTORS.items()

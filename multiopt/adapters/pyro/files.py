@@ -1,4 +1,8 @@
-"""Files of the drop-in: those of ``multiopt.Optimizer.save``, with what groups hold beside."""
+"""Checkpoint files of the drop-in.
+
+They have the format of ``multiopt.Optimizer.save``, so ``multiopt.Optimizer.load`` reads them too.
+The keys that schedulers and users keep in parameter groups are in their metadata.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -14,16 +18,16 @@ from multiopt.state.writing import write
 
 __all__ = ["read_file", "write_file"]
 
-#: The name of the metadata under which keys of schedulers and users are.
+#: The key in the metadata under which the groups' other keys are stored.
 GROUPS = "param_groups"
 
 
 def write_file(file: Target, states: Mapping[str, Mapping[str, Any]], steps: int) -> None:
-    """Write state to a file.
+    """Write the state of a drop-in optimizer to a file.
 
     Args:
         file: The file.
-        states: The state by label, as ``TensorOptimizer.plain_state``.
+        states: The results of ``TensorOptimizer.plain_state``, by label.
         steps: How many steps the optimizer has taken.
     """
     records = {
@@ -36,7 +40,7 @@ def write_file(file: Target, states: Mapping[str, Mapping[str, Any]], steps: int
 
 
 def _plain(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file can hold of the keys that schedulers and users have put into a group."""
+    """Keep those keys of a group that a file can hold, and warn about the others."""
     kept = {}
     for name, value in group.items():
         try:
@@ -53,11 +57,11 @@ def _plain(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_file(file: Source, averages: bool) -> tuple[dict[str, dict[str, Any]], int | None]:
-    """The state in a file by label, and how many steps the optimizer had taken.
+    """Read the state in a file by label, and how many steps the optimizer had taken.
 
     Args:
         file: The file.
-        averages: Whether averages are wanted.
+        averages: Whether to read averages; without, they are left out with a warning.
 
     Raises:
         CheckpointError: The file is damaged, or of another kind.
@@ -70,7 +74,7 @@ def read_file(file: Source, averages: bool) -> tuple[dict[str, dict[str, Any]], 
     )
     beside = {"skips": contents.skips, "group": contents.metadata.get(GROUPS)}
     for name, by_label in beside.items():
-        # The metadata may be somebody else's.
+        # The metadata may come from another program.
         for label, value in by_label.items() if isinstance(by_label, dict) else ():
             if label in loaded and (name == "skips" or isinstance(value, dict)):
                 loaded[label][name] = value

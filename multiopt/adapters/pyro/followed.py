@@ -1,4 +1,8 @@
-"""What the caller holds and may change between calls: settings of his own, clocks that he reads."""
+"""Objects that the user holds and may change between calls: settings, and clocks that were read.
+
+Pyro reads settings again at every step, and torch shows a clock as a tensor that can be written. So
+at each call the drop-in compares them with what they held before, and follows what has changed.
+"""
 
 import sys
 from collections.abc import Mapping
@@ -20,7 +24,13 @@ __all__ = ["Clocks", "Source", "Sources"]
 
 @dataclass(slots=True)
 class Source:
-    """An object from which settings were read, what it held then, and whose settings they are."""
+    """A user's object that settings were read from.
+
+    Attributes:
+        given: The object.
+        held: The numbers that it held when it was last read.
+        users: The tensors whose settings were read from it.
+    """
 
     given: Any
     held: Any
@@ -28,20 +38,17 @@ class Source:
 
 
 class Sources(dict[int, Source]):
-    """The caller's own objects from which settings were read, by identity.
-
-    Pyro reads them anew at each step.
-    """
+    """The user's own objects that settings were read from, by identity."""
 
     def watch(self, tracked: "TensorOptimizer") -> None:
-        """Watch the settings of a tensor as they are now, and no earlier ones of it."""
+        """Watch the current settings of a tensor, in place of those watched before."""
         self.unwatch(tracked)
         watched = list(tracked.given.values())
-        # A dict that nobody else holds, such as most callables make, stays as it is.
+        # Nobody can change a dict that nobody else holds; most callables return such a dict.
         if sys.getrefcount(tracked.clip_args) > ALONE:
             watched.append(tracked.clip_args)
         for given in watched:
-            # Others may not have followed its last change yet.
+            # Keep the old value: other tensors may not have followed its last change yet.
             if id(given) not in self:
                 self[id(given)] = Source(given, _held(given), {})
             source = self[id(given)]
@@ -49,7 +56,7 @@ class Sources(dict[int, Source]):
             tracked.sources.append(source)
 
     def unwatch(self, tracked: "TensorOptimizer") -> None:
-        """Watch no settings of a tensor."""
+        """Stop watching the settings of a tensor."""
         for source in tracked.sources:
             source.users.pop(tracked, None)
             if not source.users:
@@ -65,7 +72,7 @@ class Sources(dict[int, Source]):
         return list(affected)
 
     def renew(self) -> None:
-        """Take the settings for known as they are now."""
+        """Note the current values of all settings, so that they no longer count as changed."""
         for source in self.values():
             source.held = _held(source.given)
 
@@ -78,13 +85,14 @@ def _held(given: Any) -> Any:
 
 
 class Clocks(dict[Any, tuple["ref[torch.Tensor]", int]]):
-    """Clocks as torch shows them: tensors, which the next call reads if they were written.
+    """The clocks that were shown to the user as tensors, each with the step it was given.
 
-    By ``TensorOptimizer``, with what they say. One that nobody holds any more cannot be written.
+    The user may write to such a tensor, as in torch; the next call follows. A clock that nobody
+    holds any longer cannot be written, so it is only referred to weakly.
     """
 
     def shown(self, tracked: "TensorOptimizer", step: int) -> torch.Tensor:
-        """The clock of a tensor, one object for as long as anybody holds it."""
+        """The clock of a tensor: the same object for as long as somebody holds it."""
         clock = self._held(tracked)
         if clock is None:
             clock = scalar(step)
@@ -92,11 +100,11 @@ class Clocks(dict[Any, tuple["ref[torch.Tensor]", int]]):
         return clock
 
     def _held(self, tracked: "TensorOptimizer") -> torch.Tensor | None:
-        """The clock of a tensor, if anybody holds it."""
+        """The clock of a tensor, if somebody still holds it."""
         return self[tracked][0]() if tracked in self else None
 
     def written(self) -> "dict[TensorOptimizer, int]":
-        """The clocks that were written, and what they say now."""
+        """The tensors whose clocks the user has written, with their new steps."""
         counts = {}
         for tracked, (_, step) in list(self.items()):
             clock = self._held(tracked)
@@ -107,13 +115,13 @@ class Clocks(dict[Any, tuple["ref[torch.Tensor]", int]]):
         return counts
 
     def refresh(self, tracked: "TensorOptimizer", step: int) -> None:
-        """Let a clock that is shown say how many steps were taken."""
+        """Write the number of steps to the clock of a tensor, if somebody holds it."""
         if (clock := self._held(tracked)) is not None:
             clock.fill_(step)
             self[tracked] = ref(clock), step
 
     def refresh_all(self) -> None:
-        """The same of all that are shown, after a call."""
+        """Write the number of steps to every clock that somebody holds, after a call."""
         for tracked in list(self):
             if tracked.tensor is not None:
                 self.refresh(tracked, tracked.clock)

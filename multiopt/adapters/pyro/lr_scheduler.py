@@ -1,4 +1,8 @@
-"""``pyro.optim.lr_scheduler``: torch's schedulers, one for each parameter, as in Pyro."""
+"""``pyro.optim.lr_scheduler``: one of torch's schedulers for each parameter, as in Pyro.
+
+A thousand schedulers in the same state all do the same, so ``JointLRScheduler`` groups them in
+*flights*: torch steps the first scheduler of a flight, and its numbers go to all members at once.
+"""
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from copy import deepcopy
@@ -22,16 +26,16 @@ __all__ = ["PyroLRScheduler"]
 
 
 class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):  # type: ignore[misc]  # of params
-    """``pyro.optim.PyroLRScheduler``: each parameter has a scheduler, from its first call on.
+    """``pyro.optim.PyroLRScheduler``: each parameter gets a scheduler when it is first seen.
 
     Args:
         scheduler_constructor: A class of ``torch.optim.lr_scheduler``.
         optim_args: ``{"optimizer": class of a torch optimizer, "optim_args": its arguments, or a
-            callable that gives them for a parameter name}``, and the arguments of the scheduler.
-        clip_args: As in ``PyroOptim``.
-        on_nonfinite: Likewise.
-        max_consecutive_skips: Likewise.
-        average: Likewise.
+            callable that returns them for a parameter name}``, and the scheduler's arguments.
+        clip_args: Clipping of gradients, as for ``PyroOptim``.
+        on_nonfinite: What to do about gradients that are not finite, as for ``PyroOptim``.
+        max_consecutive_skips: How often in a row a name may be skipped, as for ``PyroOptim``.
+        average: The average to keep of each parameter, as for ``PyroOptim``.
 
     >>> import torch
     >>> import multiopt.adapters.pyro as optim
@@ -60,11 +64,11 @@ class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):  # type: ignore[mi
         max_consecutive_skips: int | None = None,
         average: Average | Callable[[str], Average | None] | None = None,
     ) -> None:
-        """As in Pyro, which empties the dict that it is given."""
+        """Like Pyro's, except that the dict that is passed is not emptied."""
         self.pt_scheduler_constructor = scheduler_constructor
         self.kwargs = dict(optim_args)
         constructor, settings = self.kwargs.pop("optimizer"), self.kwargs.pop("optim_args")
-        # Pyro's own ``__init__`` would pass on no more than it knows.
+        # Pyro's own ``__init__`` would not pass on the additional arguments.
         super(pyro.optim.PyroLRScheduler, self).__init__(
             constructor,
             settings,
@@ -75,17 +79,17 @@ class PyroLRScheduler(pyro.optim.PyroLRScheduler, PyroOptim):  # type: ignore[mi
         )
 
 
-#: What a scheduler has that only counts and computes.
+#: The types of attributes in a scheduler whose state is only numbers.
 PLAIN = {NoneType, bool, int, float, str, list, dict, tuple}
 
 
 def _state(scheduler: Any) -> dict[str, Any]:
-    """What a scheduler has of its own."""
+    """The attributes of a scheduler, except for its optimizer."""
     return {name: value for name, value in vars(scheduler).items() if name != "optimizer"}
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, or consists of numbers and words alone."""
+    """Whether a value consists of numbers and strings only."""
     parts = value.values() if isinstance(value, dict) else value
     return type(value) in PLAIN and (
         not isinstance(value, list | dict | tuple) or all(map(_is_plain, parts))
@@ -93,17 +97,17 @@ def _is_plain(value: Any) -> bool:
 
 
 class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of *args in Pyro
-    """One whose parameters are stepped together by multiopt.
+    """A ``PyroLRScheduler`` whose parameters multiopt steps together.
 
-    A scheduler of torch moves the settings of each parameter. Those that stand alike fly together:
-    torch steps the scheduler of the first one, and the others get its numbers, all at once. Their
-    own schedulers catch up before anybody sees them; from then on they are stepped by themselves.
+    Tensors with the same rule and the same scheduler state form a flight: torch steps the scheduler
+    of the first one, and the others get its numbers all at once. When the user asks for the
+    scheduler of a member, it catches up, leaves the flight, and is stepped by itself from then on.
     """
 
     def _begin(self, *given: Any) -> None:
         super()._begin(*given)
-        # By tensor: those that nobody has looked at since they came, those that are stepped by
-        # themselves, and the others in their flights, the leader first.
+        # Tensors not yet assigned to a flight, those that are stepped by themselves, and the
+        # flights, each with its leader first.
         self._arrived: dict[TensorOptimizer, None] = {}
         self._alone: dict[TensorOptimizer, None] = {}
         self._flights: list[dict[TensorOptimizer, None]] = []
@@ -112,8 +116,8 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         """Step every parameter's scheduler.
 
         Args:
-            *args: What torch's scheduler takes: the loss, for ``ReduceLROnPlateau``.
-            **kwargs: Likewise.
+            *args: The arguments of torch's scheduler, such as the loss for ``ReduceLROnPlateau``.
+            **kwargs: Its keyword arguments.
         """
         self._guard.check("a scheduler's step")
         self._load_waiting(self._tensors)
@@ -128,12 +132,12 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             if leader.extra != extra:
                 for tracked in flight:
                     tracked.extra = dict(leader.extra)
-        # The functions that they hold may look at others, which then are by themselves too.
+        # The functions they hold may ask for other schedulers, which then join those alone.
         for tracked in list(self._alone):
             tracked.scheduler.step(*args, **kwargs)
 
     def _arrange(self) -> None:
-        """Let those that have come fly with others that stand alike, or step by themselves."""
+        """Assign tensors that have arrived to flights, or to those that are stepped alone."""
         flights = {self._standing(next(iter(flight))): flight for flight in self._flights}
         for tracked in self._arrived:
             standing = self._standing(tracked)
@@ -148,13 +152,15 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         self._arrived = {}
 
     def _standing(self, tracked: TensorOptimizer) -> Hashable | None:
-        """What those have in common that move alike; None for who has to move by itself."""
+        """A key that is equal for tensors that may share a flight; None for one that may not."""
         state, rule = _state(tracked.scheduler), tracked.rule
         if (
-            # Only numbers tell all that a scheduler does, and only torch's own hold nothing else.
+            # Only if its state is all numbers do they determine what a scheduler will do, and only
+            # torch's own classes are known to have no other state.
             type(tracked.scheduler).__module__ != torch.optim.lr_scheduler.__name__
             or not _is_plain(state)
-            # What is set here is not what a rule has if that depends on the clock, or is given.
+            # A rule's number is not the one set here if it depends on the clock or on the user's
+            # own object.
             or tracked.given
             or getattr(rule, "lrd", 1.0) != 1.0
             or has_schedule(rule)
@@ -183,7 +189,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         super()._forget(tensors)
 
     def save(self, filename: Target) -> None:
-        """Write ``get_state()`` to a file in Pyro's format; a schedule is torch's own state."""
+        """Write ``get_state()`` to a file in Pyro's format, which can hold torch's schedules."""
         self._states_or_warn()
         file: Any = filename
         torch.save(self.get_state(), file)
@@ -200,7 +206,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         met = super()._first_sight(tensors)
         try:
             for tracked in met:
-                # It sets the first rate, which is no change from somewhere else.
+                # It sets the first rate; that is not a reentrant change by the user.
                 self._guard.busy = False
                 tracked.scheduler = self.pt_scheduler_constructor(tracked, **self.kwargs)
                 self._guard.busy = True
@@ -234,14 +240,13 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
         super()._set_waiting(loaded, steps)
 
     def _check_schedule(self, label: str, state: Any) -> None:
-        """Refuse the state of a scheduler of another class.
+        """Raise an error for the state of a scheduler of another class.
 
-        It does not say its class, and versions of torch differ in what they keep beside: so it must
-        have the arguments that this class keeps, and no key, but for private ones, that it does not
-        keep.
+        A state does not name its class, and versions of torch keep different additional keys. So it
+        must have the arguments that this class keeps, and no other keys except private ones.
 
         Raises:
-            CheckpointError: It is that of another.
+            CheckpointError: It is the state of another class.
         """
         kind = self.pt_scheduler_constructor
         arguments = signature(kind).parameters.keys()
@@ -250,9 +255,9 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
                 f"the schedule of {label!r} is a {type(state).__name__}; expected the state of a "
                 f"{kind.__name__}"
             )
-        # A switch may decide what is kept, and the one that was saved wins.
+        # A switch may decide which keys there are, and the saved one counts.
         switches = {k: state[k] for k in arguments if isinstance(state.get(k), bool)}
-        # Of two dimensions, since Muon takes no others.
+        # Muon only accepts tensors of two dimensions.
         stand_in = self._constructor([torch.empty(0, 0)])
         kept = kind(stand_in, **{**self.kwargs, **switches}).state_dict().keys()
         missing = sorted((kept & arguments) - state.keys())
@@ -265,7 +270,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             )
 
     def _load_states(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
-        # Schedules first, for those of torch may still fail, and can be put back.
+        # Schedules first: torch's may still fail, and they can be restored.
         for tracked, _ in loaded:
             if tracked not in self._alone:
                 self._leave(tracked)
@@ -293,7 +298,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             ) from error
 
 
-#: What older versions of torch keep of every scheduler, and newer ones do not.
+#: Keys that only older versions of torch keep for every scheduler.
 OLDER = {"verbose"}
 
 

@@ -1,4 +1,4 @@
-"""``pyro.optim.multi``: optimizers that differentiate a loss themselves."""
+"""``pyro.optim.multi``: optimizers that differentiate the loss themselves."""
 
 from typing import Any
 
@@ -20,5 +20,5 @@ class TorchMultiOptimizer(multi.TorchMultiOptimizer):
     """``pyro.optim.multi.TorchMultiOptimizer``, whose torch optimizer follows multiopt's rule."""
 
     def __init__(self, optim_constructor: Any, optim_args: dict[str, Any]) -> None:
-        """As in Pyro."""
+        """Take the same arguments as Pyro's."""
         PyroMultiOptimizer.__init__(self, PyroOptim(optim_constructor, optim_args))

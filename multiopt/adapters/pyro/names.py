@@ -1,4 +1,4 @@
-"""How tensors are called: in the param store of Pyro, or in modules."""
+"""The names of tensors, from Pyro's param store or from modules."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ __all__ = ["ModuleNames"]
 
 
 class ModuleNames:
-    """Names of parameters that no param store knows, from the modules that have them.
+    """Names for parameters that are not in the param store, from the modules that own them.
 
-    They are those that Pyro's param store would have: ``guide.locs.w``, ``net$$$0.weight``.
+    They are the names that the param store would use: ``guide.locs.w``, ``net$$$0.weight``.
 
     >>> import torch
     >>> from multiopt.adapters.pyro.names import ModuleNames
@@ -28,20 +28,20 @@ class ModuleNames:
     """
 
     def __init__(self) -> None:
-        """Know no module."""
+        """Start without modules."""
         self._modules: list[ref[torch.nn.Module]] = []
 
     def add(self, *modules: Any) -> None:
-        """Look in some modules too; what is no module, such as a function, has no names."""
+        """Add modules to search; anything else, such as a function, is ignored."""
         known = [module() for module in self._modules]
         for module in modules:
             if isinstance(module, torch.nn.Module) and not any(module is other for other in known):
                 self._modules.append(ref(module))
 
     def add_callers(self) -> None:
-        """Look in model and guide of the ``SVI`` whose step is on its way.
+        """Add the model and guide of the ``SVI`` whose step is running.
 
-        ``SVI`` does not tell its optimizer about them.
+        ``SVI`` does not pass them to its optimizer, so they are found on the call stack.
         """
         frame = sys._getframe(1)
         while (back := frame.f_back) is not None:
@@ -52,10 +52,11 @@ class ModuleNames:
                 return
 
     def of_tensors(self, search: bool = False) -> Callable[[torch.Tensor], str | None]:
-        """How tensors are called now, in the param store or in modules; None for no name.
+        """Return a function from a tensor to its current name, or to None if it has no name.
 
         Args:
-            search: Whether to look for modules if that is where parameters are.
+            search: Whether to look for the modules of a running ``SVI`` if Pyro keeps parameters
+                in modules.
         """
         in_store = pyro.get_param_store().param_name
         if search and pyro.settings.get("module_local_params"):
@@ -69,7 +70,7 @@ class ModuleNames:
         return name
 
     def current(self) -> dict[int, str]:
-        """The names by the identities of parameters, each name once."""
+        """The names of the modules' parameters by identity; every name is unique."""
         names: dict[int, str] = {}
         taken: dict[str, int] = {}
         for module in filter(None, (module() for module in self._modules)):
@@ -82,7 +83,7 @@ class ModuleNames:
 
 
 def _named(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a module with the names that Pyro gives them."""
+    """The parameters of a module under the names that Pyro gives them."""
     if not isinstance(module, PyroModule):
         for path, parameter in module.named_parameters():
             yield param_with_module_name(prefix, path) if prefix else path, parameter

@@ -1,4 +1,4 @@
-"""``PyroOptim``: what steps by a rule of multiopt's, and what Pyro steps."""
+"""``PyroOptim``: chooses whether multiopt or Pyro itself steps the parameters."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,25 +17,30 @@ __all__ = ["PyroOptim", "warn_not_joint"]
 class PyroOptim(pyro.optim.PyroOptim):
     """``pyro.optim.PyroOptim``: parameters that may appear at any time, each with its settings.
 
-    Of a torch optimizer that multiopt has a rule for, it makes a ``JointOptim``. Any other is
-    Pyro's affair: a torch optimizer for each parameter.
+    If multiopt has a rule for the torch optimizer, the result is a ``JointOptim``. Otherwise it
+    works as in Pyro, with a torch optimizer for each parameter, and does not take the arguments
+    that only multiopt has.
 
     Args:
         optim_constructor: The class of a torch optimizer.
-        optim_args: Its arguments, or a callable that gives them for a parameter name (dotted, as in
-            ``nn.Module.named_parameters``).
-        clip_args: ``clip_norm`` and ``clip_value``, or a callable that gives them likewise; with a
-            rule of multiopt's also ``clip_global_norm``, of all parameters of a call together.
-        on_nonfinite: As for ``multiopt.Optimizer``; with a rule of multiopt's only.
-        max_consecutive_skips: Likewise.
-        average: Likewise. A callable gets the name that ``optim_args`` gets.
+        optim_args: Its arguments, or a callable that returns them for a parameter name (dotted, as
+            in ``nn.Module.named_parameters``).
+        clip_args: ``clip_norm`` and ``clip_value``, or a callable that returns them for a parameter
+            name. With a rule of multiopt, ``clip_global_norm`` bounds all parameters of a call
+            together.
+        on_nonfinite: What to do about gradients that are not finite, as for
+            ``multiopt.Optimizer``; only with a rule of multiopt.
+        max_consecutive_skips: In how many steps in a row a name may be skipped, as for
+            ``multiopt.Optimizer``; only with a rule of multiopt.
+        average: The average to keep of each parameter, or a callable that returns it for a
+            parameter name (dotted); only with a rule of multiopt.
     """
 
-    #: Who takes the place of this class, where multiopt has a rule.
+    #: The class that is used instead of this one if multiopt has a rule.
     joint: ClassVar[type["PyroOptim"] | None] = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Choose who steps."""
+        """Choose the class that will step the parameters."""
         chosen: Any = cls
         if vars(cls).get("joint") is not None and (args or kwargs):
             bound = signature(cls.__init__).bind(None, *args, **kwargs).arguments
@@ -45,7 +50,7 @@ class PyroOptim(pyro.optim.PyroOptim):
 
     @classmethod
     def _ruled_by(cls, given: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The class of the torch optimizer in arguments, and the arguments that it is to get."""
+        """The class of the torch optimizer, and the arguments that it will get."""
         return given["optim_constructor"], given["optim_args"]
 
     def __init__(
@@ -58,11 +63,11 @@ class PyroOptim(pyro.optim.PyroOptim):
         max_consecutive_skips: int | None = None,
         average: Average | Callable[[str], Average | None] | None = None,
     ) -> None:
-        """As in Pyro, saying what is slow.
+        """Take Pyro's arguments and more; warn if multiopt has no rule, since that is slow.
 
         Raises:
-            TypeError: An argument is of another kind, a dict has an unknown key, or multiopt has no
-                rule, and there is a setting that Pyro does not have.
+            TypeError: An argument is of the wrong kind, a dict has an unknown key, or there is an
+                argument that needs a rule of multiopt and multiopt has none.
             ValueError: A setting is out of range.
         """
         options = {"max_consecutive_skips": max_consecutive_skips, "average": average}
@@ -74,7 +79,7 @@ class PyroOptim(pyro.optim.PyroOptim):
     def _begin(
         self, constructor: Any, optim_args: Settings, clip_args: Settings | None, more: Any
     ) -> None:
-        """What is to be done with the arguments, ``more`` being those that Pyro does not have."""
+        """Process the arguments; ``more`` holds those that Pyro does not have."""
         name = getattr(constructor, "__name__", repr(constructor))
         if more:
             raise TypeError(
@@ -86,10 +91,10 @@ class PyroOptim(pyro.optim.PyroOptim):
         pyro.optim.PyroOptim.__init__(self, constructor, optim_args, clip_args)
 
     def __call__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
-        """As in Pyro, saying what is missing.
+        """Step as Pyro does, with a clear error if the torch optimizer lacks a closure.
 
         Raises:
-            TypeError: The torch optimizer needs a closure, and there is none.
+            TypeError: The torch optimizer needs a closure, and none was passed.
         """
         constructor: Any = self.pt_optim_constructor
         if _needs_closure(constructor) and not any(map(callable, (*args, *kwargs.values()))):
@@ -119,7 +124,7 @@ def _warn_wrapped(what: str) -> None:
 
 @cache
 def warn_not_joint(name: str) -> None:
-    """Warn once of a class whose parameters multiopt does not step, though it has the rule."""
+    """Warn once that Horovod bypasses multiopt for a class that multiopt has a rule for."""
     warnings.warn(
         f"HorovodOptimizer makes an optimizer of torch's {name} for each parameter: they are "
         "stepped one by one, by torch and not by multiopt",

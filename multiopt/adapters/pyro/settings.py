@@ -1,4 +1,8 @@
-"""Settings in the terms of torch and Pyro: rules and clips made of them, and changes of them."""
+"""Translating Pyro's ``optim_args`` and ``clip_args`` to rules and clips, and changes of them.
+
+A scheduler or a user changes a setting in torch's terms, such as ``group["lr"] = 0.1``. What that
+means for a rule can depend on the clock: for example, the rate in Pyro's ClippedAdam has decayed.
+"""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -50,30 +54,30 @@ __all__ = [
     "with_setting",
 ]
 
-#: Arguments of torch's optimizers about how they run, not about what they compute.
+#: Arguments of torch's optimizers that affect how they run, not what they compute.
 EXECUTION = ("capturable", "foreach", "fused")
 
 #: How many different settings are remembered.
 SHARED = 64
 
-#: The settings of a clip in Pyro, and one that Pyro does not have, by the names that ``Clip`` has.
+#: The names in ``clip_args`` by those in ``Clip``; Pyro itself has no ``clip_global_norm``.
 CLIPS = {"norm": "clip_norm", "global_norm": "clip_global_norm", "value": "clip_value"}
 
 
 def settings_of(
     what: str, given: Settings, tensor: torch.Tensor, label: str | None
 ) -> dict[str, Any]:
-    """The settings of a tensor, asked for by its name where the caller gave a callable.
+    """The settings of a tensor; if the user passed a callable, it is called with the name.
 
     Args:
-        what: What they are called.
-        given: What the caller gave.
+        what: The argument's name, for messages.
+        given: The user's dict or callable.
         tensor: The tensor.
         label: Its name in the param store, if it has one.
 
     Raises:
-        ValueError: It has no name to ask by.
-        TypeError: The callable gave no dict.
+        ValueError: There is a callable, and the tensor has no name.
+        TypeError: The callable did not return a dict.
     """
     if isinstance(given, dict):
         return given
@@ -85,7 +89,7 @@ def settings_of(
     parameters = list(signature(given).parameters.values())
     by_name = len(parameters) == 1
     if what == "clip_args" and by_name:
-        # Pyro always gives this one two arguments, which *arguments takes.
+        # Pyro always calls this one with two arguments, and *arguments accepts them.
         by_name = parameters[0].kind is not Parameter.VAR_POSITIONAL
     if by_name:
         result = given(normalize_param_name(label))
@@ -97,11 +101,11 @@ def settings_of(
 
 
 def make_rule(rule_class: type[Rule], settings: Mapping[str, Any]) -> Rule:
-    """The rule with the settings of a torch optimizer.
+    """Make a rule from the settings of a torch optimizer.
 
     Raises:
-        TypeError: A setting is not one of the optimizer.
-        ValueError: A setting is out of range, or is not for a rule.
+        TypeError: The optimizer does not have a setting.
+        ValueError: A setting is out of range, or a rule cannot do what it asks for.
     """
     arguments = plain_settings(settings)
     if arguments.pop("differentiable", False):
@@ -126,15 +130,15 @@ def make_rule(rule_class: type[Rule], settings: Mapping[str, Any]) -> Rule:
 
 
 def make_clip(settings: Mapping[str, Any], rule: Rule) -> Clip | None:
-    """The clip of a parameter.
+    """Make the clip of a parameter.
 
     Args:
-        settings: Its ``clip_args``.
-        rule: Its rule. ClippedAdam and DCTAdam clip by themselves; here that is done once more,
-            for the gradient that Pyro leaves behind is clipped.
+        settings: The ``clip_args`` of the parameter.
+        rule: The rule of the parameter. ClippedAdam and DCTAdam clip by themselves; their bound is
+            also put in the clip, because Pyro leaves the clipped gradient in ``.grad``.
 
     Raises:
-        TypeError: A setting is not one of a clip.
+        TypeError: A setting is unknown.
         ValueError: A setting is out of range.
     """
     if unknown := sorted(set(settings) - set(CLIPS.values())):
@@ -148,21 +152,21 @@ def make_clip(settings: Mapping[str, Any], rule: Rule) -> Clip | None:
 
 
 def clips_itself(rule: Rule) -> bool:
-    """Whether a bound of gradients is among the settings of a rule."""
+    """Whether a rule clips gradients by a setting of its own."""
     return isinstance(rule, rules.ClippedAdam | rules.DCTAdam)
 
 
 def differing(rule: Rule, before: Rule) -> dict[str, Any]:
-    """The hyperparameters of a rule that are others than those of one before."""
+    """The hyperparameters of a rule that differ from those of the rule before."""
     now = {f.name: getattr(rule, f.name) for f in fields(rule)}
     return {name: value for name, value in now.items() if value != getattr(before, name)}
 
 
 def with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:
-    """A rule with one setting changed, in torch's terms, after a step.
+    """Return a rule with one setting changed, in torch's terms, after a number of steps.
 
     Raises:
-        TypeError: The setting decides how a torch optimizer is made.
+        TypeError: The setting can only be chosen when the optimizer is made.
         ValueError: The value is out of range.
     """
     change = _with_setting if has_schedule(rule) else _with_number
@@ -172,7 +176,7 @@ def with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any)
 def _with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any) -> Rule:
     before = settings_now(constructor, rule, step)
     if name == DECOUPLED and isinstance(rule, rules.AdamW):
-        # torch's AdamW shows the switch of its Adam, and it can be turned off.
+        # torch's AdamW has the switch of Adam, and it can be turned off.
         values = {f.name: getattr(rule, f.name) for f in fields(rule)}
         rule = rules.Adam(**values, decoupled_weight_decay=True)
     names = {f.name for f in fields(rule)}
@@ -190,18 +194,18 @@ def _with_setting(constructor: Any, rule: Rule, step: int, name: str, value: Any
 
 
 def restored_rule(description: Mapping[str, Any], rule: Rule) -> Rule:
-    """A rule with the hyperparameters of loaded state, as Pyro restores them.
+    """Return a rule with the hyperparameters of loaded state, as Pyro restores them.
 
-    A schedule stays: a file knows only the number it gave.
+    A schedule is kept: a file has only the last number it gave.
 
     Args:
-        description: The description of a rule in a state dict.
+        description: The description of the saved rule in a state dict.
         rule: The rule that the settings here ask for.
     """
     names = {type(rule).__name__, description["name"]}
     if len(names) > 1 and names != {"Adam", "AdamW"}:
         return rule
-    # As in torch, Adam loads the switch of AdamW, which itself leaves it on.
+    # As in torch, Adam loads AdamW's switch, while AdamW itself always has it on.
     saved = with_decoupled(description)
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
     for name, value in values.items():
@@ -213,18 +217,18 @@ def restored_rule(description: Mapping[str, Any], rule: Rule) -> Rule:
 def settings_now(
     constructor: Any, rule: Rule, step: int, count: int | None = None
 ) -> Mapping[str, Any]:
-    """The settings of a parameter group of torch after a step; not to be changed.
+    """The settings of a torch parameter group after a number of steps; do not modify the result.
 
     Args:
         constructor: The class of the torch optimizer.
-        rule: The rule.
+        rule: The rule of the parameter.
         step: How many steps the parameter has taken.
-        count: How many the optimizer has taken; by default as many.
+        count: How many steps the optimizer has taken; by default as many.
     """
     return group_settings(constructor, described_rule(rule, step, count), step)
 
 
-#: The same for rules without schedules: most parameters are alike.
+#: ``settings_now`` with a cache, for rules without schedules: most parameters share one rule.
 remembered_settings = lru_cache(SHARED)(settings_now)
 
 
@@ -234,12 +238,12 @@ def _with_number(constructor: Any, rule: Rule, step: int, name: str, value: Any)
 
 
 def has_schedule(rule: Rule) -> bool:
-    """Whether a hyperparameter is a schedule."""
+    """Whether a rule has a schedule among its hyperparameters."""
     return any(is_schedule(getattr(rule, name)) for name in rule.ranges)
 
 
 def changeable(value: Any) -> bool:
-    """Whether a setting is, or has in it, an object whose value the caller may change."""
+    """Whether a setting is or contains an object that the user may change in place."""
     if isinstance(value, tuple):
         return any(map(changeable, value))
     return isinstance(value, torch.Tensor | np.ndarray | list)

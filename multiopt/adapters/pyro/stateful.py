@@ -1,4 +1,8 @@
-"""The state of the drop-in: what it shows and saves, and what it takes over from elsewhere."""
+"""The state of the drop-in: what it saves and loads, in Pyro's format and in multiopt's.
+
+As in Pyro, loading does not touch tensors at once. The state waits under its label until the next
+call presents a tensor of that name, known or new, and is then loaded into it.
+"""
 
 import re
 import warnings
@@ -28,7 +32,7 @@ from multiopt.step.skips import Skips
 
 __all__ = ["REMEDY", "StatefulOptim"]
 
-#: What messages of the core say to do about state that does not fit; here there is other help.
+#: The remedies for state that does not fit in the core's messages; here the remedy is another.
 REMEDY = re.compile(
     r"forget the name to start anew$"
     r"|load with the rule that was saved, step, then assign opt\.rule$"
@@ -36,10 +40,7 @@ REMEDY = re.compile(
 
 
 class StatefulOptim(PyroOptim):
-    """The part of ``JointOptim`` that is about state.
-
-    Loaded state waits for the next tensor that is presented under its label, old or new.
-    """
+    """The part of ``JointOptim`` that saves and loads state."""
 
     _constructor: Any
     _rule_class: type[Rule]
@@ -53,12 +54,12 @@ class StatefulOptim(PyroOptim):
     _state_waiting_to_be_consumed: dict[str, dict[str, Any]]
 
     def _usual_rule(self) -> Rule | None:
-        """The rule of all tensors; None if it goes by their names."""
+        """The rule of all tensors; None if it depends on their names."""
         settings = self.pt_optim_args
         return make_rule(self._rule_class, settings) if isinstance(settings, dict) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The settings, and the state by name."""
+        """The settings and the state by name, for pickling and copying."""
         return {
             "arguments": self._arguments(),
             "more": self._more,
@@ -67,7 +68,7 @@ class StatefulOptim(PyroOptim):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin with the settings, all state waiting."""
+        """Start with the settings and no tensors; all state is waiting."""
         type(self).__init__(self, *state["arguments"], **state["more"])
         self._state_waiting_to_be_consumed = state["waiting"]
         self._registry.steps = state["steps"]
@@ -76,7 +77,7 @@ class StatefulOptim(PyroOptim):
         return self._constructor, self.pt_optim_args, self.pt_clip_args
 
     def _forget(self, tensors: Iterable[TensorOptimizer]) -> None:
-        """Drop the entries of tensors; presented again, they start anew."""
+        """Drop the entries of tensors; if presented again, they start from scratch."""
         gone = list(tensors)
         for tracked in gone:
             self._sources.unwatch(tracked)
@@ -84,19 +85,19 @@ class StatefulOptim(PyroOptim):
         self._registry.forget([tracked.key for tracked in gone])
 
     def _forget_abandoned(self) -> None:
-        """Drop the entries of tensors that nobody else holds, but not in the middle of a call."""
+        """Drop the entries of tensors that nobody else holds, unless a call is running."""
         if not self._guard.busy and (abandoned := self._tensors.abandoned()):
             self._ids = b""
             self._forget(abandoned)
 
     def _follow(self) -> None:
-        """Take over what the caller has changed in his own objects, and in clocks."""
+        """Apply what the user has changed in objects of his own, and in clocks."""
         raise NotImplementedError
 
     # Loaded state
 
     def _load_waiting(self, tensors: Iterable[TensorOptimizer]) -> None:
-        """Give tensors the loaded state that waits under their names, all of them or none."""
+        """Load into tensors the state that waits under their names, all of it or nothing."""
         waiting = self._state_waiting_to_be_consumed
         if not waiting:
             return
@@ -104,7 +105,7 @@ class StatefulOptim(PyroOptim):
         takers: dict[str, TensorOptimizer] = {}
         for tracked in tensors:
             label = name(tracked.alive) or tracked.label
-            # Of two tensors of one name, the one in the store takes it.
+            # If two tensors have the same name, the one in the store gets the state.
             if label in waiting and (label not in takers or in_store.get(label) is tracked.tensor):
                 takers[label] = tracked
         self._load_states([(tracked, waiting[label]) for label, tracked in takers.items()])
@@ -112,10 +113,10 @@ class StatefulOptim(PyroOptim):
             waiting.pop(label, None)
 
     def _load_states(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
-        """Give tensors loaded state with the rules that come with it, all of them or none.
+        """Load states and the rules that come with them into tensors, all of it or nothing.
 
         Raises:
-            ValueError: A state does not fit; nothing has changed.
+            ValueError: A state does not fit. Nothing has changed.
         """
         registry, skips = self._registry, dict(self._registry.skips)
         entries = {}
@@ -127,7 +128,7 @@ class StatefulOptim(PyroOptim):
                 rule = restored_rule(state["rule"], tracked.rule)
                 rule = rules.setdefault(rule, rule)
                 clip = make_clip(tracked.clip_args, rule)
-                # It copies: what waits may be taken again, by a copy of this optimizer for one.
+                # This copies: a copy of this optimizer, for example, may load the same state.
                 saved = saved_of(key, state, state.get("average"))
                 saved = saved._replace(form=saved.form._replace(cast=True))
                 entries[key] = entry_of(key, saved, rule, clip, layout, masters, average)
@@ -147,9 +148,9 @@ class StatefulOptim(PyroOptim):
                 tracked.extra = dict(state["group"])
 
     def get_state(self) -> dict[str, Any]:
-        """The state by parameter name, in Pyro's format, loaded state that waits included.
+        """Return the state by parameter name in Pyro's format, including state that still waits.
 
-        It lists the tensors that are in the param store now, and those that modules name.
+        It covers the tensors that are in the param store now, and those that modules name.
         """
         return {label: self._to_torch(state) for label, state in self._states().items()}
 
@@ -157,22 +158,22 @@ class StatefulOptim(PyroOptim):
         return parameter_to_torch(self._constructor, state)
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Load state in Pyro's format; each name's goes to the next tensor presented under it.
+        """Load state in Pyro's format; it waits for the next tensor presented under each name.
 
         Args:
-            state_dict: As ``get_state`` gives it, or Pyro's own ``get_state``.
+            state_dict: The result of ``get_state``, here or in Pyro.
 
         Raises:
-            CheckpointError: It has another form; nothing has changed.
+            CheckpointError: The state is malformed or does not fit. Nothing has changed.
         """
         self._set_waiting(parameters_from_torch(self._rule_class, state_dict))
 
     def _set_waiting(self, loaded: dict[str, dict[str, Any]], steps: int | None = None) -> None:
-        """Let loaded state wait, if it fits the rule as far as that is known.
+        """Let loaded state wait, after checking it against the rule if all tensors share one.
 
         Args:
             loaded: The state by label.
-            steps: How many steps the optimizer has taken; if unknown, the largest clock.
+            steps: How many steps the optimizer has taken; by default the largest clock.
         """
         self._guard.check_idle("loading")
         if (rule := self._usual_rule()) is not None:
@@ -187,7 +188,7 @@ class StatefulOptim(PyroOptim):
             for state in loaded.values():
                 observe(rule, state.get("plateaus", {}))
         if self._guard.torn is not None:
-            # Every tensor begins anew: with the state of its name, if there is some.
+            # Every tensor starts from scratch, or with the loaded state of its name.
             self._ids = b""
             self._forget(self._tensors)
             self._guard.torn = None
@@ -198,9 +199,15 @@ class StatefulOptim(PyroOptim):
     def save(self, filename: Target) -> None:
         """Write the state to a file that ``load`` and ``multiopt.Optimizer.load`` read.
 
-        It holds what ``get_state`` lists, averages and counts of skips. Tensors that neither a
-        param store nor a module names cannot be saved; a warning says how many there are. The file
-        may be a binary file object.
+        The file holds what ``get_state`` lists, and averages and counts of skips. Tensors without a
+        name, in neither the param store nor a known module, cannot be saved; a warning says how
+        many there are.
+
+        Args:
+            filename: The path of the file, or a binary file object.
+
+        Raises:
+            OSError: The file cannot be written.
         """
         states = self._states_or_warn()
         warn_of_plateaus({key: self._registry.rule_of(key) for key in self._registry.names})
@@ -213,12 +220,13 @@ class StatefulOptim(PyroOptim):
         nowhere here. They are left out, with a warning.
 
         Args:
-            filename: The file; or a binary file object that can be sought, from where it is.
-            map_location: For a Pyro checkpoint, as in ``torch.load``; by default its tensors come
-                by way of the CPU. State goes to its parameter's device in any case.
+            filename: The path of the file; or a seekable binary file object, read from its current
+                position.
+            map_location: For a Pyro checkpoint, as in ``torch.load``; by default tensors are loaded
+                to the CPU first. State always ends up on the device of its parameter.
 
         Raises:
-            CheckpointError: The file is damaged or neither; nothing has changed.
+            CheckpointError: The file is damaged, or neither kind of file. Nothing has changed.
             OSError: The file cannot be read.
         """
         if not is_safetensors(filename):
@@ -230,7 +238,7 @@ class StatefulOptim(PyroOptim):
         self._set_waiting(loaded, steps)
 
     def _states(self) -> dict[str, dict[str, Any]]:
-        """The state by label as a state dict has it: of tensors that have a name, and waiting."""
+        """The entries of a state dict by label: for tensors with a name, and state that waits."""
         self._guard.check_whole("the state of the optimizer")
         self._forget_abandoned()
         if not self._guard.busy:
@@ -258,5 +266,5 @@ class StatefulOptim(PyroOptim):
         return states
 
     def _describe(self, tracked: TensorOptimizer) -> dict[str, Any]:
-        """All that is held of a tensor."""
+        """The complete state of a tensor as an entry of a state dict."""
         return tracked.plain_state()

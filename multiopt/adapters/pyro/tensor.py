@@ -1,6 +1,7 @@
-"""One tensor of an optimizer of the drop-in: what ``optim_objs`` has for it, and all that is held.
+"""``TensorOptimizer``: one tensor of the drop-in, as users and schedulers see it.
 
-What is read here is what the next step uses, and what is written here is what it will use; what
+``optim_objs[tensor]`` is such an object, in place of Pyro's torch optimizer for that tensor. It is
+live: reading gives what the next step will use, and the next step uses what was written. What
 cannot be written is an error that says what to do instead.
 """
 
@@ -44,33 +45,33 @@ __all__ = ["TensorOptimizer"]
 class TensorOptimizer(torch.optim.Optimizer):
     """The part of ``torch.optim.Optimizer`` that users of ``optim_objs`` and schedulers touch.
 
-    It does not hold the optimizer that it is of.
+    It refers to its owner only weakly.
 
     Args:
-        owner: That optimizer.
+        owner: The drop-in's optimizer that the tensor belongs to.
         tensor: The tensor.
-        key: Its name in the core: the label, made unique.
-        label: Its name in the param store or in a module, at first sight; None if it had none.
+        key: Its name in the registry: the label, made unique.
+        label: Its name in the param store or in a module at first sight; None if it had none.
 
     Attributes:
         tensor: The tensor; None once it is forgotten.
-        clip_args: The caller's settings for its clip, which may change.
-        given: Those of its settings that are the caller's tensors, arrays or lists, which may
+        clip_args: The user's settings for its clip, which may change.
+        given: Those of its settings that are the user's own tensors, arrays or lists, which may
             change.
-        extra: What its parameter group holds beside the settings: keys of schedulers and of users.
-        sources: What of the caller's is watched for it.
+        extra: Other keys of its parameter group, from schedulers and users.
+        sources: The user's objects that are watched for it.
         scheduler: Its scheduler of torch, if there is one.
-        flight: The tensors whose schedulers move as its own does, if there are any.
+        flight: The tensors whose schedulers are in the same state, if they are stepped together.
     """
 
-    #: Torch's schedulers warn if they move before it: there is none of what was never called.
+    #: torch's schedulers warn if the optimizer was not called before them; this one never is.
     _opt_called = True
 
     def __init__(
         self, owner: "JointOptim", tensor: torch.Tensor, key: str, label: str | None
     ) -> None:
-        """Nothing is held of it yet."""
-        # Without torch's own, which would make a state and groups of its own.
+        """Start without settings and without a scheduler."""
+        # torch's own __init__ would make another state and other groups.
         self._owner: Any = proxy(owner)
         self.tensor: torch.Tensor | None = tensor
         self.key, self.label = key, label
@@ -86,7 +87,7 @@ class TensorOptimizer(torch.optim.Optimizer):
         """The tensor.
 
         Raises:
-            ReferenceError: It is forgotten.
+            ReferenceError: The optimizer has forgotten it.
         """
         if self.tensor is None:
             raise ReferenceError(
@@ -99,7 +100,7 @@ class TensorOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> Any:
-        """The one group, of the settings as they are now; setting one counts from the next step."""
+        """The only group, with the current settings; a change counts from the next step on."""
         return Groups([Group(self)])
 
     @param_groups.setter
@@ -108,7 +109,7 @@ class TensorOptimizer(torch.optim.Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # likewise
-        """The settings as they are now; they would be those of other tensors, which do not come."""
+        """The current settings; no other tensors are ever added that could use them as defaults."""
         return dict(self.settings())
 
     @property
@@ -124,34 +125,34 @@ class TensorOptimizer(torch.optim.Optimizer):
             self.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``: copies."""
+        """Return copies of the state and the settings, as ``torch.optim.Optimizer.state_dict``."""
         self.alive  # noqa: B018 -- raises if it is gone
         if not self._owner._guard.busy:
             self._owner._follow()
         return parameter_to_torch(self._owner._constructor, self.plain_state())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.load_state_dict``.
+        """Load state and settings, as ``torch.optim.Optimizer.load_state_dict``.
 
         Raises:
-            CheckpointError: It has another form.
-            ValueError: It does not fit; nothing has changed.
+            CheckpointError: The state dict is malformed. Nothing has changed.
+            ValueError: The state does not fit. Nothing has changed.
         """
-        self.alive  # noqa: B018 -- likewise
+        self.alive  # noqa: B018 -- raises if it is gone
         self._owner._guard.check("loading")
         state = parameter_from_torch(self.key, self._owner._rule_class, state_dict)
         self._owner._load_states([(self, state)])
 
     def add_param_group(self, param_group: Any) -> NoReturn:
-        """Refuse."""
+        """Raise an error: there is only one tensor."""
         raise TypeError("this is an optimizer of one tensor; call the whole one with the tensors")
 
     def step(self) -> None:  # type: ignore[override]
-        """A step of this tensor alone, clipped as ever."""
+        """Step this tensor alone; it is clipped as usual."""
         self._owner([self.alive])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradient, or replace it by zeros."""
+        """Set the gradient to None, or replace it with zeros."""
         tensor = self.alive
         if set_to_none:
             tensor.grad = None
@@ -162,7 +163,7 @@ class TensorOptimizer(torch.optim.Optimizer):
 
     @property
     def rule(self) -> Rule:
-        """Its rule. Most parameters are alike: the last few different ones are remembered."""
+        """The rule of the tensor. Most tensors share one, so a few different rules are cached."""
         group, row = self._owner._registry.row_of(self.key)
         remembered: dict[Hashable, Rule] = self._owner._rules
         key = group, int(group.schedule[row]), group.numbers[row].tobytes()
@@ -174,12 +175,12 @@ class TensorOptimizer(torch.optim.Optimizer):
 
     @property
     def clock(self) -> int:
-        """How many steps it has taken."""
+        """How many steps the tensor has taken."""
         clock: int = self._owner._registry.clock(self.key)
         return clock
 
     def settings(self) -> Mapping[str, Any]:
-        """The settings as they are now, in torch's terms; not to be changed."""
+        """The current settings in torch's terms; do not modify the result."""
         constructor, registry = self._owner._constructor, self._owner._registry
         group, row = registry.row_of(self.key)
         if group.schedule[row]:
@@ -187,14 +188,14 @@ class TensorOptimizer(torch.optim.Optimizer):
         return remembered_settings(constructor, self.rule, self.clock)
 
     def with_setting(self, rule: Rule, name: str, value: Any) -> Rule:
-        """A rule with one setting changed, in torch's terms, after the steps it has taken."""
+        """Return a rule with one setting changed, in torch's terms, at the tensor's clock."""
         return with_setting(self._owner._constructor, rule, self.clock, name, number(value))
 
     def change(self, name: str, value: Any) -> None:
         """Change one setting, in torch's terms.
 
         Raises:
-            TypeError: It cannot be changed.
+            TypeError: The setting cannot be changed.
             ValueError: The value is out of range.
         """
         owner = self._owner
@@ -214,7 +215,7 @@ class TensorOptimizer(torch.optim.Optimizer):
     # Clock and slots
 
     def values(self) -> dict[str, Any]:
-        """The clock and the slots in torch's terms, the slots those in memory."""
+        """The clock and the slots under torch's names; the slots are not copies."""
         owner = self._owner
         constructor, entry = owner._constructor, owner._registry.entry(self.key)
         if not entry.step:
@@ -232,7 +233,7 @@ class TensorOptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: There is no such slot.
-            TypeError: It cannot be written.
+            TypeError: The value cannot be written.
             ValueError: The value does not fit.
         """
         self._owner._guard.check(f"changing {name!r}")
@@ -258,7 +259,7 @@ class TensorOptimizer(torch.optim.Optimizer):
             slot.copy_(tensor)
 
     def set_clock(self, step: int) -> None:
-        """Set the clock; a rate that has decayed stays where it is, as in Pyro."""
+        """Set the clock; a learning rate that has decayed keeps its value, as in Pyro."""
         rate = self.settings().get("lr")
         group, row = self._owner._registry.row_of(self.key)
         group.set_clock(row, step)
@@ -266,7 +267,7 @@ class TensorOptimizer(torch.optim.Optimizer):
         self._keep_rate(rate)
 
     def clear_state(self) -> None:
-        """Drop the clock and the slots, and keep the settings as they are."""
+        """Drop the clock and the slots, and keep the current settings."""
         self._owner._guard.check("clearing the state")
         registry, rate = self._owner._registry, self.settings().get("lr")
         registry.put({self.key: registry.entry(self.key)._replace(step=0, slots={})})
@@ -278,7 +279,10 @@ class TensorOptimizer(torch.optim.Optimizer):
             self._owner._change_rules({self: self.with_setting(rule, "lr", rate)})
 
     def plain_state(self) -> dict[str, Any]:
-        """All that is held of it as a state dict has it, its slots NumPy arrays, and more."""
+        """The complete state as an entry of a state dict with NumPy slots, and more keys.
+
+        Those are ``"complex"``, ``"given"``, ``"group"``, ``"average"`` and ``"skips"``.
+        """
         registry = self._owner._registry
         entry = registry.entry(self.key)
         to_host, steps = backend_named(entry.layout.library).to_host, registry.steps

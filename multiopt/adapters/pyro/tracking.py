@@ -1,9 +1,9 @@
 """The tensors that an optimizer of the drop-in knows, by identity as in Pyro.
 
-Pyro keeps a torch optimizer for every tensor it ever met. Here a tensor is forgotten when nobody
-else holds it any more. Weak references would tell at once, but ``torch.utils.swap_tensors``, and
-with it the conversion of modules, refuses tensors that have any. So each tensor is held, and every
-call looks whether anybody else still holds a few of them.
+Pyro keeps a torch optimizer for every tensor it has ever seen. Here a tensor is forgotten once
+nobody else holds it. Weak references would tell at once, but ``torch.utils.swap_tensors``, and with
+it the conversion of modules, refuses tensors that have any. So each tensor is held, and every call
+checks for a few of them whether anybody else still holds them.
 """
 
 import sys
@@ -21,29 +21,29 @@ __all__ = ["ALONE", "KnownTensors"]
 
 _EXAMPLE = SimpleNamespace(tensor=torch.empty(0))
 
-#: What Python counts for an object that only an attribute holds.
+#: Python's reference count of an object that only an attribute holds.
 ALONE = sys.getrefcount(_EXAMPLE.tensor)
 
 
 class KnownTensors:
-    """Tensors by identity, in the order of their first sight.
+    """Tensors by identity, in the order in which they were first seen.
 
     Attributes:
-        keys: Their keys by their identities.
+        keys: The keys of the tensors by their identities.
     """
 
     def __init__(self) -> None:
-        """Know no tensor."""
+        """Start with no tensors."""
         self._by_id: dict[int, TensorOptimizer] = {}
         self.keys: dict[int, str] = {}
         self._unasked: list[TensorOptimizer] = []
 
     def get(self, tensor: torch.Tensor) -> "TensorOptimizer | None":
-        """What is held of a tensor; None for nothing."""
+        """The ``TensorOptimizer`` of a tensor; None if the tensor is not known."""
         return self._by_id.get(id(tensor))
 
     def add(self, tracked: "TensorOptimizer") -> None:
-        """Hold a tensor."""
+        """Add a tensor, which is held from now on."""
         self._by_id[id(tracked.tensor)] = tracked
         self.keys[id(tracked.tensor)] = tracked.key
 
@@ -53,7 +53,7 @@ class KnownTensors:
         tracked.tensor = tracked.scheduler = None
 
     def __iter__(self) -> Iterator["TensorOptimizer"]:
-        """What is held of each."""
+        """The ``TensorOptimizer`` of each tensor."""
         return iter(list(self._by_id.values()))
 
     def __len__(self) -> int:
@@ -61,11 +61,11 @@ class KnownTensors:
         return len(self._by_id)
 
     def abandoned(self, asked: int | None = None) -> list["TensorOptimizer"]:
-        """Those that nobody else holds.
+        """Find tensors that nobody else holds.
 
         Args:
-            asked: How many to ask, in turn; all by default. A caller that asks about twice as many
-                as it adds never has more that are abandoned than others.
+            asked: How many to check, in turn; by default all. If a caller checks twice as many as
+                it adds, abandoned tensors never outnumber the others.
         """
         if asked is None:
             some = list(self)
@@ -78,7 +78,7 @@ class KnownTensors:
         for tracked in some:
             if tracked.tensor is None or sys.getrefcount(tracked.tensor) > ALONE:
                 continue
-            # What autograd holds of a tensor in C++, Python does not count.
+            # Python does not count the references that autograd holds in C++.
             if tracked.tensor._use_count() <= 1:  # type: ignore[attr-defined]
                 found.append(tracked)
         return found

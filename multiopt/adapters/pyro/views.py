@@ -1,4 +1,8 @@
-"""The dicts that ``optim_objs`` of the drop-in shows: live views of what is held of tensors."""
+"""The dicts that ``optim_objs`` of the drop-in shows: live views of settings and state.
+
+Reading looks the value up; writing changes what the next step uses, or is an error that says what
+to do instead. Nothing is stored in the views themselves.
+"""
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,37 +17,37 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Groups", "OptimObjs", "State"]
 
-#: What helps who wants a parameter to begin again.
+#: The remedy in messages for users who want a parameter to start from scratch.
 START_ANEW = "del optim_objs[tensor] to start it anew"
 
 
 class OptimObjs(MutableMapping[torch.Tensor, Any]):
-    """The live tensors of an optimizer; deleting one makes it start anew."""
+    """The live tensors of an optimizer; a tensor that is deleted starts from scratch."""
 
     def __init__(self, owner: "JointOptim") -> None:
-        """Look at an optimizer."""
+        """Make a view of an optimizer."""
         self._owner = owner
 
     def __getitem__(self, tensor: torch.Tensor) -> Any:
-        """What stands for the torch optimizer of a tensor, or its scheduler, loaded state taken."""
+        """The ``TensorOptimizer`` or scheduler of a tensor; state that waits is loaded first."""
         tracked = self._tracked(tensor)
         if not self._owner._guard.busy:
             self._owner._load_waiting([tracked])
         return self._owner._object(tracked)
 
     def __setitem__(self, tensor: torch.Tensor, value: Any) -> NoReturn:
-        """Refuse."""
+        """Raise an error: entries are made when a tensor is first seen."""
         raise TypeError(
             "optim_objs takes no optimizers: its entries are made at first sight; change their "
             f"param_groups and state, or {START_ANEW}"
         )
 
     def __delitem__(self, tensor: torch.Tensor) -> None:
-        """Forget a tensor, with loaded state that waits for it and does not fit it."""
+        """Forget a tensor, and any loaded state that waits for it but does not fit it."""
         self._owner._start_anew(self._tracked(tensor))
 
     def pop(self, tensor: torch.Tensor, *default: Any) -> Any:
-        """Forget a tensor; loaded state that fits waits on."""
+        """Forget a tensor and return its value; loaded state that fits keeps waiting."""
         if tensor not in self and default:
             return default[0]
         optimizer = self._owner._object(self._tracked(tensor))
@@ -52,7 +56,7 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
 
     def clear(self) -> None:
         """Forget all tensors."""
-        # That of MutableMapping would look at each, which takes the loaded state that waits.
+        # MutableMapping's own would read each value, which loads the state that waits.
         for tensor in self:
             del self[tensor]
 
@@ -71,16 +75,16 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
         return iter([tracked.alive for tracked in self._owner._tensors])
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of tensors."""
         return len(self._owner._tensors)
 
 
 class Groups(list["Group"]):
-    """The groups of one tensor: one, which can be changed and not replaced."""
+    """The list of a tensor's only group, which can be changed but not replaced."""
 
     @staticmethod
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        """Refuse a change of the list."""
+        """Raise an error: the list itself cannot be changed."""
         raise TypeError(
             "param_groups is the one group of one tensor; expected changes of its settings: "
             "param_groups[0].update(...)"
@@ -94,26 +98,26 @@ class _View(MutableMapping[Any, Any]):
     """A live view of one tensor."""
 
     def __init__(self, tracked: "TensorOptimizer") -> None:
-        """Look at it."""
+        """Make a view of a tensor's settings or state."""
         self._tracked = tracked
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of keys."""
         return len(list(iter(self)))
 
     def __repr__(self) -> str:
-        """As a dict."""
+        """The text of a dict with the current values."""
         return repr(dict(self))
 
 
 class Group(_View):
-    """The settings of a tensor as they are now; writing one changes its rule.
+    """The current settings of a tensor; writing one changes its rule.
 
-    What is no setting is kept, as in torch: schedulers put their own numbers here, and users tags.
+    Other keys are kept, as in torch: schedulers store their own numbers here, and users their tags.
     """
 
     def __getitem__(self, name: str) -> Any:
-        """A setting; the caller's own object, if he gave one that may change."""
+        """A setting; if the user passed an object that can change, it is that object."""
         tensor = self._tracked.alive
         if name == "params":
             return (tensor,)
@@ -126,7 +130,7 @@ class Group(_View):
         """Change a setting from the next step on.
 
         Raises:
-            TypeError: It cannot be changed.
+            TypeError: The setting cannot be changed.
             ValueError: The value is out of range.
         """
         if name == "params":
@@ -142,11 +146,11 @@ class Group(_View):
             self._tracked.change(name, value)
 
     def __delitem__(self, name: str) -> None:
-        """Delete what is no setting.
+        """Delete a key that is not a setting.
 
         Raises:
-            KeyError: There is nothing of this name.
-            TypeError: It is a setting.
+            KeyError: There is no such key.
+            TypeError: The key is a setting.
         """
         if name not in self:
             raise KeyError(name)
@@ -155,25 +159,25 @@ class Group(_View):
         del self._tracked.extra[name]
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the settings."""
+        """The names of the settings and the other keys."""
         self._tracked.alive  # noqa: B018 -- raises if it is gone
         return iter(dict.fromkeys([*self._tracked.settings(), *self._tracked.extra, "params"]))
 
 
 class State(_View):
-    """The state of one tensor, by that tensor, as ``torch.optim.Optimizer.state``.
+    """The state of one tensor, keyed by that tensor, as ``torch.optim.Optimizer.state``.
 
-    To empty it makes the parameter begin again, as it does torch's optimizers.
+    Clearing it makes the parameter start from scratch, as in torch.
     """
 
     def __getitem__(self, tensor: torch.Tensor) -> "Slots":
-        """Its clock and its slots, empty before the first step."""
+        """The clock and the slots of the tensor; empty before the first step."""
         if tensor is not self._tracked.alive:
             raise KeyError(tensor)
         return Slots(self._tracked)
 
     def __setitem__(self, tensor: torch.Tensor, values: Mapping[str, Any]) -> None:
-        """Take the place of its clock and its slots."""
+        """Replace the clock and the slots of the tensor."""
         slots = self[tensor]
         if not values:
             slots.clear()
@@ -182,36 +186,36 @@ class State(_View):
             self._tracked.load_state_dict({"state": {0: dict(values)}, "param_groups": [group]})
 
     def __delitem__(self, tensor: torch.Tensor) -> None:
-        """Let it begin again."""
+        """Make the parameter start from scratch."""
         self[tensor].clear()
 
     def clear(self) -> None:
-        """Let it begin again."""
+        """Make the parameter start from scratch."""
         self[self._tracked.alive].clear()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """The tensor, if there is anything of it."""
+        """The tensor, if it has any state."""
         tensor = self._tracked.alive
         return iter([tensor] if self[tensor] else [])
 
 
 class Slots(_View):
-    """The clock and the slots of a tensor, under torch's names; the slots are those in memory."""
+    """The clock and the slots of a tensor under torch's names; the slots are not copies."""
 
     def _now(self) -> dict[str, Any]:
         self._tracked.alive  # noqa: B018 -- raises if it is gone
         return self._tracked.values()
 
     def __getitem__(self, name: str) -> Any:
-        """A slot, the clock, or a number that follows from clock and settings."""
+        """A slot, the clock, or a number that follows from the clock and the settings."""
         return self._now()[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Write a slot or the clock; see ``TensorOptimizer.write``."""
+        """Write to a slot or the clock, with the checks of ``TensorOptimizer.write``."""
         self._tracked.write(name, value)
 
     def __delitem__(self, name: str) -> None:
-        """Refuse to leave half a state."""
+        """Raise an error: the state would be incomplete."""
         if name not in self:
             raise KeyError(name)
         raise TypeError(
@@ -220,9 +224,9 @@ class Slots(_View):
         )
 
     def clear(self) -> None:
-        """Let the parameter begin again."""
+        """Make the parameter start from scratch."""
         self._tracked.clear_state()
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """The names of the clock and the slots."""
         return iter(self._now())

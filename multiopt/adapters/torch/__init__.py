@@ -1,1 +1,5 @@
-"""What multiopt and PyTorch's own optimizers have in common: settings, state, files."""
+"""Translation between multiopt and torch's optimizers, shared by ``torch_optim`` and ``pyro``.
+
+``settings`` translates parameter groups to rules and back, ``state`` translates the state of one
+parameter, and ``file`` reads files of ``torch.save`` without running code.
+"""

@@ -1,4 +1,8 @@
-"""Files of ``torch.save``, read without running code."""
+"""Reading files of ``torch.save`` without running code from them.
+
+torch does that with ``weights_only=True``, but refuses the NumPy numbers that people keep beside
+the state. Here they are read by stand-ins that only ever make numbers.
+"""
 
 import os
 import re
@@ -18,7 +22,7 @@ from multiopt.state.file_objects import Source, check_readable, is_path, label
 
 __all__ = ["is_safetensors", "read"]
 
-#: How torch says what it refuses to call or to make.
+#: The parts of torch's messages that name what it refuses to call or to make.
 REFUSED = re.compile(r"GLOBAL (\S+)|<class '(\S+)'>|unrecognized function (.+)")
 
 
@@ -26,14 +30,14 @@ def read(path: Source, map_location: Any = None) -> Any:
     """Read a file of ``torch.save``: plain data and tensors, never code (``weights_only=True``).
 
     Args:
-        path: The file, or a binary file object, which is read from where it is.
-        map_location: As in ``torch.load``; by default tensors come to the CPU.
+        path: The file, or a binary file object, which is read from its current position.
+        map_location: As in ``torch.load``; by default tensors are loaded to the CPU.
 
     Returns:
-        What was saved, whatever it is. ``from_torch`` wants the optimizer's part of it.
+        Whatever was saved. Pass the optimizer's part of it to ``from_torch``.
 
     Raises:
-        CheckpointError: The file is damaged, of another kind, or would run code.
+        CheckpointError: The file is damaged, of another kind, or needs code to be run.
         OSError: The file cannot be read.
         TypeError: It is neither a path nor a binary file object.
 
@@ -45,7 +49,7 @@ def read(path: Source, map_location: Any = None) -> Any:
     """
     with _opened(path) as opened:
         can_be_sought = getattr(opened, "seekable", lambda: False)()
-        # As torch needs it.
+        # torch needs a file that it can seek.
         file = opened if can_be_sought else BytesIO(opened.read())
         start = file.tell()
         try:
@@ -53,7 +57,7 @@ def read(path: Source, map_location: Any = None) -> Any:
                 content = torch.load(file, map_location or "cpu", weights_only=True)
             return _with_arrays(content, {})
         except Exception as error:  # of any kind: damaged files raised 11 in torch 2.13
-            # torch's own words advise to read the file with weights_only=False.
+            # torch's own message recommends weights_only=False, which would run the code.
             is_misleading = "weights_only" in str(error)
             file.seek(start)
             raise CheckpointError(
@@ -63,10 +67,10 @@ def read(path: Source, map_location: Any = None) -> Any:
 
 
 def is_safetensors(file: Source) -> bool:
-    """Whether a file looks like one of safetensors, as multiopt's are.
+    """Whether a file looks like a safetensors file, as multiopt's own files are.
 
     Args:
-        file: As for ``read``; a file object must be one that can be sought.
+        file: The file, or a seekable binary file object, whose position is not changed.
 
     Raises:
         OSError: The file cannot be read.
@@ -77,7 +81,7 @@ def is_safetensors(file: Source) -> bool:
 
 
 def _opened(file: Any) -> AbstractContextManager[BinaryIO]:
-    """A file to read from, which is closed afterwards if it was given by its path."""
+    """Open a file for reading. Only a file that was given as a path is closed afterwards."""
     if is_path(file):
         return Path(os.fsdecode(file)).open("rb")
     check_readable(file)
@@ -85,7 +89,7 @@ def _opened(file: Any) -> AbstractContextManager[BinaryIO]:
 
 
 def _begins_as_safetensors(opened: BinaryIO) -> bool:
-    """Whether what follows does, without moving on."""
+    """Whether the rest of an open file looks like safetensors; its position is not changed."""
     start = opened.tell()
     # The length of the header in 8 bytes, then the header, in JSON.
     beginning = opened.read(9)
@@ -94,12 +98,12 @@ def _begins_as_safetensors(opened: BinaryIO) -> bool:
 
 
 def _refusal(opened: BinaryIO, error: Exception, is_misleading: bool) -> str:
-    """What is wrong with a file that torch did not read.
+    """Say what is wrong with a file that torch could not read.
 
     Args:
         opened: The file.
-        error: What torch raised.
-        is_misleading: Whether that gives advice that is not ours.
+        error: The error that torch raised.
+        is_misleading: Whether its message recommends something unsafe.
     """
     if _begins_as_safetensors(opened):
         return "got a file of safetensors: if multiopt wrote it, use Optimizer.load"
@@ -114,9 +118,9 @@ def _refusal(opened: BinaryIO, error: Exception, is_misleading: bool) -> str:
 
 
 class _Dtype:
-    """A dtype of numbers in a file of torch.
+    """A numeric dtype in a file of torch.
 
-    NumPy's own takes whatever flags a file gives it, and an array of it may fail when it is freed.
+    NumPy's own class accepts any flags from a file, and freeing an array of such a dtype may crash.
     """
 
     def __init__(self, code: str, *_: Any) -> None:
@@ -146,8 +150,8 @@ def _number(kind: _Dtype, data: bytes) -> Any:
     return number
 
 
-#: torch allows a NumPy number for a setting, and users keep counters and losses beside the state.
-#: What NumPy calls to make them, of versions 1 and 2, and what is called in its place.
+#: torch allows NumPy numbers as settings, and users keep counters and losses beside the state.
+#: These replace the functions that a pickle of NumPy 1 or 2 calls to make such numbers.
 NUMPY_NUMBERS: list[Any] = [
     (_Dtype, "numpy.dtype"),
     (_Array, "numpy.ndarray"),
@@ -158,13 +162,13 @@ NUMPY_NUMBERS: list[Any] = [
 ]
 
 
-#: What torch allows is the same for the whole process: one file is read at a time.
+#: torch's list of safe functions belongs to the whole process, so only one file is read at a time.
 READING = RLock()
 
 
 @contextmanager
 def _numpy_numbers() -> Iterator[None]:
-    """Let torch read NumPy numbers, by our functions even where users have allowed NumPy's own."""
+    """Let torch read NumPy numbers with our stand-ins, even if the user has allowed NumPy's own."""
     names = {name for _, name in NUMPY_NUMBERS}
     with READING:
         before = torch.serialization.get_safe_globals()
@@ -181,18 +185,18 @@ def _allow(allowed: list[Any]) -> None:
 
 
 def _name_of(allowed: Any) -> str:
-    """The name under which a file may have what is allowed."""
+    """The name by which a file refers to an allowed function or class."""
     return (
         allowed[1] if isinstance(allowed, tuple) else f"{allowed.__module__}.{allowed.__qualname__}"
     )
 
 
 def _with_arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """Plain data with arrays for what stands for them.
+    """Replace the stand-ins in plain data with their arrays.
 
     Args:
-        value: The data; lists and dicts are changed.
-        done: By identity what was looked at, and what became of it.
+        value: The data; lists and dicts are changed in place.
+        done: Each value already visited and its replacement, by identity.
     """
     if isinstance(value, _Array):
         return value.array
@@ -200,7 +204,7 @@ def _with_arrays(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
         done[id(value)] = value, value
         if isinstance(value, dict):
             for key, part in value.items():
-                # Not by update(), which adds to what is in a Counter.
+                # Not with update(), which would add to the values of a Counter.
                 value[key] = _with_arrays(part, done)
         elif isinstance(value, list):
             value[:] = [_with_arrays(part, done) for part in value]

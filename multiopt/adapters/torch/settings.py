@@ -1,4 +1,8 @@
-"""Settings of parameter groups of torch and Pyro, and the rules that they are of."""
+"""Settings of torch's and Pyro's parameter groups, and the rules that they stand for.
+
+Names and meanings are mostly the same, so the rest is exceptions: switches that torch may give as 0
+or 1, numbers that may be tensors, and Pyro's ``lr`` that decays in the group itself.
+"""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -31,49 +35,49 @@ __all__ = [
     "with_decoupled",
 ]
 
-#: Optimizers that torch has not, but Pyro.
+#: Optimizers that Pyro has and torch does not.
 OF_PYRO = ("AdagradRMSProp", "ClippedAdam", "DCTAdam")
 
-#: Settings of all rules.
+#: The settings of all rules together.
 KNOWN = {
     field.name for name in rules.__all__ if name != "Rule" for field in fields(getattr(rules, name))
 }
 
-#: What torch and Pyro keep in groups beside them.
+#: Other keys that torch and Pyro keep in groups.
 BESIDE = {"capturable", "differentiable", "foreach", "fused", "params", "subsample_aware"}
 
-#: Of those, what a group may lack: older versions of torch and Pyro do not have them, and the
-#: dimension of time is the tensor's in Pyro.
+#: Settings that a group may lack: older versions of torch and Pyro do not have them, and in Pyro
+#: the tensor says along which dimension its DCT is.
 OPTIONAL = {"centered_variance", "dct_dim", "decoupled_weight_decay", "maximize"}
 
-#: Settings that are True or False; one of them may be a word as well.
+#: Settings that are True or False; ``amsgrad`` may also be a string.
 SWITCHES = {"amsgrad"}.union(*(getattr(rules, name).switches for name in rules.__all__))
 
-#: The switch with which torch's Adam is its AdamW.
+#: The switch that turns torch's Adam into its AdamW.
 DECOUPLED = "decoupled_weight_decay"
 
 
 def group_settings(constructor: Any, rule: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The settings of a parameter group of torch after a step.
+    """The settings of a torch parameter group after a number of steps.
 
     Args:
         constructor: The class of the torch optimizer.
         rule: The description of the rule in a state dict.
-        step: How many steps were taken.
+        step: How many steps have been taken.
     """
     defaults, rule = _default_group(constructor), with_decoupled(rule)
     group = {k: from_plain(rule[k]) if k in rule else v for k, v in defaults.items()}
     if "lrd" in group:
-        # Pyro's ClippedAdam keeps the rate that it has come to.
+        # Pyro's ClippedAdam stores the decayed rate in the group.
         group["lr"] *= power(group["lrd"], step)
     return group
 
 
 def rule_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The settings of a group of torch after a step, as a rule has them.
+    """The settings of a rule, from a torch parameter group after a number of steps.
 
     Raises:
-        ValueError: A decay has brought the learning rate so far down that it cannot be another.
+        ValueError: The learning rate has decayed to zero, so it cannot be set to another value.
     """
     settings = plain_settings({k: v for k, v in group.items() if k != "params"})
     if "lrd" in settings and settings["lr"]:
@@ -88,13 +92,13 @@ def rule_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def with_decoupled(rule: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a rule with the switch that torch's Adam has, and its AdamW has on."""
+    """Add torch's switch for decoupled decay to the description of a rule; AdamW has it on."""
     return {DECOUPLED: rule["name"] == "AdamW", **rule}
 
 
 @cache
 def lacking(rule_class: type[Rule]) -> frozenset[str]:
-    """The options of a rule that torch's optimizer of this name does not have."""
+    """The options of a rule that torch's optimizer of the same name does not have."""
     theirs = getattr(torch.optim, rule_class.__name__, None)
     own = {field.name for field in fields(rule_class)}
     return frozenset(own - signature(theirs).parameters.keys() if theirs else ())
@@ -102,17 +106,19 @@ def lacking(rule_class: type[Rule]) -> frozenset[str]:
 
 @cache
 def _default_group(constructor: Any) -> dict[str, Any]:
-    # Of two dimensions, since Muon takes no others.
+    # Muon only accepts tensors of two dimensions.
     (group,) = constructor([torch.empty(0, 0)]).state_dict()["param_groups"]
     del group["params"]
     return dict(group)
 
 
 def check_settings(rule_class: type[Rule], group: Mapping[str, Any]) -> None:
-    """Refuse a group of another optimizer. Settings that no rule has, users may have added.
+    """Raise an error for a group of another optimizer.
+
+    Keys that no rule has are ignored, since users may have added them.
 
     Raises:
-        ValueError: It has settings that are not of this rule, or lacks some.
+        ValueError: The group has settings of other rules, or lacks some of this one.
     """
     expected = {field.name for field in fields(rule_class)}
     missing = sorted(expected - OPTIONAL - group.keys())
@@ -125,10 +131,10 @@ def check_settings(rule_class: type[Rule], group: Mapping[str, Any]) -> None:
 
 
 def refuse_subsamples(settings: Mapping[str, Any]) -> None:
-    """Refuse the option that only Pyro's own class has.
+    """Raise an error for ``subsample_aware=True``, which only Pyro's own class can do.
 
     Raises:
-        ValueError: It is on.
+        ValueError: The option is on.
     """
     if settings.get("subsample_aware"):
         raise ValueError(
@@ -138,7 +144,7 @@ def refuse_subsamples(settings: Mapping[str, Any]) -> None:
 
 
 def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of torch as rules have them: 0 and 1 are no truth values there."""
+    """Convert torch's settings to those of a rule, where a switch is a bool and not 0 or 1."""
     settings = {name: number(value) for name, value in values.items()}
     for name in SWITCHES & settings.keys():
         if settings[name] in (0, 1):
@@ -147,28 +153,28 @@ def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def number(value: Any) -> Any:
-    """A setting as rules have it: torch allows tensors, arrays and lists for numbers and pairs."""
+    """Convert a setting to a number or a tuple; torch also allows tensors, arrays and lists."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         value = value.item() if prod(value.shape) == 1 else value.tolist()
     return tuple(number(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def from_plain(value: Any) -> Any:
-    """A hyperparameter from plain data: pairs are lists there, infinity a word."""
+    """Restore a hyperparameter from plain data, where pairs are lists and infinity is a string."""
     if isinstance(value, list | tuple):
         return tuple(from_plain(part) for part in value)
     return float(value) if value in ("inf", "-inf") else value
 
 
 def rule_of(name: str, description: Mapping[str, Any]) -> Rule:
-    """The rule that a description in a state dict is of, its schedules numbers.
+    """Rebuild a rule from its description in a state dict; schedules become numbers.
 
     Args:
-        name: That of the parameter, for messages.
-        description: The description.
+        name: The name of the parameter, for messages.
+        description: The description of the rule.
 
     Raises:
-        ValueError: It is that of no rule of multiopt's.
+        ValueError: It is not a description of one of multiopt's rules.
     """
     kind = description.get("name")
     if kind not in rules.__all__ or kind == "Rule":
@@ -185,14 +191,14 @@ def rule_of(name: str, description: Mapping[str, Any]) -> Rule:
 
 
 def rule_class_of(optimizer: Any) -> type[Rule]:
-    """The rule that a torch optimizer follows.
+    """The class of multiopt's rule for a torch optimizer.
 
     Args:
         optimizer: The class of a torch optimizer of torch or Pyro, a function of ``pyro.optim``,
             or the class of the rule itself.
 
     Raises:
-        TypeError: There is none.
+        TypeError: multiopt has no such rule.
     """
     name = getattr(optimizer, "__name__", "")
     rule_class: Any = getattr(rules, name, None)

@@ -1,4 +1,8 @@
-"""State to and from the state dicts of torch optimizers, one parameter each, as Pyro keeps them."""
+"""The state of one parameter, to and from the state dict of a torch optimizer.
+
+Pyro keeps a torch optimizer for each parameter, so its checkpoints are state dicts of one parameter
+each. That is the form here; ``torch_optim`` splits and joins those of whole optimizers.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -47,10 +51,10 @@ __all__ = [
     "without_clock",
 ]
 
-#: Optimizers of torch that count no steps.
+#: Optimizers of torch that do not count steps.
 CLOCKLESS = ("SGD", "Muon")
 
-#: What torch keeps beside slots, though the settings and the steps taken say it.
+#: Numbers that torch stores beside the slots although they follow from the settings and the clock.
 DERIVED: dict[str, dict[str, Callable[[Mapping[str, Any], int], Any]]] = {
     "NAdam": {
         "mu_product": lambda rule, step: (
@@ -69,13 +73,13 @@ DERIVED: dict[str, dict[str, Callable[[Mapping[str, Any], int], Any]]] = {
 def parameter_to_torch(
     constructor: type[torch.optim.Optimizer], entry: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state dict of the torch optimizer that would have made this state.
+    """Make the state dict of a torch optimizer with this state.
 
     Args:
         constructor: The class of the torch optimizer.
-        entry: One entry of ``Optimizer.state_dict``, its slots NumPy arrays; under ``"group"``
-            what schedulers and users keep in the group, under ``"given"`` settings that are the
-            caller's own objects, under ``"complex"`` whether slots are the parts of complex ones.
+        entry: One entry of ``Optimizer.state_dict`` with NumPy slots. It may also have ``"group"``,
+            the keys that schedulers and users keep in the group; ``"given"``, the settings that are
+            the user's own objects; and ``"complex"``, whether slots are the parts of complex ones.
     """
     step, rule = entry["step"], entry["rule"]
     group = group_settings(constructor, rule, step)
@@ -84,7 +88,7 @@ def parameter_to_torch(
         slots = {slot: torch.view_as_complex(tensor) for slot, tensor in slots.items()}
     state = {}
     if step:
-        # Pyro's optimizers count in an int, torch's in a tensor.
+        # Pyro's optimizers count steps with an int, torch's with a tensor.
         in_pyro = constructor.__module__.startswith("pyro.")
         clock = step if in_pyro else scalar(step)
         state[0] = {"step": clock, **derived_numbers(rule, step), **slots}
@@ -102,12 +106,12 @@ def parameter_to_torch(
 def fresh_state(
     constructor: type[torch.optim.Optimizer], group: Mapping[str, Any], like: torch.Tensor
 ) -> dict[str, Any]:
-    """The state of a parameter before its first step, which some torch optimizers have.
+    """The state of a parameter before its first step; some torch optimizers have one by then.
 
     Args:
         constructor: The class of the torch optimizer.
-        group: Its settings.
-        like: A tensor of the shape and dtype of the parameter.
+        group: The settings of its group.
+        like: A tensor with the shape and the dtype of the parameter.
     """
     names = signature(constructor).parameters.keys() & group.keys()
     fresh = constructor([torch.zeros_like(like)], **{name: group[name] for name in names})
@@ -118,16 +122,16 @@ def fresh_state(
 def without_clock(
     constructor: type[torch.optim.Optimizer], state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state of a parameter in torch, without a clock where torch keeps none."""
+    """Drop the clock from the state of a parameter if this torch optimizer does not keep one."""
     clockless = constructor.__name__ in CLOCKLESS
     return {key: value for key, value in state.items() if not (clockless and key == "step")}
 
 
 def scalar(value: float) -> torch.Tensor:
-    """A number as torch keeps it beside slots.
+    """A number as torch stores it beside the slots: a tensor without dimensions.
 
-    That is in float32, whatever the default dtype is, or in float64 if that is the default. A clock
-    above 2^24 that float32 does not have comes in float64 too, which torch goes on with.
+    Its dtype is float64 if that is torch's default, else float32. A clock above 2^24 that float32
+    cannot hold is also in float64; torch carries on with that.
     """
     double = torch.tensor(value, dtype=torch.float64)
     single = double.to(torch.float32)
@@ -136,11 +140,11 @@ def scalar(value: float) -> torch.Tensor:
 
 
 def derived_numbers(rule: Mapping[str, Any], step: int) -> dict[str, torch.Tensor]:
-    """The numbers of ``DERIVED``, as torch keeps them.
+    """The numbers of ``DERIVED`` for a rule, as torch stores them.
 
     Args:
         rule: The description of the rule in a state dict.
-        step: How many steps were taken.
+        step: How many steps have been taken.
     """
     derived = DERIVED.get(rule["name"], {})
     return {name: scalar(float(value(rule, step))) for name, value in derived.items()}
@@ -149,17 +153,17 @@ def derived_numbers(rule: Mapping[str, Any], step: int) -> dict[str, torch.Tenso
 def parameters_from_torch(
     rule_class: type[Rule], states: Mapping[Any, Any]
 ) -> dict[str, dict[str, Any]]:
-    """``parameter_from_torch`` of the states of a Pyro optimizer.
+    """Apply ``parameter_from_torch`` to every state of a Pyro optimizer.
 
     Raises:
-        CheckpointError: They have another form.
+        CheckpointError: The states are malformed.
     """
     if not isinstance(states, Mapping):
         raise CheckpointError(
             f"expected the states of parameters by name; got a {type(states).__name__}"
         )
     if None in states:
-        # Pyro's own get_state() leaves this behind for tensors that left the store.
+        # Pyro's own get_state() gives this for tensors that are no longer in the store.
         warnings.warn("left out a state without a parameter name", stacklevel=3)
     return {
         name: parameter_from_torch(name, rule_class, state)
@@ -171,20 +175,21 @@ def parameters_from_torch(
 def parameter_from_torch(
     name: str, rule_class: type[Rule], state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state dict of a torch optimizer of one parameter, as an ``Optimizer.state_dict`` has it.
+    """Convert the state dict of a torch optimizer of one parameter to an entry.
 
     Args:
-        name: That of the parameter, for messages.
+        name: The name of the parameter, for messages.
         rule_class: The rule that the torch optimizer follows.
-        state: Its state dict, or that of a learning-rate scheduler of Pyro around it.
+        state: The state dict of the torch optimizer, or of a learning-rate scheduler of Pyro that
+            wraps one.
 
     Returns:
-        The entry, with what ``parameter_to_torch`` looks for, and under ``"scheduler"`` the state
-        of the scheduler, if it is that of one.
+        An entry as in ``Optimizer.state_dict``, with the additional keys of
+        ``parameter_to_torch``, and ``"scheduler"``, the state of the scheduler, if there is one.
 
     Raises:
-        CheckpointError: It has another form, is that of another optimizer, or its settings are out
-            of range.
+        CheckpointError: The state is malformed or from another optimizer, or a setting is out of
+            range.
     """
     try:
         return _from_torch(rule_class, state)
@@ -227,7 +232,7 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
     is_complex = any(tensor.is_complex() for tensor in tensors.values())
     slots = {slot: _on_host(tensor, is_complex) for slot, tensor in tensors.items()}
     if not step:
-        # Slots are zero before the first step; Adagrad's sum in torch may not be.
+        # Our slots are zero before the first step, while torch's Adagrad may start its sum higher.
         slots = {slot: np.zeros_like(array) for slot, array in slots.items()}
     arrays = {k: v for k, v in group.items() if isinstance(v, torch.Tensor | np.ndarray)}
     scheduler = {"scheduler": state["scheduler"]} if "scheduler" in state else {}
@@ -236,28 +241,28 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
         "step": step,
         "slots": slots,
         "complex": is_complex,
-        # What schedulers and users keep in a group.
+        # Keys that schedulers and users keep in the group.
         "group": deepcopy({k: v for k, v in group.items() if k not in KNOWN | BESIDE}),
-        # Settings that the caller may change in place.
+        # Settings that the user may change in place.
         "given": deepcopy({k: v for k, v in arrays.items() if k in KNOWN}),
         **deepcopy(scheduler),
     }
 
 
 def _on_host(slot: torch.Tensor, is_complex: bool) -> np.ndarray:
-    """A slot of torch as a NumPy array, complex numbers in two parts."""
+    """A torch slot as a NumPy array; complex numbers as their two parts."""
     slot = torch.view_as_real(slot.resolve_conj()) if is_complex else slot
     dtype = getattr(torch, COMPUTE_DTYPE[str(slot.dtype).removeprefix("torch.")])
     return backend_named("torch").to_host(slot.to(dtype))
 
 
 def _clock(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
-    """The clock in the state of a parameter in torch.
+    """The clock in torch's state of a parameter.
 
-    SGD and Muon of torch count no steps; what matters there is whether the first one is past.
+    torch's SGD and Muon do not count steps; for them the clock is 1 after the first step.
 
     Raises:
-        ValueError: There is none where one is counted, or it is no number of steps.
+        ValueError: The clock is missing, or not a number of steps.
     """
     step = values.get("step")
     if step is None and (not values or rule_class.__name__ in CLOCKLESS):
@@ -271,10 +276,10 @@ def _clock(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
 
 
 def whole_number(value: Any) -> int:
-    """A clock in torch's terms as an int.
+    """Convert a clock of torch to an int.
 
     Raises:
-        ValueError: It is no number of steps.
+        ValueError: It is not a number of steps.
     """
     step = number(value)
     is_number = isinstance(step, int | float) and not isinstance(step, bool)
@@ -287,10 +292,10 @@ def whole_number(value: Any) -> int:
 
 
 def state_dict_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A state dict of what ``parameter_from_torch`` gave, by name.
+    """Make a state dict from the entries that ``parameter_from_torch`` returned.
 
     Raises:
-        CheckpointError: Slots are not those of the rule.
+        CheckpointError: The slots of an entry are not those of its rule.
     """
     for name, entry in entries.items():
         try:
@@ -315,11 +320,11 @@ def _shown_slots(entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries of a state dict, pending ones too, with NumPy slots, and what torch can have.
+    """The entries of a state dict, including pending ones, reduced to what torch can hold.
 
     Raises:
-        ValueError: It has another form, or a rule that is not multiopt's, or one with an option
-            that torch does not have.
+        ValueError: The state dict is malformed, a rule is not multiopt's, or it has an option that
+            torch does not have.
     """
     check_state_dict(state_dict)
     parts = {**state_dict["pending"], **state_dict["entries"]}
@@ -341,12 +346,12 @@ def for_torch(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def leave_out(
     state_dict: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], stacklevel: int
 ) -> None:
-    """Take master copies out of entries, and warn of all that torch and Pyro have no place for.
+    """Remove master copies from entries, and warn about everything torch and Pyro cannot hold.
 
     Args:
-        state_dict: That of an ``Optimizer``.
-        entries: Its entries, pending ones too, with slots that may be changed.
-        stacklevel: As for ``warnings.warn``, from here.
+        state_dict: The state dict of an ``Optimizer``.
+        entries: Its entries, including pending ones; their slots are changed.
+        stacklevel: The ``stacklevel`` of ``warnings.warn``, counted from here.
     """
     lost = {*state_dict.get("averages", {}), *state_dict.get("pending_averages", {})}
     lost |= {n for n, entry in entries.items() if entry["slots"].pop(MASTER, None) is not None}
