@@ -205,7 +205,7 @@ def test_the_note_may_be_an_error() -> None:
 
 def test_a_factory_says_what_it_is() -> None:
     for name, constructor in CONSTRUCTORS.items():
-        wanted = f"see ``multiopt.{name}``" if constructor in RULES else "wrapped as Pyro does"
+        wanted = f"the rule ``multiopt.{name}``" if constructor in RULES else "wrapped as Pyro does"
         assert wanted in getattr(optim, name).__doc__
 
 
