@@ -1,4 +1,10 @@
-"""Rows for names that a step sees for the first time, or whose parameters have moved."""
+"""First sight: rows for names that a step sees for the first time, or whose parameters have moved.
+
+When a name comes with its first gradient, it chooses its rule, clip and average, finds the group
+for them, and takes over pending state if there is any. All new names of a group get their rows at
+once, so a hundred thousand new names cost little more than their look-ups. The rows are registered
+only when the step is committed; if it fails, they are freed and nothing has changed.
+"""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
@@ -26,18 +32,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Undo", "begin", "move"]
 
-#: What takes back what a step has done before it failed.
+#: Functions that undo what a step has done before it failed.
 Undo: TypeAlias = list[Callable[[], object]]
 
 
 class _Kind(NamedTuple):
-    """New names that get their rows at once.
+    """New names of one group and one rule, which get their rows together.
 
     Attributes:
         group: Their group.
-        rule: What the group computes for them.
+        rule: Their rule, chained with their average if they have one.
         places: Their places in the list of names.
-        saved: Their saved state; None for names that start without state.
+        saved: Their pending state; None for names without any.
     """
 
     group: Group
@@ -54,15 +60,22 @@ def begin(
     fresh: dict[int, int],
     undo: Undo,
 ) -> Rows:
-    """Rows for names that are seen for the first time, with a gradient; nothing is registered.
+    """Make rows for the new names that have a gradient, without registering them.
 
     Args:
-        registry: Who knows names.
-        rows: The names, some of them without a row.
+        registry: The registry.
+        rows: The names of the step, some of them without a row.
         params: The parameters.
         grads: Their gradients.
-        fresh: By place, the new codes; filled as they are made.
-        undo: Takes what takes back what else has been done.
+        fresh: Filled with the codes of the new rows, by place.
+        undo: Filled with functions that undo whatever else is done.
+
+    Returns:
+        The names with their rows, the new ones included.
+
+    Raises:
+        TypeError: A parameter is not a usable array, or a callable returned something else.
+        ValueError: A rule, or pending state, does not fit a parameter.
     """
     names, codes, pending = rows.names, rows.codes.copy(), registry.pending
     layouts: dict[Hashable, tuple[Layout, Layout]] = {}
@@ -93,15 +106,15 @@ def begin(
         kinds[key].places.append(place)
         kinds[key].saved.append(saved)
         clips[place] = None if registry.clip is None else chosen_clip(registry.clip, name)
-    for group, chain, places, waited in kinds.values():
-        forms = [shapes[place] for place in places]
-        _check_shapes(registry, group, chain, [names[place] for place in places], forms, waited)
-        made = resumed(group, waited, forms)
-        fresh.update(zip(places, (made + group.number * GROUP).tolist(), strict=True))
-        group.set_rules(made, chain)
-        registry.give_clips(group, made, [clips[place] for place in places])
-        set_clocks(group, made, waited)
-        for form in {id(one.form): one.form for one in waited if one is not None}.values():
+    for group, chain, places, states in kinds.values():
+        of_group = [shapes[place] for place in places]
+        _check_shapes(registry, group, chain, [names[place] for place in places], of_group, states)
+        new_rows = resumed(group, states, of_group)
+        fresh.update(zip(places, (new_rows + group.number * GROUP).tolist(), strict=True))
+        group.set_rules(new_rows, chain)
+        registry.give_clips(group, new_rows, [clips[place] for place in places])
+        set_clocks(group, new_rows, states)
+        for form in {id(state.form): state.form for state in states if state is not None}.values():
             undo += _observe(chain, form)
     for place, code in fresh.items():
         codes[place] = code
@@ -111,24 +124,27 @@ def begin(
 
 
 def _warn_of_other_names(registry: "Registry", names: Sequence[str], fresh: Iterable[int]) -> None:
-    """Warn, once after each load, if state that waits seems to be that of names begun without."""
+    """Warn, once per load, if names start fresh while similar names have pending state."""
     pending = registry.pending
-    without = [names[place] for place in fresh if names[place] not in pending]
-    if not without or registry.endings == {}:
+    unmatched = [names[place] for place in fresh if names[place] not in pending]
+    if not unmatched or registry.endings == {}:
         return
     if registry.endings is None:
         registry.endings = by_ending(pending)
     stepped = set(names)
-    found = pairs(without, lambda name: name in pending and name not in stepped, registry.endings)
-    if found:
+    similar = pairs(
+        unmatched, lambda name: name in pending and name not in stepped, registry.endings
+    )
+    if similar:
         registry.endings = {}
-        warn_of_other_names(found)
+        warn_of_other_names(similar)
 
 
 def _form(array: Array) -> Hashable | None:
-    """What arrays have in common that have one layout: to find that takes longer.
+    """A key that only arrays of the same layout share; it is cheaper to get than the layout.
 
-    None if an array does not say. That it can be stepped is found out when it is looked at.
+    None if the array does not have what the key is made of. Whether it can be used at all is
+    checked later.
     """
     try:
         form = type(array), array.shape, array.dtype, array.device
@@ -139,13 +155,13 @@ def _form(array: Array) -> Hashable | None:
 
 
 def _observe(chain: Rule, form: Form) -> Undo:
-    """Give schedules what others have seen, if that is more; return what takes it back."""
-    # The first step asks the schedules.
-    own, *means = formulas(chain)
-    seen = observe(own, form.rule.observed, ahead=True)
-    if means and form.average is not None:
-        seen += observe(means[0], form.average.observed, ahead=True)
-    return [partial(plateau.load_state, before) for plateau, before in seen]
+    """Load what saved schedules had observed, if it is more; return functions that undo it."""
+    # This must come before the first step calls the schedules.
+    own, *averages = formulas(chain)
+    changed = observe(own, form.rule.observed, ahead=True)
+    if averages and form.average is not None:
+        changed += observe(averages[0], form.average.observed, ahead=True)
+    return [partial(plateau.load_state, before) for plateau, before in changed]
 
 
 def _check_shapes(
@@ -156,36 +172,39 @@ def _check_shapes(
     shapes: Sequence[tuple[int, ...]],
     saved: Sequence[Saved | None],
 ) -> None:
-    """Refuse shapes that a rule, or saved state, is not for.
+    """Check that the rule supports the shapes of some parameters, and that pending state fits.
 
     Raises:
-        ValueError: There is one.
+        ValueError: The rule does not support a shape, or pending state does not fit.
     """
     own = formulas(rule)[0]
-    known: set[Hashable] = set()
-    for name, shape, one in zip(names, shapes, saved, strict=True):
+    checked: set[Hashable] = set()
+    for name, shape, state in zip(names, shapes, saved, strict=True):
         # State of step 0 need not have slots.
-        kind = shape, None if one is None else (id(one.form), one.step == 0)
-        if kind not in known:
-            known.add(kind)
+        kind = shape, None if state is None else (id(state.form), state.step == 0)
+        if kind not in checked:
+            checked.add(kind)
             layout = group.layout.with_shape(shape)
-            if one is None:
+            if state is None:
                 slot_shapes(name, own, layout)
             else:
-                check_fit(name, one, own, layout, registry.masters)
-                check_average(name, one, layout)
+                check_fit(name, state, own, layout, registry.masters)
+                check_average(name, state, layout)
 
 
 def move(
     registry: "Registry", rows: Rows, moved: Mapping[int, Layout], fresh: dict[int, int]
 ) -> Rows:
-    """Rows in other groups for parameters whose library or device is another one now.
+    """Make rows in other groups for parameters that have moved to another library or device.
 
     Args:
-        registry: Who knows names.
-        rows: The names.
-        moved: By place, the layouts of those that have moved.
-        fresh: By place, the new codes; filled as they are made.
+        registry: The registry.
+        rows: The names of the step.
+        moved: By place, the new layouts of the parameters that have moved.
+        fresh: Filled with the codes of the new rows, by place.
+
+    Returns:
+        The names with their rows, the new ones included.
     """
     codes = rows.codes.copy()
     for place, layout in moved.items():
@@ -194,12 +213,12 @@ def move(
         carried = partial(_carried, old=old.layout, new=layout)
         entry = old.with_converted(carried)._replace(layout=layout)
         fresh[place] = codes[place] = code = registry.placed({name: entry})[name]
-        # Schedules have been asked for this step.
+        # The schedules have been called for this step already.
         new_group, new_row = registry.at(code)
         new_group.numbers[new_row] = group.numbers[row]
     return registry.parted(rows.names, codes, rows.missing)
 
 
 def _carried(array: Array, old: Layout, new: Layout) -> Array:
-    """A slot taken to another library or device."""
+    """Move a slot to another library or device."""
     return slot_of(backend_named(old.library).to_host(array), new)

@@ -1,21 +1,23 @@
-"""Names are rows: what is known by name, and the steps of it (``spec/registry.md``).
+"""The registry: what the optimizer keeps for each name, and how a step over some names runs.
 
-The registry knows for every name which row of which group it has; all else stands in the columns of
-the group. A step looks its names up, in any order and any selection, and hands the rows over:
+Names are rows. The registry maps each name to a row of a group, and everything else about the
+parameter is stored in the columns of that group. So a step can be over any names, in any order:
 
-    names -> rows     a look-up a name; names never seen get rows, all at once
-    rows  -> groups   the parts of a step, one for each engine
+    names -> rows     one look-up per name; all new names of a group get their rows at once
+    rows  -> groups   the parts of the step, one for each group
     Step              looks, checks, clips, prepares and runs all parts (``multiopt.step``)
+
+``spec/registry.md`` states what users can rely on.
 
 >>> import numpy as np
 >>> from multiopt.registry import Registry
 >>> from multiopt.rules import SGD
->>> known = Registry(SGD(lr=1.0))
+>>> registry = Registry(SGD(lr=1.0))
 >>> w, b = np.zeros(2), np.zeros(1)
 >>> for names, params in ((["w"], [w]), (["b", "w"], [b, w])):
 ...     grads = [np.ones_like(param) for param in params]
-...     _ = known.step(names, *(np.fromiter(x, object, len(x)) for x in (params, grads)))
->>> w.tolist(), b.tolist(), known.clock("w")
+...     _ = registry.step(names, *(np.fromiter(x, object, len(x)) for x in (params, grads)))
+>>> w.tolist(), b.tolist(), registry.clock("w")
 ([-2.0, -2.0], [-1.0], 2)
 """
 
@@ -45,25 +47,25 @@ __all__ = ["Registry"]
 
 
 class Registry(Table):
-    """Names with their rows, the state that waits for names, and their steps.
+    """Names with their rows, pending state, and the steps over them.
 
     Args:
         rule: A rule for all names, or a callable ``name -> rule``.
         clip: A clip for all names, a callable ``name -> Clip or None``, or None.
         on_nonfinite: ``"propagate"``, ``"raise"`` or ``"skip"``.
-        max_skips: In how many steps in a row a name may be skipped; None for no limit.
+        max_skips: How many steps in a row may skip a name; None for no limit.
         threads: The largest number of threads, or None.
         masters: Whether 16-bit parameters have master copies.
-        guard: The guard of the optimizer.
-        average: An average of all names, a callable ``name -> Average or None``, or None.
+        guard: The optimizer's guard; by default a new one.
+        average: An average for all names, a callable ``name -> Average or None``, or None.
 
     Attributes:
-        rule: The rule for names to come.
-        clip: The clip for names to come.
-        average: The average of names to come.
-        skips: How often names were skipped, for those that ever were.
-        steps: The number of steps in which anything was updated.
-        outcome: The outcome of the last step that ended; a new object for each.
+        rule: The rule for new names.
+        clip: The clip for new names.
+        average: The average for new names.
+        skips: How often each name was skipped; names that never were are left out.
+        steps: How many steps updated anything.
+        outcome: The outcome of the last step. Each completed step stores a new object.
     """
 
     __slots__ = (
@@ -89,23 +91,23 @@ class Registry(Table):
         self.skips: dict[str, Skips] = {}
         self.steps = 0
         self.outcome: Outcome | None = None
-        #: Whether a step writes clipped gradients over the gradients.
+        #: Whether a step overwrites the gradients with the clipped ones.
         self.leave_clipped = False
-        #: Whether a step writes the arrays that it was given, where the library can.
+        #: Whether a step writes into the arrays it is given, where the library can.
         self.in_place = True
-        #: Whether it is an error if no parameter has a gradient of its own, nor will have one.
+        #: Whether reading ``.grad`` is an error if no parameter has a gradient or can get one.
         self.needs_gradients = False
-        #: The names whose state waits, by what they end in: None until a step asks, empty when it
-        #: has warned of names like new ones.
+        #: Pending names by their last part, to find renamed parameters. None until a step needs
+        #: it; empty once it has warned.
         self.endings: dict[str, str] | None = None
         self.on_nonfinite, self._max_skips = on_nonfinite, max_skips
         self.threads = threads
         self._arrays = Arrays()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything that is held, by name."""
-        made_again = "__weakref__", "_arrays"
-        state = {name: getattr(self, name) for name in self.__slots__ if name not in made_again}
+        """Return everything that is kept, with one entry per name."""
+        transient = "__weakref__", "_arrays"
+        state = {name: getattr(self, name) for name in self.__slots__ if name not in transient}
         if self.outcome is not None:
             state["outcome"] = self.outcome.detached()
         entries = {}
@@ -113,11 +115,11 @@ class Registry(Table):
             entry = self.entry(name)
             to_host = backend_named(entry.layout.library).to_host
             entries[name] = entry.with_converted(to_host)
-        beside = {"masters": self.masters, "pending": self.pending}
-        return {**state, **beside, "entries": entries}
+        inherited = {"masters": self.masters, "pending": self.pending}
+        return {**state, **inherited, "entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give all names rows again."""
+        """Restore what ``__getstate__`` returned, in new rows."""
         entries = state.pop("entries")
         super().__init__(state.pop("masters"))
         for name, value in state.items():
@@ -127,14 +129,14 @@ class Registry(Table):
             entries[name] = entry.with_converted(partial(slot_of, layout=entry.layout))
         self.put(entries)
 
-    # What is known
+    # Queries
 
     def known(self) -> dict[str, None]:
-        """Return the names of which anything is held."""
+        """All names that have a row, pending state or a count of skips."""
         return dict.fromkeys([*self._codes, *self.pending, *self.skips])
 
     def average_of(self, name: str) -> Average | None:
-        """Return the average that is kept of a name, seen or not."""
+        """The average that is kept of a name, or will be once it is seen; None for none."""
         if name in self._codes:
             group, row = self.row_of(name)
             rule = group.rule_at(row)
@@ -152,13 +154,16 @@ class Registry(Table):
         grads: np.ndarray | None,
         after: Callable[[Step], object] | None = None,
     ) -> dict[int, Array]:
-        """Step; return, by place, the arrays that take the place of parameters not written.
+        """Take one step over some names.
 
         Args:
             names: The names of the parameters.
-            params: The parameters, an array of objects.
-            grads: Their gradients; None for their own.
-            after: Called when parameters, slots and clocks have been updated. It may not fail.
+            params: The parameters, as an array of objects.
+            grads: Their gradients, as an array of objects; None to read them from the parameters.
+            after: Called once parameters, slots and clocks have been updated. It must not fail.
+
+        Returns:
+            By place, the new arrays of parameters that were not updated in place.
         """
         rows = self.last if names == self.last.names else self.find(names)
         own = grads is None
@@ -188,7 +193,7 @@ class Registry(Table):
             step.prepare()
             skips = self._counted(step) if step.skipped or self.skips else self.skips
             with self.guard:
-                # From here on nothing fails.
+                # Nothing below can fail.
                 step.run()
                 if after is not None:
                     after(step)
@@ -212,10 +217,10 @@ class Registry(Table):
         return rows
 
     def _ask(self, rows: Rows, arrays: Arrays, fresh: dict[int, int]) -> Rows:
-        """Ask the schedules of some rows; return those of a step.
+        """Call the schedules of some rows; return the rows, new ones where parameters have moved.
 
-        A schedule is the caller's code: arrays are looked at when it has run. It is not asked for
-        a name that takes no part.
+        A schedule is the caller's code and may change anything, so the step looks at its arrays
+        afterwards. A schedule is not called for a name that is left alone.
         """
         count = self.steps + 1
         if self.on_nonfinite == "propagate":
@@ -225,21 +230,21 @@ class Registry(Table):
         try:
             rows = self._look(step, rows, fresh)
             step.check_finite(self.on_nonfinite)
-            found = [(part.group, part.rows, part.places) for part in step.parts]
-            ask_schedules(rows.names, found, arrays.grads, count)
+            parts = [(part.group, part.rows, part.places) for part in step.parts]
+            ask_schedules(rows.names, parts, arrays.grads, count)
         finally:
             step.forget()
         return rows
 
     def _own_gradients(self, rows: Rows, params: np.ndarray) -> np.ndarray:
-        """Return the gradients that parameters carry themselves."""
+        """The gradients that the parameters carry, as torch's ``.grad``."""
         names = rows.names
         if not names:
             return params
         backend = backend_for(params[0], f"parameter {names[0]!r}")
         return backend.gradients(params, names, rows.missing, self.needs_gradients)
 
-    # What a step leaves behind
+    # The end of a step
 
     def _counted(self, step: Step) -> dict[str, Skips]:
         """Return the counts of skips after a step.
@@ -254,13 +259,13 @@ class Registry(Table):
     def _commit(
         self, rows: Rows, fresh: Mapping[int, int], step: Step, skips: dict[str, Skips]
     ) -> None:
-        """Register the rows that a step has begun, and count the step."""
-        born: tuple[str, ...] = ()
+        """Register the new rows of a step, and count the step."""
+        new: tuple[str, ...] = ()
         if fresh:
-            born = self._register(rows, fresh, step.skipped)
+            new = self._register(rows, fresh, step.skipped)
         else:
             self.last = rows
-        self.outcome = Outcome(rows.names, born, step.parts, step.skipped, step.global_norms)
+        self.outcome = Outcome(rows.names, new, step.parts, step.skipped, step.global_norms)
         self.skips = skips
         for part in step.parts:
             if len(part.places):
@@ -270,57 +275,59 @@ class Registry(Table):
     def _register(
         self, rows: Rows, fresh: Mapping[int, int], skipped: Sequence[int]
     ) -> tuple[str, ...]:
-        """Give names the rows that a step has begun; return those that were never seen before."""
-        # A name that is skipped at first sight does not count as seen.
-        left = fresh.keys() & skipped
-        known, names = self._codes, rows.names
-        kept = {names[place]: fresh[place] for place in sorted(fresh) if place not in left}
-        born = tuple(name for name in kept if name not in known)
-        self._garbage += [fresh[place] for place in left]
-        self._garbage += [known[name] for name in kept if name in known]
-        known.update(kept)
-        for name in kept if self.pending else ():
+        """Register the new rows, except those of skipped names; return the names never seen before.
+
+        A name that is skipped at first sight counts as not seen.
+        """
+        dropped = fresh.keys() & skipped
+        codes, names = self._codes, rows.names
+        added = {names[place]: fresh[place] for place in sorted(fresh) if place not in dropped}
+        new = tuple(name for name in added if name not in codes)
+        self._garbage += [fresh[place] for place in dropped]
+        self._garbage += [codes[name] for name in added if name in codes]
+        codes.update(added)
+        for name in added if self.pending else ():
             self.pending.pop(name, None)
-        self.last = NOTHING if left else rows
-        return born
+        self.last = NOTHING if dropped else rows
+        return new
 
     def _take_back(self, fresh: Mapping[int, int], undo: Undo) -> None:
-        """Roll back what a step that did not end has begun."""
+        """Undo the preparations of a step that was not committed."""
         for take_back in undo:
             take_back()
         if self.guard.torn is not None:
-            # Some of it may be registered, and the rows that it was in are to be let go.
-            held = set(self._codes.values())
+            # Some of the new rows may be registered; those and only those stay.
+            used = set(self._codes.values())
             garbage = dict.fromkeys([*self._garbage, *fresh.values()])
-            self._garbage = [code for code in garbage if code not in held]
+            self._garbage = [code for code in garbage if code not in used]
             return
         self.free(fresh.values())
 
-    # What changes between steps
+    # Changes between steps
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drop all that is held of some names."""
+        """Drop the rows, the pending state and the skips of some names."""
         gone = dict.fromkeys(names)
         with self.guard:
             self._garbage += [self._codes.pop(name) for name in gone if name in self._codes]
-            self.pending = {n: stored for n, stored in self.pending.items() if n not in gone}
+            self.pending = {n: saved for n, saved in self.pending.items() if n not in gone}
             self.skips = {n: count for n, count in self.skips.items() if n not in gone}
             self.last = NOTHING
         self.sweep()
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give names new names, in their places."""
+        """Rename some names; their order stays."""
         with self.guard:
             self.rename_rows(names)
-            self.pending = {names.get(n, n): stored for n, stored in self.pending.items()}
+            self.pending = {names.get(n, n): saved for n, saved in self.pending.items()}
             self.skips = {names.get(n, n): count for n, count in self.skips.items()}
 
     def set_rules(self, rule: Rule | Callable[[str], Rule]) -> None:
-        """Change the rules of all names, and of those to come.
+        """Set the rule of all names, new ones included.
 
         Raises:
-            TypeError: The callable gives something else.
-            ValueError: A rule is not for parameters of a shape; nothing has changed.
+            TypeError: The callable returned something that is not a rule; nothing has changed.
+            ValueError: A rule does not support the shape of a parameter; nothing has changed.
         """
         entries = {}
         for name in self._codes:
@@ -332,27 +339,27 @@ class Registry(Table):
         self.sweep()
 
     def set_clips(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
-        """Change the clips of all names, and of those to come.
+        """Set the clip of all names, new ones included.
 
         Raises:
-            TypeError: The callable gives something else; nothing has changed.
+            TypeError: The callable returned something that is not a clip; nothing has changed.
         """
         clips = {name: chosen_clip(clip, name) for name in self._codes}
         with self.guard:
-            for name, one in clips.items():
+            for name, chosen_for_name in clips.items():
                 group, row = self.row_of(name)
-                self.give_clips(group, np.array([row]), [one])
+                self.give_clips(group, np.array([row]), [chosen_for_name])
             self.last, self.clip = NOTHING, clip
 
     def set_numbers(self, names: Iterable[str] | None, values: Mapping[str, Any]) -> None:
-        """Change some hyperparameters of some names.
+        """Set some hyperparameters of some names.
 
         Args:
-            names: The names; None for all, and those to come.
+            names: The names; None for all, new ones included.
             values: The hyperparameters.
 
         Raises:
-            TypeError: The rule of a name has no such hyperparameter.
+            TypeError: The rule of a name has no such hyperparameter; nothing has changed.
             ValueError: A value is out of range; nothing has changed.
         """
         rule = None if names is not None else changed_for_all(self.rule, values)
@@ -369,7 +376,7 @@ class Registry(Table):
 
 
 def _duplicates(names: Sequence[str], params: np.ndarray, grads: np.ndarray) -> np.ndarray:
-    """The parameters, those with a gradient as copies.
+    """Copy the parameters that have a gradient; the others stay as they are.
 
     Raises:
         TypeError: A parameter is not an array.

@@ -1,7 +1,8 @@
-"""Names are rows: which row of which group each name has.
+"""The table of names: which row of which group each name has.
 
-All that is known of a name stands in the columns of its group. The table has a code for each name:
-the number of the group and the row in it.
+Everything about a parameter is stored in the columns of its group, so all that is kept under a name
+is a code: the number of the group and the row in it, packed into one integer. Finding the rows of a
+step is then one dict look-up per name and a few operations on an array of codes.
 
 >>> import numpy as np
 >>> from multiopt.entry import Entry
@@ -39,15 +40,15 @@ __all__ = ["GROUP", "NOTHING", "Table"]
 #: A code is the number of a group times this, plus a row.
 GROUP = 1 << 40
 
-#: A name that is not known, in the place of its code.
+#: The code of a name without a row.
 MISSING = -1
 
 
 class _Codes(dict[str, int]):
-    """Names with their codes; a name that is not known has one too, and is not added.
+    """Codes by name. Looking up an unknown name gives ``MISSING`` and does not add the name.
 
     Attributes:
-        missed: Whether one was asked for that is not known.
+        missed: Whether an unknown name was looked up.
     """
 
     missed = False
@@ -57,12 +58,12 @@ class _Codes(dict[str, int]):
         return MISSING
 
 
-#: No names.
+#: The rows of an empty list of names.
 NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [])
 
 
 def _are_scheduled(parts: Iterable[RowsOfGroup]) -> bool:
-    """Whether rows may have schedules."""
+    """Whether any of the rows may have schedules."""
     return any(part[0].scheduled for part in parts)
 
 
@@ -71,10 +72,10 @@ class Table:
 
     Args:
         masters: Whether 16-bit parameters have master copies.
-        guard: That of the optimizer.
+        guard: The optimizer's guard; by default a new one.
 
     Attributes:
-        last: The last list of names that a step had, with its rows.
+        last: The names of the last step with their rows, in case the same list comes again.
         pending: Loaded state of names not seen yet.
     """
 
@@ -84,7 +85,7 @@ class Table:
     )
 
     def __init__(self, masters: bool = False, guard: Guard | None = None) -> None:
-        """Know no name yet."""
+        """Create an empty table."""
         self.masters = masters
         self.guard = Guard() if guard is None else guard
         self.pending: dict[str, Saved] = {}
@@ -93,7 +94,7 @@ class Table:
         self._kinds: dict[Hashable, int] = {}
         self._clips: Numbered[Clip | None] = Numbered(None, None)
         self.last = NOTHING
-        # Codes of rows that no name has any more.
+        # Codes of rows that no name uses any more.
         self._garbage: list[int] = []
         self._everything, self._everything_at = np.arange(0), 0
 
@@ -111,7 +112,7 @@ class Table:
         return tuple(self._codes)
 
     def row_of(self, name: str) -> tuple[Group, int]:
-        """The group of a name, and its row.
+        """The group of a name, and its row in it.
 
         Raises:
             KeyError: The name has not been seen.
@@ -127,44 +128,44 @@ class Table:
         return self._groups[number], row
 
     def rule_of(self, name: str) -> Rule:
-        """The rule of a name, its schedules in their places."""
+        """The rule of a name, schedules included."""
         group, row = self.row_of(name)
         return formulas(group.rule_at(row))[0]
 
     def scheduled_rules(self) -> dict[str, Rule]:
-        """The rules of all names that have schedules."""
+        """The rules of the names that have schedules."""
         if not any(group.scheduled for group in self._groups.values()):
             return {}
-        found = {}
+        rules = {}
         for name in self.names:
             group, row = self.row_of(name)
             if group.schedule[row]:
-                found[name] = group.rule_at(row)
-        return found
+                rules[name] = group.rule_at(row)
+        return rules
 
     def alike(self, names: Sequence[str]) -> list[Hashable]:
-        """For each name what is equal for those of the same rule, schedules included, and clock."""
+        """A key for each name; names with the same rule, schedules and clock have the same key."""
         codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
-        found: list[Hashable] = [None] * len(names)
+        keys: list[Hashable] = [None] * len(names)
         for group, rows, places in self._by_group(codes):
             columns = [group.numbers[rows], group.schedule[rows], group.steps[rows]]
             table = np.column_stack([*columns, np.full(len(rows), group.number)])
-            keys = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
-            for place, key in zip(places.tolist(), keys, strict=True):
-                found[place] = key
-        return found
+            row_keys = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
+            for place, key in zip(places.tolist(), row_keys, strict=True):
+                keys[place] = key
+        return keys
 
     def clock(self, name: str) -> int:
-        """How many steps a name has taken."""
+        """The number of steps that a name has taken."""
         group, row = self.row_of(name)
         return int(group.steps[row])
 
     def entry(self, name: str, chain: Rule | None = None) -> Entry:
-        """What is held of a name, its slots as they are in memory.
+        """A record of what is kept for a name; its slots are the engine's own arrays, not copies.
 
         Args:
             name: The name.
-            chain: The rule of its row, if it is known.
+            chain: The rule of its row, if the caller has it already.
         """
         group, row = self.row_of(name)
         rule = group.rule_at(row) if chain is None else chain
@@ -174,22 +175,26 @@ class Table:
         return unchained(Entry(rule, clip, int(group.steps[row]), slots, layout))
 
     def find(self, names: list[str]) -> Rows:
-        """The rows of a list of names; those that are not known have none."""
-        known = self._codes
-        known.missed = False
-        codes = np.fromiter(map(known.__getitem__, names), np.int64, len(names))
-        missing = np.flatnonzero(codes < 0).tolist() if known.missed else []
+        """Look up the rows of a list of names; unknown names have none.
+
+        Raises:
+            TypeError: A name is not a string.
+        """
+        lookup = self._codes
+        lookup.missed = False
+        codes = np.fromiter(map(lookup.__getitem__, names), np.int64, len(names))
+        missing = np.flatnonzero(codes < 0).tolist() if lookup.missed else []
         for place in missing:
             check_name("params", names[place])
         return self.parted(names, codes, missing)
 
     def parted(self, names: list[str], codes: np.ndarray, missing: list[int]) -> Rows:
-        """A list of names with their rows by group.
+        """Sort the rows of a list of names by group.
 
         Args:
             names: The names.
             codes: Their codes.
-            missing: The places of those that have none.
+            missing: The places of the names without a row.
         """
         count = len(names)
         if len(self._everything) < count:
@@ -201,18 +206,19 @@ class Table:
             places = self._everything[:count]
             parts = [(group, rows, places, (address(rows), self._everything_at))]
         else:
-            found = self._by_group(codes)
-            parts = [(*part, (address(part[1]), address(part[2]))) for part in found]
+            parts = [
+                (*part, (address(part[1]), address(part[2]))) for part in self._by_group(codes)
+            ]
         scheduled = clipping = 0
         for group, *_ in parts:
-            # To ask by ``any`` takes 1 us more, a twentieth of a step of one name.
+            # ``any`` takes 1 us longer, a twentieth of a step of one name.
             scheduled += group.scheduled
             clipping += group.clipping
         together = self._together(names, parts) if clipping else None
         return Rows(names, codes, parts, scheduled > 0, clipping > 0, together, missing)
 
     def _together(self, names: Sequence[str], parts: Iterable[RowsOfGroup]) -> Together | None:
-        """The clips of some rows that measure several gradients together."""
+        """The clips of some rows that bound a global norm; None if there are none."""
         shared = self._clips.having(lambda clip: clip is not None and clip.global_norm is not None)
         if not shared:
             return None
@@ -221,7 +227,7 @@ class Table:
         return Together.of(names, clips) if clips else None
 
     def group_for(self, rule: Rule, layout: Layout) -> Group:
-        """The group of a kind of rule and of parameters."""
+        """The group for parameters of a layout under a rule; made if there is none yet."""
         backend = backend_named(layout.library)
         has_masters = self.masters and layout.storage_dtype != layout.compute_dtype
         kind = kind_of(rule) or tuple(map(id, formulas(rule)))
@@ -229,18 +235,19 @@ class Table:
         if key not in self._kinds:
             group = backend.group(rule, layout, has_masters)
             group.number = max(self._groups, default=-1) + 1
-            # In this order: what a signal handler raises in between leaves a group without names.
+            # In this order, so that a signal handler that raises in between leaves only a group
+            # without names behind.
             self._groups[group.number] = group
             self._kinds[key] = group.number
         return self._groups[self._kinds[key]]
 
     def _drop_empty(self) -> None:
-        """Let go of groups without rows."""
+        """Drop the groups without rows."""
         self._groups = {number: group for number, group in self._groups.items() if len(group)}
         self._kinds = {key: n for key, n in self._kinds.items() if n in self._groups}
 
     def give_clips(self, group: Group, rows: np.ndarray, clips: Sequence[Clip | None]) -> None:
-        """Give rows their clips."""
+        """Set the clips of some rows."""
         if all(clip is clips[0] for clip in clips):
             group.set_clips(rows, clips[0], self._number_of_clip(clips[0]))
             return
@@ -254,10 +261,13 @@ class Table:
         return self._clips.number(clip, clip, used)
 
     def placed(self, entries: Mapping[str, Entry]) -> dict[str, int]:
-        """New rows with what is held of some names, by name; nothing is registered.
+        """Make new rows from entries, without registering them.
+
+        Returns:
+            The codes of the rows, by name.
 
         Raises:
-            ValueError: A rule is not for parameters of a shape.
+            ValueError: A rule does not support the shape of a parameter.
         """
         codes: dict[str, int] = {}
         # All names that are alike get their rows at once.
@@ -269,29 +279,28 @@ class Table:
             alike.setdefault(kind, []).append(name)
         try:
             for names in alike.values():
-                mine = [entries[name] for name in names]
-                chain, averages = chained(mine[0]), [entry.average for entry in mine]
-                group = self.group_for(chain, mine[0].layout)
-                shapes = [entry.layout.storage_shape for entry in mine]
-                known = {shape: group.slot_names(shape) for shape in set(shapes)}
-                slots = [all_slots(entry, known[entry.layout.storage_shape]) for entry in mine]
+                batch = [entries[name] for name in names]
+                chain, averages = chained(batch[0]), [entry.average for entry in batch]
+                group = self.group_for(chain, batch[0].layout)
+                shapes = [entry.layout.storage_shape for entry in batch]
+                slot_names = {shape: group.slot_names(shape) for shape in set(shapes)}
+                slots = [all_slots(e, slot_names[e.layout.storage_shape]) for e in batch]
                 rows = group.add(shapes, slots if slots[0] else None)
-                made = (rows + group.number * GROUP).tolist()
-                codes.update(zip(names, made, strict=True))
+                codes.update(zip(names, (rows + group.number * GROUP).tolist(), strict=True))
                 group.set_rules(rows, chain)
-                self.give_clips(group, rows, [entry.clip for entry in mine])
-                seen = [0 if average is None else average.step for average in averages]
-                group.set_clocks(rows, [entry.step for entry in mine], seen)
+                self.give_clips(group, rows, [entry.clip for entry in batch])
+                counts = [0 if average is None else average.step for average in averages]
+                group.set_clocks(rows, [entry.step for entry in batch], counts)
         except BaseException:
             self.free(codes.values())
             raise
         return {name: codes[name] for name in entries}
 
     def put(self, entries: Mapping[str, Entry]) -> None:
-        """Hold this of some names from now on, in the place of what is held of them.
+        """Register entries, replacing what was kept for these names.
 
         Raises:
-            ValueError: A rule is not for parameters of a shape; nothing has changed.
+            ValueError: A rule does not support the shape of a parameter; nothing has changed.
         """
         placed = self.placed(entries)
         with self.guard:
@@ -299,25 +308,33 @@ class Table:
         self.sweep()
 
     def names_by_group(self) -> Iterator[tuple[Group, list[str], np.ndarray, np.ndarray]]:
-        """All groups that have names, with these, their places among all names, and their rows."""
+        """All names by group.
+
+        Yields:
+            A group, its names, their places among all names, and their rows.
+        """
         names = list(self._codes)
         codes = np.fromiter(self._codes.values(), np.int64, len(names))
         for group, rows, places in self._by_group(codes):
-            mine = names if len(places) == len(names) else [names[k] for k in places.tolist()]
-            yield group, mine, places, rows
+            has_all = len(places) == len(names)
+            yield group, names if has_all else [names[k] for k in places.tolist()], places, rows
 
     def rows_of(self, names: Iterable[str] | None) -> list[tuple[Group, np.ndarray]]:
-        """The rows of some names, by group; those of all for None."""
+        """The rows of some names, or of all names for None, by group."""
         if names is None:
             if self._garbage:
                 self.sweep()
             return [(group, group.rows()) for group in self._groups.values()]
-        labels = dict.fromkeys(names)
-        codes = np.fromiter(map(self._codes.__getitem__, labels), np.int64, len(labels))
+        unique = dict.fromkeys(names)
+        codes = np.fromiter(map(self._codes.__getitem__, unique), np.int64, len(unique))
         return [part[:2] for part in self._by_group(codes)]
 
     def _by_group(self, codes: np.ndarray) -> Iterator[tuple[Group, np.ndarray, np.ndarray]]:
-        """The rows that codes stand for, and where they stand among them; not those of no row."""
+        """Sort codes by group, leaving out ``MISSING``.
+
+        Yields:
+            A group, the rows, and the places of their codes.
+        """
         numbers = codes // GROUP
         for number, group in self._groups.items():
             places = np.flatnonzero(numbers == number)
@@ -325,17 +342,17 @@ class Table:
                 yield group, codes[places] - number * GROUP, places
 
     def names_at(self, group: Group, rows: np.ndarray) -> list[str]:
-        """The names that have some rows, oldest first. It looks through all names."""
+        """The names of some rows, oldest first. This searches all names."""
         codes = set((rows + group.number * GROUP).tolist())
         return [name for name, code in self._codes.items() if code in codes]
 
     def rename_rows(self, names: Mapping[str, str]) -> None:
-        """Give names new names, in their places."""
+        """Rename some names; their order stays."""
         self._codes = _Codes({names.get(n, n): code for n, code in self._codes.items()})
         self.last = NOTHING
 
     def replace_rows(self, placed: Mapping[str, int]) -> None:
-        """Give names other rows, and forget the rows of the last list of names."""
+        """Give names other rows, and bring ``last`` up to date."""
         self._garbage += [self._codes[name] for name in placed if name in self._codes]
         self._codes.update(placed)
         scheduled = _are_scheduled(self.last.parts)
@@ -345,12 +362,12 @@ class Table:
             self.last = self.last._replace(scheduled=scheduled)
 
     def free(self, codes: Iterable[int]) -> None:
-        """Let go of rows."""
+        """Free some rows."""
         self._garbage += codes
         self.sweep()
 
     def sweep(self) -> None:
-        """Let others take the rows that no name has any more."""
+        """Free the rows that no name uses any more."""
         with self.guard:
             while self._garbage:
                 number, row = divmod(self._garbage.pop(), GROUP)
