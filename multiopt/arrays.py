@@ -1,4 +1,11 @@
-"""The arrays of a step, and the rows that it is about."""
+"""The objects of a step: its arrays, its rows by group, and the parameters that Python examines.
+
+The names of a step are a list. Parameters and gradients are arrays of objects in the same order,
+and an index into that list is a *place*. A ``Part`` is the rows of one group; an index into its
+rows is a *position*. Engines read arrays and rows through addresses, so a regular step creates no
+Python object for each name; only for arrays that an engine cannot use as they are does it make a
+``Member``.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +35,11 @@ __all__ = [
 #: An array of any library.
 Array: TypeAlias = Any
 
-#: Whether memory overlaps that a step writes: with nothing; only gradients with each other; a
-#: parameter with something; nobody has looked.
+#: Whether the arrays of a step overlap in memory: none do; only gradients with each other; a
+#: parameter with another array; not checked yet.
 APART, SHARED_GRADIENTS, OVERLAPPING, UNKNOWN = range(4)
 
-#: What is held where nothing is.
+#: The parameters and gradients between steps.
 NO_ARRAYS = np.empty(0, object)
 
 
@@ -40,22 +47,23 @@ class Arrays:
     """The arrays of a step, by place in its list of names. One object serves all steps.
 
     Attributes:
-        params: The parameters, an array of objects.
-        grads: The gradients, likewise; None for a name that is to be left alone.
-        own: Whether the gradients are the parameters' own, as torch's ``.grad``.
-        spans: Where memory that is written or read begins, and where it ends: of parameters first,
-            then of gradients. Zero where there is none.
-        order: The order of the beginnings at the last step, of as many; None before the first.
-        overlap: Whether memory that is written overlaps with any other, as far as it is known.
-        words: What compiled code is told: the identities of ``params`` and ``grads``, the addresses
-            of the beginnings and of the ends, how many parameters there are, the address of
-            ``order`` or 0.
+        params: The parameters, as an array of objects.
+        grads: The gradients, as an array of objects; None for a name that is left alone.
+        own: Whether the gradients were read from the parameters, as torch's ``.grad``.
+        spans: Where the memory of each array begins and where it ends, of shape (2, 2 * names):
+            parameters first, then gradients. Zero where there is none.
+        order: The order in which the spans began in the last step with as many names; None if there
+            was none. Sorting starts from it.
+        overlap: Whether arrays overlap in memory, as far as it is known.
+        words: What compiled code reads: the identities of ``params`` and ``grads``, the addresses
+            of the two rows of ``spans``, the number of parameters, and the address of ``order`` or
+            0.
     """
 
     __slots__ = ("_room", "grads", "order", "overlap", "own", "params", "spans", "words")
 
     def __init__(self) -> None:
-        """Hold none."""
+        """Create an empty object."""
         self.release()
         self._room = self.spans = np.zeros((2, 0), np.int64)
         self.words = Words(6)
@@ -63,7 +71,7 @@ class Arrays:
         self.order: np.ndarray | None = None
 
     def take(self, params: np.ndarray, grads: np.ndarray, own: bool) -> None:
-        """Hold those of a step, of which nothing is looked at yet."""
+        """Begin a step with these arrays; nothing about them is known yet."""
         self.params, self.grads, self.own = params, grads, own
         values, count = self.words.values, 2 * len(params)
         values[0], values[1] = id(params), id(grads)
@@ -78,15 +86,15 @@ class Arrays:
         self.overlap = UNKNOWN
 
     def release(self) -> None:
-        """Hold none any more."""
+        """Release the arrays at the end of a step."""
         self.params = self.grads = NO_ARRAYS
 
     def set_order(self, order: np.ndarray) -> None:
-        """Remember the order of the beginnings."""
+        """Remember the order in which the spans begin."""
         self.order, self.words.values[5] = order, address(order)
 
     def find_overlap(self) -> int:
-        """Whether memory that is written overlaps with any other, once all spans are filled."""
+        """Find out from the spans, once all are filled, whether arrays overlap in memory."""
         low, high = self.spans
         order = self.order
         if order is None or (np.diff(low[order]) < 0).any():
@@ -96,7 +104,7 @@ class Arrays:
         low, high = low[order], high[order]
         taken = low < high
         low, high, writes = low[taken], high[taken], writes[taken]
-        # How far the memory reaches that was met before, going up through the addresses.
+        # Going up through the addresses: how far the spans seen so far reach.
         reached = np.maximum.accumulate(high)[:-1]
         reached_by_writes = np.maximum.accumulate(np.where(writes, high, 0))[:-1]
         if (low[1:] < np.where(writes[1:], reached, reached_by_writes)).any():
@@ -106,24 +114,24 @@ class Arrays:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """The rows of a group that a step is about.
+    """The rows of one group that a step is about.
 
     Attributes:
         group: The group.
         rows: The rows.
-        places: The place of each in the list of names of the step.
-        at: The addresses of the two.
-        fresh: The places of names that are new, also of other parts; None if none is.
-        odd: After ``look``, the positions in ``rows`` that need to be lent something.
+        places: The place of each row in the list of names of the step.
+        at: The addresses of ``rows`` and ``places``.
+        fresh: The places of new names, those of other parts included; None if there are none.
+        odd: After ``look``, the positions whose arrays the engine cannot use as they are.
         owned: After ``look``, whether all arrays are known to own their memory, so that two of them
-            overlap only if they are one object.
-        params: The parameters, for engines that keep a list.
-        grads: The gradients, likewise.
-        norms: After ``clip_by_norm``, by position the norm of the gradient; -1 for no bound.
-        clipped: After ``run``, for each row whether its gradient was clipped, as far as the host
-            knows; None for no clips.
-        limited: By position, the same as a value on a device, of which only that knows; None for
-            no such values.
+            overlap only if they are the same object.
+        params: The parameters, for engines that keep them in a list.
+        grads: The gradients, for engines that keep them in a list.
+        norms: After ``clip_by_norm``, the norm of each gradient; -1 where it has no bound.
+        clipped: After ``run``, whether each gradient was clipped, as far as the host knows; None if
+            no row has a clip.
+        limited: By position, whether the bound on elements clipped a gradient, as a value that may
+            still be on its device; None if there are no such values.
     """
 
     group: "Group"
@@ -140,18 +148,18 @@ class Part:
     limited: Mapping[int, Any] | None = None
 
     def take(self, rows: np.ndarray, places: np.ndarray) -> None:
-        """Be about these rows, at these places."""
+        """Set the rows and their places."""
         self.rows, self.places, self.at = rows, places, (address(rows), address(places))
 
     def keep(self, which: np.ndarray) -> None:
-        """Leave out the rows that are not marked."""
+        """Drop the rows that are False in ``which``."""
         self.take(self.rows[which], self.places[which])
         if self.params:
             self.params = list(compress(self.params, which))
             self.grads = list(compress(self.grads, which))
 
     def look_at_all(self, arrays: Arrays) -> None:
-        """Leave out the rows that have no gradient, and let Python look at all others."""
+        """Drop the rows without a gradient, and have Python examine all others."""
         has = np.array([grad is not None for grad in arrays.grads[self.places]], bool)
         if not has.all():
             self.keep(has)
@@ -160,22 +168,26 @@ class Part:
 
 @dataclass(slots=True)
 class Member:
-    """One parameter of a step, as Python has looked at it.
+    """One parameter of a step that Python has examined.
+
+    The fields after ``layout`` are for engines that run the update from Python.
 
     Attributes:
         name: Its name.
         place: Its place in the list of names.
         row: Its row.
         backend: The backend of its library.
-        param: Its array, or the parts of a complex one.
-        grad: Its gradient, likewise, which nothing may change.
+        param: Its array; for a complex one the array of real and imaginary parts.
+        grad: Its gradient, in the same form. It must not be changed.
         layout: Its layout.
-        slots: Its slots, where the engine is the rule as it stands.
-        master: What a 16-bit parameter was rounded from, if that is kept.
-        rule: The rule, with the numbers of this step.
+        slots: Its slots.
+        master: The master copy of a 16-bit parameter, if there is one.
+        rule: The rule that updates it.
         scalars: The coefficients of this step, rounded to the compute dtype.
-        scales: Clip coefficients, rounded likewise, applied one after the other.
-        bound: Bound of each element of the scaled gradient, rounded likewise, or None.
+        scales: Factors of the gradient from clipping by norms, rounded to the compute dtype and
+            applied one after the other.
+        bound: The bound of each element of the scaled gradient, rounded to the compute dtype, or
+            None.
     """
 
     name: str

@@ -1,8 +1,14 @@
-"""How an array finds its backend, and what a backend does for the registry.
+"""Backends: what multiopt asks of an array library.
 
-A backend knows one array library: how to inspect an array, where to compute with it, how to write
-the result back. The base class serves any Array API library with the rule as it stands; the
-packages under ``backends/`` refine it for one library each.
+A backend knows one library: how to inspect an array, where to compute with it, how to write a
+result back. ``Backend`` itself serves every library that conforms to the Array API; the packages
+under ``backends/`` refine it for NumPy, PyTorch and JAX, and are imported only when one of their
+arrays appears.
+
+>>> import numpy as np
+>>> backend = backend_for(np.zeros(2), "parameter 'w'")
+>>> backend.layout(np.zeros(2, "float32"), "parameter 'w'").shape, backend.in_place
+((2,), True)
 """
 
 import sys
@@ -24,35 +30,35 @@ from multiopt.rules import Adam, Rule
 
 __all__ = ["Array", "Backend", "backend_for", "backend_named", "slot_of", "zeros"]
 
-#: The libraries with a package of their own. A library that nothing has imported is never asked.
+#: The libraries with a package of their own. multiopt imports no library that is not yet imported.
 PACKAGES: Mapping[str, str] = {
     "numpy": "multiopt_numpy",
     "torch": "multiopt_torch",
     "jax": "multiopt_jax",
 }
 
-#: What DLPack calls the host.
+#: The device type of the host in DLPack.
 CPU = 1
 
-#: The namespace in which array-api-compat has Dask.
+#: The name of array-api-compat's namespace for Dask.
 DASK = "array_api_compat.dask.array"
 
 
 class Backend:
-    """The rule as it stands on any Array API library; new arrays come back.
+    """Any Array API library, with the reference engine and without writing to its arrays.
 
     Args:
-        library: The name by which ``backend_named`` finds it: the module name of the namespace.
+        library: Its name for ``backend_named``: the module name of its namespace.
     """
 
-    #: Whether ``write`` changes the parameter. If not, a new array takes its place, and a batch is
-    #: lent copies of everything.
+    #: Whether ``write`` updates parameters in place. If not, a step computes on copies and returns
+    #: new arrays.
     in_place: ClassVar[bool] = False
 
     def __init__(self, library: str) -> None:
-        """Serve the namespace of this name."""
+        """Create the backend of a library."""
         self.library = library
-        #: The dtypes, devices and kinds of which it is known that they can do what is needed.
+        #: The dtype, device and complexity of layouts for which ``_try`` has succeeded.
         self._tried: set[tuple[str, str, bool]] = set()
 
     # What an array is
@@ -65,7 +71,8 @@ class Backend:
             label: What the array is, for messages, as in ``parameter 'loc'``.
 
         Raises:
-            TypeError: It is an array that no rule can work with.
+            TypeError: The array cannot be used: its dtype is not supported, or the library cannot
+                do what a step or a checkpoint needs.
         """
         what = f"{label} is a {type(array).__name__} of {self.library}"
         dtype, shape, device = answer(f"{what}, which does not say what it is", _facts, array)
@@ -78,7 +85,7 @@ class Backend:
         return layout
 
     def _try(self, layout: Layout) -> None:
-        """Take a step of two numbers on their way to the library and back."""
+        """Take a step with two numbers, and bring them back to the host."""
         xp, layout = self.namespace(layout), layout._replace(storage_shape=(2,))
         numbers = np.array([0.5, 2.0], layout.compute_dtype)
         (slot,) = self.to_slots([numbers], layout)
@@ -98,10 +105,10 @@ class Backend:
         self.to_host(slots[0])
 
     def as_real(self, array: Array, layout: Layout) -> Array:
-        """An array of real numbers over the same memory, without what a user's class makes of it.
+        """Convert an array to one of real numbers, of the library's own class.
 
-        A complex array becomes its real and imaginary parts along one more axis. Where arrays can
-        be written, that is a view.
+        A complex array becomes its real and imaginary parts along one more axis; other arrays keep
+        their shape. The result shares memory with the array wherever arrays can be written.
         """
         if not layout.is_complex:
             return array
@@ -109,41 +116,44 @@ class Backend:
         return xp.stack([xp.real(array), xp.imag(array)], axis=-1)
 
     def as_complex(self, parts: Array) -> Array:
-        """The complex array of its parts."""
+        """Join the real and imaginary parts of a complex array: the inverse of ``as_real``."""
         host = np.ascontiguousarray(self.to_host(parts))
         complex_ = next(name for name, part in PARTS_OF.items() if part == host.dtype.name)
         xp, device = import_module(self.library), array_api_compat.device(parts)
         return xp.asarray(host.view(complex_)[..., 0], device=device)
 
     def check_writable(self, param: Array, label: str) -> None:
-        """Refuse a parameter that cannot be updated.
+        """Check that a parameter can be updated in place.
 
         Raises:
-            ValueError: The array cannot be written, or has fewer places than elements.
+            ValueError: The array is read-only, or some of its elements share memory.
         """
 
     def memory(self, array: Array) -> np.ndarray | None:
-        """A NumPy array over the memory of an array, by which the engines of the CPU work on it.
+        """A NumPy array that shares memory with an array, for the engines of the CPU.
 
-        Read-only if it must not be written; of another dtype, such as ``V4``, if its addresses are
-        known and nothing else; None if not even these are.
+        It is read-only if the array must not be written. Its dtype is a void type such as ``V4`` if
+        only addresses are known. None if the memory cannot be reached from the host.
         """
         return None
 
     def gradients(
         self, params: np.ndarray, names: Sequence[str], new: Sequence[int], needed: bool
     ) -> np.ndarray:
-        """The gradients that arrays carry themselves, as torch's do; None for those without one.
+        """Read the gradients that arrays carry, as torch's ``.grad``.
 
         Args:
-            params: The arrays, the first of which is of this library.
-            names: The names of the parameters.
-            new: The places of those that are seen for the first time.
-            needed: Whether one is to have a gradient, or to get one in a backward.
+            params: The parameters, as an array of objects; the first is of this library.
+            names: Their names.
+            new: The places of names that are seen for the first time.
+            needed: Whether it is an error if no parameter has a gradient or can get one.
+
+        Returns:
+            The gradients, as an array of objects; None for a parameter without one.
 
         Raises:
-            TypeError: An array carries none; or none has one, nor will have one.
-            ValueError: A library keeps none for an array.
+            TypeError: An array cannot carry a gradient, or gradients are needed and there are none.
+            ValueError: The library does not keep the gradient of an array.
         """
         raise TypeError(
             f"parameter {names[0]!r} is a {self.library} array, which carries no gradient; "
@@ -153,20 +163,20 @@ class Backend:
     # A step
 
     def namespace(self, layout: Layout) -> Any:
-        """The Array API namespace that computes for a layout."""
+        """The Array API namespace in which updates of a layout are computed."""
         return import_module(self.library)
 
     def to_compute(self, array: Array, layout: Layout) -> Array:
-        """An array ready for the computation: in its namespace, in the compute dtype."""
+        """Convert an array to the namespace and the dtype of the computation."""
         xp = self.namespace(layout)
         return xp.astype(array, getattr(xp, layout.compute_dtype), copy=False)
 
     def to_slots(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
-        """Arrays as slots are kept, and as ``write`` takes them.
+        """Convert computed arrays to the form in which slots are kept and ``write`` takes values.
 
         Args:
-            arrays: Some of NumPy, or of the namespace, which nobody else writes any more.
-            layout: The layout of their parameters, whatever the shape.
+            arrays: NumPy arrays, or arrays of the namespace, which nobody else writes to.
+            layout: The layout of their parameters; its shape does not matter.
         """
         xp = self.namespace(layout)
         if xp is np or not any(isinstance(array, np.ndarray) for array in arrays):
@@ -176,10 +186,7 @@ class Backend:
         return [xp.asarray(array, device=device) for array in arrays]
 
     def to_params(self, members: Sequence[Member], arrays: Sequence[Array]) -> list[Array]:
-        """Computed arrays in the dtypes of their parameters.
-
-        They take the places of those where these are not written.
-        """
+        """Round computed arrays to the dtypes of their parameters."""
         xps = [self.namespace(member.layout) for member in members]
         return [
             xp.astype(array, member.param.dtype, copy=False)
@@ -187,48 +194,48 @@ class Backend:
         ]
 
     def write(self, param: Array, values: Array) -> None:
-        """Turn a parameter into computed values, where that is done in place. It does not fail."""
+        """Write computed values into a parameter, if the library can. This cannot fail."""
         raise NotImplementedError
 
     def duplicate(self, param: Array) -> Array:
-        """A copy of a parameter that a step may write; itself where no step writes arrays.
+        """Copy a parameter, so that a step may write to the copy; itself if steps never write.
 
-        Whatever is wrong with the parameter is wrong with the copy: it is looked at afterwards.
+        The copy must keep everything that makes a parameter unusable: it is checked afterwards.
         """
         return param
 
     def group(self, rule: Rule, layout: Layout, has_masters: bool = False) -> Group:
-        """A group for parameters of this kind of rule and of this layout, whatever their shapes."""
+        """Create a group for parameters of this layout, of any shape, and of this kind of rule."""
         return ReferenceGroup(self, layout, rule, has_masters)
 
     def touch(self, arrays: np.ndarray) -> None:
-        """Let a library know that the memory of its arrays is about to be written."""
+        """Tell the library that the memory of some of its arrays is about to be written."""
 
     # Slots outside a step
 
     def to_host(self, array: Array) -> np.ndarray:
-        """An array as one of NumPy, a copy."""
+        """Copy an array into a NumPy array."""
         if hasattr(array, "__dlpack__"):
-            # Older libraries cannot be asked to bring it, and need not where it is there.
-            is_there = array.__dlpack_device__()[0] == CPU
-            array = np.from_dlpack(array, device=None if is_there else "cpu")
+            # Older libraries do not know the argument ``device``, which the host does not need.
+            is_on_host = array.__dlpack_device__()[0] == CPU
+            array = np.from_dlpack(array, device=None if is_on_host else "cpu")
         return np.array(array)
 
     def export(self, array: Array, layout: Layout | None = None) -> Array:
-        """A copy for the user, as an array of this library.
+        """Copy a slot for the user, as an array of this library.
 
         Args:
-            array: A slot, or any array of NumPy.
-            layout: That of the parameter; None if it is not known. Then the array goes where the
-                library puts new ones.
+            array: A slot, or a NumPy array.
+            layout: The layout of its parameter; None if it is not known, and then the library
+                chooses the device.
         """
         return import_module(self.library).asarray(array, copy=True)
 
 
 class DaskBackend(Backend):
-    """Dask arrays, computed at every step.
+    """Dask, whose arrays are computed at every step.
 
-    Left as they come, they would be plans of all steps so far: 40 steps of 120 numbers took 27 s.
+    Otherwise each array would be a graph of all steps so far: 40 steps of 120 numbers took 27 s.
     """
 
     def to_slots(self, arrays: Sequence[Array], layout: Layout) -> list[Array]:
@@ -255,18 +262,18 @@ def backend_named(library: str) -> Backend:
 
 
 def slot_of(array: np.ndarray, layout: Layout) -> Array:
-    """A NumPy array, which nobody else writes any more, as a slot for a layout."""
+    """Convert a NumPy array to a slot for a layout. Nobody else may write to the array."""
     (slot,) = backend_named(layout.library).to_slots([array], layout)
     return slot
 
 
 def zeros(layout: Layout) -> Array:
-    """A new slot."""
+    """Create a slot of zeros."""
     return slot_of(np.zeros(layout.storage_shape, layout.compute_dtype), layout)
 
 
 def backend_for(array: Any, label: str) -> Backend:
-    """The backend of an array.
+    """Find the backend of an array.
 
     Args:
         array: Any object.
@@ -302,7 +309,7 @@ def _find_backend(array: Any, label: str) -> Backend:
 
 
 def _library(array: Any) -> str | None:
-    """The name by which ``backend_named`` finds the backend of an array; None if it is none."""
+    """The library of an array, as ``backend_named`` takes it; None for other objects."""
     if "torch" in sys.modules and array_api_compat.is_torch_array(array):
         return "torch"
     if "jax" in sys.modules and array_api_compat.is_jax_array(array):
@@ -316,7 +323,7 @@ def _library(array: Any) -> str | None:
 
 
 def _no_array(given: Any) -> str:
-    """What was given instead of an array, and what to do."""
+    """Describe what was given instead of an array, and the remedy."""
     kind = type(given).__name__
     if isinstance(given, Mapping):
         return (

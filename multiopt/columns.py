@@ -1,17 +1,18 @@
-"""Columns: what is known of parameters that share a kind of rule, a row for each.
+"""Columns: the clocks, hyperparameters, schedules and clips of the parameters of a group.
 
-They are its one home: clocks, the numbers of the rule, schedules, bounds of clips. Rows that are
-let go are taken again.
+Each fact is an array with one entry per row, and it is stored nowhere else. So setting a learning
+rate, or moving every clock forward, is one NumPy operation on a column, whichever rows it is for,
+and nothing has to be rebuilt. A row that is freed is used again.
 
 >>> import numpy as np
 >>> from multiopt.columns import Columns
 >>> from multiopt.rules import SGD
->>> known = Columns(SGD(), np.dtype("float32"))
->>> rows = known._begin(2)
->>> known._keep(rows, [(3,), (2, 2)])
->>> known.set_rules(rows, SGD(lr=0.5))
->>> known.write_numbers(rows[:1], {"lr": 0.25})
->>> [known.rule_at(row).lr for row in rows], known.steps[rows].tolist()
+>>> columns = Columns(SGD(), np.dtype("float32"))
+>>> rows = columns._begin(2)
+>>> columns._keep(rows, [(3,), (2, 2)])
+>>> columns.set_rules(rows, SGD(lr=0.5))
+>>> columns.write_numbers(rows[:1], {"lr": 0.25})
+>>> [columns.rule_at(row).lr for row in rows], columns.steps[rows].tolist()
 ([0.25, 0.5], [0, 0])
 """
 
@@ -32,22 +33,23 @@ __all__ = ["Columns"]
 
 
 class Columns:
-    """A table with a row for each of some parameters.
+    """A table of parameters whose rules are of one kind, with one row per parameter.
 
     Args:
-        rule: A rule of their kind: the numbers among the hyperparameters count for nothing.
-        dtype: That in which they are computed.
+        rule: A rule of that kind; the values of its numbers do not matter.
+        dtype: The compute dtype.
 
     Attributes:
-        columns: The hyperparameters that are numbers, with the place in those that are tuples.
-        kind: What rules have in common that may share it.
-        steps: By row, how many steps were taken: the clock.
-        numbers: By row, the hyperparameters that are numbers, in the order of ``columns``; for a
-            schedule what it gave last.
-        shapes: By row, the shape, parts of complex ones included.
+        columns: The numeric hyperparameters: for each column of ``numbers`` the name, and the index
+            in it if the hyperparameter is a tuple.
+        kind: What all rules in the table have in common (``kinds.kind_of``).
+        steps: The clocks.
+        numbers: The numeric hyperparameters, of shape (rows, columns); for a schedule, the number
+            it gave last.
+        shapes: The storage shapes.
     """
 
-    #: What a new row has in each column.
+    #: The dtype of each column, and its value in a new row.
     FRESH: ClassVar = {
         "steps": (np.int64, 0),
         "schedule": (np.int32, 0),
@@ -72,23 +74,23 @@ class Columns:
     numbers: np.ndarray
 
     def __init__(self, rule: Rule, dtype: np.dtype) -> None:
-        """Have no row yet."""
+        """Create a table without rows."""
         self.rule, self.dtype = rule, dtype
         self.columns, self.kind = number_fields(rule), kind_of(rule)
-        #: The columns of hyperparameters that are one number.
+        #: The column of each hyperparameter that is a single number, by name.
         self.column_of = {
             name.removeprefix("rule."): column
             for column, (name, place) in enumerate(self.columns)
             if place is None
         }
-        #: Whether there are averages; then the last column says since when.
+        #: Whether averages are kept. The last column is then the clock before their first step.
         self.has_averages = isinstance(rule, Averaged)
         self.shapes: list[tuple[int, ...]] = []
-        #: Different sets of schedules, by the number that rows have for them; 0 for none.
+        #: The sets of schedules, by their numbers in the column ``schedule``; 0 is for none.
         self.schedules = Numbered(((),), Schedules((), (), ()))
-        #: How many rows have schedules; how many have clips; how many a bound of their own norm.
+        #: How many rows have schedules, how many have clips, and how many bound their own norm.
         self.scheduled = self.clipping = self.bounded = 0
-        #: How many rows have no elements.
+        #: How many parameters have no elements.
         self.empty = 0
         self._free: list[int] = []
         self._grow(16)
@@ -96,7 +98,7 @@ class Columns:
     # Rows
 
     def _grow(self, capacity: int) -> None:
-        """Move the columns to longer ones. Nobody may hold their addresses from step to step."""
+        """Move the columns into longer arrays; addresses of the old ones become invalid."""
         for name, (dtype, value) in self.FRESH.items():
             column = np.full(capacity, value, dtype)
             if self.shapes:
@@ -108,20 +110,23 @@ class Columns:
         self.numbers = numbers
 
     def _new_numbers(self, capacity: int) -> np.ndarray:
-        """A column of numbers."""
+        """An array for ``numbers``; an engine may want it in memory of its own."""
         return np.zeros((capacity, len(self.columns)))
 
     def rows(self) -> np.ndarray:
-        """The rows that are taken."""
+        """The rows in use."""
         rows = np.arange(len(self.shapes))
         return np.setdiff1d(rows, self._free) if self._free else rows
 
     def all_or(self, rows: np.ndarray) -> np.ndarray | slice:
-        """Different rows as an index of columns: a slice, which takes half the time, for all."""
+        """Distinct rows as an index into columns; all rows become a slice, which is twice as fast.
+
+        The result may be in another order than ``rows``.
+        """
         return slice(len(rows)) if len(rows) == len(self.shapes) else rows
 
     def _begin(self, count: int) -> np.ndarray:
-        """Rows for so many, as new ones are; nobody has them yet."""
+        """Reset ``count`` free rows for new parameters, without taking them yet."""
         taken = self._free[len(self._free) - min(count, len(self._free)) :]
         first, end = len(self.shapes), len(self.shapes) + count - len(taken)
         if end > len(self.steps):
@@ -132,7 +137,7 @@ class Columns:
         return rows
 
     def _keep(self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Let parameters of some shapes have the rows that were begun; nothing fails."""
+        """Take the rows that ``_begin`` returned, for parameters of these shapes. Cannot fail."""
         taken = min(len(rows), len(self._free))
         del self._free[len(self._free) - taken :]
         self.empty += sum(0 in shape for shape in shapes)
@@ -141,7 +146,7 @@ class Columns:
         self.shapes.extend(shapes[taken:])
 
     def _let_go(self, row: int) -> None:
-        """Let others take a row."""
+        """Make a row free for others."""
         self.scheduled -= self.schedule[row] != 0
         self.clipping -= self.clip[row] != 0
         self.bounded -= self.norm_bound[row] == self.norm_bound[row]
@@ -156,23 +161,23 @@ class Columns:
     # Numbers
 
     def set_rules(self, rows: np.ndarray, rule: Rule) -> None:
-        """Give rows the numbers and the schedules of a rule of the kind of this group."""
+        """Set the numbers and schedules of rows to those of a rule of this kind."""
         values, schedules = numbers_of(rule, self.columns), schedules_of(rule, self.columns)
         self.numbers[rows] = values
         self.set_schedules(rows, schedules)
 
     def takes(self, rule: Rule) -> bool:
-        """Whether a rule is of the kind of this group."""
+        """Whether a rule is of this kind."""
         kind = kind_of(rule)
         return kind is not None and kind == self.kind
 
     def change_numbers(self, rows: np.ndarray, rule: Rule, names: Iterable[str]) -> None:
-        """Give rows, which are alike, some hyperparameters of a rule of the kind of this group.
+        """Set some hyperparameters of rows whose rules are equal.
 
         Args:
             rows: The rows.
-            rule: The rule.
-            names: The hyperparameters, those of a chained rule as they are called there.
+            rule: A rule of this kind that has the new values, and otherwise the old ones.
+            names: The names of the hyperparameters; those of a chained rule without its prefix.
         """
         values, names = numbers_of(rule, self.columns), set(names)
         for column, (name, _) in enumerate(self.columns):
@@ -183,23 +188,23 @@ class Columns:
             self.set_schedules(rows, schedules)
 
     def write_numbers(self, rows: np.ndarray, values: Mapping[str, float]) -> None:
-        """Give rows without schedules some numbers, by the names that ``plain_numbers`` has."""
+        """Set numbers of rows without schedules, by name, as ``plain_numbers`` returns them."""
         for name, value in values.items():
             self.numbers[self.all_or(rows), self.column_of[name]] = value
 
     def set_schedules(self, rows: np.ndarray, schedules: Schedules) -> None:
-        """Give rows some schedules in the place of those that they have."""
+        """Replace the schedules of rows."""
         key = schedules.columns, *map(id, schedules.schedules)
         number = self.schedules.number(key, schedules, lambda: self.schedule)
         self.scheduled += (len(rows) if number else 0) - int(np.count_nonzero(self.schedule[rows]))
         self.schedule[rows] = number
 
     def rule_now(self, row: int) -> Rule:
-        """The rule of a row with the numbers of this step in the places of schedules."""
+        """The rule of a row, with the numbers of this step in place of schedules."""
         return with_numbers(self.rule, self.columns, self.numbers[row].tolist())
 
     def rule_at(self, row: int) -> Rule:
-        """The rule of a row, its schedules in their places."""
+        """The rule of a row, schedules included."""
         values: list[Any] = self.numbers[row].tolist()
         schedules = self.schedules[self.schedule[row]]
         for column, schedule in zip(schedules.columns, schedules.schedules, strict=True):
@@ -207,27 +212,27 @@ class Columns:
         return with_numbers(self.rule, self.columns, values)
 
     def counts(self, rows: np.ndarray | slice) -> np.ndarray:
-        """How many steps the averages of rows have seen; their clocks where there are none."""
+        """How many steps the averages of rows have seen; the clocks if no averages are kept."""
         steps: np.ndarray = self.steps[rows]
         return steps - self.numbers[rows, -1].astype(np.int64) if self.has_averages else steps
 
     def set_clocks(
         self, rows: np.ndarray, steps: Sequence[int], counts: Sequence[int] | None = None
     ) -> None:
-        """Say how many steps new rows have taken, and how many of them their averages have seen."""
+        """Set the clocks of new rows, and how many steps their averages have seen (default 0)."""
         self.steps[rows] = steps
         if self.has_averages:
             seen = np.zeros(len(rows)) if counts is None else np.array(counts)
             self.numbers[rows, -1] = self.steps[rows] - seen
 
     def set_clock(self, row: int, step: int) -> None:
-        """Say how many steps a row has taken. Its average has seen as many as before."""
+        """Set the clock of a row. How many steps its average has seen does not change."""
         if self.has_averages:
             self.numbers[row, -1] += step - self.steps[row]
         self.steps[row] = step
 
     def copy_columns(self, rows: np.ndarray, others: np.ndarray) -> None:
-        """Give new rows what is set for other rows: numbers, schedules, clips."""
+        """Copy numbers, schedules and clips from other rows into new ones."""
         for column in (
             self.schedule,
             self.clip,
@@ -242,12 +247,12 @@ class Columns:
         self.bounded += int(np.count_nonzero(~np.isnan(self.norm_bound[rows])))
 
     def set_clips(self, rows: np.ndarray, clip: "Clip | None", number: int) -> None:
-        """Bound the gradients of rows.
+        """Set the clip of rows.
 
         Args:
             rows: The rows.
-            clip: The clip; None for none.
-            number: What the owner of the group knows it by, 0 for none.
+            clip: The clip, or None.
+            number: The number of the clip in its ``Table``; 0 for none.
         """
         self.clipping += (len(rows) if number else 0) - int(np.count_nonzero(self.clip[rows]))
         self.bounded -= len(rows) - int(np.count_nonzero(np.isnan(self.norm_bound[rows])))

@@ -1,13 +1,16 @@
-"""What computes: a group is all parameters that one engine updates, a table with a row for each.
+"""Groups: all parameters that one engine updates together, as a table with one row per parameter.
 
-A group lives as long as its parameters do: their slots beside the columns of ``multiopt.columns``.
-A step names some rows, in any order, and makes five calls, whatever the rows are:
+A group lives as long as its parameters do. It adds their slots to the columns of
+``multiopt.columns``. A step is about some of its rows, in any order, and makes the same five calls
+whichever they are:
 
-    look      where their arrays are now, and which are not what the engine takes as they are
-    lend      for each of those: what it is to take instead
-    measure   whether gradients are finite, and their sums of squares (``finite``, ``squares``)
-    prepare   everything that may fail
-    run       clip and update; nothing fails any more
+    look      find the arrays of the rows, and report those that the engine cannot use as they are
+    lend      accept what Python provides in place of such an array
+    measure   check that gradients are finite, and sum their squares (``finite``, ``squares``)
+    prepare   do everything else that can fail
+    run       clip and update; this cannot fail
+
+A new engine is a subclass; ``docs/backends.md`` shows one.
 
 >>> import numpy as np
 >>> from multiopt.backend import backend_named
@@ -38,24 +41,25 @@ if TYPE_CHECKING:
 
 __all__ = ["MASTER", "Group", "Slots"]
 
-#: The slot that does not belong to a rule: what a 16-bit parameter is rounded from, in float32.
+#: The slot of the master copy: the float32 values that a 16-bit parameter is rounded from. It
+#: belongs to no rule.
 MASTER = "master_param"
 
-#: For each of several parameters its slots, in their order; None for one of zeros.
+#: The slots of several parameters, each in the order of ``slot_names``; None for a slot of zeros.
 Slots: TypeAlias = Sequence[Sequence[Array | None]]
 
 
 class Group(Columns, ABC):
-    """Parameters that one engine updates, a row of columns for each.
+    """Parameters that one engine updates together, one per row.
 
     Args:
-        backend: That of their library.
-        layout: What their layouts have in common; the shape counts for nothing.
-        rule: A rule of their kind: the numbers among the hyperparameters count for nothing.
-        has_masters: Whether each has a master copy.
+        backend: The backend of their library.
+        layout: A layout of theirs; its shape does not matter.
+        rule: A rule of their kind; the values of its numbers do not matter.
+        has_masters: Whether they have master copies.
     """
 
-    #: Whether ``look`` itself fills the spans of all arrays that it takes as they are.
+    #: Whether ``look`` fills the spans of all arrays that the engine uses as they are.
     fills_spans: ClassVar = False
 
     def __init__(
@@ -64,7 +68,7 @@ class Group(Columns, ABC):
         """Create a group without rows."""
         self.backend, self.layout = backend, layout.with_shape(())
         self.has_masters = has_masters
-        #: What the owner of the group knows it by.
+        #: The number of the group in its ``Table``.
         self.number = 0
         super().__init__(rule, np.dtype(layout.compute_dtype))
 
@@ -74,17 +78,20 @@ class Group(Columns, ABC):
         """Add rows for new parameters, with a clock of zero.
 
         Args:
-            shapes: Their shapes, parts of complex ones included.
-            slots: What to begin with, to take possession of: arrays of the library; or of NumPy,
-                whose shape and dtype are changed. None for zeros.
+            shapes: Their storage shapes.
+            slots: Their first slots, which the group takes over: arrays of the library, or NumPy
+                arrays, which are converted to the shape and dtype of the slot. None for zeros.
+
+        Returns:
+            The rows, as int64.
 
         Raises:
-            ValueError: The rule is not for parameters of a shape.
+            ValueError: The rule does not support one of the shapes.
             MemoryError: There is not enough memory.
         """
         rows = self._begin(len(shapes))
         self._make_slots(rows, shapes, slots)
-        # From here on nothing fails.
+        # Nothing below can fail.
         self._keep(rows, shapes)
         return rows
 
@@ -94,7 +101,7 @@ class Group(Columns, ABC):
         self._let_go(row)
 
     def layout_at(self, row: int) -> Layout:
-        """The layout of a parameter."""
+        """The layout of the parameter in a row."""
         return self.layout.with_shape(self.shapes[row])
 
     # Slots
@@ -106,7 +113,7 @@ class Group(Columns, ABC):
         shapes: Sequence[tuple[int, ...]],
         slots: Slots | None,
     ) -> None:
-        """Make room for the slots of new rows, and fill it with what ``add`` was given."""
+        """Make the slots of new rows from what ``add`` was given."""
 
     @abstractmethod
     def _drop_slots(self, row: int) -> None:
@@ -114,14 +121,18 @@ class Group(Columns, ABC):
 
     @abstractmethod
     def slots_at(self, row: int) -> dict[str, Array]:
-        """The slots of a row by name, master copy included, as the engine has them."""
+        """The slots of a row by name, master copy included: the engine's own arrays, not copies."""
 
     @abstractmethod
     def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
-        """A slot of some rows of one size, by its number, over their memory where that is possible.
+        """Read one slot of some rows on the host, without a copy where that is possible.
+
+        Args:
+            rows: Rows whose slots have equally many elements.
+            number: The position of the slot in ``slot_names``.
 
         Yields:
-            Arrays of two axes, with the slots of one or more rows, in their order.
+            Arrays of shape (rows, elements) with the slots of one or more rows, in their order.
         """
 
     def slot_names(self, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -133,15 +144,16 @@ class Group(Columns, ABC):
 
     @abstractmethod
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
-        """Find the arrays of a part as they are now; nothing is changed yet.
+        """Find the arrays of a part. Nothing is changed yet.
 
-        It leaves those without a gradient out of the part, and says in ``part.odd`` which are not
-        what the engine takes as they are. For the others it fills ``arrays.spans``.
+        Rows without a gradient are dropped from the part. The positions of rows whose arrays the
+        engine cannot use as they are go into ``part.odd``; the spans of the other arrays go into
+        ``arrays.spans``.
 
         Args:
             part: The part.
             arrays: The arrays of the step.
-            last: Whether all other spans are filled, so that ``arrays.overlap`` may be told.
+            last: Whether all other spans are filled, so that ``arrays.overlap`` may be set.
         """
 
     def locate(self, part: Part, arrays: Arrays) -> None:
@@ -151,20 +163,24 @@ class Group(Columns, ABC):
         """Return whether memory that the step writes overlaps any other.
 
         Args:
-            arrays: Those of the step, their spans filled by the groups of all its parts.
+            arrays: The arrays of the step, after every group has filled in its spans.
+
+        Returns:
+            ``APART``, ``SHARED_GRADIENTS`` or ``OVERLAPPING`` of ``multiopt.arrays``.
         """
         return arrays.find_overlap()
 
     @abstractmethod
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
-        """Take a parameter that Python has looked at, this step only.
+        """Accept a parameter that Python has examined, for this step.
 
         Args:
             part: The part.
             position: Its position in ``part.rows``.
             member: The parameter.
-            copy: Whether the gradient's own memory may not be read, since something writes there.
-            arrays: The arrays of the step, to fill in the spans of what is used as it is.
+            copy: Whether the gradient must be copied because its memory is written.
+            arrays: The arrays of the step, to fill in the spans of arrays that are used as they
+                are.
         """
 
     @abstractmethod
@@ -175,19 +191,22 @@ class Group(Columns, ABC):
     def squares(
         self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
-        """Sums of squares of gradients, in memory that the next call may write.
+        """Sum the squares of gradients in float64.
 
         Args:
             part: The part.
             which: Positions in ``part.rows``; a slice for all.
-            factor: What gradients are multiplied by, in float64; first they are by ``own``, in the
+            factor: Multiplies the gradients in float64, after ``own`` has multiplied them in the
                 compute dtype.
             threads: The largest number of threads, or None.
+
+        Returns:
+            The sums, in the order of ``which``. The next call may overwrite them.
         """
 
     @np.errstate(all="ignore")
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
-        """Measure the gradients that have a bound of their norm: fill ``norm`` and ``own``."""
+        """Fill the columns ``norm`` and ``own`` of the rows whose clip bounds their own norm."""
         which = np.flatnonzero(~np.isnan(self.norm_bound[part.rows]))
         rows = part.rows[which]
         self.own[rows] = 1.0
@@ -196,24 +215,24 @@ class Group(Columns, ABC):
             return self.squares(part, which[some], factor, threads)
 
         self.norm[rows] = norms(len(rows), squares)
-        found = clip_coefficient(np, self.norm_bound[rows], self.norm[rows], self.eps[rows])
-        self.own[rows] = found.astype(self.dtype)
+        factors = clip_coefficient(np, self.norm_bound[rows], self.norm[rows], self.eps[rows])
+        self.own[rows] = factors.astype(self.dtype)
         part.norms = self.norm[part.rows]
 
     @abstractmethod
     def prepare(
         self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
     ) -> dict[int, Array]:
-        """Make all that may fail of a step, the memory that it needs included.
+        """Do everything that can fail, such as allocating memory, so that ``run`` cannot.
 
         Args:
             part: The part.
             arrays: The arrays of the step.
-            leave_clipped: Whether to write clipped gradients over the gradients.
+            leave_clipped: Whether to overwrite the gradients with the clipped ones.
             threads: The largest number of threads, or None.
 
         Returns:
-            By place, the arrays that take the place of parameters that cannot be written.
+            By place, the new arrays of parameters that cannot be updated in place.
         """
 
     @abstractmethod
@@ -221,9 +240,9 @@ class Group(Columns, ABC):
         """Clip and update what was prepared, and count the step. This cannot fail."""
 
     def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
-        """The clipped gradients of a step that could not be left in their own place."""
+        """The clipped gradients that could not be written over the gradients."""
         return ()
 
     @abstractmethod
     def forget(self, part: Part) -> None:
-        """Hold nothing of a step any more, whether it ended or not."""
+        """Release all arrays of a step, completed or not."""

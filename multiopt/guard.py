@@ -1,7 +1,8 @@
-"""One change of an optimizer at a time; Ctrl-C waits until what has begun to write has ended.
+"""The guard: one change of an optimizer at a time, and Ctrl-C waits while it writes.
 
-A step, a load, or another change checks and makes everything first, where errors and Ctrl-C change
-nothing. Then it writes, under the guard, and nothing of that can fail:
+A step, a load or any other change has two phases. First it checks and prepares everything; errors
+and Ctrl-C change nothing then. Afterwards it writes, under the guard, and nothing in that phase can
+fail:
 
 >>> from multiopt.guard import Guard
 >>> guard, written = Guard(), []
@@ -9,11 +10,12 @@ nothing. Then it writes, under the guard, and nothing of that can fail:
 ...     written.append("parameters")
 ...     written.append("clocks")
 
-What the handler of another signal raises in the middle of writing tears parameters and state apart.
-The guard remembers it, and refuses everything but a load: such a handler is to set a flag.
+If the handler of another signal raises while a change is writing, parameters and state no longer
+belong together: the optimizer is *torn*. The guard remembers that, and refuses everything except a
+load. Handlers should set a flag instead.
 """
 
-# The functions of ``signal`` itself take 25 us to make an enumeration of the answer.
+# The functions of ``signal`` take 25 us longer, to convert their results to enumerations.
 from _signal import SIGINT, getsignal, signal  # type: ignore[import-not-found]
 from collections.abc import Callable
 from functools import wraps
@@ -33,7 +35,7 @@ class Guard:
 
     Attributes:
         busy: Whether a change is in progress.
-        torn: What was raised in the middle of writing, if anything was.
+        torn: The exception that was raised while a change was writing, or None.
     """
 
     __slots__ = ("_came", "_depth", "_handler", "busy", "torn")
@@ -64,7 +66,7 @@ class Guard:
             self.check_whole(name)
 
     def check_idle(self, name: str) -> None:
-        """Refuse a change in the middle of another one; see ``check``."""
+        """Refuse a change during another one, even of an optimizer that is torn."""
         if self.busy:
             raise RuntimeError(
                 f"{name}: a step, or another change of this optimizer, has not ended; expected no "
@@ -72,12 +74,13 @@ class Guard:
                 "flag there, and do it afterwards"
             )
         if self._handler is not None:
-            # Another signal's handler raised on the way in or out: nothing was written, or all.
+            # The handler of another signal raised on the way in or out, so either nothing was
+            # written or everything.
             self._depth = 0
             self._give_back()
 
     def check_whole(self, name: str) -> None:
-        """Refuse to go on with what is torn; see ``check``."""
+        """Refuse to use an optimizer that is torn."""
         if self.torn is not None:
             raise RuntimeError(
                 f"{name}: {brief(self.torn)} was raised while a step, or another change, was "
@@ -86,23 +89,23 @@ class Guard:
             ) from self.torn
 
     def __enter__(self) -> None:
-        """Begin to write: from here on Ctrl-C waits. It takes 0.5 us."""
+        """Begin to write: from here on Ctrl-C waits. This takes 0.5 us."""
         if self._depth == 0:
             handler = getsignal(SIGINT)
-            # It is there already where another signal's handler raised on the way in or out.
+            # ``_wait`` is still set if the handler of another signal raised on the way in or out.
             if callable(handler) and handler != self._wait:
                 self._came = None
                 try:
                     self._handler = handler
                     signal(SIGINT, self._wait)
                 except ValueError:
-                    self._handler = None  # not the main thread, in which alone handlers run
+                    self._handler = None  # handlers run in the main thread only, and this is not it
         self._depth += 1
 
     def __exit__(
         self, kind: object, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End: what has waited comes now."""
+        """End writing: an interrupt that has waited is delivered now."""
         if error is not None:
             self.torn = error
         self._depth -= 1
@@ -122,15 +125,15 @@ class Guard:
 
 
 def exclusive(method: Method) -> Method:
-    """Make a method refuse to start while another such method of its object is running.
+    """Make a method refuse to start while its object is changing, or if it is torn.
 
-    The object has a ``Guard`` as ``_guard``. What is torn it refuses too.
+    The object must have a ``Guard`` as ``_guard``.
     """
     return _excluding(method, Guard.check)
 
 
 def mending(method: Method) -> Method:
-    """The same, for a method that may begin on what is torn."""
+    """Make a method refuse to start while its object is changing; it may mend what is torn."""
     return _excluding(method, Guard.check_idle)
 
 
@@ -139,8 +142,8 @@ def _excluding(method: Method, check: Callable[[Guard, str], None]) -> Method:
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
         guard = self._guard
         check(guard, method.__name__)
-        # No ``finally``: Ctrl-C may come before its first operation. Here either it comes within
-        # the ``try``, or all is done.
+        # No ``finally``: Ctrl-C may come before its first operation. This way it comes either
+        # within the ``try``, or after everything is done.
         try:
             guard.busy = True
             result = untraced(method)(self, *args, **kwargs)

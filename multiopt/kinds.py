@@ -1,4 +1,7 @@
-"""What a rule consists of: numbers, which are columns of a group, and choices, which make its kind.
+"""How a rule is taken apart: numbers become columns of a group, everything else makes its kind.
+
+Two parameters can share a group, and so one compiled kernel, if their rules differ only in numbers.
+A different learning rate is another value in a column; a different switch is another kind.
 
 >>> from multiopt.kinds import kind_of, number_fields, numbers_of
 >>> from multiopt.rules import SGD
@@ -31,17 +34,17 @@ __all__ = [
     "schedules_of",
 ]
 
-#: A thing that has a number.
+#: The type of what is numbered.
 Item = TypeVar("Item")
 
 
 class Schedules(NamedTuple):
-    """The hyperparameters of a row that are schedules.
+    """The hyperparameters of a row that are schedules, as three parallel tuples.
 
     Attributes:
-        columns: Of each, its column of numbers.
-        names: The hyperparameter.
-        schedules: The callable.
+        columns: Their columns in ``numbers``.
+        names: Their names.
+        schedules: The schedules.
     """
 
     columns: tuple[int, ...]
@@ -50,27 +53,27 @@ class Schedules(NamedTuple):
 
 
 class Numbered(Generic[Item]):
-    """Things by small numbers, which columns hold; what no column holds any more is let go.
+    """Gives items small numbers, so that a column can refer to them; unused items are dropped.
 
     Args:
-        key: What tells the thing apart that has the number 0.
-        item: That thing.
+        key: Identifies the item with the number 0.
+        item: That item, which is never dropped.
     """
 
     def __init__(self, key: Hashable, item: Item) -> None:
-        """Have one thing."""
+        """Number the first item."""
         self._items: dict[int, Item] = {0: item}
         self._keys: dict[int, Hashable] = {0: key}
         self._numbers: dict[Hashable, int] = {key: 0}
         self._next, self._most = 1, 16
 
     def number(self, key: Hashable, item: Item, column: Callable[[], np.ndarray]) -> int:
-        """The number of a thing.
+        """The number of an item; a new one gets the next number.
 
         Args:
-            key: What tells it apart.
-            item: The thing, which is held, so that an ``id`` in its key stays its own.
-            column: The numbers that are in use.
+            key: Identifies the item.
+            item: The item. It is kept alive, so that an ``id`` in its key stays unique.
+            column: Returns the numbers in use.
         """
         if key not in self._numbers:
             if len(self._items) > self._most:
@@ -84,20 +87,20 @@ class Numbered(Generic[Item]):
         return self._numbers[key]
 
     def having(self, test: Callable[[Item], bool]) -> list[tuple[int, Item]]:
-        """The things that pass a test, with their numbers."""
+        """The items that pass a test, with their numbers."""
         return [(number, item) for number, item in self._items.items() if test(item)]
 
     def __getitem__(self, number: int) -> Item:
-        """The thing that has a number."""
+        """The item with a number."""
         return self._items[number]
 
 
 def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
-    """The numbers among the hyperparameters: field, and place in it where the field is a tuple.
+    """The numeric hyperparameters: their names, with the index for each element of a tuple.
 
-    None in the place of a number is a choice.
+    None in place of a number counts as a choice and is left out.
     """
-    found: list[tuple[str, int | None]] = [
+    numbers: list[tuple[str, int | None]] = [
         (f"{inner}.{name}", place)
         for inner in rule.nested
         for name, place in number_fields(getattr(rule, inner))
@@ -105,30 +108,31 @@ def number_fields(rule: Rule) -> list[tuple[str, int | None]]:
     for name in rule.ranges:
         value = getattr(rule, name)
         if isinstance(value, tuple):
-            found += [(name, place) for place, part in enumerate(value) if part is not None]
+            numbers += [(name, place) for place, part in enumerate(value) if part is not None]
         elif value is not None:
-            found.append((name, None))
-    return found
+            numbers.append((name, None))
+    return numbers
 
 
 def other_fields(rule: Rule) -> dict[str, Any]:
-    """Return the hyperparameters that are not numbers: switches and choices."""
+    """The hyperparameters that are not numbers: switches and choices."""
     declared = {*rule.ranges, *rule.nested}
-    found = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in declared}
+    choices = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in declared}
     for inner in rule.nested:
-        found |= {f"{inner}.{name}": x for name, x in other_fields(getattr(rule, inner)).items()}
-    return found
+        choices |= {f"{inner}.{name}": x for name, x in other_fields(getattr(rule, inner)).items()}
+    return choices
 
 
 def formulas(rule: Rule) -> list[Rule]:
-    """The rules whose formulas a rule computes: those in it, or itself."""
+    """The rules that a chained rule consists of; for any other rule, the rule itself."""
     return [getattr(rule, inner) for inner in rule.nested] or [rule]
 
 
 def kind_of(rule: Rule) -> Hashable | None:
-    """What rules have in common that may share a group: all but the values of their numbers.
+    """A key for everything about a rule except the values of its numbers.
 
-    None if that cannot be looked up, for a choice is a list, say.
+    Rules with equal keys can share a group. None if the key is not hashable, for example because a
+    choice is a list.
     """
     choices = tuple(other_fields(rule).items())
     computed = tuple((type(part), part.update, part.slots) for part in formulas(rule))
@@ -141,18 +145,18 @@ def kind_of(rule: Rule) -> Hashable | None:
 
 
 def numbers_of(rule: Rule, columns: Sequence[tuple[str, int | None]]) -> list[float]:
-    """The numbers of a rule; NaN in the place of a schedule."""
+    """The numbers of a rule; NaN for a schedule."""
     return [nan if callable(value) else value for value in _values_of(rule, columns)]
 
 
 def schedules_of(rule: Rule, columns: Sequence[tuple[str, int | None]]) -> Schedules:
     """The schedules of a rule."""
-    found = [
-        (number, columns[number][0], value)
-        for number, value in enumerate(_values_of(rule, columns))
+    schedules = [
+        (column, columns[column][0], value)
+        for column, value in enumerate(_values_of(rule, columns))
         if callable(value)
     ]
-    return Schedules(*zip(*found, strict=True)) if found else Schedules((), (), ())
+    return Schedules(*zip(*schedules, strict=True)) if schedules else Schedules((), (), ())
 
 
 def _values_of(rule: Rule, columns: Sequence[tuple[str, int | None]]) -> list[Any]:

@@ -1,7 +1,20 @@
-"""The reference engine: the rule as it stands, on any Array API library, a parameter at a time.
+"""The reference engine: calls ``rule.update`` for one parameter at a time, on any library.
 
-It takes what no compiled engine does: rules that treat a parameter as a whole, devices, libraries
-without a package of ours. All results are new arrays, made before anything is written.
+It runs whatever no faster engine can: rules that treat a parameter as a whole, arrays on other
+devices, array libraries that multiopt has no package for. Faster engines are tested against it.
+Every result is a new array, and all of them are computed before the first is written, so an error
+changes nothing.
+
+>>> import numpy as np
+>>> from multiopt.arrays import Member
+>>> from multiopt.backend import backend_named
+>>> from multiopt.reference import updated
+>>> from multiopt.rules import SGD
+>>> numpy, rule, w = backend_named("numpy"), SGD(lr=0.5), np.ones(2)
+>>> member = Member("w", 0, 0, numpy, w, np.ones(2), numpy.layout(w, "parameter 'w'"))
+>>> member.rule, member.scalars, member.bound = rule, rule.coefficients(step=1), 0.5
+>>> updated(member).arrays, w
+([array([0.75, 0.75])], array([1., 1.]))
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,14 +36,14 @@ __all__ = ["ReferenceGroup", "fetched", "is_finite", "resumed", "updated"]
 
 
 class Updated(NamedTuple):
-    """What a rule made of a parameter, in the namespace of the computation.
+    """The result of updating one parameter, in the namespace that computed it.
 
     Attributes:
-        arrays: The new parameter, the slots, and what the parameter is rounded from if it has a
-            master copy.
+        arrays: The new parameter, the new slots, and the new master copy if there is one; all in
+            the compute dtype.
         grad: The clipped gradient.
-        limited: Whether the bound changed an element: anything with a truth value, such as a 0-d
-            array that is still on its device.
+        limited: Whether the bound on elements changed any: a bool, or a 0-d array that may still be
+            on its device.
     """
 
     arrays: list[Array]
@@ -39,22 +52,22 @@ class Updated(NamedTuple):
 
 
 class _Computed(NamedTuple):
-    """A parameter of a step with what is to be written, and kept."""
+    """A parameter of a step with its results, ready to be written."""
 
     member: Member
     param: Array
-    kept: tuple[Array, ...]
+    slots: tuple[Array, ...]
     grad: Array
     limited: Any
 
 
 class ReferenceGroup(Group):
-    """Parameters that are updated by their rule as it stands."""
+    """Parameters that are updated by calling their rule."""
 
     def __init__(
         self, backend: "Backend", layout: "Layout", rule: "Rule", has_masters: bool = False
     ) -> None:
-        """Have no row yet."""
+        """Create a group without rows."""
         self._slots: dict[int, tuple[Array, ...]] = {}
         self._members: dict[int, Member] = {}
         self._computed: list[_Computed] = []
@@ -65,16 +78,16 @@ class ReferenceGroup(Group):
     def _make_slots(
         self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]], slots: Slots | None
     ) -> None:
-        made = {}
+        new = {}
         for k, (row, shape) in enumerate(zip(rows.tolist(), shapes, strict=True)):
-            forms = list(self.rule.slot_shapes(shape).values()) + [shape] * self.has_masters
-            given = [None] * len(forms) if slots is None else slots[k]
-            arrays = [self._array(x, form) for x, form in zip(given, forms, strict=True)]
-            made[row] = tuple(self.backend.to_slots(arrays, self.layout))
-        self._slots.update(made)
+            slot_shapes = list(self.rule.slot_shapes(shape).values()) + [shape] * self.has_masters
+            given = [None] * len(slot_shapes) if slots is None else slots[k]
+            arrays = [self._array(x, form) for x, form in zip(given, slot_shapes, strict=True)]
+            new[row] = tuple(self.backend.to_slots(arrays, self.layout))
+        self._slots.update(new)
 
     def _array(self, given: Array | None, shape: tuple[int, ...]) -> Array:
-        """What is given for a slot of a shape; zeros for None."""
+        """A slot of a shape with the values that ``add`` was given; zeros for None."""
         if given is None:
             return np.zeros(shape, self.dtype)
         if not isinstance(given, np.ndarray):
@@ -96,7 +109,7 @@ class ReferenceGroup(Group):
 
     def _on_host(self, slot: Array) -> np.ndarray:
         array = self.backend.memory(slot)
-        # It may know addresses and nothing else.
+        # A backend may know the addresses of an array but not its dtype.
         if array is None or array.dtype != self.dtype:
             array = self.backend.to_host(slot)
         return np.asarray(array, order="C").reshape(1, -1)
@@ -104,12 +117,12 @@ class ReferenceGroup(Group):
     # A step
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
-        """Declare all arrays odd, so that Python looks at each."""
+        """Report all arrays as odd, so that Python examines each."""
         part.look_at_all(arrays)
         self._members = {}
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
-        """Keep a parameter for this step."""
+        """Take a parameter with its slots."""
         member.slots = self._slots[member.row]
         if self.has_masters:
             *slots, member.master = member.slots
@@ -120,7 +133,7 @@ class ReferenceGroup(Group):
         return [self._members[row] for row in part.rows.tolist()]
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
-        """Ask the library, with one transfer to the host for all rows."""
+        """Check the gradients on their device, with one transfer to the host for all rows."""
         return fetched(self.backend, self.layout, map(is_finite, self._members_of(part))).astype(
             bool, copy=False
         )
@@ -129,7 +142,7 @@ class ReferenceGroup(Group):
     def squares(
         self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
-        """Let the library sum the squares, with one transfer to the host for all rows."""
+        """Sum the squares on their device, with one transfer to the host for all rows."""
         members = [self._members[row] for row in part.rows[which].tolist()]
         for member in members:
             member.scales = [float(self.own[member.row])]
@@ -143,75 +156,80 @@ class ReferenceGroup(Group):
         members = self._members_of(part)
         for member in members:
             row = member.row
-            # Which slots there are, and so the formula, the kind says: a schedule may give a zero.
+            # The formula is that of the group's rule: a rule with the numbers of this step might
+            # select another, say if a schedule gives a momentum of zero.
             member.rule = self.rule
             numbers = self.rule_now(row)
             member.scalars = numbers.coefficients(int(self.steps[row]) + 1, self.dtype.name)
             member.scales = [float(self.own[row]), float(self.shared[row])]
             bound = float(self.bound[row])
             member.bound = None if bound == np.inf else bound
-        done = list(map(updated, members))
-        closed = iter(self.backend.to_slots([x for one in done for x in one.arrays], self.layout))
-        kept = [tuple(next(closed) for _ in one.arrays) for one in done]
-        params = [param for param, *_ in kept]
+        updates = list(map(updated, members))
+        # All arrays in one call, for libraries that compute them together.
+        flat = [array for update in updates for array in update.arrays]
+        converted = iter(self.backend.to_slots(flat, self.layout))
+        results = [tuple(next(converted) for _ in update.arrays) for update in updates]
+        params = [param for param, *_ in results]
         if not self.backend.in_place:
             params = self.backend.to_params(members, params)
         self._computed = [
-            _Computed(member, param, tuple(slots), one.grad, one.limited)
-            for member, param, (_, *slots), one in zip(members, params, kept, done, strict=True)
+            _Computed(member, param, tuple(slots), update.grad, update.limited)
+            for member, param, (_, *slots), update in zip(
+                members, params, results, updates, strict=True
+            )
         ]
         if self.clipping:
             part.clipped = np.array([any(x != 1 for x in m.scales) for m in members], bool)
             part.limited = {
-                k: one.limited
-                for k, (member, one) in enumerate(zip(members, done, strict=True))
+                position: update.limited
+                for position, (member, update) in enumerate(zip(members, updates, strict=True))
                 if member.bound is not None
             }
         if self.backend.in_place:
             return {}
-        whole = self.backend.as_complex if self.layout.is_complex else lambda array: array
-        return {one.member.place: whole(one.param) for one in self._computed}
+        to_user = self.backend.as_complex if self.layout.is_complex else lambda array: array
+        return {computed.member.place: to_user(computed.param) for computed in self._computed}
 
     @np.errstate(all="ignore")
     def run(self, part: Part) -> None:
         """Write the results, keep the new slots, and count the step."""
-        for one in self._computed:
+        for computed in self._computed:
             if self.backend.in_place:
-                self.backend.write(one.member.param, one.param)
-            self._slots[one.member.row] = one.kept
+                self.backend.write(computed.member.param, computed.param)
+            self._slots[computed.member.row] = computed.slots
         self.steps[part.rows] += 1
 
     def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
-        """Return the clipped gradients."""
+        """Return all clipped gradients; this engine writes none of them."""
         clipped = part.clipped
         if clipped is None:
             return []
         return [
-            (one.member, one.grad)
-            for one, scaled in zip(self._computed, clipped, strict=True)
-            if scaled or bool(one.limited)
+            (computed.member, computed.grad)
+            for computed, scaled in zip(self._computed, clipped, strict=True)
+            if scaled or bool(computed.limited)
         ]
 
     def forget(self, part: Part) -> None:
-        """Release everything of the step."""
+        """Release all arrays of the step."""
         self._members, self._computed = {}, []
 
 
 def fetched(backend: "Backend", layout: "Layout", values: Iterable[Array]) -> np.ndarray:
-    """Arrays without dimensions as an array of the host, in one transfer."""
+    """Bring 0-d arrays to the host as one array, in one transfer."""
     arrays = list(values)
     stack = backend.namespace(layout).stack
     return backend.to_host(stack(arrays)) if arrays else np.empty(0)
 
 
 def is_finite(member: Member) -> Array:
-    """Whether a gradient, as it came in, has no infinity and no NaN."""
+    """Whether all elements of a gradient are finite, before clipping; a 0-d array."""
     xp = member.backend.namespace(member.layout)
     return xp.all(xp.isfinite(member.backend.to_compute(member.grad, member.layout)))
 
 
 def _scaled(member: Member) -> Array:
-    """A gradient times its clip coefficients."""
+    """The gradient, times its clip coefficients."""
     grad = member.backend.to_compute(member.grad, member.layout)
     for scale in member.scales:
         if scale != 1:
@@ -220,30 +238,31 @@ def _scaled(member: Member) -> Array:
 
 
 def _squares(member: Member, factor: float) -> Array:
-    """The sum of squares of a gradient, scaled so far, times a factor.
+    """Sum the squares of a gradient that its clip coefficients and ``factor`` have multiplied.
 
     Raises:
-        TypeError: The device has no float64.
+        TypeError: The device does not support float64.
     """
     xp, layout = member.backend.namespace(member.layout), member.layout
 
-    def measured() -> Array:
+    def total() -> Array:
         grad = xp.astype(_scaled(member), xp.float64, copy=False)
         return sum_of_squares(xp, grad if factor == 1 else factor * grad)
 
     what = f"the norm of the gradient of {member.name!r} is a float64, which {layout.library}"
-    return answer(f"{what} does not compute on the device {layout.device}", measured)
+    return answer(f"{what} does not compute on the device {layout.device}", total)
 
 
 def resumed(member: Member, param: Array, master: Array) -> Array:
-    """What a parameter is computed from: its master copy, where that rounds to it.
+    """The values to update: those of the master copy wherever they round to the parameter.
 
-    Where it does not, the parameter was changed by somebody else, or there was no step yet.
+    Where they do not, somebody else has changed the parameter, or this is its first step, and the
+    parameter itself counts.
 
     Args:
         member: The parameter.
-        param: Its array, opened.
-        master: Its master copy, likewise.
+        param: Its array, in the compute dtype.
+        master: Its master copy, in the compute dtype.
     """
     backend, layout = member.backend, member.layout
     (rounded,) = backend.to_params([member], [master])
@@ -252,10 +271,10 @@ def resumed(member: Member, param: Array, master: Array) -> Array:
 
 
 def updated(member: Member) -> Updated:
-    """Clip the gradient of a parameter, then let its rule update it; nothing is written.
+    """Clip the gradient of a parameter, and call its rule. Nothing is written.
 
     Raises:
-        TypeError: The rule broke its contract.
+        TypeError: The rule returned something that is not an update.
     """
     backend, layout, rule = member.backend, member.layout, member.rule
     assert rule is not None
@@ -268,7 +287,7 @@ def updated(member: Member) -> Updated:
     if member.master is not None:
         param = resumed(member, param, backend.to_compute(member.master, layout))
     if not rule.elementwise:
-        # A matrix product depends on strides, which ``asarray`` keeps.
+        # The bits of a matrix product depend on strides, which ``asarray`` keeps.
         param, grad = (_in_rows(xp, x) for x in (param, grad))
     slots = tuple(backend.to_compute(slot, layout) for slot in member.slots)
     try:
@@ -277,22 +296,22 @@ def updated(member: Member) -> Updated:
         error.add_note(f"while the rule updated parameter {member.name!r}")
         raise
     _check_update(member, param, new_param, new_slots)
-    # A rule may hand on what it was given as a slot; what the caller lent is not ours to keep,
-    # nor is what he gets: that is ``new_param``, where it is neither written nor rounded.
-    is_given = not backend.in_place and member.master is None
-    others = (param, grad, *slots, new_param) if is_given else (param, grad, *slots)
+    # A rule may return an argument as a slot, but a slot must not share memory with an array of the
+    # caller's: not with what came in, nor with ``new_param`` where the caller gets that itself.
+    is_returned = not backend.in_place and member.master is None
+    others = (param, grad, *slots, new_param) if is_returned else (param, grad, *slots)
     kept = (*new_slots, *([] if member.master is None else [new_param]))
     arrays = [xp.asarray(x, copy=True) if _is_part(x, others) else x for x in kept]
-    # What NumPy computes of arrays without dimensions is a scalar.
+    # NumPy computes scalars, not arrays, from 0-d arrays.
     arrays = [np.asarray(x) if isinstance(x, np.generic) else x for x in (new_param, *arrays)]
     return Updated(arrays, grad, limited)
 
 
 def _check_update(member: Member, param: Array, new_param: Array, new_slots: Any) -> None:
-    """Refuse what is not an update of a parameter.
+    """Check the types, shapes and dtypes of what a rule returned.
 
     Raises:
-        TypeError: The rule broke its contract.
+        TypeError: It is not an update of the parameter.
     """
     if not isinstance(new_slots, tuple) or len(new_slots) != len(member.slots):
         raise TypeError(
@@ -309,12 +328,12 @@ def _check_update(member: Member, param: Array, new_param: Array, new_slots: Any
 
 
 def _in_rows(xp: Any, array: Array) -> Array:
-    """A copy in row-major order."""
+    """Copy an array into row-major order."""
     return xp.reshape(xp.reshape(array, (-1,), copy=True), array.shape)
 
 
-def _is_part(array: Array, lent: tuple[Array, ...]) -> bool:
-    """Whether an array is one of others, or, in NumPy, may be a view of one."""
+def _is_part(array: Array, others: tuple[Array, ...]) -> bool:
+    """Whether an array is one of the others, or, in NumPy, may be a view of one."""
     if isinstance(array, np.ndarray):
-        return any(np.may_share_memory(array, other) for other in lent)
-    return any(array is other for other in lent)
+        return any(np.may_share_memory(array, other) for other in others)
+    return any(array is other for other in others)

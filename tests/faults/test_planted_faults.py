@@ -54,7 +54,7 @@ FAULTS = [
     Fault(
         "a step that does nothing",
         "multiopt/reference.py",
-        "self.backend.write(one.member.param, one.param)",
+        "self.backend.write(computed.member.param, computed.param)",
         "pass",
         "engines/test_backends.py::test_every_rule_over_fifty_steps[numpy-compiled-SGD()-float32]",
     ),
