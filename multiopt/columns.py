@@ -211,6 +211,24 @@ class Columns:
             values[column] = schedule
         return with_numbers(self.rule, self.columns, values)
 
+    def settings(self, rows: np.ndarray) -> np.ndarray:
+        """A copy of the numbers of rows, with zeros in place of what schedules gave last."""
+        numbers: np.ndarray = self.numbers[rows]
+        schedule = self.schedule[rows]
+        for number in np.unique(schedule).tolist() if self.scheduled else ():
+            numbers[np.ix_(schedule == number, list(self.schedules[number].columns))] = 0.0
+        return numbers
+
+    def by_rule(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The positions of rows, those with the same rule together, schedules included."""
+        if not rows.size:
+            return []
+        table = np.column_stack([self.settings(rows), self.schedule[rows]])
+        if (table == table[0]).all():
+            return [np.arange(len(rows))]
+        which = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
+        return [np.flatnonzero(which == number) for number in range(which.max() + 1)]
+
     def counts(self, rows: np.ndarray | slice) -> np.ndarray:
         """How many steps the averages of rows have seen; the clocks if no averages are kept."""
         steps: np.ndarray = self.steps[rows]

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multiopt.engine import Group
 from multiopt.entry import Changed, Entry, changed, with_rule
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
@@ -15,6 +14,9 @@ from multiopt.rules.average import Averaged
 from multiopt.rules.rule import plain_numbers
 from multiopt.step.clip import Clip
 from multiopt.table import NOTHING, Table
+
+if TYPE_CHECKING:
+    from multiopt.engine import Group
 
 __all__ = ["change", "changed_for_all", "changed_numbers"]
 
@@ -65,7 +67,7 @@ def changed_numbers(
         if numbers is not None:
             writes.append(partial(group.write_numbers, rows, numbers))
             continue
-        for mine in _alike(group, rows):
+        for mine in (rows[positions] for positions in group.by_rule(rows)):
             old = group.rule_at(int(mine[0]))
             labels, own = partial(table.names_at, group, mine), formulas(old)[0]
             is_usual = usual is not None and own == usual[0]
@@ -113,20 +115,3 @@ def change(table: Table, rules: Mapping[str, Rule], clips: Mapping[str, Clip | N
             # It knows which clips measure several gradients together.
             table.last = NOTHING
     table.sweep()
-
-
-def _alike(group: Group, rows: np.ndarray) -> list[np.ndarray]:
-    """Rows that have the same rule, schedules included."""
-    if not rows.size:
-        return []
-    numbers, schedule = group.numbers[rows], group.schedule[rows]
-    if group.scheduled:
-        # Those of schedules are of the last step.
-        for number in np.unique(schedule).tolist():
-            columns = list(group.schedules[number].columns)
-            numbers[np.ix_(schedule == number, columns)] = 0.0
-    if (numbers == numbers[0]).all() and (schedule == schedule[0]).all():
-        return [rows]
-    table = np.column_stack([numbers, schedule])
-    which = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
-    return [rows[which == number] for number in range(which.max() + 1)]

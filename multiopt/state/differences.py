@@ -10,20 +10,16 @@ the new one. The report of the load shows the difference:
 {'w': {'lr': Difference(saved=0.01, here=0.1)}}
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from multiopt.engine import Group
-from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.schedules import Schedule
 from multiopt.schedules.description import described, plain
 
-__all__ = ["Difference", "differences", "distinct_rules"]
+__all__ = ["Difference", "differences"]
 
 
 class Difference(NamedTuple):
@@ -66,21 +62,3 @@ def differences(settings: Mapping[str, Any], rule: Rule) -> dict[str, Difference
             saved = settings[f.name] if saved is None else saved
             differing[f.name] = Difference(saved, plain(value) if here is None else here)
     return differing
-
-
-def distinct_rules(group: Group, rows: Sequence[int]) -> list[tuple[Rule, np.ndarray]]:
-    """The distinct rules among some rows, each with the positions of its rows."""
-    chosen = np.array(rows)
-    numbers, schedule = group.numbers[chosen], group.schedule[chosen]
-    if group.scheduled:
-        # The columns hold the last value of a schedule, which says nothing about its rule.
-        for number in np.unique(schedule).tolist():
-            columns = list(group.schedules[number].columns)
-            numbers[np.ix_(schedule == number, columns)] = 0.0
-    table = np.column_stack([numbers, schedule])
-    if (table == table[0]).all():
-        positions = [np.arange(len(rows))]
-    else:
-        which = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
-        positions = [np.flatnonzero(which == number) for number in range(which.max() + 1)]
-    return [(formulas(group.rule_at(rows[int(alike[0])]))[0], alike) for alike in positions]

@@ -23,7 +23,7 @@ from multiopt.errors import brief
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.state.contents import Contents
-from multiopt.state.differences import Difference, differences, distinct_rules
+from multiopt.state.differences import Difference, differences
 from multiopt.state.fit import check_average, check_fit, check_slot_names
 from multiopt.state.plateaus import warn_of_plateaus
 from multiopt.state.record import (
@@ -238,16 +238,15 @@ def load(
     )
 
 
-def _differences(
-    registry: "Registry", batches: Iterable[_Batch]
-) -> dict[str, dict[str, Difference]]:
+def _differences(registry: "Registry", batches: list[_Batch]) -> dict[str, dict[str, Difference]]:
     """For each name, the hyperparameters in which the saved rule differs from the one here."""
     result: dict[str, dict[str, Difference]] = {}
     for batch in batches:
         settings = batch.saved[0].form.rule.settings
         if batch.group is not None:
-            for rule, positions in distinct_rules(batch.group, batch.rows):
-                if differ := differences(settings, rule):
+            for positions in batch.group.by_rule(np.array(batch.rows)):
+                chain = batch.group.rule_at(batch.rows[int(positions[0])])
+                if differ := differences(settings, formulas(chain)[0]):
                     result |= {batch.names[k]: differ for k in positions.tolist()}
         elif isinstance(registry.rule, Rule) and (differ := differences(settings, registry.rule)):
             result |= dict.fromkeys(batch.names, differ)

@@ -12,7 +12,7 @@ would give:
 1
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from multiopt.state.document import (
 )
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import check_nesting
-from multiopt.state.record import Saved, plain, plain_entry, saved_of
+from multiopt.state.record import Form, Saved, plain, plain_entry, saved_of
 from multiopt.state.tables import held
 
 if TYPE_CHECKING:
@@ -107,10 +107,11 @@ def contents_of(
         ValueError: State is unusable, and ``strict`` is true.
     """
     saved, unfit = dict[str, dict[str, Saved]](pending={}, entries={}), {}
+    forms: dict[Hashable, Form] = {}
     for part, name, entry, average in saved_in(state_dict):
         if wanted is None or name in wanted:
             try:
-                saved[part][name] = saved_of(name, entry, average)
+                saved[part][name] = saved_of(name, entry, average, forms)
             except ValueError as error:
                 if strict:
                     raise

@@ -200,7 +200,10 @@ def observe(
 
 
 def saved_of(
-    name: str, entry: Mapping[str, Any], average: Mapping[str, Any] | None = None
+    name: str,
+    entry: Mapping[str, Any],
+    average: Mapping[str, Any] | None = None,
+    forms: dict[Hashable, Form] | None = None,
 ) -> Saved:
     """Make a record from an entry of a state dict, with copies of its slots.
 
@@ -209,6 +212,8 @@ def saved_of(
         entry: A well-formed entry. If its ``"complex"`` is true, its slots are the real and
             imaginary parts of complex ones.
         average: The entry of its average.
+        forms: The forms of other records, by what is the same for them. Whoever makes many passes
+            one dict, so that names that are alike share a form, as those of a file do.
 
     Raises:
         ValueError: A slot is not an array that a rule can have, or the description of the rule is
@@ -220,13 +225,13 @@ def saved_of(
         raise ValueError(
             f"the state of {name!r} has slots of no use: some are complex, and others are not"
         )
-    rule, mean, count = _described(name, entry), None, 0
+    texts, count = [_text(name, entry)], 0
     if average is not None:
         check_slot_names(name, average["slots"], average["step"], average["rule"], Average())
         count = average["step"]
         for array in average["slots"].values():
             slots_found.append(_on_host(name, AVERAGE, array))
-            mean = _described(name, average)
+            texts.append(_text(name, average))
     slots = tuple(
         Slot(slot, x.storage_shape, x.storage_dtype, x.library) for slot, x, _ in slots_found
     )
@@ -234,7 +239,11 @@ def saved_of(
         layout.is_complex for _, layout, _ in slots_found
     )
     arrays = tuple(array for _, _, array in slots_found)
-    return Saved(Form(rule, slots, is_complex, mean), entry["step"], arrays, count)
+    forms, key = {} if forms is None else forms, (*texts, slots, is_complex)
+    if key not in forms:
+        rule, *mean = (Description(*json.loads(text)) for text in texts)
+        forms[key] = Form(rule, slots, is_complex, mean[0] if mean else None)
+    return Saved(forms[key], entry["step"], arrays, count)
 
 
 def _on_host(name: str, slot: str, array: Any) -> tuple[str, Layout, np.ndarray]:
@@ -254,10 +263,11 @@ def _on_host(name: str, slot: str, array: Any) -> tuple[str, Layout, np.ndarray]
     return slot, layout, np.ascontiguousarray(host, layout.storage_dtype).reshape(-1)
 
 
-def _described(name: str, entry: Mapping[str, Any]) -> Description:
+def _text(name: str, entry: Mapping[str, Any]) -> str:
+    """The description of the rule of an entry, as JSON."""
     parts = [dict(entry["rule"]), dict(entry.get("plateaus", {}))]
     try:
-        return Description(*json.loads(json.dumps(parts, allow_nan=False)))
+        return json.dumps(parts, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the rule in the state of {name!r} is no plain data: {error}") from error
 

@@ -108,13 +108,11 @@ def _rows_of(
 
 def _alike(group: Group, rows: np.ndarray) -> dict[tuple[bytes, tuple[int, ...]], list[int]]:
     """The positions of rows, sorted by rule, average and shape: equal rows share a key."""
-    numbers, schedule = group.numbers[rows], group.schedule[rows]
+    # A description computes scheduled numbers from the clock.
+    numbers, schedule = group.settings(rows), group.schedule[rows]
     clocks = np.stack([group.steps[rows], group.counts(rows)])
     if group.has_averages:
         numbers[:, -1] = clocks[1] > 0
-    # A scheduled number is from the last step; the description computes it from the clock.
-    for number in np.unique(schedule).tolist() if group.scheduled else ():
-        numbers[np.ix_(schedule == number, list(group.schedules[number].columns))] = 0.0
     table = np.column_stack([numbers, schedule, *np.where(schedule != 0, clocks, 0)])
     keys: list[Any] = table.view(np.dtype((np.void, table.strides[0]))).ravel().tolist()
     shapes = map(group.shapes.__getitem__, rows.tolist())

@@ -3,7 +3,7 @@
 In those, every name has a description of its own, and every slot is a tensor of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from multiopt.errors import CheckpointError
 from multiopt.state.document import is_clock
 from multiopt.state.metadata import check_nesting
 from multiopt.state.plain_data import SECTIONS, check_sections, saved_in
-from multiopt.state.record import Record, saved_of
+from multiopt.state.record import Form, Record, saved_of
 from multiopt.state.tables import CODES, layout_text
 
 __all__ = ["Old"]
@@ -59,11 +59,13 @@ class Old:
 
     def records(self, wanted: Set[str] | None) -> Iterator[Record]:
         """Read the records of the wanted names, or of all names for None."""
+        forms: dict[Hashable, Form] = {}
         for part, name, entry, average in saved_in(self._document):
             if wanted is None or name in wanted:
                 damage: dict[str, str] = {}
-                entries = [self._read(one, damage) for one in (entry, average) if one is not None]
-                yield part, name, saved_of(name, *entries), damage
+                own = self._read(entry, damage)
+                mean = None if average is None else self._read(average, damage)
+                yield part, name, saved_of(name, own, mean, forms), damage
 
     def _read(self, entry: Mapping[str, Any], damage: dict[str, str]) -> dict[str, Any]:
         """Read the slots of an entry; those that are damaged are added to ``damage``."""
