@@ -1,7 +1,7 @@
 """The report of ``multiopt bench``."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import chain, groupby, repeat
@@ -19,7 +19,7 @@ from multiopt.bench.paired import Side, measured
 from multiopt.bench.sides import NUMPY, comparisons
 from multiopt.bench.work import Arrays, Work
 
-__all__ = ["Result", "bench", "digits", "missing", "report"]
+__all__ = ["Result", "bench", "digits", "missing", "publish", "report"]
 
 HEADINGS = ("a step of Adam", "ours on", "us", "peer", "us", "times as fast")
 NUMBERS = {2, 4, 5}
@@ -83,11 +83,22 @@ def bench(quick: bool, path: str | None) -> bool:
         "missing": missing(),
         "results": [asdict(result) for result in results],
     }
+    publish(document, path, lambda: report(document))
+    return all(result.times_as_fast is not None for result in results)
+
+
+def publish(document: dict[str, Any], path: str | None, report: Callable[[], str]) -> None:
+    """Print what was measured, and write it as JSON if that is asked for.
+
+    Args:
+        document: What was measured.
+        path: Where to write JSON, ``"-"`` for the standard output instead of the report, or None.
+        report: Makes the text that is printed.
+    """
     text = json.dumps(document, indent=2)
     if path is not None and path != "-":
         Path(path).write_text(text + "\n", encoding="utf-8")
-    print(text if path == "-" else report(document))
-    return all(result.times_as_fast is not None for result in results)
+    print(text if path == "-" else report())
 
 
 def missing() -> list[str]:

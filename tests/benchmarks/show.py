@@ -1,11 +1,9 @@
 """The report of ``python -m tests.benchmarks``."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -13,7 +11,7 @@ from tqdm import tqdm
 
 from multiopt import terminal
 from multiopt.bench.machine import LIBRARIES, described, engine
-from multiopt.bench.show import digits
+from multiopt.bench.show import digits, publish
 from tests.benchmarks.comparisons import AT_LEAST
 from tests.benchmarks.plan import Result, jobs, missing
 from tests.benchmarks.works import last_level_cache
@@ -50,14 +48,7 @@ def bench(rows: Sequence[str], threads: Sequence[int], quick: bool, path: str | 
         "missing": missing(rows),
         "results": [asdict(result) for result in results],
     }
-    text = json.dumps(document, indent=2)
-    if path == "-":
-        print(text)
-        return
-    if path is not None:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    print(heading(document))
-    print(table(results))
+    publish(document, path, lambda: f"{heading(document)}\n{table(results)}")
 
 
 def heading(document: dict[str, Any]) -> str:
