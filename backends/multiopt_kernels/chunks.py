@@ -1,8 +1,9 @@
 """Chunks: memory in which the slots of small parameters lie side by side.
 
-A new parameter's slots come from a chunk, slot by slot: all first slots of the parameters that came
-together, then all second ones. A chunk is let go when its last parameter is; its memory is never
-given to another one, so that a view of a slot shows that slot for good.
+A chunk has one array for each slot of the rule. Parameters that are added together get adjacent
+parts of these arrays, so the slots of many parameters can be updated or read as one array. A chunk
+is freed when its last parameter is removed. The memory of a removed parameter is never given to
+another one, so a view of a slot always shows that slot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,21 +14,22 @@ import numpy as np
 
 __all__ = ["LARGE", "LARGEST", "SMALLEST", "Chunk", "stretches"]
 
-#: Elements of a parameter from which on its slots are an allocation of their own.
+#: A parameter with at least this many elements gets a chunk of its own.
 LARGE = 4096
 
-#: Elements of a slot in a chunk: each new chunk has twice as many as the last, between these. What
-#: one parameter keeps of others that are gone is no more than a chunk.
+#: The smallest and the largest number of elements per slot in a chunk of small parameters. Each new
+#: chunk is twice as long as the one before. A parameter that outlives the others of its chunk keeps
+#: no more than this chunk in memory.
 SMALLEST, LARGEST = 2**10, 2**14
 
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """Slots of some parameters: for each slot an array of one axis.
+    """The slots of some parameters, side by side.
 
     Attributes:
-        arrays: The elements.
-        live: How many parameters have theirs here.
+        arrays: For each slot a one-dimensional array.
+        live: The number of parameters whose slots are here.
     """
 
     arrays: Sequence[np.ndarray]
@@ -35,7 +37,7 @@ class Chunk:
 
 
 def stretches(column: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where stretches of one number begin and end in a column that has at least one.
+    """Return where each stretch of equal numbers begins and ends. The column must not be empty.
 
     >>> list(stretches(np.array([3, 3, 7, 3])))
     [(0, 2), (2, 3), (3, 4)]

@@ -1,4 +1,9 @@
-"""What the engines must know of a rule: its numbers, its choices, and whether it can be theirs."""
+"""What the engines need to know about the coefficients of a rule.
+
+An engine is made for a rule once. It depends on whether the coefficients have a trace, so that a
+kernel can compute them, and on which of them are switches. A switch that has the same value at
+every step is resolved when the update is traced; one that may change becomes a choice in the trace.
+"""
 
 from collections.abc import Mapping
 from math import isnan
@@ -14,14 +19,17 @@ __all__ = ["coefficient_kinds", "sample_scalars", "traced_scalars"]
 
 
 def sample_scalars(rule: Rule, dtype: str) -> Any:
-    """Coefficients of a rule, for what they are and not for their values. Asks no schedule."""
+    """Compute coefficients of a rule whose names and types matter, not their values.
+
+    Schedules are not called; 0.5 takes their place.
+    """
     columns = number_fields(rule)
     numbers = [0.5 if isnan(number) else number for number in numbers_of(rule, columns)]
     return with_numbers(rule, columns, numbers).coefficients(1, dtype)
 
 
 def traced_scalars(rule: Rule) -> Trace | None:
-    """How the coefficients of a rule are computed; None if only the host can."""
+    """Trace how the coefficients of a rule are computed; None if only the host can compute them."""
     try:
         return trace_scalars(rule.scalars, number_fields(rule), other_fields(rule))
     except NotTraceable:
@@ -29,14 +37,14 @@ def traced_scalars(rule: Rule) -> Trace | None:
 
 
 def coefficient_kinds(rule: Rule, scalars: Trace | None) -> Mapping[str, bool | Kind]:
-    """What each coefficient of a rule is, for ``trace_update``.
+    """Say what each coefficient of a rule is, for ``trace_update``.
 
     Args:
         rule: The rule.
-        scalars: The trace of the coefficients. Without one every switch may change.
+        scalars: The trace of the coefficients. Without a trace, every switch may change.
 
     Raises:
-        NotTraceable: It fails for numbers of a sample.
+        NotTraceable: There is no trace, and ``Rule.scalars`` fails on sample numbers.
     """
     if scalars is None:
         sample = attempt("the function scalars", lambda: sample_scalars(rule, "float64"))

@@ -1,4 +1,11 @@
-"""Groups in the memory of the host: their slots side by side, and copies where arrays are odd."""
+"""Groups whose slots are in the host's memory: what all engines of the CPU have in common.
+
+Two things are done here. Slots are kept in chunks, so that those of small parameters lie side by
+side. And an array that an engine cannot use as it is, because it has gaps, say, or belongs to a
+library without addressable memory, is replaced by a copy for the duration of a step: a loan. So
+engines only ever see contiguous memory in the dtype they expect. They are subclasses that find
+arrays (``look``), update them (``_prepare``, ``_run``) and leave the rest to this class.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,25 +29,26 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "HostGroup", "Loan"]
 
-#: Elements that are measured or clipped at a time: whole blocks of the summation tree.
+#: How many elements are measured or clipped at a time: whole blocks of the summation tree.
 CHUNK = 8 * BLOCK
 
-#: What a step returns that writes its arrays.
+#: What ``prepare`` returns when all parameters are updated in place.
 NONE_REPLACED: dict[int, Array] = {}
 
 
 @dataclass(slots=True)
 class Loan:
-    """What an engine works on in the place of a parameter's own arrays.
+    """What an engine works on for one parameter, in place of the user's arrays.
 
     Attributes:
         member: The parameter.
         param: The parameter's own memory, or a copy.
         grad: The gradient's own memory, or a copy.
-        slots: Copies of the slots, where the step may still fail when they have been updated.
+        slots: Copies of the slots if the step may still fail after it has updated them, else None.
         in_place: Whether ``param`` is the parameter's own memory.
         grad_is_copy: Whether ``grad`` is a copy.
-        ready: The result as it is written to the parameter, over the memory of ``param``.
+        ready: The array from which the result is written to the parameter. It shares memory with
+            ``param``.
     """
 
     member: Member
@@ -53,7 +61,7 @@ class Loan:
 
 
 class HostGroup(Group):
-    """A group whose slots are in the memory of the host."""
+    """A group whose slots are in the host's memory."""
 
     FRESH: ClassVar = {
         **Group.FRESH,
@@ -69,10 +77,11 @@ class HostGroup(Group):
     def __init__(
         self, backend: "Backend", layout: "Layout", rule: "Rule", has_masters: bool = False
     ) -> None:
-        """Have no row yet."""
+        """Create a group without rows."""
         self.slot_count = len(rule.slots) + has_masters
         self._chunks: dict[int, Chunk] = {}
-        # The chunk that has room for more, and how much of it is taken.
+        # The chunk that has room for more small parameters. Below, how many elements it has, how
+        # many of them are taken, and the number of the next chunk.
         self._open: Chunk | None = None
         self._length = self._taken = self._next = 0
         self._loans: dict[int, Loan] = {}
@@ -88,7 +97,7 @@ class HostGroup(Group):
         self.size[rows] = sizes
         large = np.flatnonzero(sizes >= LARGE)
         for k in large.tolist():
-            # So many elements are not to be copied.
+            # Given slots of this size are taken over, not copied into a chunk.
             size, given = int(sizes[k]), [None] * self.slot_count if slots is None else slots[k]
             self.chunk[rows[k]] = self._new_chunk([self._owned(x, size) for x in given], 1)
         small = np.flatnonzero(sizes < LARGE) if large.size else np.arange(len(rows))
@@ -98,12 +107,12 @@ class HostGroup(Group):
 
     @np.errstate(all="ignore")
     def _fill(self, rows: np.ndarray, which: np.ndarray, slots: Slots) -> None:
-        """Write what is given for small new rows into their slots.
+        """Copy given values into the slots of small new rows.
 
         Args:
-            rows: The rows.
-            which: The positions of those that are small: they have their slots in their order.
-            slots: The slots of all of them.
+            rows: All new rows.
+            which: The positions of the small ones, whose slots lie in chunks in this order.
+            slots: The given slots of all new rows.
         """
         chunk = self.chunk[rows[which]]
         for first, end in stretches(chunk):
@@ -119,7 +128,7 @@ class HostGroup(Group):
                 array[part] = np.concatenate(parts, axis=None)
 
     def _make_small(self, rows: np.ndarray, sizes: np.ndarray) -> None:
-        """Give small new rows slots of zero, side by side."""
+        """Give small new rows slots of zeros, side by side."""
         if not rows.size:
             return
         ends = np.cumsum(sizes)
@@ -139,12 +148,15 @@ class HostGroup(Group):
             self._taken += need
 
     def _zeros(self, length: int) -> list[np.ndarray]:
-        """Memory for all slots of some elements, in one allocation."""
+        """Allocate all slots for a number of elements at once."""
         return list(np.zeros((self.slot_count, length), self.dtype))
 
     @np.errstate(all="ignore")
     def _owned(self, slot: Array | None, size: int) -> np.ndarray:
-        """A slot as an array of one axis that can be written: it, or a copy; zeros for None."""
+        """Return a slot as a writable one-dimensional array, without a copy if that is possible.
+
+        None stands for a slot of zeros.
+        """
         if slot is None:
             return np.zeros(size, self.dtype)
         flat = np.asarray(slot).reshape(-1)
@@ -165,17 +177,17 @@ class HostGroup(Group):
                 self._open = None
 
     def chunk_arrays(self, number: int) -> Sequence[np.ndarray]:
-        """The slots in a chunk, one after the other, of one axis."""
+        """The arrays of a chunk, one-dimensional and one for each slot."""
         return self._chunks[number].arrays
 
     def _views(self, row: int) -> tuple[np.ndarray, ...]:
-        """The slots of a row, as they are in memory."""
+        """The slots of a row, as views in its shape."""
         arrays, begin = self._chunks[int(self.chunk[row])].arrays, int(self.offset[row])
         end, shape = begin + int(self.size[row]), self.shapes[row]
         return tuple(slots[begin:end].reshape(shape) for slots in arrays)
 
     def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
-        """Yield one slot of some rows, over its memory where the rows lie side by side."""
+        """Yield one slot of some rows, as views of rows that lie side by side."""
         chunk, offset, size = self.chunk[rows], self.offset[rows], int(self.size[rows[0]])
         for first, end in stretches(chunk):
             array, begins = self._chunks[int(chunk[first])].arrays[number], offset[first:end]
@@ -183,16 +195,16 @@ class HostGroup(Group):
                 begin = int(begins[0])
                 yield array[begin : begin + (end - first) * size].reshape(end - first, size)
             else:
-                # No more than a chunk is copied.
+                # This copies at most one chunk at a time.
                 yield array[begins[:, np.newaxis] + np.arange(size)]
 
     def slots_at(self, row: int) -> dict[str, Array]:
-        """Return the slots of a row by name, as arrays of the library over their memory."""
+        """Return the slots of a row by name, as arrays of the library that share their memory."""
         slots = self.backend.to_slots(self._views(row), self.layout)
         return dict(zip(self.slot_names(self.shapes[row]), slots, strict=True))
 
     def _slots_in_use(self, row: int) -> tuple[np.ndarray, ...]:
-        """The slots of the rule that a step updates: those of a row, or what is lent of them."""
+        """The slots of the rule that a step updates: those of the row, or lent copies of them."""
         loan = self._loans.get(row)
         slots = self._views(row) if loan is None or loan.slots is None else loan.slots
         return slots[: len(self.rule.slots)]
@@ -200,13 +212,13 @@ class HostGroup(Group):
     # A step
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
-        """Declare all arrays odd, so that Python looks at each."""
+        """Have Python examine all arrays."""
         part.look_at_all(arrays)
         part.params = arrays.params[part.places].tolist()
         part.grads = arrays.grads[part.places].tolist()
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
-        """Use the memory of a parameter, or make copies in its place."""
+        """Use the memory of a parameter and its gradient, or copies of what cannot be used."""
         row = int(part.rows[position])
         views = self._views(row)
         member.slots = views[:-1] if self.has_masters else views
@@ -231,25 +243,25 @@ class HostGroup(Group):
         self._take(part, position, loan)
 
     def _own(self, member: Member, array: Array) -> np.ndarray | None:
-        """The array's own memory, if an engine takes it as it is."""
+        """The array's own memory if an engine can use it as it is, else None."""
         memory = member.backend.memory(array)
         if memory is None or memory.dtype != self.dtype:
             return None
         return memory if memory.flags.c_contiguous and memory.flags.aligned else None
 
     def _take(self, part: Part, position: int, loan: Loan) -> None:
-        """Let the engine work on what is lent."""
+        """Have the engine work on a loan."""
         part.params[position], part.grads[position] = loan.param, loan.grad
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
-        """Check each gradient in blocks."""
+        """Check each gradient, ``CHUNK`` elements at a time."""
         return np.array([all(np.isfinite(x).all() for x in _blocks(g)) for g in part.grads], bool)
 
     @np.errstate(all="ignore")
     def squares(
         self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
     ) -> np.ndarray:
-        """Sum the squares of each gradient over the summation tree, in blocks."""
+        """Sum the squares of each gradient over the tree, ``CHUNK`` elements at a time."""
         totals = []
         for k in np.arange(len(part.rows))[which].tolist():
             scale = self.dtype.type(self.own[part.rows[k]])
@@ -262,16 +274,19 @@ class HostGroup(Group):
 
     @abstractmethod
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:
-        """Make all that running takes."""
+        """Do everything that can fail, so that ``_run`` cannot."""
 
     @abstractmethod
     def _run(self, part: Part) -> None:
-        """Clip and update, and count the step where arrays are written; nothing fails."""
+        """Clip and update, and count the step if parameters are updated in place. Cannot fail."""
 
     def prepare(
         self, part: Part, arrays: Arrays, leave_clipped: bool, threads: int | None
     ) -> dict[int, Array]:
-        """Make whatever may fail, and the new arrays of libraries that cannot write."""
+        """Do everything that can fail.
+
+        If the library cannot write to its arrays, the update itself is computed here, on copies.
+        """
         if self._loans:
             kept = set(part.rows.tolist())
             self._loans = {row: loan for row, loan in self._loans.items() if row in kept}
@@ -285,7 +300,7 @@ class HostGroup(Group):
         return NONE_REPLACED
 
     def _made_ready(self) -> list[int]:
-        """Let loans say what is to be written to parameters; return the places of those."""
+        """Set ``ready`` in the loans whose result is written back; return their places."""
         copied = [loan for loan in self._loans.values() if not loan.in_place]
         ready = self.backend.to_slots([loan.param for loan in copied], self.layout)
         for loan, array in zip(copied, ready, strict=True):
@@ -294,8 +309,8 @@ class HostGroup(Group):
 
     @np.errstate(all="ignore")
     def _replaced(self, part: Part) -> dict[int, Array]:
-        """By place, what takes the places of parameters that cannot be written."""
-        # It works on copies alone. New arrays of what comes out of them may fail to be made.
+        """Compute the new arrays of parameters that cannot be written, by place."""
+        # This updates only copies, so the step may still fail when the new arrays are made.
         self._run(part)
         members = [loan.member for loan in self._loans.values()]
         new = self.backend.to_params(members, [loan.param for loan in self._loans.values()])
@@ -303,15 +318,15 @@ class HostGroup(Group):
         return {member.place: whole(array) for member, array in zip(members, new, strict=True)}
 
     def _touch(self, arrays: np.ndarray, places: np.ndarray, copied: Sequence[int]) -> None:
-        """Let the library know which of its arrays are written: those at places but a few."""
+        """Tell the library that the arrays at some places are written, except at ``copied``."""
         if copied:
-            # ``np.setdiff1d`` takes 40 us for ten.
+            # ``np.setdiff1d`` would take 40 us for ten places.
             left = set(copied)
             places = np.array([k for k in places.tolist() if k not in left], np.intp)
         self.backend.touch(arrays if len(places) == len(arrays) else arrays[places])
 
     def run(self, part: Part) -> None:
-        """Run the engine, write loans back, and count the step."""
+        """Run the engine, write the results of loans back, and count the step."""
         if self.backend.in_place:
             self._run(part)
             if self._clipped_grads is not None and part.clipped is not None and part.clipped.any():
@@ -324,7 +339,7 @@ class HostGroup(Group):
 
     @np.errstate(all="ignore")
     def _return_loans(self) -> None:
-        """Write what was computed in copies."""
+        """Write the results that were computed in copies to the slots and parameters."""
         for loan in self._loans.values():
             if loan.slots is not None:
                 for view, slot in zip(loan.member.slots, loan.slots, strict=True):
@@ -335,7 +350,7 @@ class HostGroup(Group):
                 self.backend.write(loan.member.param, loan.ready)
 
     def left_over(self, part: Part) -> Iterable[tuple[Member, Array]]:
-        """Return the clipped gradients of loans."""
+        """Return the clipped gradients that are in lent copies."""
         if part.clipped is None or not self._loans:
             return []
         clipped = set(part.rows[part.clipped].tolist())
@@ -353,11 +368,11 @@ class HostGroup(Group):
             self._loans = {}
 
     def _take_back(self) -> None:
-        """Let the engine work on nothing any more that is lent."""
+        """Have the engine work on the group's own memory again, not on loans."""
 
 
 def _blocks(array: np.ndarray) -> Iterable[np.ndarray]:
-    """An array of any shape in pieces of one axis."""
+    """An array of any shape, as one-dimensional pieces of ``CHUNK`` elements."""
     flat = array.reshape(-1)
     return (flat[low : low + CHUNK] for low in range(0, len(flat), CHUNK))
 

@@ -1,4 +1,8 @@
-"""What a trace is made of: operations on values, and what each of them makes of which kinds.
+"""The parts of a trace: values of four kinds, and operations on them.
+
+A trace has only operations whose results IEEE 754 fixes to the last bit, and only on kinds of
+values that every library treats alike (``spec/arithmetic.md``). ``kind_of`` checks this, and
+returns the kind of the result.
 
 >>> kind_of("add", [Kind.FLOAT, Kind.NUMBER], is_host=False)
 <Kind.FLOAT: 'float'>
@@ -25,33 +29,35 @@ COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_e
 LOGICAL = ("logical_and", "logical_or", "logical_not")
 ARITHMETIC = ("add", "subtract", "multiply", "divide", "sqrt", "negative", "abs")
 
-#: What gives an element the same bits wherever it stands in an array: IEEE 754 fixes the results.
-#: By NumPy's function the name in the Array API. A vectorized ``exp`` need not, and ``x ** 2`` is
-#: not the operation that NumPy makes of it.
+#: NumPy's functions whose results IEEE 754 fixes, with their names in the Array API. They give an
+#: element the same bits wherever it stands in an array; a vectorized ``exp`` may not. ``**`` is not
+#: among them because NumPy replaces ``x ** 2``, for example, by another operation.
 EXACT = {getattr(np, name): name for name in (*COMPARISONS, *LOGICAL, *ARITHMETIC)} | {
     np.bitwise_and: "logical_and",
     np.bitwise_or: "logical_or",
     np.invert: "logical_not",
 }
 
-#: Integers up to here are numbers of float32, and of what libraries take for an integer.
+#: Integers up to this one are exact in float32, and fit the integer types of all libraries.
 LARGEST_INTEGER = 2**24
 
 
 class NotTraceable(Exception):  # noqa: N818 -- an answer, to which the caller has another way
-    """A function does what no engine repeats with the same numbers."""
+    """A function does something that an engine could not repeat to the last bit."""
 
 
 class Kind(Enum):
     """What a value is."""
 
-    #: Of the working dtype: an element of an array, or float64 for coefficients.
+    #: A number in the precision of the function: an element of an array in the compute dtype, or a
+    #: float64 number where coefficients are computed.
     FLOAT = "float"
-    #: A host number beside arrays, rounded to their dtype: a coefficient, a literal of an update.
+    #: A host number that is combined with arrays and rounded to their dtype: a coefficient, or a
+    #: literal in an update.
     NUMBER = "number"
-    #: A host integer: the number of the step.
+    #: A host integer, such as the step.
     INTEGER = "integer"
-    #: What a comparison gives; a switch.
+    #: The result of a comparison, or a switch.
     BOOL = "bool"
 
 
@@ -59,10 +65,10 @@ class Operation(NamedTuple):
     """One operation of a trace.
 
     Attributes:
-        function: Its name in the Array API, or a loop.
-        inputs: The numbers of the values that it takes.
-        output: The number of the value that it makes.
-        kind: What that is.
+        function: The name of the function in the Array API, or a loop.
+        inputs: The numbers of its inputs.
+        output: The number of its result.
+        kind: The kind of its result.
     """
 
     function: "str | Loop"
@@ -72,17 +78,18 @@ class Operation(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a function of arrays or of numbers does.
+    """The operations of a function of arrays or of numbers.
 
-    Values have numbers: the inputs from 0, then the literals, then others as they are made.
+    Values are numbered: first the inputs, from 0, then the literals, then the results of the
+    operations in their order.
 
     Attributes:
         inputs: The names of the inputs.
-        literals: Values that are numbers in the text of the function.
-        operations: What is done, in order; nothing that no result needs, and nothing twice.
-        results: The values that come out.
+        literals: The numbers that are written in the function, each with the number of its value.
+        operations: The operations, in order. Each is needed for a result, and none occurs twice.
+        results: The numbers of the values that the function returns.
         outputs: Their names.
-        kinds: What they are.
+        kinds: Their kinds.
     """
 
     inputs: tuple[str, ...]
@@ -94,11 +101,13 @@ class Trace(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """``by_squaring`` as an operation: of the exponent, the results and the squares at first.
+    """A call of ``by_squaring`` as an operation.
+
+    Its inputs are the exponent and the initial numbers of ``result`` and ``square``.
 
     Attributes:
-        combined: From results and squares to results.
-        squared: From squares to squares.
+        combined: The trace of the function from results and squares to results.
+        squared: The trace of the function from squares to squares.
     """
 
     combined: Trace
@@ -106,18 +115,19 @@ class Loop(NamedTuple):
 
 
 def kind_of_literal(value: Any, is_host: bool) -> Kind:
-    """What a number in the text of a function is.
+    """Return the kind of a number that is written in a function.
 
     Args:
         value: The number.
-        is_host: Whether all is float64, on the host: coefficients. Else numbers are beside arrays.
+        is_host: Whether the function computes coefficients, in float64 on the host. Otherwise the
+            number is combined with arrays.
 
     Raises:
-        NotTraceable: Libraries would make different things of it.
+        NotTraceable: Libraries would treat the number differently.
     """
     if is_host and isinstance(value, bool | np.bool_):
         return Kind.BOOL
-    # An np.float64 promotes arrays, other numbers of NumPy fall below float64.
+    # An np.float64 promotes arrays. NumPy's other numbers may be less precise than float64.
     if type(value) not in ((int, float, np.float64) if is_host else (int, float)):
         raise NotTraceable(f"computes with {value!r} ({type(value).__name__})")
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
@@ -130,15 +140,16 @@ def kind_of_literal(value: Any, is_host: bool) -> Kind:
 
 
 def kind_of(function: str, kinds: list[Kind], is_host: bool) -> Kind:
-    """What an operation makes of values of some kinds.
+    """Return the kind of the result of an operation.
 
     Args:
-        function: Its name in the Array API.
-        kinds: What it takes.
-        is_host: Whether the host computes it, in float64.
+        function: The name of the operation in the Array API.
+        kinds: The kinds of its inputs.
+        is_host: Whether it is computed on the host, in float64.
 
     Raises:
-        NotTraceable: Libraries would make different things of them, or none does what it says.
+        NotTraceable: Libraries would compute different results, or the operation makes no sense for
+            these kinds.
     """
     if function == "where":
         return _kind_of_choice(*kinds)

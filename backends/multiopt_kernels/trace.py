@@ -1,9 +1,10 @@
-"""What a rule computes, as a list of operations: traced once, for every engine to print or to run.
+"""Traces: what a rule computes, as a list of operations that every engine can print or run.
 
-``update(xp, param, grad, slots, c)`` runs once on stand-ins for arrays and coefficients, which
-write down what is done with them. So do the coefficients, ``Rule.scalars``, on stand-ins for
-hyperparameters and the number of the step. A trace has no branches: a switch of the rule that may
-change from step to step selects among values.
+A rule's update is an ordinary Python function, ``update(xp, param, grad, slots, c)``. It is called
+with stand-ins for the arrays and coefficients, and the stand-ins record every operation on them.
+``Rule.scalars``, which computes the coefficients, is traced in the same way with stand-ins for the
+hyperparameters and the step. A trace has no branches: if a switch may change from step to step,
+both alternatives are recorded, and a ``where`` selects one.
 
 >>> def descend(xp, param, grad, slots, c):
 ...     return param - c.lr * (grad + 0.5 * param if c.decays else grad), slots
@@ -18,8 +19,9 @@ subtract (0, 8) 9
 >>> trace.inputs, trace.literals, trace.results
 (('param', 'grad', 'lr', 'decays'), ((4, 0.5),), (9,))
 
-What no engine could repeat with the same numbers is refused (``NotTraceable``). The rule itself,
-as it stands, takes the place of a trace then.
+A function that does anything which an engine could not repeat to the last bit has no trace
+(``NotTraceable``). The reference engine then runs the update as it is written, or the host computes
+the coefficients.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,27 +48,27 @@ _T = TypeVar("_T")
 
 __all__ = ["attempt", "trace_function", "trace_scalars", "trace_update"]
 
-#: How many switches of an update may change: with each it is traced twice as often.
+#: The largest number of switches that may change. Each one doubles how often an update is traced.
 MOST_SWITCHES = 8
 
 
 def trace_update(
     update: Callable[..., Any], slots: int, coefficients: Mapping[str, bool | Kind]
 ) -> Trace:
-    """Trace a rule's formula.
+    """Trace the update of a rule.
 
     Args:
-        update: The formula.
-        slots: How many slots there are.
-        coefficients: By name what each coefficient is: a switch that is the same at every step is
-            True or False; one that may change is ``Kind.BOOL``, a number ``Kind.NUMBER``.
+        update: The update.
+        slots: The number of slots.
+        coefficients: What each coefficient is, by name: True or False for a switch that is the same
+            at every step, ``Kind.BOOL`` for a switch that may change, ``Kind.NUMBER`` for a number.
 
     Returns:
         The trace. Its inputs are the parameter, the gradient, the slots and all coefficients; its
-        results the parameter and the slots.
+        results are the new parameter and the new slots.
 
     Raises:
-        NotTraceable: There is none.
+        NotTraceable: The update has no trace.
     """
     recorder = _Recorder(is_host=False)
     kept_names = [f"slot{k}" for k in range(slots)]
@@ -91,7 +93,7 @@ def trace_update(
         outcomes = [
             outcome({**fixed, **dict(zip(free, values, strict=True))}) for values in settings
         ]
-        # The last switch changes from one setting to the next.
+        # Settings that differ only in the last switch are neighbors.
         for name in reversed(free):
             pairs = zip(outcomes[::2], outcomes[1::2], strict=True)
             outcomes = [
@@ -105,10 +107,10 @@ def trace_update(
 
 
 def _checked(new: Any, slots: int) -> "list[_StandIn]":
-    """The new parameter and the new slots.
+    """Check what an update returned, and return the new parameter and slots as one list.
 
     Raises:
-        NotTraceable: They are not.
+        NotTraceable: It is not a parameter and a tuple of that many slots, all arrays of the dtype.
     """
     if not (isinstance(new, tuple) and len(new) == 2):
         raise NotTraceable(f"returns {new!r}, which is not (param, slots)")
@@ -126,21 +128,21 @@ def trace_scalars(
     numbers: Sequence[tuple[str, int | None]],
     others: Mapping[str, Any],
 ) -> Trace:
-    """Trace the coefficients of a rule.
+    """Trace the function that computes the coefficients of a rule.
 
     Args:
-        scalars: ``scalars(h, step)``.
-        numbers: The numbers among the hyperparameters: field, and place in it where the field is a
-            tuple.
+        scalars: The function, ``scalars(h, step)``.
+        numbers: The numeric hyperparameters: for each the name of its field, and the index in it if
+            the field is a tuple.
         others: The other hyperparameters.
 
     Returns:
-        The trace. Its inputs are the step and the numbers, its results the coefficients: floats in
-        float64, and bools.
+        The trace. Its inputs are the step and the numbers; its results are the coefficients, as
+        float64 numbers and bools.
 
     Raises:
-        NotTraceable: They would be other numbers in a kernel, or for arrays of steps: computed with
-            ``**`` or ``math``, say, or with a branch on a number.
+        NotTraceable: A kernel, or NumPy on arrays of steps, might compute different numbers: the
+            function uses ``**`` or ``math``, for example, or branches on a number.
     """
     recorder = _Recorder(is_host=True)
     step = recorder.input("step", Kind.INTEGER)
@@ -155,14 +157,14 @@ def trace_scalars(
 
 
 def trace_function(function: Callable[..., Any], inputs: Sequence[str]) -> Trace:
-    """Trace ``function(xp, *numbers)``, of float64 numbers.
+    """Trace ``function(xp, *numbers)``, a function of float64 numbers with one result.
 
     Args:
         function: The function.
         inputs: Names for the numbers.
 
     Raises:
-        NotTraceable: There is no trace.
+        NotTraceable: The function has no trace.
     """
     name = function.__name__
     return attempt(
@@ -173,7 +175,7 @@ def trace_function(function: Callable[..., Any], inputs: Sequence[str]) -> Trace
 def _traced(
     function: Callable[..., tuple[Any, ...]], inputs: Iterable[str], outputs: Sequence[str]
 ) -> Trace:
-    """The trace of a function from float64 numbers to such numbers."""
+    """Trace a function from float64 numbers to a tuple of float64 numbers."""
     recorder = _Recorder(is_host=True)
     results = function(*(recorder.input(name, Kind.FLOAT) for name in inputs))
     if not isinstance(results, tuple) or len(results) != len(outputs):
@@ -182,10 +184,11 @@ def _traced(
 
 
 def attempt(what: str, function: Callable[[], _T]) -> _T:
-    """Call a function, perhaps somebody's.
+    """Call a function that may be a user's, and turn its errors into ``NotTraceable``.
 
     Raises:
-        NotTraceable: It raised an error, which says why there is no trace.
+        NotTraceable: The function raised an error. The message names it and says why there is no
+            trace.
     """
     try:
         return function()
@@ -196,7 +199,10 @@ def attempt(what: str, function: Callable[[], _T]) -> _T:
 
 
 class _StandIn(NDArrayOperatorsMixin):
-    """What a function gets in place of an array or a number. It has no value to decide by."""
+    """What a traced function gets in place of an array or a number.
+
+    It records the operations on it. It has no value, so a branch on it is refused.
+    """
 
     def __init__(self, recorder: "_Recorder", number: int) -> None:
         self.recorder = recorder
@@ -230,7 +236,7 @@ class _StandIn(NDArrayOperatorsMixin):
 
 
 class _Value(NamedTuple):
-    """A value of a recorder: an input or a literal, or what an operation makes."""
+    """A value of a recorder: an input, a literal, or the result of an operation."""
 
     kind: Kind
     function: Any = None
@@ -239,18 +245,18 @@ class _Value(NamedTuple):
 
 
 class _Recorder:
-    """What functions do.
+    """Records what traced functions do with stand-ins.
 
     Args:
-        is_host: Whether all is float64, on the host: coefficients. Else it is of arrays, with host
-            numbers beside them.
+        is_host: Whether the values are coefficients, computed in float64 on the host. Otherwise
+            they are elements of arrays, combined with host numbers.
     """
 
     def __init__(self, is_host: bool) -> None:
         self.is_host = is_host
         self.names: list[str] = []
         self.values: list[_Value] = []
-        # Values that are made alike are one value.
+        # The number of each value by how it is made, so that nothing is computed twice.
         self._known: dict[Any, int] = {}
 
     def input(self, name: str, kind: Kind) -> _StandIn:
@@ -259,7 +265,7 @@ class _Recorder:
         return _StandIn(self, len(self.values) - 1)
 
     def record(self, function: str, inputs: Iterable[Any]) -> _StandIn:
-        """Write an operation down and return what stands for its result."""
+        """Record an operation and return a stand-in for its result."""
         numbers = tuple(self._number(value) for value in inputs)
         kind = kind_of(function, [self.values[n].kind for n in numbers], self.is_host)
         return self._made(_Value(kind, function, numbers))
@@ -272,7 +278,7 @@ class _Recorder:
         combined: Callable[..., tuple[Any, ...]],
         squared: Callable[..., tuple[Any, ...]],
     ) -> _StandIn:
-        """Write ``by_squaring`` down."""
+        """Record a call of ``by_squaring``, as one operation."""
         if not self.is_host:
             raise NotTraceable("uses by_squaring, which is for coefficients")
         results = [f"result{k}" for k in range(len(result))]
@@ -286,7 +292,11 @@ class _Recorder:
         return self._made(_Value(Kind.FLOAT, loop, numbers))
 
     def selected(self, switch: _StandIn, on: _StandIn, off: _StandIn) -> _StandIn:
-        """One of two values of one kind. Where both are made alike, the choice is made earlier."""
+        """Record a choice between two values.
+
+        If both are made by the same operation, the choice is made between its inputs, so that the
+        operation is computed once.
+        """
         known: dict[tuple[int, int], int] = {}
 
         def chosen(x: int, y: int) -> int:
@@ -306,7 +316,7 @@ class _Recorder:
         return _StandIn(self, chosen(on.number, off.number))
 
     def trace(self, results: Iterable[Any], outputs: Sequence[str]) -> Trace:
-        """What leads to some results."""
+        """Return the trace of some results, without the operations that none of them needs."""
         ends = [self._number(value) for value in results]
         count = len(self.names)
         needed, waiting = set(range(count)), list(ends)
@@ -332,7 +342,7 @@ class _Recorder:
         )
 
     def _made(self, value: _Value) -> _StandIn:
-        # By its text, which tells 0.0 from -0.0 and 1 from True.
+        # Literals are compared as text, which tells 0.0 from -0.0 and 1 from True.
         key = value.kind, repr(value.function), value.inputs, repr(value.literal)
         if key not in self._known:
             self._known[key] = len(self.values)
@@ -340,12 +350,12 @@ class _Recorder:
         return _StandIn(self, self._known[key])
 
     def _number(self, value: Any) -> int:
-        """The number of a value; of a literal, which is written down."""
+        """Return the number of a value. A literal is recorded first."""
         if isinstance(value, _StandIn):
             if value.recorder is not self:
                 raise NotTraceable("uses a number that is not among its arguments")
             return value.number
         kind = kind_of_literal(value, self.is_host)
-        # Python's own, of which the text says all.
+        # Converted to Python's own type, whose text determines the value.
         plain = bool(value) if kind is Kind.BOOL else value if type(value) is int else float(value)
         return self._made(_Value(kind, literal=plain)).number
