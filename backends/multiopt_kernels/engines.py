@@ -1,4 +1,9 @@
-"""Which engine updates parameters on the CPU: compiled kernels, or else blocks in NumPy."""
+"""Which engine updates parameters on the CPU: compiled kernels, NumPy blocks, or the rule itself.
+
+A rule gets the fastest engine that can run it. Compiled kernels need Numba and a trace of the
+update, blocks need only a trace, and the reference engine runs all other rules. The results are
+equal to the last bit, so users need not choose; ``MULTIOPT_ENGINE`` can turn engines off.
+"""
 
 import os
 import warnings
@@ -25,12 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["group"]
 
-#: The environment variable that asks for an engine: "compiled" (the default), "blocks" or "plain".
+#: The environment variable that chooses an engine: "compiled" (the default), "blocks" or "plain".
 VARIABLE = "MULTIOPT_ENGINE"
 
 
 class _Compiled(NamedTuple):
-    """The kernel of a rule, and whether it gets its coefficients from the host."""
+    """The kernel of a rule, and whether the host computes its coefficients."""
 
     kernel: Kernel
     host_coefficients: bool
@@ -43,7 +48,8 @@ class _Blocks(NamedTuple):
     vectorized: bool
 
 
-#: What runs rules of a kind, computed in a dtype; None where only the rule itself can.
+#: The engines that were made, by kind of rule and dtypes; None where only the reference engine can
+#: run a rule.
 _engines: dict[Hashable, _Compiled | _Blocks | None] = {}
 
 
@@ -56,23 +62,23 @@ def group(
     *,
     numpy_arrays: bool = False,
 ) -> Group:
-    """A group for parameters of this kind of rule and of this layout, whatever their shapes.
+    """Create a group for parameters of this layout, of any shape, and of this kind of rule.
 
     Args:
-        backend: That of their library.
-        layout: The layout.
-        rule: The rule.
+        backend: The backend of their library.
+        layout: Their layout; its shape does not matter.
+        rule: A rule of their kind.
         has_masters: Whether they have master copies.
-        look: How compiled code looks at the arrays of their library, if it can; None if it never
-            can.
-        numpy_arrays: Whether their library is NumPy, which blocks need not be lent.
+        look: Returns how compiled code looks at the arrays of their library, or None if it cannot
+            in this process. None if it never can.
+        numpy_arrays: Whether their library is NumPy, whose arrays blocks can use as they are.
     """
     dtype = layout.compute_dtype
     engine = _engine_of(rule, dtype, dtype if look is None else layout.storage_dtype, has_masters)
     if isinstance(engine, _Compiled):
         found, storage_dtype = None if look is None else look(), layout.storage_dtype
         if found is None or found.facts(storage_dtype) is None:
-            # Copies are lent of all that nobody can look at, 16 bits in the dtype of computing.
+            # All arrays are lent as copies, and those of 16-bit parameters in the compute dtype.
             found, storage_dtype = None, dtype
             engine = _engine_of(rule, dtype, storage_dtype, has_masters)
         assert isinstance(engine, _Compiled)
@@ -86,13 +92,16 @@ def group(
 def _engine_of(
     rule: Rule, dtype: str, storage_dtype: str, has_masters: bool
 ) -> _Compiled | _Blocks | None:
-    """What runs rules of this kind; None if only the rule itself can.
+    """Return the engine of rules of this kind; None if only the reference engine can run them.
 
     Args:
         rule: The rule.
-        dtype: That of the computation.
+        dtype: The compute dtype.
         storage_dtype: The dtype of parameters and gradients.
         has_masters: Whether 16-bit parameters have master copies.
+
+    Raises:
+        ValueError: ``MULTIOPT_ENGINE`` is not the name of an engine.
     """
     kind, asked = kind_of(rule), os.environ.get(VARIABLE, "compiled")
     if asked not in ("compiled", "blocks", "plain"):
@@ -103,21 +112,21 @@ def _engine_of(
     key: tuple[Hashable, ...] = asked, kind, dtype, storage_dtype, narrow and has_masters
     kinds = list(map(type, formulas(rule)))
     if key not in _engines or not all(kind.__module__.startswith("multiopt.") for kind in kinds):
-        # Somebody's formula may have been edited since the last time, or what it uses.
+        # A user's formula, or something that it uses, may have been edited since the last time.
         try:
             _engines[key] = _engine(asked, rule, dtype, storage_dtype, narrow and has_masters)
         except NotTraceable:
-            _engines[key] = None  # as it may be: the rule then runs as it stands
+            _engines[key] = None  # not an error: the reference engine runs the rule
     return _engines[key]
 
 
 def _engine(
     asked: str, rule: Rule, dtype: str, storage_dtype: str, masters: bool
 ) -> _Compiled | _Blocks:
-    """The engine of a rule as it is now; see ``_engine_of``.
+    """Make the engine of a rule from its current source; the arguments are as in ``_engine_of``.
 
     Raises:
-        NotTraceable: There is none.
+        NotTraceable: The update has no trace.
     """
     scalars, slots = traced_scalars(rule), len(rule.slots)
     kinds = coefficient_kinds(rule, scalars)
@@ -131,7 +140,10 @@ def _engine(
 def _compiled(
     name: str, text: str, dtypes: tuple[str, str], host_coefficients: bool
 ) -> _Compiled | None:
-    """The kernel of a text; None if there is no compiler."""
+    """Compile the kernel of a text; None if Numba is missing, or is there but cannot be imported.
+
+    The latter gives a warning, because steps are slower without a compiler.
+    """
     if not (find_spec("numba") and find_spec("llvmlite")):
         return None
     try:

@@ -1,9 +1,11 @@
-"""Compiled kernels: the one place that reaches for addresses, object layouts, threads, object code.
+"""Compiled kernels: the only code with addresses, object layouts, threads and machine code.
 
-A kernel is made from the printed trace of a rule (``source``, ``update``), from the summation tree
-of the spec (``norms``), or reads where arrays are (``look``). It takes the address of a block of
-int64 arguments (``batch``) and works on the rows of a table (``rows``), one for each parameter. It
-allocates nothing and calls nothing outside itself, except for one function of torch (``look``).
+There are three sorts of kernels. Those of ``update`` are compiled from the printed trace of a rule
+(``source``), those of ``norms`` measure gradients over the summation tree of the spec, and those of
+``look`` find out where arrays are. A kernel takes the address of a block of int64 arguments and
+works on a table with one row per parameter (``rows``). It allocates nothing, and calls nothing
+outside itself except for one function of torch (``look``).
 
-With the same results ``multiopt_kernels.blocks.group`` and the rules as they stand take its place.
+Where kernels cannot be used, ``multiopt_kernels.blocks`` and the reference engine give the same
+results.
 """

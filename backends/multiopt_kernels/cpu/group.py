@@ -1,4 +1,9 @@
-"""Groups that run in compiled kernels: one call for all rows of a step, large and small."""
+"""Groups that run in compiled kernels: one call updates all rows of a step, large and small.
+
+Kernels work on a table with one row per parameter (``rows``): the addresses of its arrays, its size
+and shape, and its hyperparameters. Another kernel reads those addresses from the array objects at
+every step, so that in a regular step Python does nothing for a single parameter.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledGroup", "Look"]
 
-#: Elements below which threads cost more than they bring.
+#: The number of elements up to which threads cost more than they gain.
 MANY = 2**18
 
 
@@ -36,12 +41,11 @@ class Look(NamedTuple):
 
     Attributes:
         kernel: The compiled function.
-        facts: From a dtype to the arguments by which it knows the arrays that it takes; None if
-            it takes none.
-        holds: Whether parameters and gradients that the function takes are also what only Python
-            can know. It gets the parameters, the gradients, and whether it is known that they are
-            leaves with gradients of their own; those that have dimensions, and so strides, are
-            then not asked about.
+        facts: From a dtype to the arguments by which the function recognizes arrays of this dtype;
+            None if it takes none.
+        holds: Whether arrays that the function takes also pass the checks that only Python can
+            make. It is given the parameters, the gradients, and whether all are known to be leaves
+            with gradients of their own; then only those without dimensions are passed.
     """
 
     kernel: Kernel
@@ -54,13 +58,13 @@ class CompiledGroup(HostGroup):
 
     Args:
         backend: The backend of the parameters.
-        layout: Their layout, whatever its shape.
+        layout: Their layout; its shape does not matter.
         rule: A rule of their kind.
         has_masters: Whether they have master copies.
-        kernel: The update.
-        host_coefficients: Whether the host computes the coefficients, or else the kernel.
-        storage_dtype: The dtype of the arrays that it takes. Others are lent as copies in the
-            dtype of the computation.
+        kernel: The kernel of the update.
+        host_coefficients: Whether the host computes the coefficients; otherwise the kernel does.
+        storage_dtype: The dtype of arrays that the kernel takes as they are. Other arrays are lent
+            as copies in the compute dtype.
         look: How to look at the arrays; None if all are lent.
     """
 
@@ -85,15 +89,15 @@ class CompiledGroup(HostGroup):
         """Create a group without rows."""
         self._kernel, self._look = kernel, look
         self._host_coefficients, self._storage_dtype = host_coefficients, storage_dtype
-        # What is lent comes from the master copy already.
+        # If copies are lent of all arrays, ``lend`` takes their values from the master copy.
         self._has_own_masters = has_masters and storage_dtype in NARROW
         self._first_number = FIRST_SLOT + len(rule.slots) + self._has_own_masters
         scalars = sample_scalars(rule, layout.compute_dtype) if host_coefficients else ()
         self._coefficients = len(scalars)
         self._table = np.zeros((0, 0), np.int64)
-        #: By shape, its numbers in memory and how many rows have it.
+        #: For each shape an array of its dimensions, and how many rows have it.
         self._shapes: dict[tuple[int, ...], tuple[np.ndarray, list[int]]] = {}
-        # How many elements all rows have, and how many rows have no dimensions.
+        # The number of elements of all rows, and the number of rows without dimensions.
         self._elements = self._scalars = 0
         self._found = np.empty((3, 0), np.int64)
         self._answer = Words(1)
@@ -102,9 +106,9 @@ class CompiledGroup(HostGroup):
         self._room = np.empty(BLOCK + MANY // BLOCK + 1)
         self._shares: Shares | None = None
         self._seen: Words | None = None
-        #: The addresses of the rows and places that it was told of last.
+        #: The addresses of the rows and places that ``_seen`` has now.
         self._at: tuple[int, int] | None = None
-        #: By row, where its slots are while copies of them are lent.
+        #: For each row with a loan the addresses of its own slots.
         self._moved: dict[int, list[int]] = {}
         super().__init__(backend, layout, rule, has_masters)
         facts = None if look is None else look.facts(storage_dtype)
@@ -156,7 +160,7 @@ class CompiledGroup(HostGroup):
         self._point(rows)
 
     def _point(self, rows: np.ndarray) -> None:
-        """Let rows of the table say where their slots are."""
+        """Fill in the addresses of slots in some rows of the table."""
         numbers = self.chunk[rows]
         for number in np.unique(numbers).tolist():
             mine = rows[numbers == number]
@@ -188,7 +192,7 @@ class CompiledGroup(HostGroup):
             if count > self._found.shape[1]:
                 found = self._found = np.empty((3, 2 * count), np.int64)
                 seen.array[6:9] = address(found) + found.strides[0] * np.arange(3)
-            # None in between, since a signal handler may raise when only some are written.
+            # None in between: a signal handler may raise when only some words are written.
             self._at = None
             words[0], words[1], (words[2], words[3]) = arrays.words.address, count, part.at
             self._at = part.at
@@ -196,7 +200,7 @@ class CompiledGroup(HostGroup):
         try:
             look.kernel.alone(seen.address, self._answer.address)
         except Exception:
-            # The library would not say what an array is. Python looks at each, and says which.
+            # The library raised an error. Python examines each array, and its error names one.
             part.look_at_all(arrays)
             return
         answer = self._answer.values[0]
@@ -204,7 +208,7 @@ class CompiledGroup(HostGroup):
             code, answer = divmod(answer, OVERLAP)
             odds, active = divmod(answer, ODD)
             if active < count:
-                # The rows are of use for this step only; the places are told after it.
+                # The next step overwrites these rows; the places are also read after the step.
                 part.rows, part.places = self._found[0, :active], self._found[1, :active].copy()
                 part.at = words[6], 0
             if odds:
@@ -216,11 +220,11 @@ class CompiledGroup(HostGroup):
             part.odd = range(len(part.rows))
 
     def _holds(self, part: Part, arrays: Arrays) -> bool:
-        """Whether arrays are what only Python can know, as far as that must be asked again."""
+        """Whether arrays pass the checks of ``Look.holds``, where they must be made again."""
         holds, places = self._look.holds, part.places  # type: ignore[union-attr]
         assert holds is not None
-        # A tensor with a gradient of its own was a leaf when its name was first seen. To ask all
-        # of them again takes 60 ns a tensor and a question, a quarter of a step.
+        # A tensor with a gradient of its own was a leaf when its name was first seen. Asking all
+        # of them again would take 60 ns per tensor and question, a quarter of a step.
         if not arrays.own or part.fresh is not None:
             mine = np.delete(places, part.odd) if part.odd else places
             if arrays.own and part.fresh is not None:
@@ -238,7 +242,7 @@ class CompiledGroup(HostGroup):
         kernel = look_kernel("overlap")
         if kernel is None:
             return super().overlap(arrays)
-        # They overlap, or stand in another order than the last time.
+        # Some spans overlap, or they begin in another order than in the last step.
         arrays.set_order(np.argsort(arrays.spans[0]))
         kernel.alone(arrays.words.address, self._answer.address)
         found: int = self._answer.values[0]
@@ -265,7 +269,7 @@ class CompiledGroup(HostGroup):
         return norm_kernels(self.layout.compute_dtype, self._storage_dtype)
 
     def finite(self, part: Part, threads: int | None) -> np.ndarray:
-        """Check all gradients in one compiled call."""
+        """Check all gradients in one compiled call, large ones on several threads."""
         rows, kernel = part.rows, self._norm_kernels["finite"]
         self.bad[rows] = 0
         if self._elements > MANY and self._is_large(rows):
@@ -311,7 +315,7 @@ class CompiledGroup(HostGroup):
     # Updating
 
     def _is_large(self, rows: np.ndarray) -> bool:
-        """Whether threads are worth it."""
+        """Whether some rows have so many elements that threads are worth their cost."""
         return bool(self.size[rows].sum() > MANY)
 
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:
@@ -329,14 +333,14 @@ class CompiledGroup(HostGroup):
         )
         if self._elements > MANY and self._is_large(rows) and (used := thread_count(threads)) > 1:
             blocks = self._split(rows, used, self._update.array[7:], 0)
-            # Shares of one row do not know which of them is the last.
+            # A share cannot know whether it is the last one of its row, so the host counts steps.
             blocks[:, -1] = 0
             self._shares = self._kernel.shares(blocks, used)
             self._kept = rows, blocks
 
     @np.errstate(all="ignore")
     def _give(self, rows: np.ndarray) -> None:
-        """Put the coefficients of a step into the table."""
+        """Compute the coefficients of some rows for this step, and write them into the table."""
         numbers, steps = self.numbers[rows], self.steps[rows] + 1
         coefficients = self._table.view(np.float64)[:, self._first_number :]
         known: dict[bytes, Any] = {}
@@ -373,8 +377,8 @@ class CompiledGroup(HostGroup):
             kernel: The kernel.
             rows: The rows.
             threads: The largest number of threads, or None.
-            tail: Its arguments after the table.
-            scratch: Whether the last argument is room for a block.
+            tail: The arguments of the kernel that follow the table.
+            scratch: Whether the kernel has one more argument: memory for one block.
         """
         used = thread_count(threads)
         blocks = self._split(rows, used, tail, int(scratch))
@@ -386,7 +390,7 @@ class CompiledGroup(HostGroup):
     def _split(
         self, rows: np.ndarray, threads: int, tail: "Sequence[int] | np.ndarray", more: int
     ) -> np.ndarray:
-        """The arguments of a kernel over some rows, a line for each share of the work."""
+        """The arguments of a kernel over some rows, with one line for each share of the work."""
         cuts = borders(self.size[rows], threads * SHARES if threads > 1 else 1)
         blocks = np.empty((len(cuts), 7 + len(tail) + more), np.int64)
         blocks[:, 0] = address(rows)

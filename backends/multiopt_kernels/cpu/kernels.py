@@ -1,4 +1,9 @@
-"""Kernels, from the disk or compiled now."""
+"""Where kernels come from: the cache on disk, or the compiler.
+
+Each kernel is loaded once per process. Its key in the cache covers everything it is made from: the
+text printed from traces, the dtypes, and the source of the modules that build kernels. So an edited
+rule, or an edited module, never runs an old kernel.
+"""
 
 import inspect
 import sys
@@ -17,10 +22,10 @@ __all__ = ["look_kernel", "norm_kernels", "update_kernel"]
 
 @cache
 def look_kernel(name: str) -> Kernel | None:
-    """How to look at the arrays of a library, ``"look_numpy"`` or ``"look_torch"``; ``"overlap"``.
+    """Return a kernel of ``look``: ``"look_numpy"``, ``"look_torch"`` or ``"overlap"``.
 
-    None where objects are laid out in other ways than this code reads them. All arrays are then
-    looked at in Python, with equal results.
+    None if this Python lays out its objects in another way than the kernels expect. Python then
+    examines all arrays, with equal results.
     """
     usual = sys.implementation.name == "cpython" and sys.maxsize == 2**63 - 1
     if not usual or sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -30,12 +35,12 @@ def look_kernel(name: str) -> Kernel | None:
 
 @cache
 def update_kernel(label: str, text: str, dtype: str, storage_dtype: str) -> Kernel:
-    """The step of rules.
+    """Return the kernel that updates parameters by rules of one kind.
 
     Args:
-        label: Begins the name of its file, for people.
-        text: What ``update_source`` gave.
-        dtype: That of the computation.
+        label: The beginning of the name of its file, for people.
+        text: The text from ``update_source``.
+        dtype: The compute dtype.
         storage_dtype: The dtype of parameters and gradients.
     """
     make = partial(update.compile_update, text, dtype, storage_dtype)
@@ -44,10 +49,10 @@ def update_kernel(label: str, text: str, dtype: str, storage_dtype: str) -> Kern
 
 @cache
 def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
-    """``squares``, ``sums``, ``totals``, ``measure`` and ``finite``.
+    """Return the kernels ``squares``, ``sums``, ``totals``, ``measure`` and ``finite``, by name.
 
     Args:
-        dtype: That of the computation.
+        dtype: The compute dtype.
         storage_dtype: The dtype of the gradients.
     """
     text = norms.norms_source()
@@ -59,7 +64,7 @@ def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
 def _loaded(
     label: str, identity: Sequence[str], make: Callable[[], ObjectCode], module: ModuleType
 ) -> dict[str, Kernel]:
-    """Kernels by name, from the disk or compiled now by a function of a module."""
+    """Load kernels from the disk, or compile them with ``make``, which is defined in ``module``."""
     sources = [inspect.getsource(part).encode() for part in (toolbox, rows, narrow, module)]
     addresses = linked(cached(label, [*sources, str(BLOCK), *identity], make))
     return {name: Kernel(address) for name, address in addresses.items()}

@@ -1,4 +1,8 @@
-"""Work on rows, cut into shares for threads."""
+"""How the work on some rows is divided into shares for threads.
+
+Shares have about the same number of elements. A share may begin and end inside a row, but only at a
+border of two blocks of the summation tree, so results do not depend on the number of shares.
+"""
 
 from itertools import pairwise
 
@@ -8,22 +12,24 @@ from multiopt.rules.arithmetic import BLOCK
 
 __all__ = ["SHARES", "borders"]
 
-#: Shares of large work for each thread: one that is held up then holds nobody up for long.
+#: The number of shares for each thread. With many small shares, a thread that the system interrupts
+#: does not make the others wait for long.
 SHARES = 16
 
-#: What a parameter costs beside its elements, in elements.
+#: The fixed cost of a parameter, in elements.
 OVERHEAD = 64
 
 
 def borders(sizes: np.ndarray, shares: int) -> np.ndarray:
-    """Cut rows into shares of about the same work.
+    """Divide rows into shares of about the same work.
 
     Args:
-        sizes: The elements of each row.
-        shares: How many shares.
+        sizes: The number of elements of each row.
+        shares: The number of shares.
 
     Returns:
-        For each share the row and the block in it where it begins, and those where it ends.
+        Four numbers for each share: the row and the block in it where it begins, and the row and
+        the block before which it ends.
     """
     if shares == 1:
         return np.array([[0, 0, len(sizes), 0]])
