@@ -1,4 +1,9 @@
-"""Where arrays are in memory, read from the objects themselves at every step."""
+"""Kernels that find the memory of arrays, by reading the array objects at every step.
+
+Nothing about an array is remembered from one step to the next, because a user may replace or change
+it at any time. So each array is checked at each step: its type, dtype, shape, and flags or strides.
+An array that does not pass is left to Python, which says what is wrong or lends a copy.
+"""
 
 from typing import Any
 
@@ -8,24 +13,26 @@ from multiopt_kernels.cpu.toolbox import object_code, toolbox
 
 __all__ = ["ODD", "OVERLAP", "compile_look"]
 
-#: What parts of an answer are multiplied by.
+#: An answer is three numbers packed into one: the second is multiplied by ``ODD``, the third by
+#: ``OVERLAP``.
 ODD, OVERLAP = 1 << 28, 1 << 56
 
 
 def compile_look() -> ObjectCode:
-    """What arrays are, where they are, and whether what is written overlaps with anything.
+    """Compile the kernels ``look_numpy``, ``look_torch`` and ``overlap``.
 
-    ``look_numpy`` reads the fields of NumPy's public C structure (``PyArrayObject_fields``),
+    ``look_numpy`` reads the fields of NumPy's public C structure (``PyArrayObject_fields``).
     ``look_torch`` asks torch through DLPack's table of C functions (DLPack 1.3,
-    ``dltensor_from_py_object_no_sync``). Each goes through some rows: it passes over those without
-    a gradient, fills the addresses of the others into the table and into the spans of the step, and
-    lists those whose parameter or gradient is not exactly what the row says. It returns how many
-    rows have a gradient, plus ``ODD`` times how many are listed, plus ``OVERLAP`` times what
-    ``overlap`` says, which it calls at its end if there is an order.
+    ``dltensor_from_py_object_no_sync``). Either goes through some rows of a group. It skips rows
+    without a gradient, and fills in the addresses of the other arrays, in the table and in the
+    spans of the step. Rows whose parameter or gradient is not exactly what the row says are odd: it
+    lists them, and their spans are zero. It returns the number of rows with a gradient, plus
+    ``ODD`` times the number of odd rows, plus ``OVERLAP`` times the result of ``overlap``, which is
+    computed at the end for the last group, if the step has an order of spans.
 
-    ``overlap`` goes through the spans of a step in an order that is to be that of their beginnings.
-    It returns 2 if a parameter overlaps with anything, or may, since the order is another one;
-    else 1 if gradients overlap with each other, and else 0.
+    ``overlap`` goes through the spans of a step in a given order, which should be the order in
+    which they begin. It returns 2 if a parameter overlaps with anything, or if the order is another
+    one, so that it might; otherwise 1 if gradients overlap with each other, and 0 if nothing does.
     """
     tools = toolbox()
     njit, words, halves = tools.njit, tools.words, tools.halves
@@ -33,13 +40,14 @@ def compile_look() -> ObjectCode:
 
     @njit
     def numpy_address(o, row, writes, facts):  # type: ignore[no-untyped-def]
-        """The address of the elements, or -1."""
+        """The address of the elements, or -1 if the array is odd."""
         kind, descr = facts[0], facts[1]
-        # C-contiguous and aligned; a parameter writeable as well.
+        # Flags: C-contiguous and aligned; for a parameter also writeable.
         needed = 0x501 if writes else 0x101
         if words(o + 8)[0] != kind:
             return -1
-        # data, number of dimensions (an int), dimensions, strides, base, descr, flags (an int)
+        # The fields: data, number of dimensions (an int), dimensions, strides, base, descr, flags
+        # (an int).
         a = words(o + 16)
         ndim = halves(o + 24)[0]
         if ndim != row[NDIM] or (halves(o + 64)[0] & needed) != needed or a[5] != descr:
@@ -52,21 +60,22 @@ def compile_look() -> ObjectCode:
 
     @njit
     def torch_address(o, row, writes, facts):  # type: ignore[no-untyped-def]
-        """The address of the elements, or -1."""
+        """The address of the elements, or -1 if the tensor is odd."""
         kind, other, dtype, call_at, tensor_at = facts[0], facts[1], facts[2], facts[3], facts[4]
         if words(o + 8)[0] != kind and words(o + 8)[0] != other:
             return -1
         if call(call_at, o, tensor_at) != 0:
             return -1
-        # DLTensor: data, device (two ints), dimensions and dtype, shape, strides, offset
+        # The fields of DLTensor: data, device (two ints), number of dimensions and dtype, shape,
+        # strides, offset.
         t = words(tensor_at)
         device, ndim = halves(tensor_at + 8)[0], halves(tensor_at + 16)[0]
         if device != 1 or ndim != row[NDIM] or t[2] >> 32 != dtype:
             return -1
         dims, strides, shape, expected = words(t[3]), words(t[4]), words(row[SHAPE]), 1
         for d in range(ndim - 1, -1, -1):
-            # Strides of axes of length 1 say nothing about memory, but they tell a view such as
-            # ``x.conj().imag``, whose values are the negatives of what is in its memory.
+            # The stride of an axis of length 1 does not matter for memory, but it reveals a view
+            # such as ``x.conj().imag``, whose values are the negatives of what is in its memory.
             if dims[d] != shape[d] or (strides[d] != expected and row[SIZE] > 0):
                 return -1
             expected *= dims[d]
@@ -76,7 +85,7 @@ def compile_look() -> ObjectCode:
 
     @njit
     def numpy_ahead(o, facts):  # type: ignore[no-untyped-def]
-        """Ask for what the object refers to; what has no such type has no address there."""
+        """Prefetch the dimensions of an array. Other objects have no address in that field."""
         if words(o + 8)[0] == facts[0]:
             prefetch(words(o + 16)[2])
 
@@ -108,7 +117,8 @@ def compile_look() -> ObjectCode:
     def looking(address: Any, ahead: Any) -> Any:
         def look(arguments_at):  # type: ignore[no-untyped-def]
             a, b = words(arguments_at), words(words(arguments_at)[0])
-            # The object arrays are NumPy arrays too: their first field is where the pointers are.
+            # The arrays of objects are NumPy arrays too: their first field is the address of their
+            # elements, which are pointers.
             params, grads = words(words(b[0] + 16)[0]), words(words(b[1] + 16)[0])
             starts, ends, total, order_at = words(b[2]), words(b[3]), b[4], b[5]
             n, rows, places, table_at, width = a[1], words(a[2]), words(a[3]), a[4], a[5] * 8

@@ -1,7 +1,8 @@
-"""16-bit numbers in memory, computed in float32: exact on the way in, rounded once on the way out.
+"""Conversions between 16-bit numbers in memory and the float32 numbers that kernels compute with.
 
-Rounding is to the nearest, ties to even; what is too large becomes infinite, NaN stays NaN. All of
-it is integer arithmetic, except for two operations of float32 that are exact or round just so.
+The way to float32 is exact. The way back rounds once, to nearest, ties to even; numbers that are
+too large become infinite, and NaN stays NaN. The conversions are integer arithmetic on the bits,
+except for two operations in float32: a product that is exact, and a sum that rounds as needed.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ NARROW = "float16", "bfloat16"
 
 
 def conversions(dtype: str) -> tuple[Any, Any]:
-    """Functions of Numba from the bits of a dtype, in a uint16, to a float32, and back.
+    """Numba functions from the bits of a 16-bit number, as uint16, to float32, and back.
 
     Args:
         dtype: One of ``NARROW``.
@@ -36,8 +37,8 @@ def conversions(dtype: str) -> tuple[Any, Any]:
     def from_float16(bits):  # type: ignore[no-untyped-def]
         u = u32(bits)
         shifted = u32(u & u32(0x7FFF)) << u32(13)
-        # The exponents of the two are 112 apart. A product with a power of two is exact, also
-        # where it begins subnormal; infinities and NaN have an exponent of their own.
+        # The exponent biases of the two formats differ by 112. A product with a power of two is
+        # exact, for a subnormal number too. Infinities and NaN need the largest exponent instead.
         x = f32(u32(shifted).view(f32) * f32(2.0**112)).view(u32)
         x = x | infinity if shifted >= u32(0x0F800000) else x
         return u32(x | ((u & u32(0x8000)) << u32(16))).view(f32)
@@ -47,7 +48,7 @@ def conversions(dtype: str) -> tuple[Any, Any]:
         sign, size = u32(u >> u32(16)) & u32(0x8000), u32(u & u32(0x7FFFFFFF))
         odd = (size >> u32(13)) & u32(1)
         rounded = u32(size - u32(0x38000000) + u32(0xFFF) + odd) >> u32(13)
-        # What will be subnormal: the sum with 0.5 rounds it at 2**-24.
+        # If the result will be subnormal, adding 0.5 rounds it to a multiple of 2**-24.
         near = f32(u32(size).view(f32) + f32(0.5))
         subnormal = u32(f32(near).view(u32) - u32(0x3F000000))
         found = subnormal if size < u32(0x38800000) else rounded

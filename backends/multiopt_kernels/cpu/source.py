@@ -1,7 +1,8 @@
-"""Traces as Python source, for Numba to compile: one operation a line, on scalars.
+"""Traces as Python source for Numba to compile: one operation per line, on scalars.
 
-The text is all that machine code is made from, beside the loops around it. It says what the code
-is called on the disk, so that a formula that was edited is never an old one.
+Machine code is made from this text and from the loops around it, and from nothing else of a rule.
+The text is therefore part of the key of the code in the cache on disk, so that an edited formula
+never runs old code.
 
 >>> from multiopt_kernels.trace import trace_function
 >>> trace = trace_function(lambda xp, x: xp.where(x > 0.5, 2.0 * x, x), ["x"])
@@ -17,7 +18,7 @@ from multiopt_kernels.operations import Loop, Trace
 
 __all__ = ["Source"]
 
-#: How each operation is written.
+#: How each operation is written in Python.
 WRITTEN = {
     "add": "{} + {}",
     "subtract": "{} - {}",
@@ -38,7 +39,7 @@ WRITTEN = {
     "where": "{1} if {0} else {2}",
 }
 
-#: ``by_squaring`` for one pair of functions.
+#: The text of ``by_squaring`` with its two functions written out in it.
 LOOP = """
     bits = int(exponent)
     while bits:
@@ -53,26 +54,29 @@ LOOP = """
 
 
 class Source:
-    """The text of functions that are compiled together."""
+    """Prints traces that are compiled together, and collects the functions that they call."""
 
     def __init__(self) -> None:
-        """Begin without any function."""
-        # The bodies of functions that lines call, and their names.
+        """Begin without functions."""
+        # The names of functions that the printed lines call, by their text.
         self._loops: dict[str, str] = {}
 
     def __str__(self) -> str:
-        """The functions that lines call."""
+        """The text of the functions that the printed lines call."""
         return "".join(f"@njit\ndef {name}{text}" for text, name in self._loops.items())
 
     def lines(
         self, trace: Trace, inputs: Sequence[str], literal: Callable[[float], str] = repr
     ) -> tuple[list[str], list[str]]:
-        """What a trace does, a line an operation, and the names of its results.
+        """Print a trace.
 
         Args:
             trace: The trace.
-            inputs: What its inputs are called.
-            literal: How a literal is written.
+            inputs: The names of its inputs in the text.
+            literal: Writes a literal.
+
+        Returns:
+            A line for each operation, and how the results are written after these lines.
         """
         names = dict(enumerate(inputs)) | {k: literal(x) for k, x in trace.literals}
         lines = []
@@ -87,14 +91,14 @@ class Source:
         return lines, [names[value] for value in trace.results]
 
     def function(self, trace: Trace) -> str:
-        """A function of float64 numbers, named as its result."""
+        """Print a trace of float64 numbers as a function with the name of its result."""
         (name,) = trace.outputs
         lines, (result,) = self.lines(trace, trace.inputs)
         body = indent("\n".join([*lines, f"return {result}"]), "    ")
         return f"@njit\ndef {name}({', '.join(trace.inputs)}):\n{body}\n"
 
     def _loop(self, loop: Loop) -> str:
-        """The name of a loop."""
+        """Print the function of a loop, if it is new, and return its name."""
         combined, combination = self.lines(loop.combined, loop.combined.inputs)
         squared, square = self.lines(loop.squared, loop.squared.inputs)
         results, squares = loop.combined.outputs, loop.squared.outputs

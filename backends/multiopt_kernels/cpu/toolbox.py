@@ -1,4 +1,8 @@
-"""What kernels are made with: Numba, reading memory at an address."""
+"""The tools that kernels are built with: Numba's compiler, and access to memory at an address.
+
+A kernel takes addresses instead of arrays, and touches nothing of Python. Numba is imported when
+the first kernel is built, so a process that finds all its kernels in the cache never imports it.
+"""
 
 import math
 from functools import cache, partial
@@ -14,15 +18,20 @@ __all__ = ["compiled", "object_code", "toolbox"]
 
 @cache
 def toolbox() -> Any:
-    """What kernels are made with: compiling, and reading memory at an address."""
+    """Return the tools, as a namespace.
+
+    ``njit`` compiles a function, and ``inlined`` one that is inlined where it is called. ``words``,
+    ``doubles``, ``halves``, ``bytes`` and ``shorts`` turn an address into a pointer to int64,
+    float64, int32, uint8 and uint16; ``at`` has such functions for float32 and float64 by name.
+    """
     import numba
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
 
     def njit(function: Any, inline: str = "never") -> Any:
-        # The error model lets a division by zero be an infinity. Contraction is off in Numba
-        # unless it is asked for.
+        # With this error model a division by zero gives infinity. Numba contracts operations, such
+        # as a product and a sum, only if it is asked to.
         return numba.njit(  # type: ignore[call-overload]
             function,
             error_model="numpy",
@@ -44,7 +53,7 @@ def toolbox() -> Any:
 
     @intrinsic
     def call(context: Any, function: Any, first: Any, second: Any) -> Any:
-        """Call ``int f(void *, void *)`` at an address."""
+        """Call the C function ``int f(void *, void *)`` at an address."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)] * 2)
@@ -55,7 +64,7 @@ def toolbox() -> Any:
 
     @intrinsic
     def prefetch(context: Any, address: Any) -> Any:
-        """Ask for a cache line; a wrong address does no harm."""
+        """Prefetch a cache line. A wrong address does no harm."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             byte = ir.IntType(8).as_pointer()
@@ -86,12 +95,15 @@ def toolbox() -> Any:
 
 
 def compiled(text: str, **known: Any) -> dict[str, Any]:
-    """The functions of a text of ``source``, to be called by others that are compiled.
+    """Define the functions of a text that ``source`` printed, for other compiled functions to call.
 
     Args:
         text: The text.
-        known: What it refers to by name, beside ``njit``, ``inlined`` (the same, in the place of
-            each call), ``sqrt``, ``inf`` and ``nan``.
+        known: The names that it uses, in addition to ``njit``, ``inlined``, ``sqrt``, ``inf`` and
+            ``nan``.
+
+    Returns:
+        Everything that the text defines or uses, by name.
     """
     tools = toolbox()
     names = {**known, "sqrt": np.sqrt, "inf": math.inf, "nan": math.nan}
@@ -101,7 +113,7 @@ def compiled(text: str, **known: Any) -> dict[str, Any]:
 
 
 def object_code(**kernels: Any) -> ObjectCode:
-    """The machine code of functions that take the address of their arguments, by name."""
+    """Compile functions that take the address of their arguments, by name."""
     symbols, objects = {}, []
     int64 = toolbox().types.int64
     for name, kernel in kernels.items():

@@ -1,7 +1,8 @@
-"""The update of a rule over the rows of a table, compiled from its trace.
+"""The kernel that updates parameters: the update of a rule, in loops over rows and elements.
 
-Nothing of a rule's mathematics stands here. What this file adds to the text of the formula and of
-the coefficients are loops and addresses.
+There is no rule's mathematics in this file. The update and the coefficients are printed from their
+traces; this file adds loops, addresses and clipping. Element by element, a kernel does what the
+trace says, in its order and in the compute dtype, so its results are those of the rule itself.
 """
 
 import math
@@ -20,8 +21,9 @@ from multiopt_kernels.trace import trace_function, trace_update
 
 __all__ = ["compile_update", "update_source"]
 
-#: ``coefficients`` is ``Rule.coefficients``: computed in float64, rounded once to the dtype; or
-#: where the host computes them, the numbers of a row are they.
+#: The text of a kernel. ``coefficients`` does what ``Rule.coefficients`` does: it computes them in
+#: float64 and rounds them once to the compute dtype. If the host computes them, they are the
+#: numbers of the row.
 TEXT = """
 FIRST_NUMBER, COUNT = {first_number}, {count}
 
@@ -36,9 +38,10 @@ def update(row, low, high, c, own, shared, bound, writes):
 {choices}
 """
 
-#: ``clipped`` says whether the bound changed the gradient. What most rows run stands by itself and
-#: in the loop over the rows: 1000 parameters of 10 take 30 us; in one function with the rest, and
-#: called, 65.
+#: The loops over the elements of a row, without and with clipping. The latter returns whether the
+#: bound on elements changed the gradient. Most rows run the loop without clipping, which is a
+#: function of its own and inlined into the loop over rows: 1000 parameters of 10 elements then take
+#: 30 us. They take 65 us if both loops are in one function that is called.
 LOOPS = """
 @inlined
 def {form}_plain(row, low, high, c):
@@ -85,19 +88,19 @@ def update_source(
     narrow: bool = False,
     masters: bool = False,
 ) -> str:
-    """The text that the update of a rule is compiled from.
+    """Print the text that the update of a rule is compiled from.
 
     Args:
-        update: The formula.
-        slots: How many slots there are.
+        update: The update.
+        slots: The number of slots.
         kinds: What each coefficient is, as ``trace_update`` takes it.
-        scalars: How they are computed, from the numbers in a row. None if the host computes them:
-            then they are the numbers in a row.
+        scalars: The trace of the coefficients, which computes them from the numbers in a row. None
+            if the host computes them; they are then the numbers in a row.
         narrow: Whether parameters and gradients have 16 bits, except in rows that are ``WIDE``.
-        masters: Whether the last slot is what a 16-bit parameter was rounded from.
+        masters: Whether there is one more slot, the master copy of a 16-bit parameter.
 
     Raises:
-        NotTraceable: The formula has no trace.
+        NotTraceable: The update has no trace.
     """
     count = len(kinds) if scalars is None else len(scalars.inputs) - 1
     numbers = [f"numbers[{k}]" for k in range(count)]
@@ -134,14 +137,14 @@ def update_source(
 def _loops(
     form: str, coefficients: int, body: list[str], results: list[str], masters: bool = False
 ) -> str:
-    """The loops over the elements of a row, with its formula.
+    """Print the loops over the elements of a row, with the update in them.
 
     Args:
         form: ``"wide"``, or ``"narrow"`` for 16-bit parameters and gradients.
-        coefficients: How many there are.
-        body: The operations of the update.
-        results: What they give for the parameter and each slot.
-        masters: Whether a slot more is what the parameter was rounded from.
+        coefficients: The number of coefficients.
+        body: The operations of the update, one per line.
+        results: The new values of the parameter and of each slot, as they are written.
+        masters: Whether there is one more slot, the master copy.
     """
     at, load, store = "at", "{}", "{}"
     if form == "narrow":
@@ -153,7 +156,8 @@ def _loops(
     before += [f"c{k} = c[{k}]" for k in range(coefficients)]
     element = [f"param = {load.format('params[i]')}"]
     if masters:
-        # Where it does not round to the parameter, somebody else has changed that.
+        # If the master copy does not round to the parameter, somebody has changed the parameter,
+        # or this is its first step. The parameter itself counts then.
         element += [
             "master = masters[i]",
             "param = master if load(store(master)) == param else param",
@@ -177,12 +181,13 @@ def _indented(lines: list[str], depth: int) -> str:
 
 
 def compile_update(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
-    """The step of a rule over the rows of a table.
+    """Compile the kernel ``update``.
 
     Args:
-        text: What ``update_source`` gave.
-        dtype: That of the computation: ``"float32"`` or ``"float64"``.
-        storage_dtype: The dtype of parameters and gradients; not ``dtype`` for a text of 16 bits.
+        text: The text from ``update_source``.
+        dtype: The compute dtype: ``"float32"`` or ``"float64"``.
+        storage_dtype: The dtype of parameters and gradients. It differs from ``dtype`` if the text
+            is for 16 bits.
     """
     tools = toolbox()
     names = {"at": tools.at[dtype], "dtype": getattr(tools.types, dtype)}
@@ -193,7 +198,7 @@ def compile_update(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
 
 
 def _update_kernel(dtype: str, known: dict[str, Any]) -> Any:
-    """The loop over the rows of a share."""
+    """The loop over the rows of a share, as a function to compile."""
     tools = toolbox()
     coefficients, update_elements = known["coefficients"], known["update"]
     first_number, count = known["FIRST_NUMBER"], known["COUNT"]
@@ -223,7 +228,8 @@ def _update_kernel(dtype: str, known: dict[str, Any]) -> Any:
             low = b0 * BLOCK if k == k0 else 0
             high = min(b1 * BLOCK, row[SIZE]) if k == k1 else row[SIZE]
             step, bound = steps[r] + 1, bounds[r]
-            # Most rows have the numbers of the row before. To compute them takes 40 ns.
+            # Most rows have the numbers and the step of the row before, and so its coefficients,
+            # which take 40 ns to compute.
             same = step == known_step
             for i in range(count):
                 same &= numbers[i] == known[i]
