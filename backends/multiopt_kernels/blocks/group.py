@@ -1,4 +1,9 @@
-"""Groups without Numba: large parameters in cache-sized blocks, small ones packed together."""
+"""Groups that need no compiler: large parameters are updated in blocks, small ones in packs.
+
+A step is divided into runs of tapes: one run for each large parameter, in place, and one for all
+small parameters whose switches are equal, in copies. ``_prepare`` allocates all memory and copies
+the small parameters and gradients, so that ``_run`` cannot fail.
+"""
 
 from collections.abc import Iterable
 from itertools import repeat
@@ -31,16 +36,16 @@ WRITEABLE, CONTIGUOUS = attrgetter("flags.carray"), attrgetter("flags.c_contiguo
 
 
 class BlockedGroup(HostGroup):
-    """Parameters that the tapes of one rule update, on one thread.
+    """Parameters that are updated by the tapes of one kind of rule, on one thread.
 
     Args:
         backend: The backend of the parameters.
-        layout: Their layout, whatever its shape.
+        layout: Their layout; its shape does not matter.
         rule: A rule of their kind.
         has_masters: Whether they have master copies.
         tapes: The tapes.
-        vectorized: Whether coefficients can be computed for arrays of steps.
-        itself: Whether their arrays are NumPy's, and not to be lent.
+        vectorized: Whether ``Rule.scalars`` also takes arrays of numbers and steps.
+        itself: Whether the parameters are NumPy arrays that can be used as they are.
     """
 
     def __init__(
@@ -53,18 +58,18 @@ class BlockedGroup(HostGroup):
         vectorized: bool,
         itself: bool,
     ) -> None:
-        """Have no row yet."""
+        """Create a group without rows."""
         super().__init__(backend, layout, rule, has_masters)
         self._tapes, self._vectorized, self._itself = tapes, vectorized, itself
-        # The memory that the last run of small parameters took: its pages are there already.
+        # The scratch memory of the last run of small parameters, whose pages are mapped already.
         self._room: tuple[Tape | None, int, list[np.ndarray]] = (None, 0, [])
         self._runs: list[Run] = []
-        # Of the last step: its rows, their shapes, and where its small rows are.
+        # From the last step: its rows with their shapes, and the places of its small rows.
         self._known: tuple[np.ndarray, list[tuple[int, ...]]] = NO_ROWS, []
         self._places: Places | None = None
 
     def _drop_slots(self, row: int) -> None:
-        # Rows that are taken again have other shapes and places.
+        # A row that is used again has another shape and another place.
         self._known = NO_ROWS, []
         self._places = None
         super()._drop_slots(row)
@@ -72,7 +77,7 @@ class BlockedGroup(HostGroup):
     # Looking
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
-        """Find plain arrays by their type and flags; Python looks at the others."""
+        """Accept regular NumPy arrays, and have Python examine the others."""
         super().look(part, arrays, last)
         if not self._itself:
             return
@@ -94,7 +99,7 @@ class BlockedGroup(HostGroup):
     def _are_regular(
         self, params: list[Any], grads: list[Any], shapes: list[tuple[int, ...]]
     ) -> bool:
-        """Whether all arrays are what is taken as it is."""
+        """Whether all arrays can be used as they are, by type, shape, dtype and flags."""
         return (
             set(map(type, params)) | set(map(type, grads)) <= {np.ndarray}
             and list(map(SHAPE, params)) == shapes == list(map(SHAPE, grads))
@@ -104,7 +109,7 @@ class BlockedGroup(HostGroup):
         )
 
     def locate(self, part: Part, arrays: Arrays) -> None:
-        """Fill in the addresses of the arrays that are used as they are."""
+        """Fill the spans of the arrays that are used as they are."""
         starts, ends = arrays.spans
         odd, count = set(part.odd), len(arrays.params)
         for k, place in enumerate(part.places.tolist()):
@@ -134,7 +139,12 @@ class BlockedGroup(HostGroup):
                 self._runs.append(run)
 
     def _scalars_now(self, rows: np.ndarray) -> list[tuple[np.ndarray, Tape, list[Any]]]:
-        """Positions with the tape and the coefficients that they have at this step."""
+        """Divide some rows by their tape.
+
+        Returns:
+            Triples of positions, their tape, and their coefficients at this step: each a number for
+            all these rows, or an array.
+        """
         if not rows.size:
             return []
         numbers, counts, everything = self.numbers[rows], self.steps[rows] + 1, np.arange(len(rows))
@@ -142,10 +152,10 @@ class BlockedGroup(HostGroup):
             rule = self.rule_now(int(rows[0]))
             alike = list(rule.coefficients(int(counts[0]), self.dtype.name))
             return [(everything, self._tape(alike), alike)]
-        # The same functions on arrays: one call for all names.
+        # ``Rule.scalars`` is called once, on arrays with the numbers of all rows.
         scalars = self._scalars_of(rows, numbers, counts)
         columns = [np.asarray(x) for x in scalars]
-        # Switches that differ by name: each of their patterns has a tape of its own.
+        # Switches that differ by row. Each of their patterns has its own tape.
         patterns = [column for column in columns if column.dtype == bool and column.ndim]
         kinds = np.zeros(len(rows), np.intp)
         if patterns:
@@ -158,14 +168,14 @@ class BlockedGroup(HostGroup):
         return jobs
 
     def _scalars_of(self, rows: np.ndarray, numbers: np.ndarray, counts: np.ndarray) -> list[Any]:
-        """The coefficients of each of some rows at its step, as arrays."""
+        """The coefficients of some rows at their steps, as arrays or numbers for all."""
         if self._vectorized:
             values = [c[0].item() if (c == c[0]).all() else c for c in numbers.T]
             h = namespace(self.columns, values, other_fields(self.rule))
             try:
                 return list(named(self.rule.scalars(h, counts)).values())
             except (TypeError, ValueError):
-                self._vectorized = False  # somebody's scalars that take no arrays
+                self._vectorized = False  # a user's ``scalars`` may not take arrays
         each = [
             list(self.rule_now(row).coefficients(count))
             for row, count in zip(rows.tolist(), counts.tolist(), strict=True)
@@ -178,7 +188,7 @@ class BlockedGroup(HostGroup):
     def _packed(
         self, part: Part, which: np.ndarray, tape: Tape, scalars: list[Any], leave_clipped: bool
     ) -> Run:
-        """Small parameters side by side, in copies."""
+        """Prepare the run of small parameters, in copies side by side."""
         rows, params, grads = part.rows, part.params, part.grads
         if len(which) < len(rows):
             rows = rows[which]
@@ -204,7 +214,7 @@ class BlockedGroup(HostGroup):
         if more or not isinstance(where, slice):
             slots = [np.empty(places.total, self.dtype) for _ in range(count)]
         else:
-            # Slots that stand side by side are updated where they are.
+            # Slots that lie side by side are updated in place.
             slots, segments = [array[where] for array in arrays[:count]], []
         if self._room[:2] != (tape, places.total):
             self._room = tape, places.total, tape.room(places.total)
@@ -220,7 +230,7 @@ class BlockedGroup(HostGroup):
         room: list[np.ndarray],
         leave_clipped: bool,
     ) -> Run:
-        """A large parameter, in place."""
+        """Prepare the run of a large parameter, in place."""
         row = int(part.rows[k])
         arrays = part.params[k], part.grads[k], *self._slots_in_use(row)
         param, grad, *slots = (array.reshape(-1) for array in arrays)
@@ -244,13 +254,13 @@ class BlockedGroup(HostGroup):
         self.steps[part.rows] += self.backend.in_place
 
     def forget(self, part: Part) -> None:
-        """Release everything of the step: arrays, packs and loans."""
+        """Release the arrays, packs and loans of the step."""
         super().forget(part)
         self._runs = []
 
 
 def _same(column: np.ndarray, dtype: np.dtype) -> Any:
-    """A column rounded to a dtype, or a bool for switches; one number if all of it is the same."""
+    """Round a column to a dtype, to one number if all are equal; a switch becomes one bool."""
     if column.dtype == bool:
         return bool(column.flat[0])
     if not column.ndim:

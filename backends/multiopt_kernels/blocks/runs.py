@@ -1,4 +1,9 @@
-"""Runs of a tape: over a large parameter where it is, over small ones copied side by side."""
+"""Runs of a tape: over one large parameter in place, or over copies of many small ones in a row.
+
+Each NumPy call has a fixed cost, so small parameters are not updated one by one. Their values are
+copied one after the other into one array, a pack, and the tape runs over the pack. Slots need no
+copy if those of all packed parameters lie side by side in one chunk.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -16,12 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ClippedRun", "Places", "Run", "clip", "joined"]
 
-#: Arrays, one for each slot, the elements in them that are meant, and their places in a pack.
+#: A part of a pack whose slots are in one chunk: the arrays of the chunk, one for each slot; the
+#: elements in them; and the same elements in the pack.
 Segment: TypeAlias = tuple[Sequence[np.ndarray], slice | np.ndarray, slice]
 
 
 class Places:
-    """Where the slots of some small rows are, in the order in which they are packed.
+    """Where the values of some small rows are in chunks and in a pack, in the order of the chunks.
 
     Args:
         group: Their group.
@@ -29,12 +35,12 @@ class Places:
     """
 
     def __init__(self, group: "HostGroup", rows: np.ndarray) -> None:
-        """Order the rows by their places."""
+        """Find the order of the pack: by chunk, then by offset."""
         self.rows = rows
         self._pack: tuple[np.ndarray, list[np.ndarray]] | None = None
         chunk, offset = group.chunk[rows], group.offset[rows]
         order = np.lexsort((offset, chunk))
-        #: The order, None if it is that of the rows.
+        #: The positions of the rows in the order of the pack; None if that is their own order.
         self.order = None if (order[1:] > order[:-1]).all() else order
         chunk, offset, self.sizes = chunk[order], offset[order], group.size[rows][order]
         ends = np.cumsum(self.sizes)
@@ -42,11 +48,11 @@ class Places:
         self.total = int(ends[-1])
         shapes = [group.shapes[row] for row in rows[order].tolist()]
         self._shapes = list(zip(begins.tolist(), ends.tolist(), shapes, strict=True))
-        #: The chunks, each with the elements in it and those in the pack.
+        #: The parts of the pack, one for each chunk.
         self.segments: list[Segment] = []
         for first, last in stretches(chunk):
             low, high = int(begins[first]), int(ends[last - 1])
-            # How much further on each row is in the chunk than in this part of the pack.
+            # How far ahead each row is in the chunk, compared with this part of the pack.
             ahead = offset[first:last] - (begins[first:last] - low)
             where: slice | np.ndarray = slice(int(ahead[0]), int(ahead[0]) + high - low)
             if (ahead != ahead[0]).any():
@@ -55,7 +61,7 @@ class Places:
             self.segments.append((arrays, where, slice(low, high)))
 
     def lent(self, slots: Iterable[Sequence[np.ndarray]]) -> list[Segment]:
-        """Segments of copies of slots, of each row in the order of the pack."""
+        """Segments for lent copies of slots, given in the order of the pack."""
         return [
             ([x.reshape(-1) for x in copies], slice(None), slice(low, high))
             for copies, (low, high, _) in zip(slots, self._shapes, strict=True)
@@ -64,9 +70,9 @@ class Places:
     def packed(
         self, params: list[np.ndarray], dtype: np.dtype
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """A copy of the parameters, one after the other, and its parts, as ``parts``.
+        """Copy the parameters into a pack, and return it with its parts.
 
-        They are the memory of the step before: to cut it into 1000 parts takes 0.5 ms.
+        The memory of the step before is used again, because making 1000 parts takes 0.5 ms.
         """
         if self._pack is None:
             pack = np.empty(self.total, dtype)
@@ -75,20 +81,20 @@ class Places:
         return self._pack
 
     def parts(self, pack: np.ndarray) -> list[np.ndarray]:
-        """Of an array as long as the pack, the part of each row, in its shape."""
+        """The part of each row, in its shape, of an array as long as the pack."""
         return [pack[low:high].reshape(shape) for low, high, shape in self._shapes]
 
     def ordered(self, things: list[Any]) -> list[Any]:
-        """Things in the order of the pack."""
+        """Bring a list with a thing for each row into the order of the pack."""
         return things if self.order is None else [things[i] for i in self.order.tolist()]
 
     def spread(self, scalars: Sequence[Any]) -> list[Any]:
-        """Scalars with a number for each row as numbers for each element."""
+        """Repeat scalars that differ by row for each element of the row."""
         values = (x[self.order] if np.ndim(x) and self.order is not None else x for x in scalars)
         return [np.repeat(x, self.sizes) if np.ndim(x) else x for x in values]
 
     def any(self, mask: np.ndarray) -> np.ndarray:
-        """For each row whether one of its elements is marked in a mask as long as the pack."""
+        """Whether any element of each row is marked in a mask as long as the pack."""
         found = np.array([part.any() for part in self.parts(mask)], bool)
         if self.order is not None:
             found[self.order] = found.copy()
@@ -97,17 +103,17 @@ class Places:
 
 @dataclass
 class Run:
-    """A run of a tape over arrays of one axis.
+    """A run of a tape over one-dimensional arrays.
 
     Attributes:
         tape: The tape.
-        param: The parameter, or a copy of several.
-        grad: The gradient, clipped.
-        slots: The slots, or copies.
-        scalars: The coefficients, for all elements or for each.
-        room: What the tape made for so many elements, or more.
-        segments: What slots are copied from first, and to in the end.
-        pairs: Sources and targets of what is copied in the end.
+        param: A parameter, or a pack of several.
+        grad: The gradient. It is clipped already, except in a ``ClippedRun``.
+        slots: The slots, or a pack for each slot.
+        scalars: The coefficients: each a number for all elements, or an array.
+        room: Scratch memory of the tape for at least as many elements.
+        segments: Where slots are copied from before the run, and back to after it.
+        pairs: Sources and targets of other copies that are made after the run.
     """
 
     tape: Tape
@@ -120,7 +126,7 @@ class Run:
     pairs: Sequence[tuple[list[np.ndarray], list[np.ndarray]]] = ()
 
     def run(self) -> None:
-        """Compute, and copy what was computed."""
+        """Run the tape, and copy the results to where they belong."""
         for arrays, where, packed in self.segments:
             for array, slot in zip(arrays, self.slots, strict=False):
                 slot[packed] = array[where]
@@ -134,14 +140,14 @@ class Run:
 
 @dataclass(kw_only=True)
 class ClippedRun(Run):
-    """A run over one large parameter, which clips the gradient on the way, a block at a time.
+    """A run over one large parameter that also clips the gradient, one block at a time.
 
     Attributes:
-        numbers: The clip coefficients and bounds, as ``clip`` takes them.
-        leave: Whether to write the clipped gradient over the gradient.
-        told: One element, that says whether the gradient was clipped.
-        block: Room for a block.
-        masks: Room for its masks.
+        numbers: The factors and the bound, as ``clip`` takes them.
+        leave: Whether to overwrite the gradient with the clipped one.
+        told: An array of one element, which receives whether the gradient was clipped.
+        block: Memory for a block of the clipped gradient.
+        masks: Memory for its masks.
     """
 
     numbers: Sequence[Any]
@@ -151,7 +157,7 @@ class ClippedRun(Run):
     masks: np.ndarray
 
     def run(self) -> None:
-        """Clip the gradients of the run, then update."""
+        """Clip and update block by block."""
         for low in range(0, len(self.param), len(self.block)):
             part = slice(low, low + len(self.block))
             grad = self.grad[part]
@@ -167,14 +173,14 @@ class ClippedRun(Run):
 def clip(
     grad: np.ndarray, numbers: Sequence[Any], out: np.ndarray, beyond: np.ndarray, below: np.ndarray
 ) -> None:
-    """Scale and bound a gradient; makes no array where the numbers are for all elements.
+    """Scale a gradient and bound its elements. If the numbers are scalars, no array is allocated.
 
     Args:
         grad: The gradient.
-        numbers: Two factors and the bound, for all elements or for each.
-        out: Takes the result; may be the gradient itself.
-        beyond: Takes which elements the bound changed.
-        below: Takes which of them are below it.
+        numbers: Two factors and the bound: each a number for all elements, or an array.
+        out: Receives the result; may be the gradient itself.
+        beyond: Receives which elements the bound changed.
+        below: Receives which of them are below its negative.
     """
     own, shared, bound = numbers
     np.multiply(grad, own, out=out)
@@ -187,7 +193,7 @@ def clip(
 
 
 def joined(arrays: list[np.ndarray], total: int, dtype: np.dtype) -> np.ndarray:
-    """A copy of arrays of one dtype, one after the other."""
+    """Copy arrays of one dtype into one array, one after the other."""
     pack = np.empty(total, dtype)
     np.concatenate(arrays, axis=None, out=pack, casting="no")
     return pack

@@ -1,9 +1,9 @@
-"""A trace as a tape of NumPy operations, run in blocks that stay in the processor's cache.
+"""Tapes: traces as programs of NumPy operations, run on blocks that fit in the processor's cache.
 
-``update(np, ...)`` on a large array writes a temporary as large as the array for each operation
-and fetches it back from memory for the next. The tape runs block by block, each operation into
-memory that is there already. The operations and their order are the same, and each of them treats
-every element alike, so the numbers are the same.
+For each operation on a large array, ``update(np, ...)`` writes a temporary array of the same size
+to memory, and the next operation reads it back. A tape runs all operations on one block before it
+goes on to the next, and writes their results to memory that was allocated once. The operations and
+their order are the same, and each of them treats every element alike, so the results are equal.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,35 +18,34 @@ from multiopt_kernels.trace import trace_update
 
 __all__ = ["Tape", "Tapes", "tapes"]
 
-#: Bytes of one array in a block. Longer blocks leave the second-level cache, shorter ones pay more
-#: for the calls.
+#: The size of one array in a block, in bytes. Longer blocks do not fit into the second-level cache;
+#: with shorter ones the calls cost more.
 BLOCK_BYTES = 1 << 17
 
 
 class Tape:
-    """An update for a setting of the switches and a dtype.
+    """The program of an update for one setting of its switches and one dtype.
 
-    Every value has a register, a place in a list that is made for each block: first the block's
-    part of each array, then coefficients, literals and scratch memory. A register is free once
-    its value has been read for the last time; the next result may go there, over an input of its
-    own operation too. The parameter and each slot are registers and at the same time the home of
-    one result. It is computed right there if its home is free by then; if not, it is computed
-    elsewhere and moved home at the end of the block.
+    Every value has a register: an index into a list that is filled for each block, first with the
+    block's part of each array, then with coefficients, literals and scratch memory. A register is
+    free once its value has been read for the last time. The next result may then be written to it,
+    even if the value is an input of the same operation. The registers of the parameter and of the
+    slots are also the homes of the results: a result is computed in its home if that is free by
+    then; otherwise it is computed elsewhere and moved home at the end of the block.
 
     Args:
-        trace: What ``trace_update`` gave for switches that do not change.
-        slots: How many slots there are.
+        trace: The trace from ``trace_update``, for switches that do not change.
+        slots: The number of slots.
         dtype: ``"float32"`` or ``"float64"``.
     """
 
     def __init__(self, trace: Trace, slots: int, dtype: str) -> None:
-        """Give every value its register."""
+        """Give every value a register."""
         self._dtype = np.dtype(dtype)
         self._literals = [x for _, x in trace.literals]
         self._scratch: list[np.dtype] = []
         self._program: list[tuple[Callable[..., Any], itemgetter[Any]]] = []
-        # Inputs and literals have the first registers, then the coefficients that are the
-        # negative of another.
+        # Inputs and literals have the first registers. Then come the negatives of coefficients.
         first = len(trace.inputs) + len(trace.literals)
         register = {value: value for value in range(first)}
         numbers = [op for op in trace.operations if op.kind is Kind.NUMBER]
@@ -57,11 +56,11 @@ class Tape:
         last = {value: step for step, op in enumerate(operations) for value in op.inputs}
         last |= dict.fromkeys(trace.results, len(operations))
         homes = [0, *range(2, 2 + slots)]
-        # All registers that may be written. The gradient belongs to the caller.
+        # All registers that may be written. The gradient is not among them: it is the caller's.
         dtypes = dict.fromkeys(homes, self._dtype)
         free: list[int] = []
 
-        # Where ``_select`` makes a mask as wide as the results, by what they are.
+        # The registers in which ``_select`` widens a mask, by the dtype of the results.
         masks: dict[np.dtype, int] = {}
 
         def scratch(kind: np.dtype) -> int:
@@ -74,7 +73,7 @@ class Tape:
             sources = [register[value] for value in op.inputs]
             ended = dict.fromkeys(register[value] for value in op.inputs if last[value] == step)
             dying = [k for k in ended if k in dtypes]
-            chooses = op.function == "where"  # and reads when it has begun to write
+            chooses = op.function == "where"  # ``_select`` reads inputs after it begins to write
             free += [] if chooses else dying
             kind = np.dtype(bool) if op.kind is Kind.BOOL else self._dtype
             fit = [k for k in free if dtypes[k] == kind]
@@ -93,7 +92,7 @@ class Tape:
         ends = zip(homes, (register[value] for value in trace.results), strict=True)
         moves = {end: source for end, source in ends if end != source}
         for end, source in moves.items():
-            # What another move will overwrite is brought to safety first.
+            # A value that another move will overwrite is copied elsewhere first.
             if source in moves:
                 moves[end] = scratch(self._dtype)
                 self._program.append((_copy, itemgetter(source, moves[end])))
@@ -109,15 +108,16 @@ class Tape:
     ) -> None:
         """Update a parameter and its slots in place.
 
-        Several threads may run one tape: its scratch memory belongs to the call.
+        Several threads may run one tape, because the scratch memory belongs to the call.
 
         Args:
-            param: A contiguous array of one axis and the dtype of the tape, as all arrays here.
-            grad: The gradient, which is not written. It shares no memory with the others.
+            param: The parameter. All arrays are contiguous, one-dimensional and of the tape's
+                dtype.
+            grad: The gradient. It is not written, and shares no memory with the other arrays.
             slots: The slots.
-            scalars: The coefficients in their order, rounded to the dtype: each a Python float for
-                all elements or an array with one for each. The switches are not looked at.
-            room: What ``room`` made for as many elements, or for more; by default that.
+            scalars: The coefficients in their order, rounded to the dtype: each is a Python float
+                for all elements, or an array with a number for each. Switches are ignored.
+            room: Scratch memory from ``room``, for at least as many elements; None to allocate it.
         """
         size = param.size
         length = self._length(size)
@@ -129,36 +129,36 @@ class Tape:
             registers += self._literals
             for source in self._negatives:
                 registers.append(-registers[source])
-            # The last block may be shorter, and the room longer.
+            # The last block may be shorter, and the scratch memory may be longer.
             registers += [x[: min(length, size - start)] for x in scratch]
             for function, operands in self._program:
                 function(*operands(registers))
 
     def room(self, size: int) -> list[np.ndarray]:
-        """All the memory that a run on so many elements needs: a run with it makes no array."""
+        """Allocate the scratch memory for a run on so many elements; the run allocates no more."""
         return [np.empty(self._length(size), kind) for kind in self._scratch]
 
     def _length(self, size: int) -> int:
         return min(size, BLOCK_BYTES // self._dtype.itemsize)
 
 
-#: The tapes of an update by the setting of its switches, in their order.
+#: The tapes of an update, by the setting of its switches in their order.
 Tapes: TypeAlias = dict[tuple[bool, ...], Tape]
 
 
 def tapes(
     update: Callable[..., Any], slots: int, coefficients: Mapping[str, bool | Kind], dtype: str
 ) -> Tapes:
-    """A tape for each setting of the switches of an update.
+    """Make a tape for each setting of the switches of an update.
 
     Args:
-        update: The formula.
-        slots: How many slots there are.
+        update: The update.
+        slots: The number of slots.
         coefficients: What each coefficient is, as ``trace_update`` takes it.
         dtype: ``"float32"`` or ``"float64"``.
 
     Raises:
-        NotTraceable: There is none.
+        NotTraceable: The update has no trace.
     """
     switches = {
         name: [kind] if isinstance(kind, bool) else [False, True]
@@ -177,11 +177,18 @@ def _copy(source: np.ndarray, out: np.ndarray) -> None:
 
 
 def _select(mask: np.ndarray, a: Any, b: Any, out: np.ndarray, room: np.ndarray) -> None:
-    """``numpy.where`` with a place for the result, which is none of the others.
+    """Compute ``numpy.where(mask, a, b)`` into an array that is not one of the inputs.
 
-    Where few elements are chosen (a clip, a NaN), a masked copy is the fastest. Where they are
-    many, it mispredicts a branch for each; the bits of ``b`` then take up their difference from
-    those of ``a``, multiplied by 0 or 1. ``room`` has integers as wide as the numbers.
+    If few elements are chosen (by a clip, or for NaN), a masked copy is the fastest. If there are
+    many, it would mispredict a branch for each of them. The result is then computed from bits:
+    those of ``b``, changed by their difference from those of ``a`` where the mask is 1.
+
+    Args:
+        mask: The condition.
+        a: The values where it holds, as an array or a number.
+        b: The values where it does not.
+        out: Receives the result.
+        room: Memory for integers as wide as the numbers.
     """
     if 32 * np.count_nonzero(mask) < mask.size:
         np.copyto(out, b)
@@ -189,7 +196,7 @@ def _select(mask: np.ndarray, a: Any, b: Any, out: np.ndarray, room: np.ndarray)
         return
     bits = out.view(room.dtype)
     a, b = (np.asarray(x, out.dtype).view(room.dtype) for x in (a, b))
-    # No ufunc casts here, for which NumPy would take memory of its own.
+    # No ufunc may cast here, because NumPy would allocate memory for that.
     np.copyto(room, mask)
     np.bitwise_xor(a, b, out=bits)
     np.multiply(bits, room, out=bits)
