@@ -1,8 +1,8 @@
-"""Machine code kept on disk: compiled once on a machine, and never wrong.
+"""The cache of machine code on disk, which saves later processes the seconds of compiling.
 
-A file is named after everything that its machine code depends on, so a change of anything gives
-another name, and nothing is ever compared or invalidated. What is read here is executed: see
-``cached`` for what is trusted.
+The name of a file has a hash of everything that its machine code depends on. If any of that
+changes, the name is another one, so no file is ever out of date and none has to be invalidated.
+What is read from a file is executed; ``cached`` says which files are trusted.
 """
 
 import hashlib
@@ -21,33 +21,34 @@ from typing import Any, NamedTuple
 
 __all__ = ["ObjectCode", "cached", "linked"]
 
-#: Names the form of the files, and is part of what they are named after.
+#: The version of the file format; it is part of what the names are hashes of.
 FORM = b"multiopt object code 1"
 
 SUFFIX = ".multiopt"
 UNFINISHED = ".multiopt-unfinished"
 
-#: How many files stay. A program needs one for each kind of rule and dtype that it uses, so this is
-#: room for several programs, at some KiB a file.
+#: How many files are kept. A program needs one for each kind of rule and dtype that it uses, so
+#: these are enough for several programs, at some KiB per file.
 KEPT = 128
 
-#: Writing takes milliseconds. An unfinished file as old as this, in seconds, has lost its writer.
+#: The age in seconds at which an unfinished file is deleted. Writing takes milliseconds, so the
+#: process that wrote it no longer exists.
 ABANDONED = 3600.0
 
-#: What executes the code that was linked: it must live as long as the addresses are in use, which
-#: nobody can know.
+#: LLVM's owners of linked code. They must live as long as its addresses are in use, which nobody
+#: can know, so they are kept until the process ends.
 _engines: list[Any] = []
 
 
 class ObjectCode(NamedTuple):
-    """Compiled functions, as the linker takes them.
+    """Compiled functions, in the form that the linker takes.
 
-    The objects may call one another and the C library. A symbol that numba would have to provide
-    must not occur: it is missing in a process that found the code on the disk, and LLVM ends the
-    process.
+    The objects may call one another and the C library. They must not use a symbol that numba would
+    have to provide: in a process that found the code on disk the symbol would be missing, and LLVM
+    would end the process.
 
     Attributes:
-        symbols: From our name of a function to its symbol in the objects.
+        symbols: From our name of each function to its symbol in the objects.
         objects: The object files.
     """
 
@@ -58,20 +59,20 @@ class ObjectCode(NamedTuple):
 def cached(
     label: str, identity: Iterable[str | bytes], make: Callable[[], ObjectCode]
 ) -> ObjectCode:
-    """The object code of an earlier process, or else made now and kept for later ones.
+    """Return object code that an earlier process has compiled, or compile it and keep it.
 
-    The files lie in the directory that the environment variable ``MULTIOPT_CACHE_DIR`` names, or
-    else in ``multiopt`` in the user's directory for caches; it is made with access for its user
-    only. Whoever can write there can execute code as this user. On POSIX a directory or a file
-    that belongs to another user, or that its group or others may write, is therefore not used:
-    such a directory is neither read nor written, such a file is replaced. A damaged file is
-    replaced too. Where nothing can be kept, the code is made in every process.
+    The files are in the directory that the environment variable ``MULTIOPT_CACHE_DIR`` names, or
+    otherwise in ``multiopt`` in the user's directory for caches. The directory is created with
+    access for its user only, because anybody who can write to it can execute code as this user. For
+    this reason, on POSIX, a directory is neither read nor written if it belongs to another user, or
+    if its group or others may write to it; a file of this sort is replaced, and so is a damaged
+    one. If nothing can be kept, every process compiles the code.
 
     Args:
-        label: Begins the name of the file, for people.
-        identity: What the code depends on: sources, options. The versions of numba, llvmlite,
-            NumPy and Python, numba's settings and the processor are added here.
-        make: Compiles. Its errors pass.
+        label: The beginning of the name of the file, for people.
+        identity: What the code depends on, such as sources and options. The versions of numba,
+            llvmlite, NumPy and Python, numba's settings and the processor are added here.
+        make: Compiles the code. Its errors are passed on.
 
     Raises:
         ImportError: numba or llvmlite is not installed.
@@ -79,7 +80,7 @@ def cached(
     key = hashlib.sha256()
     for part in (FORM, *_surroundings(), *_settings(), *identity):
         raw = part if isinstance(part, bytes) else part.encode()
-        # The length keeps ("ab", "c") from being ("a", "bc").
+        # The length tells ("ab", "c") from ("a", "bc").
         key.update(b"%d:" % len(raw) + raw)
     directory = _directory()
     if directory is None:
@@ -94,17 +95,20 @@ def cached(
 
 
 def linked(code: ObjectCode) -> dict[str, int]:
-    """Load object code into this process, for its whole life.
+    """Load object code into this process, where it stays until the process ends.
 
     Args:
-        code: Made now or read back: both take this way.
+        code: The object code, just compiled or read from disk.
 
     Returns:
         The addresses of the functions, by our names.
+
+    Raises:
+        LookupError: A symbol is missing.
     """
     import llvmlite.binding as llvm
 
-    # Safe in threads: llvmlite locks each of these calls, and they share nothing but the list.
+    # This is thread-safe: llvmlite locks each of these calls, and they share only the list.
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine()
@@ -122,15 +126,15 @@ def linked(code: ObjectCode) -> dict[str, int]:
 
 @cache
 def _surroundings() -> tuple[str, ...]:
-    """What machine code depends on beside its source: the tools that made it and the processor."""
-    # Imported here: a process without kernels need not wait for either.
+    """What machine code depends on besides its source: the tools that made it and the processor."""
+    # Imported here because a process without kernels needs neither.
     from importlib.metadata import version
 
     import llvmlite.binding as llvm
 
     try:
         features = llvm.get_host_cpu_features().flatten()
-    except RuntimeError:  # LLVM does not know them for every processor
+    except RuntimeError:  # LLVM does not know the features of every processor
         features = "unknown"
     return (
         *(version(package) for package in ("numba", "llvmlite", "numpy")),
@@ -143,18 +147,18 @@ def _surroundings() -> tuple[str, ...]:
 
 
 def _settings() -> Iterator[str]:
-    """Numba's environment variables, some of which change what it compiles."""
+    """Yield numba's environment variables, some of which change the code that it compiles."""
     for name in sorted(os.environ):
         if name.startswith("NUMBA_"):
             yield f"{name}={os.environ[name]}"
 
 
 def _directory() -> Path | None:
-    """Where the files lie: a directory that exists and is safe, or None."""
+    """The directory of the files, which exists and is safe; None if there is no such directory."""
     try:
         directory = _place()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Resolved before it is judged: a link might point elsewhere a moment later.
+        # Links are resolved before the check, because they could point elsewhere a moment later.
         directory = directory.resolve()
         return directory if _safe(directory.stat()) else None
     except (OSError, RuntimeError):  # RuntimeError: nobody knows this user's home
@@ -162,7 +166,7 @@ def _directory() -> Path | None:
 
 
 def _place() -> Path:
-    """Where the files should lie."""
+    """The directory in which the files should be."""
     if chosen := os.environ.get("MULTIOPT_CACHE_DIR"):
         return Path(chosen).expanduser()
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -172,7 +176,7 @@ def _place() -> Path:
     elif sys.platform == "darwin":
         caches = Path.home() / "Library" / "Caches"
     else:
-        # A relative path counts for nothing, says the XDG specification.
+        # The XDG specification says that a relative path is to be ignored.
         caches = xdg if xdg.is_absolute() else Path.home() / ".cache"
     return caches / "multiopt"
 
@@ -180,13 +184,13 @@ def _place() -> Path:
 def _safe(status: os.stat_result) -> bool:
     """Whether only this user can write a file or directory, as far as the system can tell."""
     if not hasattr(os, "geteuid"):
-        return True  # on Windows the directory of the user's caches is private by inheritance
+        return True  # on Windows, the user's directory for caches is private by inheritance
     others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return status.st_uid == os.geteuid() and not others_write
 
 
 def _read(path: Path) -> ObjectCode | None:
-    """What the file holds, or None if it is missing, unsafe, damaged or of other form."""
+    """Read a file; None if it is missing, unsafe, damaged or of another format."""
     try:
         with path.open("rb") as file:
             if not _safe(os.fstat(file.fileno())):
@@ -196,9 +200,9 @@ def _read(path: Path) -> ObjectCode | None:
         return None
     if digest != _digest(path, content):
         return None
-    # From here on it is what _write wrote in this form, under this name.
+    # The content is now known to be what ``_write`` wrote in this format, under this name.
     with suppress(OSError):
-        os.utime(path)  # _clear_out deletes what was not used for longest
+        os.utime(path)  # ``_clear_out`` deletes the files that have not been used for longest
     head, _, joined = content.partition(b"\n")
     header = json.loads(head)
     objects = []
@@ -209,7 +213,7 @@ def _read(path: Path) -> ObjectCode | None:
 
 
 def _write(path: Path, code: ObjectCode) -> None:
-    """Write a file in one step, so that a reader finds all of it or none; no error if it fails."""
+    """Write a file atomically, so that readers find all of it or nothing. Failure is no error."""
     header = {"symbols": code.symbols, "sizes": [len(data) for data in code.objects]}
     content = b"\n".join([json.dumps(header).encode(), b"".join(code.objects)])
     with suppress(OSError):
@@ -220,20 +224,20 @@ def _write(path: Path, code: ObjectCode) -> None:
                 file.write(_digest(path, content) + content)
             unfinished.replace(path)
         finally:
-            # Whatever interrupted the writing; after the replacement there is nothing to delete.
+            # If anything interrupted the writing. After the replacement there is nothing to delete.
             unfinished.unlink(missing_ok=True)
 
 
 def _digest(path: Path, content: bytes) -> bytes:
-    """Binds the content to the name: intact machine code of another kernel is as wrong as any."""
+    """A hash of content and name: intact machine code of another kernel must be refused too."""
     return hashlib.sha256(path.name.encode() + b"\n" + content).digest()
 
 
 def _clear_out(directory: Path) -> None:
-    """Delete what was not used for longest, and what writers that were killed left behind."""
+    """Delete the files unused for longest, and those that killed processes left unfinished."""
     kept: list[tuple[float, Path]] = []
     for path in directory.glob(f"*{SUFFIX}*"):
-        with suppress(OSError):  # another process may delete the same files right now
+        with suppress(OSError):  # another process may be deleting the same files
             used = path.stat().st_mtime
             if path.suffix == SUFFIX:
                 kept.append((used, path))

@@ -1,8 +1,11 @@
-"""Running a kernel: alone and at once, or on several threads.
+"""How kernels are called: once in the calling thread, or in shares on several threads.
 
-A kernel is a compiled function ``int f(int64 *result, void *, int64 arguments)`` that takes the
-address of a block of int64 arguments, touches nothing of Python, and returns 0: the calling
-convention of numba for a function from int64 to int64 that raises nothing.
+A kernel is a compiled function ``int f(int64 *result, void *, int64 arguments)``. It takes the
+address of a block of int64 arguments, touches nothing of Python and returns 0. This is Numba's
+calling convention for a function from int64 to int64 that raises nothing.
+
+The threads are PyTorch's own where they can be used, and otherwise a pool. Each takes one share
+after the other, in compiled code and without the GIL, until none is left.
 """
 
 import ctypes
@@ -19,32 +22,34 @@ from multiopt_kernels.cpu.object_cache import ObjectCode, linked
 
 __all__ = ["Kernel", "thread_count"]
 
-#: How many threads a process may use at most, for whoever cannot reach the argument.
+#: The environment variable that limits the threads of a process, for users who cannot reach the
+#: argument ``threads``.
 VARIABLE = "MULTIOPT_NUM_THREADS"
 
-#: What threads share, in the order in which ``_share`` reads it: the next row that nobody took,
-#: the status of a row that failed, how many rows there are, the kernel, and where the first row
-#: is, how many bytes lie between two, and where the results go.
+#: What threads share, in the order in which ``_share`` reads it: the number of the next argument
+#: block, the status of a kernel that failed, the number of blocks, the address of the kernel, the
+#: address of the first block, the distance of two blocks in bytes, and the address of the results.
 WORK = ("next", "status", "count", "kernel", "first", "stride", "results")
 
-#: Of OpenMP 5.0: all that the library holds is given back, threads included.
+#: The argument of OpenMP 5.0 with which the library releases all its resources, threads included.
 OMP_PAUSE_HARD = 2
 
-#: The process that imported this module, which may use OpenMP. libgomp hangs in a forked child of
-#: a process that used it: the child inherits a list of threads, but no thread.
+#: The process that imported this module. Only this one uses OpenMP, because libgomp hangs in the
+#: forked child of a process that has used it: the child inherits a list of threads, but no threads.
 _FIRST_PROCESS = os.getpid()
 
 
 def thread_count(limit: int | None) -> int:
-    """How many threads large work may use.
+    """Return how many threads large work may use.
 
-    They are as many as PyTorch uses, if it is loaded, else as many as the process may run on.
+    These are as many as PyTorch uses if it is loaded, and otherwise as many as the processors that
+    the process may run on.
 
     Args:
-        limit: At most so many; no limit if None.
+        limit: The largest number of threads; None for no limit.
 
     Returns:
-        At least 1, and at most what the environment variable ``MULTIOPT_NUM_THREADS`` says.
+        A number between 1 and the limit, which ``MULTIOPT_NUM_THREADS`` may lower.
 
     Raises:
         ValueError: The variable is not an integer >= 1.
@@ -64,7 +69,7 @@ def thread_count(limit: int | None) -> int:
     return max(count, 1)
 
 
-#: A place for results that nobody reads.
+#: Memory for results that nobody reads.
 _nobodys = ctypes.c_int64()
 _NOWHERE = ctypes.addressof(_nobodys)
 
@@ -73,58 +78,58 @@ class Kernel:
     """A compiled function that can be called."""
 
     def __init__(self, address: int) -> None:
-        """Make it callable.
+        """Make a compiled function callable.
 
         Args:
-            address: Where it is; the code must stay there.
+            address: The address of its code, which must stay valid.
         """
         self._address = address
-        # PYFUNCTYPE holds the GIL. Letting it go takes no time, but getting it back beside a busy
-        # Python thread takes a switch interval: 5 ms for a kernel of some 30 us.
+        # With PYFUNCTYPE, the call keeps the GIL. Releasing it would take no time, but getting it
+        # back from a busy Python thread takes a switch interval: 5 ms for a kernel of some 30 us.
         kind = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         self._call = kind(address)
 
     def alone(self, arguments: int, result: int = _NOWHERE) -> None:
-        """Run it once, here, holding the GIL: for work of microseconds.
+        """Run the kernel once in this thread, holding the GIL: for work of microseconds.
 
         Args:
             arguments: The address of its argument block, which the caller keeps alive.
-            result: The address where its result goes, an int64; by default nobody reads it.
+            result: The address of an int64 that receives the result; by default nobody reads it.
         """
         if status := self._call(result, None, arguments):
             raise _failure(status)
 
     def shared(self, blocks: np.ndarray, threads: int) -> np.ndarray:
-        """Run it once for each row, on several threads, the GIL let go: for work of milliseconds.
+        """Run the kernel for many argument blocks, on several threads without the GIL.
 
-        A thread that is done with a row takes the next one that nobody took. This returns, or
-        raises, when no thread runs the kernel any more.
+        This is for work of milliseconds. A thread that is done with a block takes the next one that
+        no thread has taken. This returns, or raises, when no thread runs the kernel any more.
 
         Args:
-            blocks: An argument block in each row, contiguous; the rows are independent.
-            threads: At most so many.
+            blocks: The argument blocks, as the rows of a contiguous array; they are independent.
+            threads: The largest number of threads.
 
         Returns:
-            The result of each row.
+            The result for each block.
         """
         return self.shares(blocks, threads).run()
 
     def shares(self, blocks: np.ndarray, threads: int) -> "Shares":
-        """What ``shared`` is to do: all of it that may fail is done."""
+        """Prepare a call of ``shared``: everything that can fail before the kernel runs is done."""
         return Shares(self._address, blocks, threads)
 
 
 class Shares:
-    """Rows for a kernel that wait to be run, once, by some threads.
+    """Argument blocks for which a kernel is to be run once, by some threads.
 
     Args:
         kernel: The address of the kernel.
-        blocks: The blocks that ``Kernel.shared`` takes; they live as long as this object.
-        threads: At most so many.
+        blocks: The argument blocks, as ``Kernel.shared`` takes them. This object keeps them alive.
+        threads: The largest number of threads.
     """
 
     def __init__(self, kernel: int, blocks: np.ndarray, threads: int) -> None:
-        """Make all that running takes."""
+        """Do everything that can fail before the kernel is run."""
         if blocks.dtype != np.int64 or blocks.ndim != 2 or not blocks.flags.c_contiguous:
             raise ValueError(
                 f"blocks are {blocks.dtype} of shape {blocks.shape} and strides {blocks.strides}; "
@@ -140,7 +145,7 @@ class Shares:
         self._parallel = _openmp() if self._threads > 1 else None
 
     def run(self) -> np.ndarray:
-        """Run every row; return the result of each."""
+        """Run the kernel for every block, and return the result for each."""
         if self._threads <= 1:
             self._share(self._work.ctypes.data)
         elif self._parallel is not None:
@@ -153,20 +158,20 @@ class Shares:
 
 
 def _failure(status: int) -> RuntimeError:
-    """A kernel raises nothing, so this is a fault of ours."""
+    """Make an error for the status of a kernel. Kernels raise nothing, so this is a bug of ours."""
     return RuntimeError(f"a compiled kernel returned status {status}; expected 0")
 
 
 def _torch(name: str) -> Any:
-    """An attribute of PyTorch; None if PyTorch is not loaded, or not yet as far as that."""
+    """An attribute of the module torch; None if it is not loaded, or not loaded completely."""
     return getattr(sys.modules.get("torch"), name, None)
 
 
 def _openmp() -> Callable[..., None] | None:
-    """How to run a function on the threads of PyTorch; None if there is no way.
+    """Return a function that runs another on PyTorch's threads; None if there is none.
 
-    PyTorch's OpenMP workers spin for milliseconds after each of its own operations. Threads of
-    ours would get half a processor beside them.
+    PyTorch's OpenMP workers spin for milliseconds after each of its own operations. Other threads
+    would get only half of a processor while they do.
     """
     if _torch("get_num_threads") is None or os.getpid() != _FIRST_PROCESS:
         return None
@@ -175,17 +180,18 @@ def _openmp() -> Callable[..., None] | None:
 
 @cache
 def _gomp_parallel() -> Callable[..., None] | None:
-    """The function behind ``#pragma omp parallel``, of that OpenMP library that PyTorch uses."""
+    """The function behind ``#pragma omp parallel``, from the OpenMP library that PyTorch uses."""
     if sys.platform != "linux":
         return None  # no other system was tried
     try:
-        # The linker looks the names up in what PyTorch was linked with; NOLOAD loads nothing new.
+        # The names are looked up in the libraries that PyTorch is linked with. NOLOAD makes sure
+        # that no other library is loaded.
         library = ctypes.CDLL(_torch("_C").__file__, os.RTLD_NOLOAD)
         parallel, pause = library.GOMP_parallel, library.omp_pause_resource_all
     except (OSError, AttributeError):
         return None
-    # A child that is forked inherits the list of this thread's workers, but no worker, and PyTorch
-    # would wait for them there for good. OpenMP 5.0 lets them go; they come back when needed.
+    # A forked child inherits the list of this thread's workers, but no workers, and PyTorch would
+    # wait for them there forever. So they are released before a fork; they come back when needed.
     os.register_at_fork(before=lambda: pause(OMP_PAUSE_HARD))
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
@@ -193,42 +199,42 @@ def _gomp_parallel() -> Callable[..., None] | None:
 
 
 def _with_helpers(work: np.ndarray, helpers: int) -> None:
-    """Share work between this thread and some of the pool."""
+    """Share work between this thread and some threads of the pool."""
     pool = _pool(os.getpid())
     try:
         started = [pool.submit(_help, work) for _ in range(helpers)]
         _help(work)
         for helper in started:
-            # A thread that has not begun by now would find nothing to do.
+            # A thread that has not begun by now would find nothing left to do.
             if not helper.cancel():
                 helper.result()
     except BaseException as error:
-        # Ctrl-C may end the step, but not before all threads let go of the memory they write.
+        # Ctrl-C may end the step, but only when no thread writes to its memory any more.
         _pool.cache_clear()
         pool.shutdown()
-        # What was begun is ended. The process ends, or may not have more threads or memory: then
-        # this one does the rest.
+        # Work that was begun is completed by this thread. A RuntimeError or MemoryError means that
+        # the process is ending, or cannot have more threads or memory, and is no error of the step.
         _share()(work.ctypes.data)
         if not isinstance(error, RuntimeError | MemoryError):
             raise
 
 
 def _help(work: np.ndarray) -> None:
-    """Take rows until none is left."""
+    """Take argument blocks until none is left."""
     _share()(work.ctypes.data)
 
 
 @lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
-    """The threads of a process: a forked child has none of its parent's. They start when needed."""
+    """The pool of a process. Its threads start when needed; a forked child needs its own."""
     return ThreadPoolExecutor(os.cpu_count(), "multiopt")
 
 
 @cache
 def _share() -> Callable[[int], None]:
-    """A compiled function that takes rows of some work until none is left.
+    """Compile the function with which a thread takes argument blocks until none is left.
 
-    With no Python between the rows, no thread waits for the GIL there. In C::
+    There is no Python between two blocks, so no thread waits for the GIL there. In C::
 
         void share(int64 *work) {
             while ((row = atomic_add(&work->next, 1)) < work->count) {
