@@ -1,6 +1,6 @@
 """Chunks: memory in which the slots of small parameters lie side by side.
 
-A chunk has one array for each slot of the rule. Parameters that are added together get adjacent
+A chunk has one array for each slot. Parameters that are added together get adjacent
 parts of these arrays, so the slots of many parameters can be updated or read as one array. A chunk
 is freed when its last parameter is removed. The memory of a removed parameter is never given to
 another one, so a view of a slot always shows that slot.

@@ -1,8 +1,8 @@
 """What the engines need to know about the coefficients of a rule.
 
-An engine is made for a rule once. It depends on whether the coefficients have a trace, so that a
-kernel can compute them, and on which of them are switches. A switch that has the same value at
-every step is resolved when the update is traced; one that may change becomes a choice in the trace.
+An engine depends on whether the coefficients have a trace, so that a kernel can compute them, and
+on which of them are switches. A switch that has the same value at every step is resolved when the
+update is traced; one that may change becomes a choice in the trace.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,10 @@
-"""Groups whose slots are in the host's memory: what all engines of the CPU have in common.
+"""Groups whose slots are in the host's memory: what compiled kernels and blocks have in common.
 
-Two things are done here. Slots are kept in chunks, so that those of small parameters lie side by
-side. And an array that an engine cannot use as it is, because it has gaps, say, or belongs to a
-library without addressable memory, is replaced by a copy for the duration of a step: a loan. So
-engines only ever see contiguous memory in the dtype they expect. They are subclasses that find
-arrays (``look``), update them (``_prepare``, ``_run``) and leave the rest to this class.
+``HostGroup`` does two things for them. It keeps slots in chunks, so that the slots of small
+parameters lie side by side. And it replaces an array that an engine cannot use as it is, such as
+one with gaps or one of a library without addressable memory, by a copy for one step: a loan. So the
+engines only see contiguous memory in the dtype that they expect. Each engine is a subclass that
+finds arrays (``look``) and updates them (``_prepare``, ``_run``).
 """
 
 from abc import abstractmethod

@@ -1,4 +1,4 @@
-"""Traces: what a rule computes, as a list of operations that every engine can print or run.
+"""Traces: what a rule computes, as a list of operations that an engine can print or run.
 
 A rule's update is an ordinary Python function, ``update(xp, param, grad, slots, c)``. It is called
 with stand-ins for the arrays and coefficients, and the stand-ins record every operation on them.

@@ -315,7 +315,7 @@ class CompiledGroup(HostGroup):
     # Updating
 
     def _is_large(self, rows: np.ndarray) -> bool:
-        """Whether some rows have so many elements that threads are worth their cost."""
+        """Whether rows have so many elements together that threads are worth their cost."""
         return bool(self.size[rows].sum() > MANY)
 
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:

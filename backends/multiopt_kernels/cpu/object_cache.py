@@ -1,6 +1,6 @@
 """The cache of machine code on disk, which saves later processes the seconds of compiling.
 
-The name of a file has a hash of everything that its machine code depends on. If any of that
+The name of a file contains a hash of everything that its machine code depends on. If any of that
 changes, the name is another one, so no file is ever out of date and none has to be invalidated.
 What is read from a file is executed; ``cached`` says which files are trusted.
 """

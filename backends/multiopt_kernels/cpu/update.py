@@ -1,6 +1,6 @@
 """The kernel that updates parameters: the update of a rule, in loops over rows and elements.
 
-There is no rule's mathematics in this file. The update and the coefficients are printed from their
+This file contains no rule's mathematics. The update and the coefficients are printed from their
 traces; this file adds loops, addresses and clipping. Element by element, a kernel does what the
 trace says, in its order and in the compute dtype, so its results are those of the rule itself.
 """
