@@ -150,7 +150,7 @@ class Averaged(Rule):
 
     def scalars(self, h: Any, step: Any) -> dict[str, Any]:  # type: ignore[override]
         """Compute both sets of coefficients, under dotted names."""
-        # A rule without hyperparameters has no attribute in ``h``. The average counts its own steps.
+        # A rule without hyperparameters is not in ``h``. The average counts its own steps.
         found = {
             "rule": self.rule.scalars(getattr(h, "rule", None), step),
             "average": self.average.scalars(h.average, step - h.since),
