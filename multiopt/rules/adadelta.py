@@ -40,7 +40,7 @@ class Adadelta(Rule):
         maximize: Ascend instead of descending.
         decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    ``lr``, ``rho``, ``eps`` and ``weight_decay`` may be a schedule ``step -> number``.
+    ``lr``, ``rho``, ``eps`` and ``weight_decay`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

@@ -78,7 +78,7 @@ class Adafactor(Rule):
         weight_decay: Decay, >= 0: a step multiplies the parameter by ``1 - lr * weight_decay``.
         maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``beta2_decay``, ``d``, ``weight_decay`` and either of ``eps`` may be a schedule
+    ``lr``, ``beta2_decay``, ``d``, ``weight_decay`` and either of ``eps`` may be schedules
     ``step -> number``.
 
     For arrays of two or more dimensions the second moment is factored along the last two; for

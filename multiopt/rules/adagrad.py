@@ -43,8 +43,8 @@ class Adagrad(Rule):
         decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty,
             with the decayed learning rate of the step.
 
-    ``lr``, ``lr_decay``, ``weight_decay``, ``initial_accumulator_value`` and ``eps`` may be a
-    schedule ``step -> number``. Only the first number of ``initial_accumulator_value`` counts.
+    ``lr``, ``lr_decay``, ``weight_decay``, ``initial_accumulator_value`` and ``eps`` may be
+    schedules ``step -> number``. Only the first number of ``initial_accumulator_value`` counts.
 
     Raises:
         ValueError: A value is out of range.

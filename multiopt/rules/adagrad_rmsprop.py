@@ -39,7 +39,7 @@ class AdagradRMSProp(Rule):
             all array libraries, but not necessarily on all machines.
         t: Weight of the new squared gradient in the average, from 0 to 1.
 
-    All three may be a schedule ``step -> number``.
+    All three may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

@@ -114,7 +114,7 @@ class Adam(Rule):
         maximize: Ascend instead of descending.
         decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

@@ -30,7 +30,7 @@ class AdamW(Adam):
             of the raw moments; ``"corrected"`` is the maximum of the bias-corrected moments.
         maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

@@ -41,7 +41,7 @@ class ASGD(Rule):
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
         maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``lambd``, ``alpha``, ``t0`` and ``weight_decay`` may be a schedule ``step -> number``.
+    ``lr``, ``lambd``, ``alpha``, ``t0`` and ``weight_decay`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

@@ -53,8 +53,8 @@ class ClippedAdam(Rule):
         centered_variance: Average the squared deviation from ``exp_avg`` instead of the square of
             the gradient.
 
-    ``lr``, ``eps``, ``weight_decay``, ``clip_norm``, ``lrd`` and either of ``betas`` may be a
-    schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay``, ``clip_norm``, ``lrd`` and either of ``betas`` may be
+    schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

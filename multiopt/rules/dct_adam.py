@@ -65,7 +65,7 @@ class DCTAdam(Rule):
         dct_dim: The dimension of time, counted as NumPy counts axes. With None the rule is
             ClippedAdam without weight decay.
 
-    ``lr``, ``eps``, ``clip_norm``, ``lrd`` and either of ``betas`` may be a schedule
+    ``lr``, ``eps``, ``clip_norm``, ``lrd`` and either of ``betas`` may be schedules
     ``step -> number``.
 
     Raises:

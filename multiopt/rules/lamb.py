@@ -50,7 +50,7 @@ class LAMB(Rule):
             length is computed.
         maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Each parameter is a layer in the sense of the paper and has one length. If its length or the
     length of the direction is zero, the direction is not scaled.

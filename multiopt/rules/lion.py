@@ -39,7 +39,7 @@ class Lion(Rule):
         weight_decay: Decoupled decay, >= 0: a step subtracts ``lr * weight_decay * param``.
         maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

@@ -83,8 +83,8 @@ class Muon(Rule):
             ``sqrt(max(1, m / n))`` for None or ``"original"``, and ``0.2 * sqrt(max(m, n))`` for
             ``"match_rms_adamw"``, so that values of ``lr`` and ``weight_decay`` for AdamW fit.
 
-    ``lr``, ``weight_decay``, ``momentum``, ``eps`` and each of ``ns_coefficients`` may be a
-    schedule ``step -> number``.
+    ``lr``, ``weight_decay``, ``momentum``, ``eps`` and each of ``ns_coefficients`` may be
+    schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

@@ -75,7 +75,7 @@ class NAdam(Rule):
         decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
         maximize: Ascend instead of descending.
 
-    ``lr``, ``eps``, ``weight_decay``, ``momentum_decay`` and either of ``betas`` may be a schedule
+    ``lr``, ``eps``, ``weight_decay``, ``momentum_decay`` and either of ``betas`` may be schedules
     ``step -> number``.
 
     Raises:

@@ -68,7 +68,7 @@ class RAdam(Rule):
         decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
         maximize: Ascend instead of descending.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

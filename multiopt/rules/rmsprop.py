@@ -83,7 +83,7 @@ class RMSprop(Rule):
         maximize: Ascend instead of descending.
         decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    ``lr``, ``alpha``, ``eps``, ``weight_decay`` and ``momentum`` may be a schedule
+    ``lr``, ``alpha``, ``eps``, ``weight_decay`` and ``momentum`` may be schedules
     ``step -> number``.
 
     Raises:

@@ -51,7 +51,7 @@ class Rprop(Rule):
         step_sizes: The smallest and the largest step size, each >= 0; infinity is allowed.
         maximize: Ascend instead of descending.
 
-    ``lr`` and either of ``etas`` and ``step_sizes`` may be a schedule ``step -> number``.
+    ``lr`` and either of ``etas`` and ``step_sizes`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.

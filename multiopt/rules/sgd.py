@@ -48,7 +48,7 @@ class SGD(Rule):
         maximize: Ascend instead of descending.
         decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    ``lr``, ``momentum``, ``dampening`` and ``weight_decay`` may be a schedule ``step -> number``.
+    ``lr``, ``momentum``, ``dampening`` and ``weight_decay`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
