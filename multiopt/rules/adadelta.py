@@ -25,7 +25,7 @@ def adadelta(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 @dataclass(frozen=True)
 class Adadelta(Rule):
-    """Adadelta: steps as long as those before were, on average, whatever the gradient's unit.
+    """Adadelta: steps as long as earlier steps on average, whatever the unit of the gradient.
 
     Source: Zeiler, "ADADELTA: An Adaptive Learning Rate Method" (2012, arXiv:1212.5701),
     Algorithm 1, with a learning rate of 1. Names and defaults are those of

@@ -60,7 +60,7 @@ def wide(xp: Any, x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Adafactor(Rule):
-    """Adafactor: a second moment kept as means of rows and columns, steps relative to the size.
+    """Adafactor: second moments kept as row and column means, and steps relative to the parameter.
 
     Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (ICML
     2018, arXiv:1804.04235), Algorithms 4 and 5, in torch's form: ``lr`` bounds the relative step

@@ -38,7 +38,7 @@ class ClippedAdam(Rule):
     """Pyro's Adam with clipping by value and a learning rate that decays at each step.
 
     Source: ``pyro.optim.clipped_adam.ClippedAdam`` (Pyro 1.9): Kingma & Ba (arXiv:1412.6980),
-    section 2, the form with ``eps`` beside the root of the uncorrected second moment. Names and
+    section 2, the form that adds ``eps`` to the root of the uncorrected second moment. Names and
     defaults are Pyro's.
 
     Args:

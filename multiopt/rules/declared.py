@@ -144,7 +144,7 @@ class Declared:
     beside: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
-        """Collect the declarations of the fields, those of the parent class first."""
+        """Collect the declarations of the fields; the parent class's come first."""
         super().__init_subclass__()
         declared = {name: x.metadata for name, x in vars(cls).items() if isinstance(x, Field)}
         for kind in ("ranges", "integers", "choices"):

@@ -36,7 +36,7 @@ def lamb(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 @dataclass(frozen=True)
 class LAMB(Rule):
-    """LAMB: Adam's direction, for each parameter as long as the parameter itself, times ``lr``.
+    """LAMB: Adam's direction, scaled to ``lr`` times the length of the parameter.
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes"
     (ICLR 2020, arXiv:1904.00962), Algorithm 2, with the identity for ``phi``. Names are those of

@@ -62,7 +62,7 @@ def step_size(shape: tuple[int, int], c: Any) -> float:
 
 @dataclass(frozen=True)
 class Muon(Rule):
-    """Muon: steps along the momentum, its singular values all made about equal; for matrices.
+    """Muon: steps along the momentum of a matrix, with all singular values made roughly equal.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024,
     https://kellerjordan.github.io/posts/muon/), in torch's form. Names and defaults are those of

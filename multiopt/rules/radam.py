@@ -53,11 +53,11 @@ def _doubled(mean: Any, mass: Any, block: Any) -> Any:
 
 @dataclass(frozen=True)
 class RAdam(Rule):
-    """RAdam: Adam whose first steps are those of momentum, and later ones shorter at first.
+    """RAdam: Adam that starts with momentum alone, and then rectifies the length of its steps.
 
     Source: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (ICLR 2020,
     arXiv:1908.03265), Algorithm 2, in torch's form: the second moment is used where the length
-    ``rho`` of the average is above 5, and ``eps`` stands beside the root of the uncorrected one.
+    ``rho`` of its average is above 5, and ``eps`` is added to the root of the uncorrected moment.
     Names and defaults are those of ``torch.optim.RAdam``.
 
     Args:

@@ -66,7 +66,7 @@ def variance(xp: Any, square_avg: Any, grad_avg: Any) -> Any:
 
 @dataclass(frozen=True)
 class RMSprop(Rule):
-    """RMSprop: the gradient over the root of a running average of its square.
+    """RMSprop: the gradient divided by the root of a running average of its square.
 
     Source: Tieleman & Hinton, "Lecture 6.5 - rmsprop" (Coursera, Neural Networks for Machine
     Learning, 2012); centered: Graves, "Generating Sequences With Recurrent Neural Networks"

@@ -34,7 +34,7 @@ def rprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rprop(Rule):
-    """Rprop: each element has its own step size; of the gradient only the sign counts.
+    """Rprop: each element has its own step size; only the sign of the gradient matters.
 
     The step size grows while the gradient keeps its sign, and shrinks when the sign changes; the
     element then does not move for one step. The rule is meant for full-batch gradients, because

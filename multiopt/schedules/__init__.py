@@ -4,9 +4,9 @@ A schedule is a callable ``step -> number``, and any callable will do. The sched
 can also be pickled, compared, printed as the call that creates them, and described in saved state.
 
 **A schedule is called with the number of the step about to be taken, counted from 1**: step ``t``
-uses its value for ``t``. optax and torch count from 0, so ``t`` is their ``t - 1``. The steps are
-those of the parameter, so a parameter that appears late starts its schedule at the beginning;
-``Shared`` counts the steps of the optimizer instead.
+uses its value for ``t``. optax and torch count from 0, so ``t`` is their ``t - 1``. The number is
+the parameter's own clock plus one, so a parameter that appears late starts its schedule at the
+beginning; ``Shared`` counts the steps of the optimizer instead.
 
 Values are computed in float64 with the powers and cosines of the host. They are equal on all
 backends of one machine, but between machines the last bit may differ.

@@ -18,7 +18,7 @@ from multiopt.schedules.plateau import Plateau, has_observed, is_observed
 
 __all__ = ["described", "left_behind", "observers", "plain", "separated"]
 
-#: How deep the description of a schedule may be nested. For that of a rule, files allow 64 levels.
+#: How deep the description of a schedule may be nested. Files allow a rule 64 levels.
 DEEPEST = 56
 
 

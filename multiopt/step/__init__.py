@@ -4,8 +4,8 @@
 Everything that can fail comes before the first write, so a step is all or nothing. ``run.Step``
 takes all parts through these stages:
 
-    look      each engine finds its arrays; those that it cannot use as they are, Python examines,
-              and lends it copies or raises an error (``checks``)
+    look      each engine finds its arrays; Python examines the arrays that it cannot use as they
+              are, and lends it copies or raises an error (``checks``)
     check     no two parameters share memory, and gradients are finite if they have to be
     clip      norms are measured, and the factors of gradients computed from them (``clip``)
     prepare   everything else that can fail

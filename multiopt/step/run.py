@@ -241,7 +241,7 @@ class Step:
         self._lend([(a, b, self._members[place][1]) for a, b, place in everything], copy=True)
 
     def _check_empty(self) -> None:
-        """Refuse one empty array under two names, which spans cannot show because it has no memory."""
+        """Refuse one empty array under two names. Spans cannot show it: it has no memory."""
         count = len(self.names)
         starts, ends = self._arrays.spans[:, :count]
         if np.count_nonzero(ends > starts) == count:
