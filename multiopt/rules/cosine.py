@@ -38,7 +38,7 @@ def dct(xp: Any, x: Any) -> Any:
 
 
 def idct(xp: Any, x: Any) -> Any:
-    """The inverse of ``dct``: the same parts in reverse order, since each is its own inverse.
+    """The inverse of ``dct``, in reverse order; both transforms are their own inverses.
 
     >>> idct(np, np.array([2.0, 0.0, 0.0, 0.0])).round(4).tolist()
     [1.0, 1.0, 1.0, 1.0]

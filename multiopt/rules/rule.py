@@ -3,7 +3,7 @@
 A rule is a frozen dataclass with three parts. Its fields declare the hyperparameters; ``scalars``
 computes the coefficients of one step from them, on the host and in float64; ``update`` is a pure
 function of arrays, and the only place where the formula is written down. All engines run that one
-function. A rule of your own is written like the rules of multiopt:
+function, or code that is made from it. A rule of your own is written like the rules of multiopt:
 
 >>> import multiopt as mo
 >>> from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, number

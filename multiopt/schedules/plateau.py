@@ -60,7 +60,7 @@ class Plateau(Schedule):
       average. In torch a loss of minus infinity remains the best forever.
     * With ``"rel"`` the improvement is a share of the absolute value of the best loss, so a loss
       below zero must improve as well. In torch it need not, and there is never a cut.
-    * No cut is too small to be made; torch's ``eps`` does not exist.
+    * No cut is too small to be made; there is no counterpart of torch's ``eps``.
 
     Args:
         initial: The first value, >= 0.

@@ -1,7 +1,7 @@
 """Checks of what a step is given: names, parameters and gradients.
 
-They run before anything is changed. Each message names the parameter, what was expected, what came
-instead, and the remedy.
+They run before anything is changed. Messages name the parameter, what was expected, what came
+instead and, where there is one, the remedy.
 """
 
 from collections.abc import Mapping, Sequence
