@@ -1,4 +1,9 @@
-"""The mathematics: one rule a file, each a frozen dataclass with a pure Array API update."""
+"""The mathematics: one file per rule, and what rules share.
+
+Each rule is a frozen dataclass of hyperparameters with a pure update, written against the Array API
+(``rule``). Declarations of fields are in ``declared``, exact arithmetic in ``arithmetic``, weight
+decay in ``decay``, and averages of parameters in ``average``.
+"""
 
 from multiopt.rules.adabelief import AdaBelief
 from multiopt.rules.adadelta import Adadelta

@@ -1,4 +1,8 @@
-"""AdaBelief: ``spec/rules/adabelief.md``."""
+"""AdaBelief: Adam that divides by how much the gradient deviates from its average.
+
+Where gradients agree with their average, steps are longer than Adam's. ``spec/rules/adabelief.md``
+gives the formula in the order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +15,7 @@ __all__ = ["AdaBelief"]
 
 
 def adabelief(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Zhuang et al., Algorithm 2."""
+    """AdaBelief: Zhuang et al., Algorithm 2."""
     exp_avg, exp_avg_var = slots
     grad = penalized(param, descending(grad, c), c)
     exp_avg = first_moment(exp_avg, grad, c)
@@ -24,18 +28,19 @@ class AdaBelief(Rule):
     """AdaBelief: Adam with the squared deviation from the average in place of the square.
 
     Source: Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed
-    Gradients" (NeurIPS 2020, arXiv:2010.07468), Algorithm 2. As there, ``eps`` stands in two
-    places: each step adds it to the average of the squares, and it stands beside the root.
+    Gradients" (NeurIPS 2020, arXiv:2010.07468), Algorithm 2. As there, ``eps`` is
+    added in two places: at each step to the average of the squares, and to the root.
 
     Args:
         lr: Learning rate, >= 0.
-        betas: How much of the two averages stays at a step, each >= 0 and < 1.
-        eps: Added to ``exp_avg_var`` at each step, and to the root of the corrected one, >= 0.
+        betas: Decay rates of the averages of the gradient and of its squared deviation, each >= 0
+            and < 1.
+        eps: Added to ``exp_avg_var`` at each step, and to its root after the bias correction, >= 0.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
-        maximize: Ascend instead.
+        decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
+        maximize: Ascend instead of descending.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -60,5 +65,5 @@ class AdaBelief(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return adam_scalars(h, step, h.decoupled_weight_decay)

@@ -1,4 +1,8 @@
-"""Adadelta: ``spec/rules/adadelta.md``."""
+"""Adadelta: two averages, of squared gradients and of squared steps, set the length of a step.
+
+The ratio of their roots has the unit of a step over a gradient, so no learning rate is needed.
+``spec/rules/adadelta.md`` gives the formula in the order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +15,7 @@ __all__ = ["Adadelta"]
 
 
 def adadelta(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Zeiler, Algorithm 1."""
+    """Adadelta: Zeiler, Algorithm 1."""
     square_avg, acc_delta = slots
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
@@ -21,21 +25,22 @@ def adadelta(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 @dataclass(frozen=True)
 class Adadelta(Rule):
-    """Adadelta: steps as long as those before were, on average, whatever the gradient's unit.
+    """Adadelta: steps as long as earlier steps on average, whatever the unit of the gradient.
 
     Source: Zeiler, "ADADELTA: An Adaptive Learning Rate Method" (2012, arXiv:1212.5701),
     Algorithm 1, with a learning rate of 1. Names and defaults are those of
     ``torch.optim.Adadelta``.
 
     Args:
-        lr: Factor of every change, >= 0; the paper's is 1.
-        rho: How much of the two averages stays at a step, from 0 to 1.
-        eps: Added to both averages inside their roots, >= 0; it also sets the first steps' length.
+        lr: Factor of every step, >= 0; 1 in the paper.
+        rho: Decay rate of both averages, from 0 to 1.
+        eps: Added to both averages inside their roots, >= 0. It also sets the length of the first
+            steps.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        maximize: Ascend instead.
-        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
+        maximize: Ascend instead of descending.
+        decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    Each of the first four may be a schedule ``step -> number``.
+    ``lr``, ``rho``, ``eps`` and ``weight_decay`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -60,7 +65,7 @@ class Adadelta(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return dict(
             lr=h.lr,
             beta2=h.rho,

@@ -1,4 +1,8 @@
-"""Adafactor: ``spec/rules/adafactor.md``."""
+"""Adafactor: the second moment of a matrix is kept as the means of its rows and of its columns.
+
+Sums are taken in float64. The rule is not elementwise. ``spec/rules/adafactor.md`` gives the
+formulas in the order in which they are computed.
+"""
 
 from dataclasses import dataclass
 from math import ulp
@@ -15,7 +19,7 @@ __all__ = ["Adafactor"]
 
 
 def adafactor(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Shazeer & Stern, Algorithms 4 and 5, in torch's form."""
+    """Adafactor: Shazeer & Stern, Algorithms 4 and 5, in torch's form."""
     grad = descending(grad, c)
     eps1 = float(xp.finfo(param.dtype).eps) if c.takes_machine_eps else c.eps1
     if param.ndim < 2:
@@ -31,7 +35,7 @@ def adafactor(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 
 def factored_second_moment(xp: Any, slots: Any, grad: Any, c: Any) -> Any:
-    """The exponential averages of the mean squares of the rows and of the columns."""
+    """Update the exponential averages of the mean squares of the rows and of the columns."""
     squares = wide(xp, grad)
     squares = squares * squares
     rows = xp.expand_dims(means(xp, squares), axis=-1)
@@ -43,20 +47,20 @@ def factored_second_moment(xp: Any, slots: Any, grad: Any, c: Any) -> Any:
 
 
 def product(xp: Any, row_var: Any, col_var: Any, eps1: Any) -> Any:
-    """The second moment that has these means of rows and columns, and rank one."""
+    """The second moment of rank one with these means of rows and columns."""
     total = means(xp, xp.matrix_transpose(wide(xp, row_var)))
     total = xp.asarray(xp.expand_dims(total, axis=-1), dtype=row_var.dtype)
     return row_var / maximum(xp, total, eps1) * col_var
 
 
 def wide(xp: Any, x: Any) -> Any:
-    """An array in float64, in which sums are taken."""
+    """Convert an array to float64, in which sums are taken."""
     return xp.asarray(x, dtype=xp.float64)
 
 
 @dataclass(frozen=True)
 class Adafactor(Rule):
-    """Adafactor: a second moment kept as means of rows and columns, steps relative to the size.
+    """Adafactor: second moments kept as row and column means, and steps relative to the parameter.
 
     Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (ICML
     2018, arXiv:1804.04235), Algorithms 4 and 5, in torch's form: ``lr`` bounds the relative step
@@ -64,18 +68,21 @@ class Adafactor(Rule):
     ``torch.optim.Adafactor``.
 
     Args:
-        lr: Largest relative step, >= 0: step ``t`` takes ``min(lr, 1 / sqrt(t))``.
-        beta2_decay: The average of squares keeps ``1 - t ** beta2_decay`` at step ``t``; <= 0.
-        eps: Lower bounds, each >= 0: of the root of the second moment, where None is the machine
-            epsilon of the dtype of the computation, and of the parameter's root mean square.
-        d: Bound of the root mean square of a direction, >= 1; infinity for none.
+        lr: Largest relative step, >= 0: step ``t`` uses ``min(lr, 1 / sqrt(t))``.
+        beta2_decay: Sets the decay rate of the averages of squares, which is
+            ``1 - t ** beta2_decay`` at step ``t``; <= 0.
+        eps: Two lower bounds, each >= 0. The first is for the root of the second moment; None
+            stands for the machine epsilon of the compute dtype. The second is for the root mean
+            square of the parameter.
+        d: Upper bound of the root mean square of a direction, >= 1; infinity for none.
         weight_decay: Decay, >= 0: a step multiplies the parameter by ``1 - lr * weight_decay``.
-        maximize: Ascend instead; the decay still shrinks.
+        maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``beta2_decay``, ``d``, ``weight_decay`` and either of ``eps`` may be a schedule
+    ``lr``, ``beta2_decay``, ``d``, ``weight_decay`` and either of ``eps`` may be schedules
     ``step -> number``.
 
-    Arrays of two or more dimensions are factored along the last two; others keep the whole moment.
+    For arrays of two or more dimensions the second moment is factored along the last two; for
+    others it is kept whole.
 
     Raises:
         ValueError: A value is out of range.
@@ -102,7 +109,7 @@ class Adafactor(Rule):
     maximize: bool = switch()
 
     elementwise: ClassVar[bool] = False
-    #: The first two of a matrix, the third of a vector.
+    #: Parameters of two or more dimensions have the first two, all others have the third.
     slots: ClassVar = ("row_var", "col_var", "variance")
     update: ClassVar = staticmethod(adafactor)
 
@@ -113,7 +120,7 @@ class Adafactor(Rule):
             self._refuse("eps[1]", "a number >= 0", None)
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Those of torch: a mean over the last axis, and one over the last but one."""
+        """Torch's shapes: a mean over the last axis, and a mean over the second to last."""
         if len(shape) < 2:
             return {"variance": shape}
         *stack, rows, columns = shape
@@ -121,7 +128,7 @@ class Adafactor(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         eps1, eps2 = h.eps
         slow = 1.0 / np.sqrt(step)
         one_minus_beta2 = step**h.beta2_decay

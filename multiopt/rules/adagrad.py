@@ -1,4 +1,8 @@
-"""Adagrad: ``spec/rules/adagrad.md``."""
+"""Adagrad: elements whose gradients have been large so far take shorter steps.
+
+The rule keeps the sum of all squared gradients, which never shrinks. ``spec/rules/adagrad.md``
+gives the formula in the order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +17,7 @@ __all__ = ["Adagrad"]
 
 
 def adagrad(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Duchi, Hazan & Singer, the diagonal matrix."""
+    """Adagrad: Duchi, Hazan & Singer, with diagonal matrices."""
     (total,) = slots
     grad = penalized(param, descending(grad, c), c)
     total = total + c.start + grad * grad
@@ -33,14 +37,14 @@ class Adagrad(Rule):
         lr_decay: Decay of the learning rate, >= 0: step ``t`` uses
             ``lr / (1 + (t - 1) * lr_decay)``.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        initial_accumulator_value: What the sum of squares starts from, >= 0.
+        initial_accumulator_value: The first value of the sum of squares, >= 0.
         eps: Added to the root of the sum, >= 0.
-        maximize: Ascend instead.
-        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead, with the
-            learning rate of the step.
+        maximize: Ascend instead of descending.
+        decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty,
+            with the decayed learning rate of the step.
 
-    Each of the first five may be a schedule ``step -> number``; of
-    ``initial_accumulator_value`` only the first number counts.
+    ``lr``, ``lr_decay``, ``weight_decay``, ``initial_accumulator_value`` and ``eps`` may be
+    schedules ``step -> number``. Only the first number of ``initial_accumulator_value`` counts.
 
     Raises:
         ValueError: A value is out of range.
@@ -67,7 +71,7 @@ class Adagrad(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         rate = h.lr / (1.0 + (step - 1) * h.lr_decay)
         return dict(
             start=np.where(step == 1, h.initial_accumulator_value, 0.0),

@@ -1,4 +1,9 @@
-"""Pyro's AdagradRMSProp: ``spec/rules/adagrad_rmsprop.md``."""
+"""Pyro's AdagradRMSProp, the step sizes of automatic differentiation variational inference.
+
+Step sizes decay over time as Adagrad's do, and adapt to an average of squared gradients as
+RMSProp's do. ``spec/rules/adagrad_rmsprop.md`` gives the formula in the order in which it is
+computed.
+"""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +18,7 @@ __all__ = ["AdagradRMSProp"]
 
 
 def adagrad_rmsprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Kucukelbir et al., equations 10 and 11."""
+    """AdagradRMSProp: Kucukelbir et al., equations 10 and 11."""
     (average,) = slots
     average = second_moment(average, grad, c)
     return descend(xp, param, grad, average, c), (average,)
@@ -30,11 +35,11 @@ class AdagradRMSProp(Rule):
     Args:
         eta: Scale of the step size, >= 0.
         delta: Added to the exponent of the decay, >= -1 and < 1: step ``i`` has the factor
-            ``i ** (delta - 1/2)``. It is computed by the C library of the host: the same for all
-            array libraries, but not on every machine.
-        t: Share of the new squared gradient in the average, from 0 to 1.
+            ``i ** (delta - 1/2)``. The C library of the host computes it, so it is the same for
+            all array libraries, but not necessarily on all machines.
+        t: Weight of the new squared gradient in the average, from 0 to 1.
 
-    Each may be a schedule ``step -> number``.
+    All three may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -57,9 +62,9 @@ class AdagradRMSProp(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return dict(
-            # The first average is the first square itself.
+            # The first average is the first squared gradient.
             beta2=np.where(step == 1, 0.0, 1.0 - h.t),
             one_minus_beta2=np.where(step == 1, 1.0, h.t),
             step_size=h.eta * _power(step, h.delta - 0.5),
@@ -69,5 +74,5 @@ class AdagradRMSProp(Rule):
 
 
 def _power(base: Any, exponent: Any) -> Any:
-    """``base ** exponent`` of the host; number by number, for NumPy's for arrays is another."""
+    """``base ** exponent`` with the host's ``pow`` for each number; NumPy's for arrays differs."""
     return np.vectorize(math.pow, [float])(base, exponent)

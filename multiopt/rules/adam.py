@@ -1,4 +1,9 @@
-"""Adam, with AMSGrad: ``spec/rules/adam.md``."""
+"""Adam and AMSGrad, and the two moments that many other rules share with Adam.
+
+The first moment is an exponential average of the gradient, the second of its square. Both start at
+zero, and the coefficients of a step correct that bias. ``spec/rules/adam.md`` gives the formulas in
+the order in which they are computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +27,7 @@ __all__ = ["Adam", "adam_scalars", "descend", "first_moment", "moments", "second
 
 
 def adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Kingma & Ba, Algorithm 1."""
+    """Adam: Kingma & Ba, Algorithm 1."""
     exp_avg, exp_avg_sq = slots
     grad = penalized(param, descending(grad, c), c)
     exp_avg = first_moment(exp_avg, grad, c)
@@ -31,7 +36,7 @@ def adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 
 def amsgrad(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """AMSGrad as torch has it: the largest raw second moment, its bias corrected afterwards."""
+    """AMSGrad in torch's form: the maximum of the raw second moment, then its bias correction."""
     exp_avg, exp_avg_sq, largest = slots
     grad = penalized(param, descending(grad, c), c)
     exp_avg = first_moment(exp_avg, grad, c)
@@ -41,7 +46,7 @@ def amsgrad(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 
 def amsgrad_corrected(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """AMSGrad of the corrected second moment, so that the denominator never shrinks."""
+    """AMSGrad with the maximum of the corrected second moment; the denominator never shrinks."""
     exp_avg, exp_avg_sq, largest = slots
     grad = penalized(param, descending(grad, c), c)
     exp_avg = first_moment(exp_avg, grad, c)
@@ -64,19 +69,19 @@ def first_moment(exp_avg: Any, grad: Any, c: Any) -> Any:
 def second_moment(exp_avg_sq: Any, grad: Any, c: Any) -> Any:
     """The exponential average of the squared gradient.
 
-    ``(1 - beta2) * grad`` comes first, as in torch: float32 then holds up to 5.8e20 instead of
-    1.8e19 before the square is infinite.
+    ``(1 - beta2) * grad`` is computed first, as in torch. For a ``beta2`` of 0.999, a float32
+    gradient may then be as large as 5.8e20, instead of 1.8e19, before the product overflows.
     """
     return c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad
 
 
 def descend(xp: Any, param: Any, exp_avg: Any, exp_avg_sq: Any, c: Any) -> Any:
-    """Descend along the first moment over the root of the second."""
+    """Descend along the first moment, divided by the root of the second."""
     return param - c.step_size * exp_avg / (c.root_scale * xp.sqrt(exp_avg_sq) + c.eps)
 
 
 def adam_scalars(h: Any, step: Any, decoupled: bool) -> dict[str, Any]:
-    """The numbers of a step of Adam, AdamW or AdaBelief."""
+    """Compute the coefficients of a step of Adam, AdamW or AdaBelief."""
     beta1, beta2 = h.betas
     correction2 = one_minus_power(beta2, step)
     return dict(
@@ -100,16 +105,16 @@ class Adam(Rule):
 
     Args:
         lr: Learning rate, >= 0.
-        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        betas: Decay rates of the averages of the gradient and of its square, each >= 0 and < 1.
         eps: Added to the root of the corrected second moment, >= 0.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        amsgrad: Divide by the largest second moment so far. ``True`` is torch's: the largest raw
-            moment, its bias corrected afterwards, which can shrink. ``"corrected"`` is the largest
-            corrected moment, which cannot.
-        maximize: Ascend instead.
-        decoupled_weight_decay: The decay shrinks the parameter, instead: ``AdamW``.
+        amsgrad: Divide by the largest second moment so far. ``True`` is torch's form: the maximum
+            of the raw moments is corrected for its bias afterwards, so the result can shrink.
+            ``"corrected"`` is the maximum of the corrected moments, which cannot shrink.
+        maximize: Ascend instead of descending.
+        decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -134,8 +139,8 @@ class Adam(Rule):
     def slots(self) -> tuple[str, ...]:
         """``exp_avg``, ``exp_avg_sq`` and, for AMSGrad, the largest second moment.
 
-        Its name says whether it is raw, as torch's ``max_exp_avg_sq``, or corrected, so that the
-        one is never taken for the other.
+        The name of the third slot says whether the moment is raw, as torch's ``max_exp_avg_sq``,
+        or corrected, so that the two are never confused.
         """
         if self.amsgrad == "corrected":
             return ("exp_avg", "exp_avg_sq", "max_corrected_exp_avg_sq")
@@ -143,12 +148,12 @@ class Adam(Rule):
 
     @property
     def update(self) -> Update:
-        """One step."""
+        """The formula for the options of this rule."""
         if self.amsgrad == "corrected":
             return amsgrad_corrected
         return amsgrad if self.amsgrad else adam
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return adam_scalars(h, step, h.decoupled_weight_decay)

@@ -1,4 +1,8 @@
-"""Adamax: ``spec/rules/adamax.md``."""
+"""Adamax: Adam with a decaying maximum in place of the second moment.
+
+Unlike Adam's second moment, the maximum needs no bias correction.
+``spec/rules/adamax.md`` gives the formula in the order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +16,7 @@ __all__ = ["Adamax"]
 
 
 def adamax(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Kingma & Ba, Algorithm 2."""
+    """Adamax: Kingma & Ba, Algorithm 2."""
     exp_avg, exp_inf = slots
     grad = penalized(param, descending(grad, c), c)
     exp_avg = first_moment(exp_avg, grad, c)
@@ -30,13 +34,14 @@ class Adamax(Rule):
 
     Args:
         lr: Learning rate, >= 0.
-        betas: How much of the average and of the maximum stays at a step, each >= 0 and < 1.
+        betas: Decay rates of the average of the gradient and of the maximum of its size, each
+            >= 0 and < 1.
         eps: Added to the size of the gradient, >= 0.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        maximize: Ascend instead.
-        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
+        maximize: Ascend instead of descending.
+        decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -61,7 +66,7 @@ class Adamax(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         beta1, beta2 = h.betas
         return dict(
             **moments(beta1, beta2),

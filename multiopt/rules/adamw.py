@@ -1,4 +1,8 @@
-"""AdamW: ``spec/rules/adamw.md``."""
+"""AdamW: Adam whose weight decay shrinks the parameter and leaves the gradient alone.
+
+The formulas are Adam's, with ``decoupled_weight_decay`` fixed. ``spec/rules/adamw.md`` gives them
+in the order in which they are computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,14 +23,14 @@ class AdamW(Adam):
 
     Args:
         lr: Learning rate, >= 0.
-        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        betas: Decay rates of the averages of the gradient and of its square, each >= 0 and < 1.
         eps: Added to the root of the corrected second moment, >= 0.
         weight_decay: Decay, >= 0: a step multiplies the parameter by ``1 - lr * weight_decay``.
-        amsgrad: Divide by the largest second moment so far; ``"corrected"`` takes the largest after
-            the correction of its bias.
-        maximize: Ascend instead; the decay still shrinks.
+        amsgrad: Divide by the largest second moment so far. ``True`` is torch's form, the maximum
+            of the raw moments; ``"corrected"`` is the maximum of the bias-corrected moments.
+        maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -41,10 +45,10 @@ class AdamW(Adam):
 
     weight_decay: Hyperparameter = number(1e-2, NONNEGATIVE)
 
-    #: No field: what it is in ``Adam`` is what makes it this rule.
+    #: A constant here, not a field as in ``Adam``: decoupled weight decay is what defines AdamW.
     decoupled_weight_decay: ClassVar[bool] = True  # type: ignore[misc]
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return adam_scalars(h, step, decoupled=True)

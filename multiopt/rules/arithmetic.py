@@ -1,8 +1,13 @@
-"""The exact arithmetic that rules and clipping share: ``spec/arithmetic.md`` in code.
+"""Arithmetic of rules and clipping with the same result everywhere: ``spec/arithmetic.md`` in code.
 
-IEEE 754 fixes ``+ - * / sqrt`` and comparisons to the last bit; negation, ``abs`` and ``where``
-select exactly. Everything here is made of those, in a written order, so that every array library
-which performs them one by one gives the same numbers.
+IEEE 754 leaves no freedom in the results of ``+ - * / sqrt`` and comparisons, and negation, ``abs``
+and ``where`` do not round. The functions here use only these operations, in a written order. So any
+array library that performs them one by one returns the same bits. The result of a sum depends on
+the order of its additions, so all sums follow one fixed tree:
+
+>>> x = np.asarray([1e16, 1.0, -1e16, 1.0])
+>>> float(tree_sum(np, x)), float(x[0] + x[1] + x[2] + x[3])
+(2.0, 1.0)
 """
 
 from collections.abc import Callable
@@ -37,18 +42,18 @@ __all__ = [
     "vectorized",
 ]
 
-#: Elements in one block of the summation tree. A power of two.
+#: The number of elements in one block of the summation tree, a power of two.
 BLOCK = 4096
 
-#: Powers of two: to multiply by them is exact.
+#: Factors that are powers of two, so that multiplying by them is exact.
 SHRINK, GROW = 2.0**-600, 2.0**600
 
 
 def power(base: Any, exponent: Any) -> Any:
     """``base ** exponent`` for an integer exponent >= 0, in float64, by repeated squaring.
 
-    The bits of the exponent are taken from the lowest to the highest (right to left). libm's
-    ``pow`` differs between platforms in the last bit; this uses only multiplications.
+    The bits of the exponent are taken from the lowest to the highest. Only multiplications are
+    used, because libm's ``pow`` differs between platforms in the last bit.
 
     Args:
         base: A number, or an array of numbers.
@@ -68,9 +73,9 @@ def power(base: Any, exponent: Any) -> Any:
 def one_minus_power(base: Any, exponent: Any) -> Any:
     """``1 - base ** exponent`` for 0 <= base <= 1 and an integer exponent >= 0, in float64.
 
-    The loop of ``power`` on complements: ``1 - x * y`` is ``r + (1 - r) * s`` for ``r = 1 - x`` and
-    ``s = 1 - y``. Nothing cancels, so it is within 3 units of rounding, where the difference
-    ``1 - power(base, exponent)`` is 170 off for a base of 0.999.
+    This is the loop of ``power`` on complements: for ``r = 1 - x`` and ``s = 1 - y``,
+    ``1 - x * y`` is ``r + (1 - r) * s``. Nothing cancels, so the result is within 3 units of
+    rounding; the difference ``1 - power(base, exponent)`` is 170 off for a base of 0.999.
 
     Args:
         base: A number, or an array of numbers.
@@ -109,23 +114,23 @@ def by_squaring(
     combined: Callable[..., tuple[Any, ...]],
     squared: Callable[..., tuple[Any, ...]],
 ) -> Any:
-    """What repeated squaring makes of the bits of an exponent, from the lowest to the highest.
+    """Run the loop of repeated squaring over the bits of an exponent, lowest bit first.
 
-    For a bit that is set, the numbers of ``square`` are combined into those of ``result``; after
-    each bit they are squared. It is a loop that a trace of ``Rule.scalars`` can take as one
-    operation, whatever the exponent: a stand-in among the numbers decides what becomes of it, as
-    NumPy's functions have it (NEP 18).
+    If a bit is set, ``square`` is combined into ``result``; after each bit, ``square`` is squared.
+    A trace of ``Rule.scalars`` records the loop as one operation, whatever the exponent: if one of
+    the numbers is a stand-in, its ``__array_function__`` is called, as by NumPy's own functions
+    (NEP 18).
 
     Args:
         exponent: An integer >= 0, or an array of integers.
         result: Numbers to begin with, or arrays that broadcast with the exponents.
         square: The numbers or arrays that are squared.
-        combined: ``combined(*result, *square) -> result``, of ``+ - * /`` alone, and of no other
-            numbers than its arguments and literals.
+        combined: ``combined(*result, *square) -> result``. It uses only ``+ - * /``, its arguments
+            and literals.
         squared: ``squared(*square) -> square``, under the same restriction.
 
     Returns:
-        The first of ``result``: a float, or a float64 array where any argument is an array.
+        The first element of ``result``: a float, or a float64 array where any argument is an array.
 
     >>> by_squaring(10, (1.0,), (2.0,), lambda r, s: (r * s,), lambda s: (s * s,))
     1024.0
@@ -168,7 +173,7 @@ def _by_squaring_arrays(
 
 
 def vectorized(function: Callable[..., float]) -> Callable[..., Any]:
-    """Give a function of host numbers a form for arrays of them, with the same results.
+    """Make a function of host numbers accept arrays of them as well, with the same results.
 
     >>> vectorized(max)(np.array([1.0, 3.0]), 2.0).tolist()
     [2.0, 3.0]
@@ -184,10 +189,10 @@ def vectorized(function: Callable[..., float]) -> Callable[..., Any]:
 
 
 def rounded(value: Any, dtype: str) -> float:
-    """A host number rounded once to ``"float32"`` or ``"float64"``, as a Python float.
+    """Round a host number once to ``"float32"`` or ``"float64"``; return it as a Python float.
 
-    A Python float takes the dtype of the array it meets in every library; ``np.float64`` would
-    promote a float32 array.
+    In every library a Python float takes the dtype of the array that it is combined with, while an
+    ``np.float64`` would promote a float32 array.
 
     >>> rounded(0.1, "float32")
     0.10000000149011612
@@ -196,9 +201,9 @@ def rounded(value: Any, dtype: str) -> float:
 
 
 def maximum(xp: Any, a: Any, b: Any) -> Any:
-    """The larger of two arrays, element by element; NaN where either is NaN.
+    """The elementwise maximum of two arrays; NaN where either is NaN.
 
-    Libraries differ on NaN and on the sign of zero in their own ``maximum``, so it is spelled out.
+    It is written out because the ``maximum`` of libraries differs on NaN and on the sign of zero.
 
     >>> maximum(np, np.asarray([1.0, np.nan]), np.asarray([2.0, 0.0])).tolist()
     [2.0, nan]
@@ -207,7 +212,7 @@ def maximum(xp: Any, a: Any, b: Any) -> Any:
 
 
 def clamp(xp: Any, x: Any, bound: float) -> Any:
-    """``x`` limited to [-bound, bound], element by element; NaN stays NaN.
+    """``x`` limited elementwise to [-bound, bound]; NaN stays NaN.
 
     >>> clamp(np, np.asarray([-3.0, 0.5, np.nan]), 1.0).tolist()
     [-1.0, 0.5, nan]
@@ -217,7 +222,7 @@ def clamp(xp: Any, x: Any, bound: float) -> Any:
 
 
 def sign(xp: Any, x: Any) -> Any:
-    """1 for what is positive, -1 for what is negative; zeros and NaN stay as they are.
+    """1 for positive and -1 for negative elements; zeros and NaN stay as they are.
 
     >>> sign(np, np.asarray([-3.0, 0.0, 0.5, np.nan])).tolist()
     [-1.0, 0.0, 1.0, nan]
@@ -226,20 +231,20 @@ def sign(xp: Any, x: Any) -> Any:
 
 
 class Host:
-    """A namespace for Python's own numbers, in which NumPy takes 5 us for an operation."""
+    """A namespace for Python numbers; NumPy would take 5 us for an operation on one."""
 
     sqrt = staticmethod(sqrt)
 
     @staticmethod
     def where(condition: bool, x: float, y: float) -> float:
-        """The one or the other."""
+        """``x`` if the condition holds, else ``y``."""
         return x if condition else y
 
 
 def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:
-    """The factor, in float64, that brings a norm down to a bound: 1 if it is below.
+    """The float64 factor that scales a norm down to a bound; 1 if the norm is below it.
 
-    NaN for a NaN norm; 0 for an infinite one; 1 for an infinite bound, whatever the norm.
+    It is NaN for a NaN norm and 0 for an infinite norm, but always 1 for an infinite bound.
 
     >>> clip_coefficient(np, 1.0, np.array([0.5, 4.0]), 0.0).tolist()
     [1.0, 0.25]
@@ -250,21 +255,23 @@ def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:
 
 
 def rescaling(xp: Any, total: Any) -> Any:
-    """Return the factor for elements whose sum of squares, in float64, over- or underflows.
+    """The factor by which to scale elements so that their sum of squares in float64 is safe.
 
-    ``SHRINK`` where it is near overflow, ``GROW`` where it is near underflow, 1 where it is exact.
+    It is ``SHRINK`` if the sum is near overflow, ``GROW`` if near underflow, and 1 otherwise.
     """
     return xp.where(total < 2.0**1000, xp.where(total < 2.0**-900, GROW, 1.0), SHRINK)
 
 
 def norms(count: int, squares: Callable[[np.ndarray, float], np.ndarray]) -> np.ndarray:
-    """Norms that neither overflow nor underflow.
+    """Compute norms that neither overflow nor underflow.
 
-    A sum of squares near the ends of float64's range is taken again of scaled gradients.
+    If a sum of squares is near an end of float64's range, it is computed again, from scaled
+    gradients.
 
     Args:
-        count: How many norms.
-        squares: For some of them the sums of squares of the gradients times a factor.
+        count: The number of norms.
+        squares: ``squares(which, factor)`` returns the sums of squares of some of the gradients,
+            each multiplied by a factor first.
     """
     if not count:
         return np.empty(0)
@@ -279,18 +286,18 @@ def norms(count: int, squares: Callable[[np.ndarray, float], np.ndarray]) -> np.
 
 
 def sum_of_squares(xp: Any, x: Any) -> Any:
-    """The sum of squares of a float64 array over one fixed tree of additions.
+    """The sum of squares of a float64 array, added over one fixed tree.
 
-    Elements are taken in row-major order, in blocks of ``BLOCK``, the last one filled up with
+    Elements are taken in row-major order, in blocks of ``BLOCK``; the last block is padded with
     zeros. A block is folded: its upper half is added to its lower half until one number is left.
-    The sums of the blocks, filled up with zeros to a power of two, are folded the same way.
+    The sums of the blocks, padded with zeros to a power of two, are folded in the same way.
 
     Args:
         xp: The namespace of ``x``.
-        x: A float64 array of any shape, empty included.
+        x: A float64 array of any shape; it may be empty.
 
     Returns:
-        A 0-d float64 array; 0 for an empty array. NaN and infinity propagate.
+        A 0-d float64 array, 0 for an empty array. NaN and infinity propagate.
 
     >>> float(sum_of_squares(np, np.asarray([[3.0, 4.0], [0.0, 12.0]])))
     169.0
@@ -299,7 +306,7 @@ def sum_of_squares(xp: Any, x: Any) -> Any:
 
 
 def block_sums(xp: Any, x: Any) -> Any:
-    """The sum of squares of each block of a 1-d float64 array; one 0 for an empty array.
+    """The sum of squares of each block of a 1-d float64 array; a single 0 for an empty array.
 
     >>> block_sums(np, np.ones(BLOCK + 1)).tolist()
     [4096.0, 1.0]
@@ -308,7 +315,7 @@ def block_sums(xp: Any, x: Any) -> Any:
 
 
 def tree_sum(xp: Any, x: Any) -> Any:
-    """The sums along the last axis, filled up with zeros to a power of two and folded by halves.
+    """The sums along the last axis, padded with zeros to a power of two and folded by halves.
 
     >>> float(tree_sum(np, np.asarray([1.0, 2.0, 4.0])))
     7.0
@@ -317,9 +324,9 @@ def tree_sum(xp: Any, x: Any) -> Any:
 
 
 def fold(s: Any, n: int) -> float:
-    """The same of ``n`` of Python's own numbers, or in a kernel, in their place.
+    """``tree_sum`` of the first ``n`` elements of ``s``, which are overwritten.
 
-    The zeros that fill them up are not added: ``x + 0`` is ``x``.
+    It is for lists of Python numbers and for kernels. ``x + 0`` is ``x``, so no zeros are added.
 
     >>> fold([1.0, 2.0, 4.0], 3)
     7.0
@@ -337,9 +344,9 @@ def fold(s: Any, n: int) -> float:
 
 
 def means(xp: Any, x: Any) -> Any:
-    """The means along the last axis of a float64 array; 0 where it has no elements.
+    """The means along the last axis of a float64 array; 0 if it has no elements.
 
-    The numbers of each row are added over the tree of ``sum_of_squares``.
+    Elements are added over the tree of ``sum_of_squares``.
 
     >>> means(np, np.asarray([[1.0, 2.0, 6.0], [0.5, 0.0, 1.0]])).tolist()
     [3.0, 0.5]
@@ -348,7 +355,7 @@ def means(xp: Any, x: Any) -> Any:
 
 
 def root_mean_square(xp: Any, x: Any) -> Any:
-    """The root of the mean square of all elements of a float64 array; 0 for an empty array.
+    """The root mean square of all elements of a float64 array; 0 for an empty array.
 
     >>> float(root_mean_square(np, np.asarray([[1.0, 7.0]])))
     5.0
@@ -357,9 +364,9 @@ def root_mean_square(xp: Any, x: Any) -> Any:
 
 
 def _folded_blocks(xp: Any, x: Any) -> Any:
-    """The sum of each block of the last axis; one 0 where it has no elements."""
+    """The sum of each block of the last axis; a single 0 if it has no elements."""
     size = x.shape[-1]
-    # A block of zeros adds nothing, so a short array may use a short block: the same bits.
+    # Zeros do not change a sum, so a short array gets a short block, with the same result.
     width = min(BLOCK, _power_of_two(size))
     blocks = max(1, -(-size // width))
     x = _zero_padded(xp, x, blocks * width)
@@ -367,12 +374,12 @@ def _folded_blocks(xp: Any, x: Any) -> Any:
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below ``n``."""
+    """The smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def _zero_padded(xp: Any, x: Any, size: int) -> Any:
-    """An array whose last axis is filled up with zeros to ``size`` elements."""
+    """Pad the last axis with zeros to ``size`` elements."""
     missing = size - x.shape[-1]
     if missing == 0:
         return x

@@ -1,4 +1,8 @@
-"""Averaged stochastic gradient descent: ``spec/rules/asgd.md``."""
+"""Averaged stochastic gradient descent: SGD with a decaying learning rate, and an average.
+
+The average is a slot; it does not influence the parameter. ``spec/rules/asgd.md`` gives the formula
+in the order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +16,7 @@ __all__ = ["ASGD"]
 
 
 def asgd(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Descend, and average the parameters once their time has come."""
+    """Descend, then average the parameter, or copy it until averaging begins."""
     (average,) = slots
     grad = penalized(param, descending(grad, c), c)
     param = shrunk(param, c) - c.eta * grad
@@ -32,12 +36,12 @@ class ASGD(Rule):
         lr: Learning rate of the first step, >= 0.
         lambd: Decay, >= 0: step ``t`` first multiplies the parameter by ``1 - lambd * eta``, where
             ``eta``, its learning rate, is ``lr / (1 + lambd * lr * (t - 1)) ** alpha``.
-        alpha: Power of the learning rate's decay, >= 0.
-        t0: Steps before averaging begins, >= 0; until then ``ax`` is the parameter.
+        alpha: Exponent of the decay of the learning rate, >= 0.
+        t0: Number of steps before averaging begins, >= 0; until then ``ax`` is the parameter.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        maximize: Ascend instead; the decay still shrinks.
+        maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    Each of the first five may be a schedule ``step -> number``.
+    ``lr``, ``lambd``, ``alpha``, ``t0`` and ``weight_decay`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -58,15 +62,15 @@ class ASGD(Rule):
     weight_decay: Hyperparameter = number(0.0, NONNEGATIVE)
     maximize: bool = switch()
 
-    #: The average.
+    #: Torch's name for the average.
     slots: ClassVar = ("ax",)
     update: ClassVar = staticmethod(asgd)
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         past = step - 1
-        # A negative power: it goes to zero where the other would overflow, which Python refuses.
+        # A negative power goes to zero where a positive one would overflow, an error in Python.
         eta = h.lr * (1.0 + h.lambd * h.lr * past) ** -h.alpha
         averaged = past - h.t0
         return dict(

@@ -1,7 +1,8 @@
-"""Averages of the parameters over the steps: ``spec/registry.md``, "Averages".
+"""Averages of parameters over their steps, kept as one more slot of each parameter.
 
-An average is one more slot of a parameter. A rule and an average are chained into one rule, so that
-one pass over the memory updates both:
+``Average`` is a rule that moves only its slot, never the parameter. ``Averaged`` chains a rule and
+an average into one rule, so that one pass over the memory updates both. ``spec/registry.md`` states
+what users can rely on.
 
 >>> import numpy as np
 >>> from multiopt.rules.average import Average, Averaged
@@ -37,12 +38,12 @@ from multiopt.rules.rule import (
 
 __all__ = ["AVERAGE", "Average", "Averaged"]
 
-#: The name of the slot of a chained rule that has the average.
+#: The slot of a chained rule that holds the average.
 AVERAGE = "param_average"
 
 
 def average(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Move the average towards the parameter, which stays as it is."""
+    """Move the average towards the parameter, which does not change."""
     (mean,) = slots
     mean = param if c.follows else mean + c.share * (param - mean)
     return param, (mean,)
@@ -50,19 +51,19 @@ def average(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 @dataclass(frozen=True)
 class Average(Rule):
-    """The average of a parameter over its steps, kept beside it.
+    """The average of a parameter over its steps, kept in addition to the parameter.
 
-    Where gradients are noisy, iterates wander about the optimum, and their mean is closer to it
-    than the last one. Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by
-    Averaging" (SIAM J. Control Optim. 30, 1992), equation 2; Ruppert (1988). In the form of a
-    rule: each step moves the average towards the new parameter.
+    With noisy gradients the parameter wanders around the optimum, and the mean of its values is
+    closer to the optimum than the last value. Source: Polyak & Juditsky, "Acceleration of
+    Stochastic Approximation by Averaging" (SIAM J. Control Optim. 30, 1992), equation 2; Ruppert
+    (1988). It takes the form of a rule: each step moves the average towards the new parameter.
 
     Args:
-        decay: 1 for the plain mean of all parameters since ``start`` (Polyak-Ruppert); less for
-            an exponential average, corrected for its bias as Adam's are, in which a parameter
-            weighs ``decay`` times as much as the next one. > 0 and <= 1.
-        start: The first of its steps that counts, an integer >= 1. Before it the average is the
-            parameter.
+        decay: > 0 and <= 1. 1 gives the plain mean of all values since ``start``
+            (Polyak-Ruppert). A smaller number gives an exponential average, bias-corrected as in
+            Adam, in which each value has ``decay`` times the weight of the next one.
+        start: The first step of the parameter that counts, an integer >= 1. Until then the average
+            is the parameter.
 
     ``decay`` may be a schedule ``step -> number``.
 
@@ -92,7 +93,7 @@ class Average(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step: the weight of the newest of ``count`` parameters."""
+        """Compute the weight of the newest value in an average of ``count`` values."""
         count = np.where(step < h.start, 1.0, step - h.start + 1.0)
         plain = h.decay == 1.0
         total = np.where(plain, count, one_minus_power(h.decay, count))
@@ -104,15 +105,15 @@ class Average(Rule):
 
 @dataclass(frozen=True)
 class Averaged(Rule):
-    """A rule, and then the average of the parameter that it makes.
+    """A rule chained with the average of the parameter that it updates.
 
-    Engines get it in the place of the rule; users never do.
+    Engines receive it in place of the rule. Users never see it.
 
     Args:
         rule: The rule.
         average: The average.
-        since: The clock of the parameter before the first step that the average has seen. Less than
-            0 if the clock was reset meanwhile: an average counts its own steps.
+        since: The clock of the parameter before the first step that the average has seen. It is
+            negative if the clock has been reset since, because an average counts its own steps.
     """
 
     rule: Rule
@@ -123,21 +124,21 @@ class Averaged(Rule):
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]
-        """As the rule."""
+        """Whether the rule updates each element by itself; the average always does."""
         return self.rule.elementwise
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Those of the rule, and the average."""
+        """The slots of the rule, then the slot of the average."""
         return (*self.rule.slots, AVERAGE)
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Those of the rule, and the average like the parameter."""
+        """The slots of the rule with their shapes, and the average with the parameter's shape."""
         return {**self.rule.slot_shapes(shape), AVERAGE: shape}
 
     @property
     def update(self) -> Update:
-        """Both formulas, one after the other."""
+        """The formula of the rule, followed by the formula of the average."""
         step, follow = self.rule.update, self.average.update
 
         def both(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
@@ -148,8 +149,8 @@ class Averaged(Rule):
         return both
 
     def scalars(self, h: Any, step: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Those of the rule, and those of the average at its own step, under dotted names."""
-        # A rule without hyperparameters has no namespace.
+        """Compute both sets of coefficients, under dotted names."""
+        # A rule without hyperparameters is not in ``h``. The average counts its own steps.
         found = {
             "rule": self.rule.scalars(getattr(h, "rule", None), step),
             "average": self.average.scalars(h.average, step - h.since),
@@ -158,7 +159,7 @@ class Averaged(Rule):
 
 
 def _of(which: str, c: Any) -> Coefficients:
-    """The coefficients of one of two chained rules."""
+    """The coefficients of one of the two chained rules."""
     start = f"{which}."
     return Coefficients(
         **{name.removeprefix(start): x for name, x in vars(c).items() if name.startswith(start)}

@@ -1,4 +1,7 @@
-"""Pyro's ClippedAdam: ``spec/rules/clipped_adam.md``."""
+"""Pyro's ClippedAdam: Adam on gradients that are clipped by value, with a decaying learning rate.
+
+``spec/rules/clipped_adam.md`` gives the formula in the order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +17,7 @@ __all__ = ["ClippedAdam"]
 
 
 def clipped_adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Adam on the gradient limited element by element."""
+    """Adam on the gradient clipped element by element."""
     exp_avg, exp_avg_sq = slots
     grad = penalized(param, clamp(xp, grad, c.clip_norm), c)
     exp_avg = first_moment(exp_avg, grad, c)
@@ -23,7 +26,7 @@ def clipped_adam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 
 def decayed_step_size(h: Any, step: Any) -> Any:
-    """The decayed learning rate with both bias corrections."""
+    """The decayed learning rate of a step, multiplied by both bias corrections."""
     beta1, beta2 = h.betas
     correction1 = one_minus_power(beta1, step)
     correction2 = one_minus_power(beta2, step)
@@ -35,21 +38,23 @@ class ClippedAdam(Rule):
     """Pyro's Adam with clipping by value and a learning rate that decays at each step.
 
     Source: ``pyro.optim.clipped_adam.ClippedAdam`` (Pyro 1.9): Kingma & Ba (arXiv:1412.6980),
-    section 2, the form with ``eps`` beside the root of the uncorrected second moment. Names and
+    section 2, the form that adds ``eps`` to the root of the uncorrected second moment. Names and
     defaults are Pyro's.
 
     Args:
         lr: Learning rate before the first decay, >= 0.
-        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        betas: Decay rates of the averages of the gradient and of its square, each >= 0 and < 1.
         eps: Added to the root of the uncorrected second moment, >= 0.
         weight_decay: L2 penalty, >= 0, added to the clipped gradient.
-        clip_norm: Bound of each element of the gradient, >= 0, infinity for none. Pyro calls it a
-            norm; it limits values.
-        lrd: Factor of the learning rate, >= 0: step ``t`` uses ``lr * lrd ** t``, the first
-            one ``lr * lrd``.
-        centered_variance: Average the squared deviation from ``exp_avg`` in place of the square.
+        clip_norm: Bound on the magnitude of each element of the gradient, >= 0; infinity for none.
+            The name is Pyro's, although values are limited and not norms.
+        lrd: Factor of the learning rate, >= 0: step ``t`` uses ``lr * lrd ** t``, so the first
+            step uses ``lr * lrd``.
+        centered_variance: Average the squared deviation from ``exp_avg`` instead of the square of
+            the gradient.
 
-    Each of the first six (and either of ``betas``) may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay``, ``clip_norm``, ``lrd`` and either of ``betas`` may be
+    schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -75,7 +80,7 @@ class ClippedAdam(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return dict(
             **moments(*h.betas),
             clip_norm=h.clip_norm,

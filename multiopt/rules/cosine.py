@@ -1,4 +1,8 @@
-"""The orthonormal cosine transform of the last axis, by real FFTs: ``spec/rules/dct_adam.md``."""
+"""The orthonormal discrete cosine transform along the last axis, and its inverse.
+
+Both are made of a reordering, a Hartley transform by a real FFT, and a reflection of pairs of
+coefficients. ``spec/rules/dct_adam.md`` gives the formulas.
+"""
 
 from functools import cache
 from itertools import count
@@ -13,7 +17,7 @@ __all__ = ["dct", "idct", "next_fast_len"]
 
 @cache
 def next_fast_len(size: int) -> int:
-    """The smallest size, not below this one, whose prime factors are 2, 3 and 5; 0 for 0.
+    """The smallest size, at least ``size``, with no prime factors other than 2, 3 and 5; 0 for 0.
 
     >>> [next_fast_len(size) for size in (0, 1, 7, 31)]
     [0, 1, 8, 32]
@@ -22,7 +26,7 @@ def next_fast_len(size: int) -> int:
 
 
 def dct(xp: Any, x: Any) -> Any:
-    """The cosine transform of type II, scaled to be orthonormal.
+    """The cosine transform of type II (DCT-II), scaled to be orthonormal.
 
     >>> dct(np, np.ones(4)).round(4).tolist()
     [2.0, 0.0, 0.0, 0.0]
@@ -34,7 +38,7 @@ def dct(xp: Any, x: Any) -> Any:
 
 
 def idct(xp: Any, x: Any) -> Any:
-    """The inverse of ``dct``: its parts in the opposite order, since each is its own inverse.
+    """The inverse of ``dct``, in reverse order; both transforms are their own inverses.
 
     >>> idct(np, np.array([2.0, 0.0, 0.0, 0.0])).round(4).tolist()
     [1.0, 1.0, 1.0, 1.0]
@@ -47,17 +51,17 @@ def idct(xp: Any, x: Any) -> Any:
 
 
 def _hartley(xp: Any, x: Any) -> Any:
-    """The real part of the orthonormal Fourier transform less the imaginary part."""
+    """The real part of the orthonormal Fourier transform minus its imaginary part."""
     half = xp.fft.rfft(x, norm="ortho")
     real, imag = xp.real(half), xp.imag(half)
-    # The upper half has the conjugates of the lower one, from the other end.
+    # The upper half is the conjugate of the lower half in reverse order.
     upper = (real + imag)[..., 1 : (x.shape[-1] + 1) // 2]
     return xp.concat([real - imag, xp.flip(upper, axis=-1)], axis=-1)
 
 
 def _reflection(xp: Any, x: Any) -> Any:
-    """Each pair of elements k and n - k turned and mirrored."""
-    # In as many dimensions, for JAX can be told to broadcast no others.
+    """Rotate and mirror each pair of elements ``k`` and ``n - k``."""
+    # The same number of dimensions, because JAX can be set to refuse broadcasting of ranks.
     shape = (*(1,) * (x.ndim - 1), x.shape[-1])
     rows = (row.reshape(shape) for row in _directions(x.shape[-1]))
     cos, sin = (xp.asarray(row, dtype=x.dtype, device=device(x)) for row in rows)
@@ -67,7 +71,7 @@ def _reflection(xp: Any, x: Any) -> Any:
 
 @cache
 def _directions(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of a quarter of pi, and k quarters of a turn by n; (1, 0) for k = 0."""
+    """Cosines and sines of ``pi / 4 + k * pi / (2 * n)`` for each ``k``; (1, 0) for k = 0."""
     angles = pi / 4 + np.arange(n) * (pi / 2 / n)
     cos, sin = np.cos(angles), np.sin(angles)
     cos[0], sin[0] = 1.0, 0.0

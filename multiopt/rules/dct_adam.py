@@ -1,4 +1,9 @@
-"""Pyro's DCTAdam: ``spec/rules/dct_adam.md``."""
+"""Pyro's DCTAdam, for time series: one Adam in time, and one in the frequencies of the gradient.
+
+Both share their slots, which hold time and frequencies one after the other. The transform is a
+discrete cosine transform (``cosine``). ``spec/rules/dct_adam.md`` gives the formula in the order in
+which it is computed.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +31,7 @@ __all__ = ["DCTAdam"]
 
 
 def dct_adam(dim: int, xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """ClippedAdam over time and, beside it, over frequencies; the steps of both are added."""
+    """ClippedAdam in time and in frequencies at once; the steps of both are added."""
     exp_avg, exp_avg_sq = slots
     time = xp.moveaxis(clamp(xp, grad, c.clip_norm), dim, -1)
     size = time.shape[-1]
@@ -45,22 +50,23 @@ def dct_adam(dim: int, xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> An
 class DCTAdam(Rule):
     """Pyro's ClippedAdam for time series: a second Adam works on the frequencies of the gradient.
 
-    Source: ``pyro.optim.dct_adam.DCTAdam`` (Pyro 1.9). Names and defaults are Pyro's. There an
-    attribute of the parameter says which dimension is time; here it is ``dct_dim``. Pyro's
-    ``subsample_aware`` is not offered.
+    Source: ``pyro.optim.dct_adam.DCTAdam`` (Pyro 1.9). Names and defaults are Pyro's. In Pyro an
+    attribute of the parameter says which dimension is time; here ``dct_dim`` does. Pyro's
+    ``subsample_aware`` is not supported.
 
     Args:
         lr: Learning rate before the first decay, >= 0.
-        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        betas: Decay rates of the averages of the gradient and of its square, each >= 0 and < 1.
         eps: Added to the root of the uncorrected second moment, >= 0.
-        clip_norm: Bound of each element of the gradient, >= 0, infinity for none. Pyro calls it a
-            norm; it limits values.
-        lrd: Factor of the learning rate, >= 0: step ``t`` uses ``lr * lrd ** t``, the first
-            one ``lr * lrd``.
-        dct_dim: The dimension of time, as NumPy counts dimensions. None: the rule is ClippedAdam
-            without decay.
+        clip_norm: Bound on the magnitude of each element of the gradient, >= 0; infinity for none.
+            The name is Pyro's, although values are limited and not norms.
+        lrd: Factor of the learning rate, >= 0: step ``t`` uses ``lr * lrd ** t``, so the first
+            step uses ``lr * lrd``.
+        dct_dim: The dimension of time, counted as NumPy counts axes. With None the rule is
+            ClippedAdam without weight decay.
 
-    Each of the first five (and either of ``betas``) may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``clip_norm``, ``lrd`` and either of ``betas`` may be schedules
+    ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -88,14 +94,14 @@ class DCTAdam(Rule):
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]  # an option decides, not the class
-        """Whether each element is updated by itself: there is no transform."""
+        """Whether each element is updated by itself, which is so without a transform."""
         return self.dct_dim is None
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Time and frequencies one after the other in the dimension of time.
+        """The slots hold time and frequencies one after the other in the dimension of time.
 
         Raises:
-            ValueError: The shape does not have that dimension.
+            ValueError: The shape does not have the dimension ``dct_dim``.
         """
         dim = self.dct_dim
         if dim is None:
@@ -108,12 +114,12 @@ class DCTAdam(Rule):
 
     @property
     def update(self) -> Update:
-        """One step."""
+        """The formula for the options of this rule."""
         return clipped_adam if self.dct_dim is None else partial(dct_adam, self.dct_dim)
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return dict(
             **moments(*h.betas),
             clip_norm=h.clip_norm,

@@ -1,6 +1,8 @@
-"""Steps that most rules begin with: ascent turned into descent, and the two weight decays.
+"""What most rules begin with: turning ascent into descent, and the two kinds of weight decay.
 
-A decay that is off is not computed: ``0 * param`` is NaN where the parameter is infinite.
+``descent`` computes the coefficients that the other three functions read. An L2 penalty is added to
+the gradient; a decoupled decay shrinks the parameter instead. A decay that is off is not computed,
+since ``0 * param`` is NaN where the parameter is infinite.
 """
 
 from typing import Any
@@ -12,9 +14,10 @@ def descent(h: Any, rate: Any, decoupled: bool) -> dict[str, Any]:
     """The coefficients of ``descending``, ``penalized`` and ``shrunk``.
 
     Args:
-        h: What has the ``weight_decay`` and, unless the rule only descends, ``maximize``.
+        h: The hyperparameters: ``weight_decay`` and, unless the rule can only descend,
+            ``maximize``.
         rate: The learning rate of the step.
-        decoupled: Whether the decay shrinks the parameter, or else joins the gradient.
+        decoupled: Whether the decay shrinks the parameter instead of being added to the gradient.
     """
     is_on = h.weight_decay != 0
     return {
@@ -27,12 +30,12 @@ def descent(h: Any, rate: Any, decoupled: bool) -> dict[str, Any]:
 
 
 def descending(grad: Any, c: Any) -> Any:
-    """The gradient of what is minimized: the negative one where the rule maximizes."""
+    """The gradient of what is minimized: negated if the rule maximizes."""
     return -grad if c.maximizes else grad
 
 
 def penalized(param: Any, grad: Any, c: Any) -> Any:
-    """The gradient with that of the L2 penalty, ``weight_decay / 2 * param ** 2``, added."""
+    """The gradient plus the gradient of the L2 penalty ``weight_decay / 2 * param ** 2``."""
     return grad + c.weight_decay * param if c.penalizes else grad
 
 

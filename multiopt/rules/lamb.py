@@ -1,4 +1,8 @@
-"""LAMB: ``spec/rules/lamb.md``."""
+"""LAMB: Adam's direction, scaled so that a step is a fixed share of the parameter's length.
+
+Lengths are computed in float64 over the whole parameter, so the rule is not elementwise.
+``spec/rules/lamb.md`` gives the formula in the order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,14 +18,14 @@ __all__ = ["LAMB"]
 
 
 def lamb(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """You et al., Algorithm 2."""
+    """LAMB: You et al., Algorithm 2."""
     exp_avg, exp_avg_sq = slots
     grad = descending(grad, c)
     exp_avg = first_moment(exp_avg, grad, c)
     exp_avg_sq = second_moment(exp_avg_sq, grad, c)
     denominator = c.root_scale * xp.sqrt(exp_avg_sq) + c.eps
     direction = penalized(param, c.first_moment_scale * exp_avg / denominator, c)
-    # In float64 to the end: a direction that is almost zero has a ratio beyond float32.
+    # In float64 to the end: for a direction close to zero the ratio may exceed float32.
     wide = xp.asarray(direction, dtype=xp.float64)
     size = xp.sqrt(sum_of_squares(xp, xp.asarray(param, dtype=xp.float64)))
     length = xp.sqrt(sum_of_squares(xp, wide))
@@ -32,24 +36,24 @@ def lamb(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 @dataclass(frozen=True)
 class LAMB(Rule):
-    """LAMB: Adam's direction, for each parameter as long as the parameter itself, times ``lr``.
+    """LAMB: Adam's direction, scaled to ``lr`` times the length of the parameter.
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes"
     (ICLR 2020, arXiv:1904.00962), Algorithm 2, with the identity for ``phi``. Names are those of
     ``AdamW``.
 
     Args:
-        lr: Learning rate, >= 0: the length of a step over that of the parameter.
-        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        lr: Learning rate, >= 0: the length of a step divided by the length of the parameter.
+        betas: Decay rates of the averages of the gradient and of its square, each >= 0 and < 1.
         eps: Added to the root of the corrected second moment, >= 0.
-        weight_decay: Decay, >= 0: ``weight_decay * param`` is added to the direction, before its
-            length is taken.
-        maximize: Ascend instead; the decay still shrinks.
+        weight_decay: Decay, >= 0: ``weight_decay * param`` is added to the direction before its
+            length is computed.
+        maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
-    A parameter is a layer of the paper: it has one length. Where that is zero, or that of the
-    direction, the direction is taken as it is.
+    Each parameter is a layer in the sense of the paper and has one length. If its length or the
+    length of the direction is zero, the direction is not scaled.
 
     Raises:
         ValueError: A value is out of range.
@@ -74,7 +78,7 @@ class LAMB(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         beta1, beta2 = h.betas
         return dict(
             **moments(beta1, beta2),

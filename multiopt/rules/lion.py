@@ -1,4 +1,8 @@
-"""Lion: ``spec/rules/lion.md``."""
+"""Lion: only the sign of an average of the gradients decides where a step goes.
+
+The rule needs one slot, half of Adam's memory. ``spec/rules/lion.md`` gives the formula in the
+order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +16,7 @@ __all__ = ["Lion"]
 
 
 def lion(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Chen et al., Algorithm 2."""
+    """Lion: Chen et al., Algorithm 2."""
     (exp_avg,) = slots
     grad = descending(grad, c)
     direction = sign(xp, first_moment(exp_avg, grad, c))
@@ -25,17 +29,17 @@ class Lion(Rule):
     """Lion: steps of one size, in the direction of the sign of a momentum.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (NeurIPS 2023,
-    arXiv:2302.06675), Algorithm 2. Names are those of ``Adam`` here, defaults those of the paper
-    and of its authors' code.
+    arXiv:2302.06675), Algorithm 2. Names are those of multiopt's ``Adam``; defaults are those of
+    the paper and of its authors' code.
 
     Args:
-        lr: Learning rate, >= 0: every element moves by it, whatever its gradient's size.
-        betas: How much of the average is in the direction of a step, and how much of it stays,
+        lr: Learning rate, >= 0: every element moves by it, whatever the size of its gradient.
+        betas: Weight of the average in the direction of a step, and decay rate of the average,
             each >= 0 and < 1.
         weight_decay: Decoupled decay, >= 0: a step subtracts ``lr * weight_decay * param``.
-        maximize: Ascend instead; the decay still shrinks.
+        maximize: Ascend instead of descending; the decay still shrinks the parameter.
 
-    ``lr``, ``weight_decay`` and either of ``betas`` may be a schedule ``step -> number``.
+    ``lr``, ``weight_decay`` and either of ``betas`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -58,7 +62,7 @@ class Lion(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return dict(
             **moments(*h.betas),
             lr=h.lr,

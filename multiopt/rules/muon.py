@@ -1,4 +1,9 @@
-"""Muon: ``spec/rules/muon.md``."""
+"""Muon: the momentum of a matrix, orthogonalized, is the direction of a step.
+
+An iteration of matrix products brings all singular values near 1. Matrix products are rounded
+differently by each library, so results agree within a tolerance instead of to the last bit.
+``spec/rules/muon.md`` gives the formulas and the tolerance.
+"""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -21,7 +26,7 @@ __all__ = ["Muon"]
 
 
 def muon(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Jordan's Muon, as torch has it."""
+    """Jordan's Muon in torch's form."""
     (buffer,) = slots
     buffer = c.momentum * buffer + c.one_minus_momentum * grad
     ahead = c.momentum * buffer + c.one_minus_momentum * grad if c.nesterov else buffer
@@ -30,14 +35,14 @@ def muon(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 
 def orthogonalized(xp: Any, x: Any, c: Any) -> Any:
-    """A matrix of about the same singular vectors, its singular values all brought near 1.
+    """A matrix with about the same singular vectors, and with all singular values near 1.
 
-    Each step of the iteration of Newton and Schulz maps a singular value ``s`` to
+    Each step of the Newton-Schulz iteration maps a singular value ``s`` to
     ``a * s + b * s ** 3 + c * s ** 5``.
     """
     is_tall = x.shape[0] > x.shape[1]
     if is_tall:
-        # The smaller of the two products with the transpose.
+        # The product with the transpose is then the smaller one of the two.
         x = xp.matrix_transpose(x)
     norm = xp.sqrt(sum_of_squares(xp, xp.asarray(x, dtype=xp.float64)))
     x = x / maximum(xp, xp.asarray(norm, dtype=x.dtype), c.eps)
@@ -48,7 +53,7 @@ def orthogonalized(xp: Any, x: Any, c: Any) -> Any:
 
 
 def step_size(shape: tuple[int, int], c: Any) -> float:
-    """The learning rate for a matrix of a shape."""
+    """The learning rate for a matrix of this shape."""
     rows, columns = shape
     if c.matches_adamw:
         return float(c.lr * c.rms * sqrt(max(rows, columns)))
@@ -57,29 +62,29 @@ def step_size(shape: tuple[int, int], c: Any) -> float:
 
 @dataclass(frozen=True)
 class Muon(Rule):
-    """Muon: steps along the momentum, its singular values all made about equal; for matrices.
+    """Muon: steps along the momentum of a matrix, with all singular values made roughly equal.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024,
     https://kellerjordan.github.io/posts/muon/), in torch's form. Names and defaults are those of
     ``torch.optim.Muon``.
 
-    It is for matrices inside a network. Other names need another rule: give a callable, as in
-    ``Optimizer(lambda name: Muon() if name in hidden else AdamW())``.
+    It is meant for the matrices inside a network. Other parameters need another rule, which a
+    callable can choose by name: ``Optimizer(lambda name: Muon() if name in hidden else AdamW())``.
 
     Args:
         lr: Learning rate, >= 0.
         weight_decay: Decay, >= 0: a step multiplies the parameter by ``1 - lr * weight_decay``.
-        momentum: How much of the average of the gradients stays at a step, >= 0.
-        nesterov: Average the gradient once more into the direction.
-        ns_coefficients: ``a``, ``b`` and ``c`` of the iteration of Newton and Schulz.
-        eps: Lower bound of the norm that the direction is divided by first, >= 0.
-        ns_steps: Number of steps of that iteration, from 0 to 99.
-        adjust_lr_fn: What ``lr`` is multiplied by for a matrix of m rows and n columns:
-            ``sqrt(max(1, m / n))`` for None or ``"original"``, ``0.2 * sqrt(max(m, n))`` for
-            ``"match_rms_adamw"``, with which values of ``lr`` and ``weight_decay`` for AdamW fit.
+        momentum: Decay rate of the average of the gradients, >= 0.
+        nesterov: Average the gradient into the direction once more.
+        ns_coefficients: ``a``, ``b`` and ``c`` of the Newton-Schulz iteration.
+        eps: Lower bound of the norm by which the direction is divided before the iteration, >= 0.
+        ns_steps: Number of steps of the iteration, from 0 to 99.
+        adjust_lr_fn: The factor of ``lr`` for a matrix of m rows and n columns. It is
+            ``sqrt(max(1, m / n))`` for None or ``"original"``, and ``0.2 * sqrt(max(m, n))`` for
+            ``"match_rms_adamw"``, so that values of ``lr`` and ``weight_decay`` for AdamW fit.
 
-    ``lr``, ``weight_decay``, ``momentum``, ``eps`` and each of ``ns_coefficients`` may be a
-    schedule ``step -> number``.
+    ``lr``, ``weight_decay``, ``momentum``, ``eps`` and each of ``ns_coefficients`` may be
+    schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -110,7 +115,7 @@ class Muon(Rule):
     update: ClassVar = staticmethod(muon)
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Those of other rules, for matrices.
+        """The slot of a matrix; it has the shape of the parameter.
 
         Raises:
             ValueError: The parameter is not a matrix.
@@ -124,7 +129,7 @@ class Muon(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         a, b, c = h.ns_coefficients
         return dict(
             momentum=h.momentum,

@@ -1,4 +1,9 @@
-"""NAdam: ``spec/rules/nadam.md``."""
+"""NAdam: Adam with Nesterov's momentum, which grows from a half of ``beta1`` to all of it.
+
+A step needs the product of the momentum of all steps so far. It is computed from the clock instead
+of being kept as state. ``spec/rules/nadam.md`` gives the formula in the order in which it is
+computed.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +20,7 @@ __all__ = ["NAdam"]
 
 
 def nadam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Dozat's NAdam: the gradient and the momentum of the next step, over Adam's root."""
+    """NAdam: the gradient plus the momentum of the next step, divided by Adam's root."""
     exp_avg, exp_avg_sq = slots
     grad = penalized(param, descending(grad, c), c)
     exp_avg = first_moment(exp_avg, grad, c)
@@ -27,7 +32,7 @@ def nadam(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 @vectorized
 def share(momentum_decay: Any, step: Any) -> Any:
-    """Of ``beta1``, the share that is the momentum of a step: it grows from a half to one."""
+    """The momentum of a step as a share of ``beta1``; it grows from a half to one."""
     return 1.0 - 0.5 * 0.96 ** float(step * momentum_decay)
 
 
@@ -40,10 +45,10 @@ def product_of_shares(momentum_decay: Any, step: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def _products(momentum_decay: float) -> tuple[float, ...]:
-    """The products of the first shares, up to where more of them change no coefficient.
+    """The products of the first shares, up to the step from which they change no coefficient.
 
-    That is where a share is one, or where one less the product is one. Whatever the decay, it is
-    within 2500 steps.
+    From there on, either a share is one, or one minus the product is one. That step comes within
+    2500 steps, whatever the decay.
     """
     factor, products = 0.0, [1.0]
     while factor < 1.0 and products[-1] > 2.0**-54:
@@ -63,14 +68,15 @@ class NAdam(Rule):
 
     Args:
         lr: Learning rate, >= 0.
-        betas: How much of the two averages stays at a step, each >= 0 and < 1.
+        betas: Decay rates of the averages of the gradient and of its square, each >= 0 and < 1.
         eps: Added to the root of the corrected second moment, >= 0.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        momentum_decay: How fast the momentum grows from a half of ``beta1`` to all of it, >= 0.
-        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
-        maximize: Ascend instead.
+        momentum_decay: How fast the momentum grows from a half of ``beta1`` to ``beta1``, >= 0.
+        decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
+        maximize: Ascend instead of descending.
 
-    Each of the first five (and either of ``betas``) may be a schedule ``step -> number``.
+    ``lr``, ``eps``, ``weight_decay``, ``momentum_decay`` and either of ``betas`` may be schedules
+    ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -96,7 +102,7 @@ class NAdam(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         beta1, beta2 = h.betas
         momentum = beta1 * share(h.momentum_decay, step)
         next_momentum = beta1 * share(h.momentum_decay, step + 1)

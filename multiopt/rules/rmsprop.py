@@ -1,4 +1,9 @@
-"""RMSprop, plain and centered: ``spec/rules/rmsprop.md``."""
+"""RMSprop: the gradient divided by the root of an average of its square.
+
+The centered form divides by the root of the variance instead. Each form exists with and without a
+momentum buffer, and has only the slots that it needs. ``spec/rules/rmsprop.md`` gives the formulas
+in the order in which they are computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +16,7 @@ __all__ = ["RMSprop"]
 
 
 def rmsprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Descend along the gradient over the root of its mean square."""
+    """Descend along the gradient, divided by the root of its mean square."""
     (square_avg,) = slots
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
@@ -19,7 +24,7 @@ def rmsprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 
 def rmsprop_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Descend along a buffer of such directions."""
+    """Descend along a momentum buffer of the directions of ``rmsprop``."""
     square_avg, buffer = slots
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
@@ -38,7 +43,7 @@ def centered(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 
 def centered_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Descend along a buffer of such directions."""
+    """Descend along a momentum buffer of the directions of ``centered``."""
     square_avg, buffer, grad_avg = slots
     grad = penalized(param, descending(grad, c), c)
     square_avg = second_moment(square_avg, grad, c)
@@ -49,19 +54,19 @@ def centered_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -
 
 
 def scaled(xp: Any, grad: Any, mean_square: Any, c: Any) -> Any:
-    """The gradient over a root of a mean square."""
+    """The gradient divided by the root of a mean square."""
     return grad / (xp.sqrt(mean_square) + c.eps)
 
 
 def variance(xp: Any, square_avg: Any, grad_avg: Any) -> Any:
-    """The mean square less the square of the mean, which rounding must not bring below zero."""
+    """The mean square minus the square of the mean; if rounding makes it negative, zero."""
     difference = square_avg - grad_avg * grad_avg
     return xp.where(difference < 0.0, 0.0, difference)
 
 
 @dataclass(frozen=True)
 class RMSprop(Rule):
-    """RMSprop: the gradient over the root of a running average of its square.
+    """RMSprop: the gradient divided by the root of a running average of its square.
 
     Source: Tieleman & Hinton, "Lecture 6.5 - rmsprop" (Coursera, Neural Networks for Machine
     Learning, 2012); centered: Graves, "Generating Sequences With Recurrent Neural Networks"
@@ -70,15 +75,16 @@ class RMSprop(Rule):
 
     Args:
         lr: Learning rate, >= 0.
-        alpha: How much of the averages stays at a step, >= 0 and < 1.
+        alpha: Decay rate of the averages, >= 0 and < 1.
         eps: Added to the root, >= 0.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        momentum: Share of the buffer of directions that stays, >= 0; 0 keeps no buffer.
-        centered: Divide by the root of the gradient's variance instead of its mean square.
-        maximize: Ascend instead.
-        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
+        momentum: Decay rate of the buffer of directions, >= 0; with 0 there is no buffer.
+        centered: Divide by the root of the variance of the gradient instead of its mean square.
+        maximize: Ascend instead of descending.
+        decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    Each of the first five may be a schedule ``step -> number``.
+    ``lr``, ``alpha``, ``eps``, ``weight_decay`` and ``momentum`` may be schedules
+    ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -102,20 +108,20 @@ class RMSprop(Rule):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """``square_avg``, ``momentum_buffer`` with a momentum, ``grad_avg`` where centered."""
+        """``square_avg``, with momentum ``momentum_buffer``, and if centered ``grad_avg``."""
         buffer = () if self.momentum == 0 else ("momentum_buffer",)
         return ("square_avg", *buffer, *(("grad_avg",) if self.centered else ()))
 
     @property
     def update(self) -> Update:
-        """One step."""
+        """The formula for the options of this rule."""
         if self.centered:
             return centered if self.momentum == 0 else centered_with_momentum
         return rmsprop if self.momentum == 0 else rmsprop_with_momentum
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return dict(
             **moments(h.alpha, h.alpha),
             lr=h.lr,

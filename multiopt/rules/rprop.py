@@ -1,4 +1,8 @@
-"""Rprop: ``spec/rules/rprop.md``."""
+"""Rprop: each element has a step size of its own, and only signs of gradients matter.
+
+A slot keeps the previous gradient, to see whether the sign has changed. ``spec/rules/rprop.md``
+gives the formula in the order in which it is computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,10 +16,10 @@ __all__ = ["Rprop"]
 
 
 def rprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Riedmiller & Braun, without going back where the gradient turns."""
+    """Rprop: Riedmiller & Braun, without taking back a step that made the sign change."""
     prev, step_size = slots
     grad = descending(grad, c)
-    # The gradient as seen from the previous direction. The product of the two could underflow.
+    # The gradient relative to the previous direction. A product of the two could underflow.
     ahead = xp.where(prev > 0.0, grad, xp.where(prev < 0.0, -grad, prev))
     step_size = step_size + c.start
     shrunk = xp.where(ahead < 0.0, c.shrink * step_size, step_size)
@@ -23,30 +27,31 @@ def rprop(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     step_size = xp.where(step_size < c.smallest, c.smallest, step_size)
     step_size = xp.where(step_size > c.largest, c.largest, step_size)
     grad = xp.where(ahead < 0.0, 0.0, grad)
-    # A gradient of zero or NaN is itself the change.
+    # If the gradient is zero or NaN, so is the change.
     change = xp.where(grad > 0.0, step_size, xp.where(grad < 0.0, -step_size, grad))
     return param - change, (grad, step_size)
 
 
 @dataclass(frozen=True)
 class Rprop(Rule):
-    """Rprop: each element has its own step size; of the gradient only the sign counts.
+    """Rprop: each element has its own step size; only the sign of the gradient matters.
 
-    The step size grows while the gradient keeps its sign and shrinks where it changes; the element
-    then rests for a step. It is for full-batch gradients: noise changes signs.
+    The step size grows while the gradient keeps its sign, and shrinks when the sign changes; the
+    element then does not move for one step. The rule is meant for full-batch gradients, because
+    noise changes signs.
 
     Source: Riedmiller & Braun, "A Direct Adaptive Method for Faster Backpropagation Learning: The
     RPROP Algorithm" (ICNN 1993), in torch's form (iRprop- of Igel & Hüsken, 2000), which does not
     take back the step that went too far. Names and defaults are those of ``torch.optim.Rprop``.
 
     Args:
-        lr: The step size to start with, >= 0; it has no part later.
-        etas: Factors of the step size where the sign changes, >= 0 and < 1, and where it stays,
-            > 1. A schedule's numbers are held to >= 0 only.
-        step_sizes: The smallest and the largest step size, each >= 0, infinity allowed.
-        maximize: Ascend instead.
+        lr: The first step size of each element, >= 0. It does not matter later.
+        etas: Two factors of the step size: >= 0 and < 1 if the sign changes, > 1 if it stays. The
+            numbers of a schedule only have to be >= 0.
+        step_sizes: The smallest and the largest step size, each >= 0; infinity is allowed.
+        maximize: Ascend instead of descending.
 
-    ``lr`` and either of ``etas`` and ``step_sizes`` may be a schedule ``step -> number``.
+    ``lr`` and either of ``etas`` and ``step_sizes`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -77,7 +82,7 @@ class Rprop(Rule):
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         shrink, grow = h.etas
         smallest, largest = h.step_sizes
         return dict(

@@ -1,4 +1,28 @@
-"""What every rule is: hyperparameters, the numbers of a step, slots and one pure update."""
+"""Rules: the mathematics of an update with its hyperparameters, and without any state.
+
+A rule is a frozen dataclass with three parts. Its fields declare the hyperparameters; ``scalars``
+computes the coefficients of one step from them, on the host and in float64; ``update`` is a pure
+function of arrays, and the only place where the formula is written down. All engines run that one
+function, or code that is made from it. A rule of your own is written like the rules of multiopt:
+
+>>> import multiopt as mo
+>>> from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, number
+>>> def heavy_ball(xp, param, grad, slots, c):
+...     velocity = c.momentum * slots[0] - c.lr * grad
+...     return param + velocity, (velocity,)
+>>> @dataclass(frozen=True)
+... class HeavyBall(mo.Rule):
+...     lr: Hyperparameter = number(0.1, NONNEGATIVE)
+...     momentum: Hyperparameter = number(0.9, FRACTION)
+...     slots = ("velocity",)
+...     update = staticmethod(heavy_ball)
+...     scalars = classmethod(lambda cls, h, step: {"lr": h.lr, "momentum": h.momentum})
+>>> opt, w = mo.Optimizer(HeavyBall(lr=0.5, momentum=0.5)), np.zeros(1)
+>>> for _ in range(2):
+...     _ = opt.step({"w": w}, {"w": np.ones(1)})
+>>> w.tolist(), opt.state("w").slots["velocity"].tolist()
+([-1.25], [-0.75])
+"""
 
 import copy
 from abc import ABC, abstractmethod
@@ -11,7 +35,7 @@ import numpy as np
 
 from multiopt.errors import brief
 from multiopt.rules import declared
-from multiopt.rules.declared import *  # noqa: F403  what fields of rules are declared with
+from multiopt.rules.declared import *  # noqa: F403  so that rules import from here only
 from multiopt.rules.declared import Declared, Range
 
 __all__ = [
@@ -28,20 +52,20 @@ __all__ = [
 ]
 __all__ += declared.__all__
 
-#: A number, or a schedule: a callable that gives the number for each step (1, 2, ...).
+#: A number, or a schedule: a callable that returns the number for each step (1, 2, ...).
 Hyperparameter: TypeAlias = float | Callable[[int], float]
-#: ``update(xp, param, grad, slots, c) -> (param, slots)``: arrays in, new arrays out.
+#: ``update(xp, param, grad, slots, c) -> (param, slots)``. It takes arrays and returns new ones.
 Update: TypeAlias = Callable[[Any, Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
 
 
-#: What a switch among the coefficients is.
+#: The types of a switch among the coefficients.
 SWITCH = bool | np.bool_
 
 
 class Coefficients:
-    """The numbers of one step, by the names that ``scalars`` gave them: floats and bool switches.
+    """The coefficients of one step: floats and bool switches, under the names from ``scalars``.
 
-    They can be read as attributes and, in their order, by iteration, and not be changed.
+    They are read as attributes, or in order by iteration, and cannot be changed.
 
     >>> c = Coefficients(lr=0.5, maximizes=False)
     >>> c.lr, list(c)
@@ -49,11 +73,11 @@ class Coefficients:
     """
 
     def __init__(self, **numbers: Any) -> None:
-        """Take the numbers."""
+        """Store the numbers under their names."""
         vars(self).update(numbers)
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        """Refuse to change.
+        """Refuse every change.
 
         Raises:
             AttributeError: Always.
@@ -61,21 +85,21 @@ class Coefficients:
         raise AttributeError(f"coefficients cannot be changed; got {name}={value!r}")
 
     def __iter__(self) -> Iterator[Any]:
-        """The numbers in their order."""
+        """Iterate over the numbers in order."""
         return iter(vars(self).values())
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of coefficients."""
         return len(vars(self))
 
     def __eq__(self, other: object) -> Any:
-        """Whether others have the same names and numbers."""
+        """Whether two objects have the same names and numbers."""
         return vars(self) == vars(other) if isinstance(other, Coefficients) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        """The call that makes them."""
+        """The call that creates an equal object."""
         return f"Coefficients({', '.join(f'{name}={x!r}' for name, x in vars(self).items())})"
 
 
@@ -83,13 +107,14 @@ class Coefficients:
 class Rule(Declared, ABC):
     """An update rule: a frozen dataclass of hyperparameters with three parts.
 
-    * its fields, the hyperparameters, declared with ``number``, ``switch`` and ``choice`` and held
-      to that when it is made;
-    * ``scalars``: from them the numbers of one step, on the host, in float64;
-    * ``update``: the mathematics, a plain function of arrays, and the names of its ``slots``.
+    * The fields are the hyperparameters. They are declared with ``number``, ``switch`` and
+      ``choice``, and their values are checked when a rule is created.
+    * ``scalars`` computes the coefficients of one step from them, on the host, in float64.
+    * ``update`` is the mathematics, a plain function of arrays; ``slots`` names the arrays that it
+      carries from step to step.
 
-    A rule holds no state and does not know the names it is used for. ``CONTRIBUTING.md`` says how
-    to write one.
+    A rule holds no state and does not know the names it is used for. ``CONTRIBUTING.md`` explains
+    how to write one.
 
     >>> import numpy as np, multiopt as mo
     >>> rule = mo.SGD(lr=lambda step: 1.0 / step)
@@ -99,30 +124,30 @@ class Rule(Declared, ABC):
     """
 
     beside: ClassVar[str] = ", or a schedule step -> number"
-    #: Fields that are rules themselves, whose hyperparameters count as those of this one: see
-    #: ``multiopt.rules.average``.
+    #: Fields that are rules themselves, and whose hyperparameters count as hyperparameters of this
+    #: rule. Only ``multiopt.rules.average.Averaged`` has any.
     nested: ClassVar[tuple[str, ...]] = ()
-    #: Whether ``update`` treats each element by itself. One that does not runs as it stands, for
-    #: each parameter by itself, on arrays in row-major order.
+    #: Whether ``update`` treats each element by itself. If it does not, it is not compiled: it runs
+    #: as written, for one parameter at a time, on arrays in row-major order.
     elementwise: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def slots(self) -> tuple[str, ...]:
-        """The names of the arrays that the rule keeps for a parameter, all zero at first."""
+        """The names of the arrays that the rule keeps for a parameter. All are zero at first."""
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The slots of a parameter, with their shapes: its own, unless the rule says otherwise.
+        """The slots of a parameter with their shapes: by default, all have the parameter's shape.
 
         Args:
-            shape: That of the parameter.
+            shape: The shape of the parameter.
 
         Returns:
-            Shapes by the names of slots, which are all or some of ``slots``, in the order in which
-            ``update`` gets them.
+            The shape of each slot by its name. The names are some or all of ``slots``, in the order
+            in which ``update`` receives them.
 
         Raises:
-            ValueError: The rule is not for parameters of this shape.
+            ValueError: The rule does not support parameters of this shape.
         """
         return dict.fromkeys(self.slots, shape)
 
@@ -132,41 +157,45 @@ class Rule(Declared, ABC):
         """The formula: ``update(xp, param, grad, slots, c) -> (param, slots)``.
 
         ``xp`` is the Array API namespace of the arrays, ``slots`` a tuple in the order of the
-        rule's ``slots``, ``c`` what ``coefficients`` gave. The function is pure and uses only the
-        operations of ``spec/arithmetic.md``, so it may be traced, compiled or differentiated.
+        rule's ``slots``, and ``c`` the result of ``coefficients``. The function is pure and uses
+        only the operations of ``spec/arithmetic.md``, so it may be traced, compiled or
+        differentiated.
         """
 
     @classmethod
     @abstractmethod
     def scalars(cls, h: Any, step: Any) -> Any:
-        """The numbers of a step, in float64: a dict of floats and bool switches.
+        """Compute the coefficients of a step in float64.
 
         Args:
-            h: What has the hyperparameters as attributes, each a number, or an array of numbers.
+            h: An object with the hyperparameters as attributes, each a number or an array of
+                numbers.
             step: The number of the step, 1 for the first, or an integer array of such numbers.
 
         Returns:
-            What ``update`` gets as attributes of ``c``, by name.
+            A dict of floats and bool switches. ``update`` reads them as attributes of ``c``.
         """
 
     def coefficients(self, step: Any, dtype: str = "float64") -> Coefficients:
-        """The numbers that ``update`` needs at a step, schedules evaluated.
+        """The coefficients that ``update`` needs at a step, with all schedules evaluated.
 
-        They are computed in float64. Rounded to the dtype of the computation they are those of
-        ``Optimizer.step``, to the last bit.
+        They are computed in float64. Rounded to the compute dtype, they equal the coefficients of
+        ``Optimizer.step`` to the last bit.
 
         Args:
             step: The number of the step, 1 for the first, or an integer array of such numbers.
-            dtype: ``"float32"`` or ``"float64"``; 16-bit parameters are computed in float32.
+            dtype: The compute dtype, ``"float32"`` or ``"float64"``; 16-bit parameters are computed
+                in float32. With an array of steps the coefficients are not rounded.
 
         Raises:
-            ValueError: A schedule gave a value out of range.
+            ValueError: A schedule returned something that is not a number, or a number out of
+                range.
         """
         numbers = named(self.scalars(self.at(step), step))
         if np.ndim(step):
             return Coefficients(**numbers)
-        # Python's own numbers, since an np.float64 would promote a float32 array. This is
-        # ``rounded``, but for the dtype, which takes longer to find than a number to round.
+        # Python floats, since an np.float64 would promote a float32 array. This is ``rounded``
+        # written out: finding the dtype takes longer than rounding, so it is found only once.
         kind = np.dtype(dtype).type
         return Coefficients(
             **{
@@ -176,15 +205,16 @@ class Rule(Declared, ABC):
         )
 
     def at(self, step: Any, count: int | None = None) -> Any:
-        """This rule with every schedule replaced by the number it gives at a step.
+        """This rule with every schedule replaced by its number for a step.
 
         Args:
-            step: The number of the step, from 1.
-            count: The number of the step of the optimizer, which ``schedules.Shared`` gets; by
-                default it gets the other.
+            step: The number of the step, 1 for the first, or an integer array of such numbers.
+            count: The optimizer's count of steps, which ``schedules.Shared`` is called with; by
+                default it is called with ``step``.
 
         Raises:
-            ValueError: A schedule gave no number, or one out of range.
+            ValueError: A schedule returned something that is not a number, or a number out of
+                range.
 
         >>> import multiopt as mo
         >>> mo.SGD(lr=lambda step: 1.0 / step).at(4).lr
@@ -211,15 +241,18 @@ class Rule(Declared, ABC):
         return self.in_range(name, self.asked(name, value, step), step)
 
     def asked(self, name: str, schedule: Callable[[int], float], step: int) -> Any:
-        """What a schedule gives.
+        """Call a schedule.
 
         Args:
-            name: The hyperparameter.
+            name: The name of the hyperparameter.
             schedule: The schedule.
             step: The number of the step.
 
+        Returns:
+            Its number, not yet checked against the range of the hyperparameter.
+
         Raises:
-            ValueError: It is not a number.
+            ValueError: The schedule raised an error, or returned something that is not a number.
         """
 
         def refusal(why: object) -> ValueError:
@@ -232,18 +265,18 @@ class Rule(Declared, ABC):
             raise refusal(error) from error
         try:
             return given if type(given) is float else _number(given)
-        except Exception as error:  # of any kind: it may be an array of any library
+        except Exception as error:  # any class of error: the value may be an array of any library
             raise refusal(f"got {brief(given)}") from error
 
     def in_range(self, name: str, number: Any, step: int) -> float:
-        """What a schedule gave, if it is in the range of its hyperparameter.
+        """Check a number from a schedule against the range of its hyperparameter.
 
         Raises:
-            ValueError: It is not.
+            ValueError: It is out of range.
         """
         allowed = self.ranges[name]
         if type(number) is float and allowed.holds(number):
-            return number + 0.0  # not -0.0, as below
+            return number + 0.0  # turns -0.0 into 0.0, as ``Range.read`` does
         checked: float = self._checked(name, allowed, number, f" at step {step}")
         return checked
 
@@ -254,21 +287,22 @@ class Rule(Declared, ABC):
 
 
 def _number(given: Any) -> Any:
-    """The number that a schedule gave, perhaps as an array of one; what is no number to its reader.
+    """Convert what a schedule returned, perhaps an array with one element, to a float.
 
-    ``float`` would take truth values and text, which are left for the message as they are.
+    ``float`` would also accept booleans and text. They are returned unchanged, to be refused by the
+    check of the range with a message that shows them.
 
     Raises:
-        Exception: It is of another kind.
+        Exception: The value cannot be converted. The class depends on its library.
     """
     value = given.item() if hasattr(given, "item") else given
     return value if isinstance(value, bool | str | bytes | bytearray) else float(value)
 
 
 def _copied(rule: Rule) -> Rule:
-    """Another rule with the same fields; ``copy.copy`` takes three times as long."""
+    """Copy a rule without checking its fields; ``copy.copy`` takes three times as long."""
     if type(rule).__basicsize__ != Rule.__basicsize__:
-        return copy.copy(rule)  # it keeps fields in ``__slots__``
+        return copy.copy(rule)  # its class keeps fields in ``__slots__``
     made = object.__new__(type(rule))
     vars(made).update(vars(rule))
     return made
@@ -277,13 +311,14 @@ def _copied(rule: Rule) -> Rule:
 def with_numbers(
     rule: Rule, fields: Sequence[tuple[str, int | None]], values: Sequence[Any]
 ) -> Rule:
-    """A rule with other numbers, or schedules, which are known to be in range.
+    """Copy a rule with other numbers or schedules, which are known to be in range.
 
     Args:
         rule: The rule.
-        fields: The hyperparameters, with the place in those that are tuples, in their order. Those
-            of a nested rule have its field and a dot before their names.
-        values: The value of each.
+        fields: For each value the name of its hyperparameter, and the index in it if the
+            hyperparameter is a tuple, otherwise None. The name of a hyperparameter of a nested rule
+            is preceded by the nested rule's field and a dot.
+        values: The values.
     """
     made = _copied(rule)
     for inner in rule.nested:
@@ -299,10 +334,17 @@ def with_numbers(
 
 
 def plain_numbers(rule: Rule, values: Mapping[str, Any]) -> dict[str, float] | None:
-    """Hyperparameters as a rule would hold them; None if a rule must be made to know.
+    """Convert new hyperparameters to what a rule would store, without creating the rule.
 
-    That is so unless each is a number in the place of a number, and nothing but its own range says
-    whether it may be.
+    This is possible if each value is a number in its range that replaces a number or a schedule,
+    and the class of the rule has no further checks.
+
+    Args:
+        rule: The rule whose hyperparameters are to change.
+        values: The new values by name.
+
+    Returns:
+        The numbers by name; None if a rule must be created to check the values.
     """
     if type(rule).__post_init__ is not Rule.__post_init__:
         return None
@@ -319,12 +361,12 @@ def plain_numbers(rule: Rule, values: Mapping[str, Any]) -> dict[str, float] | N
 def namespace(
     fields: Sequence[tuple[str, int | None]], values: Sequence[Any], others: Mapping[str, Any]
 ) -> SimpleNamespace:
-    """What ``scalars`` may get in the place of a rule: its hyperparameters as attributes.
+    """An object that ``scalars`` accepts in place of a rule, with hyperparameters as attributes.
 
     Args:
-        fields: Those that are numbers, as for ``with_numbers``.
-        values: What stands for each.
-        others: The others.
+        fields: The hyperparameters that are numbers, as in ``with_numbers``.
+        values: A value for each of them, such as a column of numbers or a stand-in of a trace.
+        others: The other hyperparameters by name.
     """
     flat = dict(others)
     for (label, place), value in zip(fields, values, strict=True):
@@ -337,15 +379,15 @@ def namespace(
 
 
 def named(c: Any) -> dict[str, Any]:
-    """What ``scalars`` gave, by name; a named tuple has names as well."""
+    """The result of ``scalars`` as a dict; a rule may also return a named tuple."""
     return c._asdict() if isinstance(c, tuple) else dict(c)  # type: ignore[attr-defined]
 
 
 def is_schedule(value: Any) -> bool:
-    """Whether a hyperparameter, or one of a pair, is a schedule."""
+    """Whether a hyperparameter, or one element of a tuple, is a schedule."""
     return any(map(callable, value)) if isinstance(value, tuple) else callable(value)
 
 
 def is_shared(schedule: Any) -> bool:
-    """Whether a schedule counts the steps of the optimizer: ``schedules.Shared``."""
+    """Whether a schedule counts the steps of the optimizer, as ``schedules.Shared`` does."""
     return getattr(schedule, "shared", False) is True

@@ -1,4 +1,8 @@
-"""Stochastic gradient descent: ``spec/rules/sgd.md``."""
+"""Stochastic gradient descent, with or without a momentum buffer.
+
+Without momentum the rule has no slots at all. ``spec/rules/sgd.md`` gives the formulas in the order
+in which they are computed.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +21,7 @@ def descend(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
 
 
 def descend_with_momentum(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
-    """Descend along the momentum buffer, or look ahead of it (Nesterov)."""
+    """Descend along the momentum buffer; with Nesterov, look ahead of it."""
     (buffer,) = slots
     grad = penalized(param, descending(grad, c), c)
     buffer = c.momentum * buffer + c.gradient_share * grad
@@ -32,19 +36,19 @@ class SGD(Rule):
     Source: Sutskever, Martens, Dahl & Hinton, "On the importance of initialization and momentum
     in deep learning" (ICML 2013), equations 1-4, in torch's form, where the learning rate
     multiplies the buffer: ``buffer = momentum * buffer + (1 - dampening) * grad``,
-    ``param -= lr * buffer``. The first gradient enters the buffer undampened, as in torch. Names
+    ``param -= lr * buffer``. As in torch, the first gradient is not dampened. Names
     and defaults are those of ``torch.optim.SGD``.
 
     Args:
         lr: Learning rate, >= 0.
-        momentum: Share of the buffer that stays, >= 0; 0 keeps no buffer.
-        dampening: Share of the gradient that stays out of the buffer, from the second step on.
+        momentum: Decay rate of the buffer, >= 0; with 0 there is no buffer.
+        dampening: Share of each gradient that is left out of the buffer, from the second step on.
         weight_decay: L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
-        nesterov: Descend along ``grad + momentum * buffer``; needs momentum and no dampening.
-        maximize: Ascend instead.
-        decoupled_weight_decay: The decay shrinks the parameter as ``AdamW``'s, instead.
+        nesterov: Descend along ``grad + momentum * buffer``. It requires momentum and no dampening.
+        maximize: Ascend instead of descending.
+        decoupled_weight_decay: Shrink the parameter as ``AdamW`` does instead of adding a penalty.
 
-    Each of the first four may be a schedule ``step -> number``.
+    ``lr``, ``momentum``, ``dampening`` and ``weight_decay`` may be schedules ``step -> number``.
 
     Raises:
         ValueError: A value is out of range.
@@ -77,17 +81,17 @@ class SGD(Rule):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """``momentum_buffer``, where there is a momentum."""
+        """``momentum_buffer`` if there is momentum, otherwise nothing."""
         return () if self.momentum == 0 else ("momentum_buffer",)
 
     @property
     def update(self) -> Update:
-        """One step."""
+        """The formula for the options of this rule."""
         return descend if self.momentum == 0 else descend_with_momentum
 
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
-        """The numbers of a step."""
+        """Compute the coefficients of a step."""
         return dict(
             lr=h.lr,
             momentum=h.momentum,

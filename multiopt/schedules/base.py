@@ -1,4 +1,7 @@
-"""What every schedule is."""
+"""The base class of multiopt's schedules.
+
+A schedule of a user's need not derive from it: any callable ``step -> number`` is a schedule.
+"""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -9,16 +12,16 @@ __all__ = ["Schedule", "as_tuple"]
 
 
 class Schedule(Declared, ABC):
-    """What the schedules here have in common: frozen dataclasses that are called with a step.
+    """A frozen dataclass that is called with the number of a step.
 
-    Fields are declared as those of rules are.
+    Its fields are declared like the fields of rules.
     """
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """A list or a tuple as a tuple, another value as a tuple of one."""
+    """Convert a list to a tuple; any value that is not a list or tuple becomes a tuple of one."""
     return tuple(value) if isinstance(value, tuple | list) else (value,)

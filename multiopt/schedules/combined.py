@@ -1,4 +1,7 @@
-"""Schedules made of others."""
+"""Schedules made of other schedules, which may be any callables.
+
+``Join`` puts schedules one after the other; ``Shared`` makes one count the steps of the optimizer.
+"""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -20,9 +23,9 @@ class Join(Schedule):
     Source: ``optax.join_schedules``; ``torch.optim.lr_scheduler.SequentialLR``.
 
     Args:
-        schedules: The schedules, any callables.
-        boundaries: Numbers of steps in ascending order, one less than schedules: after the first of
-            them the second schedule begins, with its step 1.
+        schedules: The schedules, any callables except ``Shared``.
+        boundaries: Numbers of steps in ascending order, one fewer than schedules. After the first
+            number of steps the second schedule begins, at its step 1, and so on.
 
     >>> from multiopt.schedules import Constant, Exponential
     >>> join = Join([Constant(1.0), Exponential(0.8, gamma=0.5)], boundaries=[2])
@@ -52,17 +55,17 @@ class Join(Schedule):
         object.__setattr__(self, "boundaries", tuple(map(int, ends)))
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         number = bisect_right(self.boundaries, step - 1)
         return self.schedules[number](step - (0, *self.boundaries)[number])
 
 
 @dataclass(frozen=True)
 class Shared(Schedule):
-    """A schedule of the steps of the optimizer, for all parameters the same.
+    """A schedule that counts the steps of the optimizer, and so is the same for all parameters.
 
-    The optimizer counts the steps in which it updated anything (``Optimizer.steps``). Without it a
-    parameter's schedule begins when the parameter does.
+    The optimizer counts the steps in which it updated anything (``Optimizer.steps``). Without
+    ``Shared``, the schedule of a parameter begins with the parameter's first step.
 
     Args:
         schedule: The schedule, any callable.
@@ -78,7 +81,7 @@ class Shared(Schedule):
 
     schedule: Callable[[int], float]
 
-    #: By this ``Rule.at`` knows which number to call it with.
+    #: Marks the schedule, so that ``Rule.at`` calls it with the number of the optimizer's step.
     shared: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -87,5 +90,5 @@ class Shared(Schedule):
         self._require(callable(inner) and not is_shared(inner), "schedule", "a schedule")
 
     def __call__(self, step: int) -> float:
-        """The number for a step of the optimizer, 1 for the first."""
+        """The number for a step of the optimizer; the first step is 1."""
         return self.schedule(step)

@@ -1,4 +1,7 @@
-"""Schedules that are a formula of the step."""
+"""Schedules that are a formula of the step, with no state of their own.
+
+In the formulas ``t`` is the step. It is 1 for the first step, so that ``t - 1`` steps have passed.
+"""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -36,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same number at every step, for a part of a ``Join``.
+    """The same number at every step, for use as a part of a ``Join``.
 
     Source: ``optax.constant_schedule``.
 
@@ -50,22 +53,22 @@ class Constant(Schedule):
     value: float = field(metadata=within(FINITE))
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         return self.value
 
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """``initial * gamma ** ((t - 1) / steps)``: the same factor at every step.
+    """``initial * gamma ** ((t - 1) / steps)``: every step multiplies by the same factor.
 
     Source: ``torch.optim.lr_scheduler.ExponentialLR``; with ``steps``,
-    ``optax.exponential_decay``, whose ``transition_steps`` they are, and ``gamma`` its
+    ``optax.exponential_decay``, which calls ``steps`` ``transition_steps`` and ``gamma``
     ``decay_rate``.
 
     Args:
         initial: The value of the first step.
         gamma: The factor, >= 0.
-        steps: In how many steps the factor is applied once, > 0.
+        steps: The number of steps in which the factor is applied once, > 0.
 
     >>> [Exponential(0.8, gamma=0.5)(step) for step in (1, 2, 3)]
     [0.8, 0.4, 0.2]
@@ -76,19 +79,19 @@ class Exponential(Schedule):
     steps: float = number(1.0, POSITIVE)
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         return float(self.initial * self.gamma ** ((step - 1) / self.steps))
 
 
 @dataclass(frozen=True)
 class StepDecay(Schedule):
-    """A factor after every ``step_size`` steps.
+    """Multiply by a factor after every ``step_size`` steps.
 
     Source: ``torch.optim.lr_scheduler.StepLR``; ``optax.exponential_decay(staircase=True)``.
 
     Args:
         initial: The value of the first ``step_size`` steps.
-        step_size: How many steps have the same value, >= 1.
+        step_size: The number of steps that have the same value, >= 1.
         gamma: The factor, >= 0.
 
     >>> [StepDecay(0.8, step_size=2, gamma=0.5)(step) for step in (1, 2, 3, 4, 5)]
@@ -100,21 +103,21 @@ class StepDecay(Schedule):
     gamma: float = number(0.1, NONNEGATIVE)
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         return float(self.initial * self.gamma ** ((step - 1) // self.step_size))
 
 
 @dataclass(frozen=True)
 class MultiStep(Schedule):
-    """A factor after each of some numbers of steps.
+    """Multiply by a factor after each of several numbers of steps.
 
     Source: ``torch.optim.lr_scheduler.MultiStepLR``; ``optax.piecewise_constant_schedule`` with one
     factor.
 
     Args:
         initial: The value up to the first milestone.
-        milestones: Numbers of steps, >= 0, in ascending order, after which the factor is applied;
-            a milestone given twice counts twice.
+        milestones: The numbers of steps, >= 0 and in ascending order, after which the factor is
+            applied. A milestone given twice counts twice.
         gamma: The factor, >= 0.
 
     >>> [MultiStep(0.8, milestones=[1, 3], gamma=0.5)(step) for step in (1, 2, 3, 4)]
@@ -134,15 +137,15 @@ class MultiStep(Schedule):
         object.__setattr__(self, "milestones", tuple(map(int, given)))
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         return float(self.initial * self.gamma ** bisect_right(self.milestones, step - 1))
 
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    """From ``initial`` to ``final`` in some steps, along a power of the share that is left.
+    """From ``initial`` to ``final`` in ``steps`` steps, along a power of the remaining share.
 
-    ``final + (initial - final) * (1 - (t - 1) / steps) ** power``, then ``final``.
+    The value is ``final + (initial - final) * (1 - (t - 1) / steps) ** power``, then ``final``.
 
     Source: ``optax.polynomial_schedule``; ``torch.optim.lr_scheduler.PolynomialLR`` for a ``final``
     of 0.
@@ -163,17 +166,17 @@ class Polynomial(Schedule):
     power: float = number(1.0, POSITIVE)
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         left = max(1.0 - (step - 1) / self.steps, 0.0)
         return _between(self.final, self.initial, left**self.power)
 
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From ``initial`` to ``final`` in equal steps, then ``final``; upwards it is a warm-up.
+    """From ``initial`` to ``final`` in equal steps, then ``final``. Upwards, it is a warm-up.
 
-    A warm-up from 0 does nothing in its first step. ``Linear(lr / n, lr, n - 1)`` reaches ``lr`` at
-    step ``n``.
+    A warm-up from 0 does not move the parameter in its first step. ``Linear(lr / n, lr, n - 1)``
+    does, and reaches ``lr`` at step ``n``.
 
     Source: ``optax.linear_schedule``; ``torch.optim.lr_scheduler.LinearLR``, whose factors are
     ``initial / lr`` and ``final / lr``. Warm-up: Goyal et al., "Accurate, Large Minibatch SGD"
@@ -193,7 +196,7 @@ class Linear(Schedule):
     steps: int = field(metadata=within(POSITIVE_INTEGER))
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         return _between(self.initial, self.final, min((step - 1) / self.steps, 1.0))
 
 
@@ -219,23 +222,23 @@ class Cosine(Schedule):
     final: float = number(0.0, FINITE)
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         return _between(self.initial, self.final, _wave(min((step - 1) / self.steps, 1.0)))
 
 
 @dataclass(frozen=True)
 class CosineWarmRestarts(Schedule):
-    """``Cosine`` again and again, each time ``multiplier`` times as long.
+    """``Cosine`` over and over, each time ``multiplier`` times as long.
 
     Source: Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (ICLR 2017,
-    arXiv:1608.03983), equation 5. ``torch.optim.lr_scheduler.CosineAnnealingWarmRestarts``, whose
-    ``T_0``, ``T_mult`` and ``eta_min`` are ``period``, ``multiplier`` and ``final``.
+    arXiv:1608.03983), equation 5. ``torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`` calls
+    ``period``, ``multiplier`` and ``final`` ``T_0``, ``T_mult`` and ``eta_min``.
 
     Args:
         initial: The value of the first step and of each restart.
         period: The length of the first cosine, >= 1.
-        multiplier: The factor of the lengths, an integer >= 1.
-        final: What each cosine goes towards.
+        multiplier: How many times as long each cosine is as the one before, an integer >= 1.
+        final: The value that each cosine approaches.
 
     >>> restarts = CosineWarmRestarts(1.0, period=1, multiplier=2)
     >>> [round(restarts(step), 4) for step in range(1, 8)]
@@ -248,7 +251,7 @@ class CosineWarmRestarts(Schedule):
     final: float = number(0.0, FINITE)
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         passed, length = step - 1, self.period
         if self.multiplier == 1:
             passed %= length
@@ -259,26 +262,26 @@ class CosineWarmRestarts(Schedule):
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    """Up to ``peak`` and down again, far below the beginning; held there afterwards.
+    """Up to ``peak``, then down to far below the first value, which is held afterwards.
 
-    From ``peak / div_factor`` to ``peak``, then to ``peak / (div_factor * final_div_factor)``,
-    which step ``steps`` has.
+    The value goes from ``peak / div_factor`` to ``peak``, and then down to
+    ``peak / (div_factor * final_div_factor)``, which is the value of step ``steps``.
 
     Source: Smith & Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large
     Learning Rates" (2018, arXiv:1708.07120). Names, defaults and numbers are those of
     ``torch.optim.lr_scheduler.OneCycleLR`` (``max_lr`` and ``total_steps`` are ``peak`` and
-    ``steps``), which raises an error after the last step, and where the way up has less than one
-    step: there the first step has ``peak``.
+    ``steps``). torch raises an error after the last step. It also does so if the way up is shorter
+    than one step, where here the first step has ``peak``.
 
     Args:
         peak: The highest value.
         steps: The length, >= 1.
-        pct_start: The share of the steps on the way up, >= 0 and < 1.
+        pct_start: The share of the steps that go up, >= 0 and < 1.
         anneal: ``"cos"`` or ``"linear"``.
-        div_factor: What ``peak`` is divided by at the beginning, > 0.
-        final_div_factor: What the beginning is divided by at the end, > 0.
-        three_phase: Whether the way down goes to the beginning first, in as many steps as the way
-            up; ``pct_start`` is then at most 0.5.
+        div_factor: ``peak`` divided by the first value, > 0.
+        final_div_factor: The first value divided by the last value, > 0.
+        three_phase: Whether the way down first returns to the first value, in as many steps as the
+            way up; ``pct_start`` is then at most 0.5.
 
     >>> cycle = OneCycle(1.0, steps=5, pct_start=0.6, anneal="linear", div_factor=4.0)
     >>> [round(cycle(step), 4) for step in (1, 2, 3, 4, 5, 6)]
@@ -300,7 +303,7 @@ class OneCycle(Schedule):
         self._require(fits, "pct_start", "at most 0.5 with three_phase")
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         low = self.peak / self.div_factor
         lowest = low / self.final_div_factor
         top, last = self.pct_start * self.steps - 1, self.steps - 1
@@ -320,9 +323,10 @@ class OneCycle(Schedule):
 class InverseTime(Schedule):
     """``initial / (1 + (t - 1) / steps) ** power``: slow enough to arrive, fast enough to settle.
 
-    For 1/2 < ``power`` <= 1 the values have an infinite sum and a finite sum of squares, the
-    conditions of Robbins and Monro, under which stochastic approximation converges. With 1/2 or
-    less the noise of the gradients need not die down, with more than 1 the steps may end too early.
+    For 1/2 < ``power`` <= 1 the values have an infinite sum and a finite sum of squares. These are
+    the conditions of Robbins and Monro, under which stochastic approximation converges. With a
+    ``power`` of 1/2 or less the noise of the gradients need not die down; with more than 1 the
+    steps may become small too early.
 
     Source: Robbins & Monro, "A Stochastic Approximation Method" (Annals of Mathematical Statistics,
     1951); in variational inference Hoffman, Blei, Wang & Paisley, "Stochastic Variational
@@ -332,7 +336,7 @@ class InverseTime(Schedule):
 
     Args:
         initial: The value of the first step.
-        steps: After how many steps it is ``initial / 2 ** power``, > 0.
+        steps: The number of steps after which the value is ``initial / 2 ** power``, > 0.
         power: The exponent, > 0.
 
     >>> [InverseTime(1.0, steps=2)(step) for step in (1, 3, 7)]
@@ -344,7 +348,7 @@ class InverseTime(Schedule):
     power: float = number(1.0, POSITIVE)
 
     def __call__(self, step: int) -> float:
-        """The number for a step, 1 for the first."""
+        """The number for a step; the first step is 1."""
         return float(self.initial * (1.0 + (step - 1) / self.steps) ** -self.power)
 
 

@@ -1,4 +1,9 @@
-"""Schedules as plain data, for saved state."""
+"""Descriptions: schedules as plain data, for saved state.
+
+A description records which schedule was in use: its class and its fields. The state of a
+``Plateau`` is saved apart from it, under the path to the ``Plateau`` in the schedule. So the
+functions here also find each ``Plateau`` that a hyperparameter uses.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -13,19 +18,19 @@ from multiopt.schedules.plateau import Plateau, has_observed, is_observed
 
 __all__ = ["described", "left_behind", "observers", "plain", "separated"]
 
-#: How deep a description of a schedule may be nested. One of a rule in a file has at most 64.
+#: How deep the description of a schedule may be nested. Files allow a rule 64 levels.
 DEEPEST = 56
 
 
 def described(value: Any, depth: int = 0) -> Any:
-    """A schedule as plain data: its class and its fields.
+    """Describe a schedule by its class and its fields.
 
-    A schedule that is not a dataclass becomes its class alone; other values become what ``plain``
-    makes of them.
+    A schedule that is not a dataclass is described by its class alone. A value that is not a
+    schedule is converted by ``plain``.
 
     Args:
-        value: The schedule.
-        depth: How deep it is nested in another one. What is nested too deep is None.
+        value: The schedule, or the value of one of its fields.
+        depth: How deep it is nested in another schedule. What is nested too deep becomes None.
 
     >>> from multiopt.schedules import Linear, Shared
     >>> described(Shared(Linear(0.0, 1.0, 10)))["schedule"]
@@ -40,13 +45,14 @@ def described(value: Any, depth: int = 0) -> Any:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """A value as JSON has it; what JSON has nothing like, or is nested too deep, is None.
+    """Convert a value to data that JSON can represent.
 
-    State must not be lost over the description of a rule or a schedule, whatever is in its fields.
+    Anything else, and anything nested too deep, becomes None: saving must not fail because of what
+    the fields of a rule or a schedule contain.
 
     Args:
         value: The value.
-        depth: How deep it is nested in another one.
+        depth: How deep it is nested in another value.
 
     >>> from math import inf
     >>> plain((np.float32(0.5), inf, {"table": np.arange(3)}, {1, 2}, print))
@@ -66,12 +72,16 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def observers(value: Any, place: str, depth: int = 0) -> Iterator[tuple[str, Plateau]]:
-    """Each ``Plateau`` in a schedule, with its place: the classes and fields on the way to it.
+    """Find each ``Plateau`` in a schedule.
 
     Args:
         value: The schedule.
-        place: Where it stands.
-        depth: How deep it is nested in another one. What is nested too deep is not found.
+        place: The path to the schedule, such as the name of its hyperparameter.
+        depth: How deep it is nested in another schedule. What is nested too deep is not found.
+
+    Yields:
+        The path to each ``Plateau``, which lists the fields and classes on the way, and the
+        ``Plateau``.
 
     >>> from multiopt.schedules import Linear, Join
     >>> lr = Join([Linear(0.0, 0.1, 10), Plateau(0.1)], [10])
@@ -92,17 +102,18 @@ def observers(value: Any, place: str, depth: int = 0) -> Iterator[tuple[str, Pla
 
 
 def separated(description: Any, place: str) -> tuple[Any, dict[str, Mapping[str, Any]]]:
-    """A description of versions 1 and 2, which had the states of each ``Plateau`` inside.
+    """Separate the states from a description of versions 1 and 2, which contained them.
 
     Args:
         description: The description of a schedule.
-        place: Where the schedule stands.
+        place: The path to the schedule.
 
     Returns:
-        The description without them, and they by their places, as ``observers`` has them.
+        The description without the states, and the state of each ``Plateau`` under its path, as
+        ``observers`` yields it.
 
     Raises:
-        ValueError: One is a state that no ``Plateau`` could take.
+        ValueError: A state is not one that a ``Plateau`` can load.
     """
     if isinstance(description, list | tuple):
         parts = [separated(part, f"{place}[{i}]") for i, part in enumerate(description)]
@@ -112,7 +123,7 @@ def separated(description: Any, place: str) -> tuple[Any, dict[str, Mapping[str,
     place, words = f"{place}={description.get('name')}", dict[Any, Any]()
     found: dict[str, Mapping[str, Any]] = {}
     state = description.get("state")
-    # That of a subclass has another name, and perhaps more in its state.
+    # A subclass of ``Plateau`` has another name, and its state may have more entries.
     if description.get("name") == "Plateau" or has_observed(state):
         if not is_observed(state):
             raise ValueError(f"expected the state of a Plateau; got {state!r}")
@@ -125,10 +136,10 @@ def separated(description: Any, place: str) -> tuple[Any, dict[str, Mapping[str,
 
 
 def left_behind(value: Any) -> list[Plateau]:
-    """Each ``Plateau`` that a hyperparameter reaches, and of which no state is saved.
+    """Find each ``Plateau`` that a hyperparameter uses but whose state is not saved.
 
-    That of those is saved that are schedules, or parts of some; not of those inside of a callable
-    of the user's.
+    The state of a ``Plateau`` is saved if it is the schedule itself or a part of one, but not if it
+    is used inside a callable of the user's.
 
     >>> from multiopt.schedules import Shared
     >>> plateau = Plateau(0.1)
@@ -149,13 +160,13 @@ def left_behind(value: Any) -> list[Plateau]:
             others.append(part)
         else:
             waiting += [(inner, depth + 1) for inner in inside]
-            # A class of the user's may hold more than its fields.
+            # A class of the user's may use more than its fields when it is called.
             if (
                 isinstance(part, Schedule)
                 and type(part).__module__.rpartition(".")[0] != __package__
             ):
                 others.append(type(part).__call__.__get__(part))
-    # One of somebody else may have a state that cannot be loaded.
+    # A subclass of the user's may have a state that cannot be loaded.
     known = {id(plateau) for plateau in saved if is_observed(plateau.state())}
     odd = [plateau for plateau in saved if id(plateau) not in known]
     return [plateau for plateau in reached([*odd, *others], Plateau) if id(plateau) not in known]

@@ -1,4 +1,8 @@
-"""A schedule that follows a loss, and so has a state."""
+"""``Plateau``: the one schedule that depends on losses, and therefore the only one with a state.
+
+The state is saved and loaded with the optimizer. It is kept apart from the settings (``Observed``),
+so that a schedule stays a frozen dataclass.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +25,17 @@ __all__ = ["Observed", "Plateau", "has_observed", "is_observed"]
 
 @dataclass
 class Observed:
-    """What a ``Plateau`` knows of the losses."""
+    """The state of a ``Plateau``.
+
+    Attributes:
+        value: The value now.
+        best: The best loss so far, or average of losses if they are smoothed; at first an infinity.
+        bad: The number of losses in a row without improvement.
+        waiting: The number of losses that the cooldown still lasts.
+        average: The exponential average of the finite losses, before its bias correction.
+        finite: The number of finite losses observed.
+        observed: The number of all losses observed.
+    """
 
     value: float
     best: float
@@ -36,29 +50,29 @@ class Observed:
 class Plateau(Schedule):
     """A number that is cut when a loss has stopped improving.
 
-    Call ``observe`` with the loss, after each step or each epoch; ``patience`` and ``cooldown``
-    count these calls. What it has seen is saved and loaded with the state of the optimizer. One
-    object serves all names of a rule, whatever their clocks; a copy of the optimizer has a copy.
+    Call ``observe`` with the loss after each step or each epoch; ``patience`` and ``cooldown``
+    count these calls. Its state is saved and loaded with the state of the optimizer. One object
+    serves all names of a rule, whatever their clocks; a copy of the optimizer has a copy of it.
 
     The cuts are those of ``torch.optim.lr_scheduler.ReduceLROnPlateau``, with three exceptions:
 
-    * a loss that is not finite counts as one without improvement, and enters neither the best nor
-      the average; in torch a loss of minus infinity is the best for ever;
-    * with ``"rel"`` the improvement is a share of the absolute value of the best, so that a loss
-      below zero must improve as well; in torch it need not, and there is never a cut;
-    * a cut is never too small to be made (torch's ``eps``).
+    * A loss that is not finite counts as no improvement, and changes neither the best loss nor the
+      average. In torch a loss of minus infinity remains the best forever.
+    * With ``"rel"`` the improvement is a share of the absolute value of the best loss, so a loss
+      below zero must improve as well. In torch it need not, and there is never a cut.
+    * No cut is too small to be made; there is no counterpart of torch's ``eps``.
 
     Args:
-        initial: The value at first, >= 0.
-        factor: What a cut multiplies the value by, >= 0 and < 1.
-        patience: How many losses in a row without improvement are let pass.
-        threshold: How much better than the best a loss must be to be an improvement, >= 0.
-        threshold_mode: ``"rel"`` for a share of the best, ``"abs"`` for a difference.
-        mode: ``"min"`` if a lower loss is better, ``"max"`` if a higher one is.
-        cooldown: How many losses after a cut are not counted against it.
-        smoothing: For noisy losses: how much of the exponential average of the losses stays at
-            each one, >= 0 and < 1; the average, its bias corrected, is judged in place of the loss.
-        minimum: What the value is never cut below, >= 0 and at most ``initial``.
+        initial: The first value, >= 0.
+        factor: The factor by which a cut multiplies the value, >= 0 and < 1.
+        patience: How many losses in a row without improvement are tolerated.
+        threshold: How much better than the best loss a loss must be to be an improvement, >= 0.
+        threshold_mode: ``"rel"`` for a share of the best loss, ``"abs"`` for a difference.
+        mode: ``"min"`` if a lower loss is better, ``"max"`` if a higher loss is.
+        cooldown: How many losses after a cut are not counted as losses without improvement.
+        smoothing: For noisy losses, the decay rate of an exponential average of the losses, >= 0
+            and < 1. The average, corrected for its bias, is judged in place of the loss.
+        minimum: The value is never cut below this number, >= 0 and at most ``initial``.
 
     Raises:
         ValueError: A value is out of range.
@@ -89,14 +103,14 @@ class Plateau(Schedule):
         object.__setattr__(self, "_seen", Observed(self.initial, best))
 
     def __call__(self, step: int) -> float:
-        """The value now, for any step."""
+        """The value now, whatever the step."""
         return self._seen.value
 
     def observe(self, loss: Any) -> None:
-        """Take a loss, and cut the value if there has been no improvement for too long.
+        """Observe a loss, and cut the value if there has been no improvement for too long.
 
         Args:
-            loss: A number, or what ``float`` makes one of, such as a tensor without dimensions.
+            loss: A number, or an object that ``float`` accepts, such as a 0-d tensor.
         """
         seen, loss = self._seen, float(loss)
         seen.observed += 1
@@ -123,34 +137,34 @@ class Plateau(Schedule):
         if self.threshold_mode == "abs":
             least = self.threshold
             return loss < best - least if self.mode == "min" else loss > best + least
-        # Towards minus infinity for "min", whatever the sign of the best.
+        # The bound is below the best loss for "min" and above it for "max", whatever its sign.
         shrinks = (self.mode == "min") == (best >= 0)
         bound = best * (1.0 - self.threshold if shrinks else 1.0 + self.threshold)
         return loss < bound if self.mode == "min" else loss > bound
 
     @property
     def observed(self) -> int:
-        """How many losses it has taken."""
+        """The number of losses observed."""
         return self._seen.observed
 
     def state(self) -> dict[str, Any]:
-        """What it has seen, as JSON has it, which knows no infinity."""
+        """The state as plain data, with infinities as text because JSON does not have them."""
         return {k: v if isfinite(v) else repr(v) for k, v in asdict(self._seen).items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what another has seen, as ``state`` gives it."""
+        """Load a state that ``state`` has returned."""
         for name in asdict(self._seen):
             value = state[name]
             setattr(self._seen, name, float(value) if isinstance(value, str) else value)
 
 
 def has_observed(state: Any) -> bool:
-    """Whether a state has all that a ``Plateau`` has."""
+    """Whether a state has all entries of the state of a ``Plateau``."""
     return isinstance(state, Mapping) and all(f.name in state for f in fields(Observed))
 
 
 def is_observed(state: Any) -> bool:
-    """Whether a ``Plateau`` can take a state, and go on from it."""
+    """Whether a ``Plateau`` can load a state and continue from it."""
     if not has_observed(state):
         return False
     counts = [state[f.name] for f in fields(Observed) if f.type is int]
@@ -164,6 +178,6 @@ def is_observed(state: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a value is a number of float64, as not every integer is."""
+    """Whether a value is a finite number in the range of float64, as not all integers are."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= float_info.max

@@ -1,14 +1,15 @@
-"""What a step does: look at the arrays, check them, clip, run, report.
+"""What a step does: look at the arrays, check them, clip, prepare and run.
 
-``Registry.step`` finds the rows of its names, and hands them over as parts, one for each group.
-``Step`` takes all parts through the same five calls of their engines (``multiopt.engine``):
+``Registry.step`` finds the rows of its names and hands them over as parts, one for each group.
+Everything that can fail comes before the first write, so a step is all or nothing. ``run.Step``
+takes all parts through these stages:
 
-    look      one call a part; what an engine does not take as it is, Python looks at (``checks``),
-              and says what is wrong, or lends the engine a copy
-    check     no parameter may share memory with another; gradients may have to be finite
-    clip      norms are measured, and what they scale gradients by (``clip``)
-    prepare   everything that may fail
-    run       one call a part; from here on nothing fails, and Ctrl-C waits
+    look      each engine finds its arrays; Python examines the arrays that it cannot use as they
+              are, and lends it copies or raises an error (``checks``)
+    check     no two parameters share memory, and gradients are finite if they have to be
+    clip      norms are measured, and the factors of gradients computed from them (``clip``)
+    prepare   everything else that can fail
+    run       parameters, slots and clocks are updated; nothing fails any more, and Ctrl-C waits
 
-``report`` says what became of it.
+``numbers`` calls schedules, ``skips`` counts skipped names, and ``report`` says what a step did.
 """

@@ -1,4 +1,8 @@
-"""What comes into a step: names, arrays and gradients, checked before any use."""
+"""Checks of what a step is given: names, parameters and gradients.
+
+They run before anything is changed. Messages name the parameter, what was expected, what came
+instead and, where there is one, the remedy.
+"""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -21,22 +25,22 @@ __all__ = [
     "refuse_shared",
 ]
 
-#: How many names take longer to compare than to be counted.
+#: With more names than this, comparing names takes longer than looking for a missing gradient.
 MANY = 64
 
 
 def gradients_of(params: Mapping[str, Array], grads: Mapping[str, Array | None]) -> np.ndarray:
-    """The gradients of some parameters, in their order; None for a name without one.
+    """The gradients in the order of the parameters; None for a parameter without one.
 
     Raises:
         KeyError: A gradient has no parameter.
         TypeError: A name is not a string.
     """
     found = np.fromiter(map(grads.get, params), object, len(params))
-    # As many as there are, and none missing: they have the same names. To compare a thousand takes
-    # 20 us, to look for None among them 3.
+    # If there are as many gradients as parameters, and none is missing, the names are the same.
+    # Comparing a thousand names takes 20 us, and looking for None among the gradients 3 us.
     alike = len(grads) == len(found) > MANY
-    # What an array of objects has in memory are their identities.
+    # In memory, an array of objects holds their identities.
     if alike and id(None) not in np.frombuffer(found.tobytes(), np.uintp):
         return found
     if not grads.keys() <= params.keys():
@@ -45,7 +49,7 @@ def gradients_of(params: Mapping[str, Array], grads: Mapping[str, Array | None])
 
 
 def _refuse_unknown(grads: Mapping[str, Array | None], params: Mapping[str, Array]) -> None:
-    """Refuse a gradient without a parameter, if there is one; see ``gradients_of``."""
+    """Raise the error of ``gradients_of`` if there is a gradient without a parameter."""
     for name, grad in grads.items():
         check_name("grads", name)
         if grad is not None and name not in params:
@@ -57,10 +61,10 @@ def _refuse_unknown(grads: Mapping[str, Array | None], params: Mapping[str, Arra
 
 
 def as_dict(what: str, arrays: Any) -> dict[str, Any]:
-    """A mapping from names, such as a dict or a ``torch.nn.ParameterDict``, as a dict of its own.
+    """Copy a mapping of names to arrays, such as a ``torch.nn.ParameterDict``, into a new dict.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is not a mapping.
     """
     if type(arrays) is dict:
         return arrays.copy()
@@ -73,30 +77,30 @@ def as_dict(what: str, arrays: Any) -> dict[str, Any]:
 
 
 def check_name(what: str, name: Any) -> None:
-    """Refuse what is not a name.
+    """Refuse a name that is not a string.
 
     Args:
-        what: Where it stands, for the message.
-        name: It.
+        what: The argument that contains the name, for the message.
+        name: The name.
 
     Raises:
-        TypeError: It is not a string.
+        TypeError: The name is not a string.
     """
     if not isinstance(name, str):
         raise TypeError(f"{what} has the name {brief(name)}; expected a string")
 
 
 def check_layout(name: str, layout: Layout, expected: Layout) -> None:
-    """Refuse a parameter of another shape or dtype than its state has.
+    """Refuse a parameter whose shape or dtype is not that of its state.
 
     Args:
-        name: Its name.
-        layout: Its layout.
-        expected: That of its state.
+        name: The name of the parameter.
+        layout: The layout of the parameter.
+        expected: The layout of its state.
 
     Raises:
-        TypeError: The dtype is another one.
-        ValueError: The shape is.
+        TypeError: The dtypes differ.
+        ValueError: The shapes differ.
     """
     for what, have, want, error in (
         ("shape", layout.shape, expected.shape, ValueError),
@@ -110,16 +114,19 @@ def check_layout(name: str, layout: Layout, expected: Layout) -> None:
 
 
 def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
-    """A gradient as an array that fits its parameter.
+    """Check that a gradient fits its parameter.
 
     Args:
-        name: The parameter's name.
-        grad: What came as its gradient.
-        layout: The parameter's layout.
+        name: The name of the parameter.
+        grad: The object passed as its gradient.
+        layout: The layout of the parameter.
+
+    Returns:
+        The gradient; a NumPy scalar becomes an array.
 
     Raises:
-        TypeError: It is not an array of the parameter's library, dtype and device.
-        ValueError: It has another shape.
+        TypeError: The gradient is not an array of the parameter's library, dtype and device.
+        ValueError: The gradient has another shape than the parameter.
     """
     label = f"gradient of {name!r}"
     if isinstance(grad, np.generic) and layout.library == "numpy":
@@ -139,7 +146,7 @@ def checked_gradient(name: str, grad: Array, layout: Layout) -> Array:
 
 
 class _Span(NamedTuple):
-    """The addresses that the update of a parameter writes."""
+    """The memory that the update of a parameter writes, with the addresses of its ends."""
 
     device: str
     low: int
@@ -149,10 +156,10 @@ class _Span(NamedTuple):
 
 
 def check_no_shared_memory(members: Sequence[Member]) -> None:
-    """Refuse two parameters that an update would write to one place.
+    """Refuse parameters that share memory, since an update would write it twice.
 
     Raises:
-        ValueError: Two names have one array, or arrays that overlap.
+        ValueError: Two names have the same array, or arrays that overlap.
     """
     seen: dict[int, str] = {}
     spans = []
@@ -170,17 +177,17 @@ def check_no_shared_memory(members: Sequence[Member]) -> None:
     for span in sorted(spans, key=lambda span: span[:3]):
         reaching = [s for s in reaching if s.device == span.device and s.high > span.low]
         for earlier in reaching:
-            # Columns of one matrix reach into each other without sharing an element.
+            # The spans of two columns of a matrix overlap, although no element is shared.
             if np.shares_memory(earlier.memory, span.memory):
                 refuse_shared(earlier.name, span.name)
         reaching.append(span)
 
 
 def refuse_shared(first: str, second: str) -> NoReturn:
-    """Refuse two names for one array.
+    """Refuse two names whose arrays share memory.
 
     Raises:
-        ValueError: In any case.
+        ValueError: Always.
     """
     first, second = sorted((first, second))
     raise ValueError(

@@ -1,4 +1,8 @@
-"""Gradient clipping, by norm, by global norm and by value: ``spec/clipping.md``."""
+"""Gradient clipping by norm, by global norm and by value: ``spec/clipping.md`` in code.
+
+Norms are measured before a step writes anything. The factors that follow from them go into columns
+of the groups, and engines apply them while they update.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from multiopt.rules.declared import BOUND, Declared, Range, number
 
 __all__ = ["Clip", "Together", "clip_by_global_norm"]
 
-#: Sums that are added up one by one.
+#: Up to this many sums are added in Python, which is then faster than NumPy.
 FEW = 64
 
 
@@ -20,20 +24,21 @@ FEW = 64
 class Clip(Declared):
     """Bounds for gradients, applied in this order: norm, global norm, value.
 
-    A norm is the Euclidean one. A gradient is multiplied by ``min(1, bound / (norm + eps))``; where
-    that is 1, not a bit changes. An infinite bound never clips.
+    Norms are Euclidean. A gradient is multiplied by ``min(1, bound / (norm + eps))``; if that is
+    1, not a bit of it changes. An infinite bound never clips.
 
     Args:
-        norm: Bound of the norm of each parameter's gradient, >= 0, or None.
-        global_norm: Bound of the norm over the gradients, already clipped by ``norm``, of all
-            parameters of the step that carry an equal ``Clip``, >= 0, or None.
-        value: Bound of each element's magnitude, >= 0, or None.
-        eps: Added to a norm before it divides, >= 0. The default is that of
-            ``torch.nn.utils.clip_grad_norm_``, which stays a little below the bound (and far
-            below one under 1e-5); ``eps=0`` meets the bound itself, to one ulp.
+        norm: Bound on the norm of each gradient, >= 0, or None.
+        global_norm: Bound on the norm over the gradients of all parameters of the step that have an
+            equal ``Clip``, after they have been clipped by ``norm``, >= 0, or None.
+        value: Bound on the magnitude of each element, >= 0, or None.
+        eps: Added to a norm before the division, >= 0. The default is that of
+            ``torch.nn.utils.clip_grad_norm_``. It makes clipped norms a little smaller than the
+            bound, and much smaller than a bound under 1e-5. With ``eps=0`` a clipped norm equals
+            the bound to one ulp.
 
     Raises:
-        ValueError: A bound is negative, NaN or no number.
+        ValueError: A bound is negative, NaN, or not of a numeric type.
 
     >>> import numpy as np, multiopt as mo
     >>> opt = mo.Optimizer(mo.SGD(lr=1.0), clip=mo.Clip(norm=1.0, eps=0.0))
@@ -50,12 +55,12 @@ class Clip(Declared):
 
 
 class Together(NamedTuple):
-    """The clips of a list of names that measure several gradients together.
+    """The clips with a global norm in a step, and the order in which they add the names.
 
     Attributes:
-        clips: They, with the numbers that the column ``clip`` has for them.
-        ranks: For each name its place in the order of names, in which is summed.
-        order: The places of the names in that order.
+        clips: The clips by their numbers in the column ``clip``.
+        ranks: For each place, the rank of its name among the sorted names.
+        order: The places in the order of the sorted names.
     """
 
     clips: dict[int, Clip]
@@ -64,7 +69,7 @@ class Together(NamedTuple):
 
     @classmethod
     def of(cls, names: Sequence[str], clips: dict[int, Clip]) -> "Together":
-        """Those of some names."""
+        """Create it for the names of a step, given their clips."""
         order = np.array(sorted(range(len(names)), key=names.__getitem__))
         return cls(clips, np.argsort(order), order)
 
@@ -72,17 +77,17 @@ class Together(NamedTuple):
 def clip_by_global_norm(
     parts: Sequence[Part], together: Together, threads: int | None
 ) -> dict[Clip, float]:
-    """Measure the norms over all gradients of equal clips, which their own norms have scaled.
+    """Measure global norms of gradients that have been clipped by their own norms.
 
-    It fills the column ``shared`` of the groups.
+    The resulting factors are written into the column ``shared`` of the groups.
 
     Args:
-        parts: Parts that have clips.
-        together: The clips.
+        parts: The parts whose groups have clips.
+        together: The clips with a global norm.
         threads: The largest number of threads, or None.
 
     Returns:
-        The norms.
+        The norm over the gradients of each clip that any of the parts has.
     """
     found: dict[Clip, float] = {}
     for code, clip in together.clips.items():
@@ -104,7 +109,7 @@ def clip_by_global_norm(
 
 
 def _carriers(part: Part, code: int) -> np.ndarray | slice:
-    """The positions of rows with a clip; a slice for all."""
+    """The positions of the rows that have a clip; a slice if all have it."""
     column = part.group.clip
     clips = column[part.group.all_or(part.rows)]
     if clips.tobytes() == column.dtype.type(code).tobytes() * len(clips):
@@ -115,7 +120,7 @@ def _carriers(part: Part, code: int) -> np.ndarray | slice:
 def _global_norm(
     pairs: Sequence[tuple[Part, np.ndarray | slice]], together: Together, threads: int | None
 ) -> float:
-    """The norm over the gradients at some positions of each part, summed in the order of names."""
+    """The norm over the gradients at some positions of parts, added in the order of names."""
     _, first = pairs[0]
     if isinstance(first, slice) and first.stop == len(together.order):
         order = together.order  # all names of the step
@@ -126,7 +131,7 @@ def _global_norm(
     def squares(factor: float) -> float:
         sums = [part.group.squares(part, which, factor, threads) for part, which in pairs]
         ordered = (np.concatenate(sums) if len(sums) > 1 else sums[0])[order]
-        # NumPy takes 5 us for 16 numbers, and Python 50 for 1000.
+        # For 16 numbers NumPy takes 5 us; for 1000 numbers Python takes 50 us.
         if len(ordered) <= FEW:
             return fold(ordered.tolist(), len(ordered))
         with np.errstate(over="ignore"):

@@ -1,4 +1,8 @@
-"""The numbers that schedules give at a step, written into the columns of groups."""
+"""Schedules: before a step they are called, and their numbers are written into columns.
+
+Engines read only the columns and know nothing of schedules. Each schedule is called once for each
+distinct number of a step, however many parameters use it.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,23 +23,21 @@ def ask_schedules(
     grads: np.ndarray,
     count: int,
 ) -> None:
-    """Write the numbers of this step into the columns of schedules.
-
-    Each schedule is asked once for each number of a step.
+    """Call the schedules of some rows, and write their numbers into the column ``numbers``.
 
     Args:
         names: The names of the step.
-        parts: By group, its rows, and the places of their names.
-        grads: The gradients, by place; a name without one is not asked for.
-        count: The number of the step of the optimizer, for schedules that are shared.
+        parts: The groups, each with its rows and their places.
+        grads: The gradients by place. Schedules are not called for names without one.
+        count: The number of the optimizer's step, for shared schedules.
 
     Raises:
-        ValueError: A schedule gave no number, or one out of range.
+        ValueError: A schedule returned something that is not a number, or a number out of range.
     """
     known: dict[tuple[int, int], float] = {}
 
     def give(group: Group, name: str, number: int, clocks: tuple[int, int], rows: Any) -> None:
-        """Ask for rows that have the same schedules and clocks."""
+        """Call the schedules of rows that have the same schedules and clocks."""
         try:
             for column, label, schedule in zip(*group.schedules[number], strict=True):
                 rule, field, step = _asker(group.rule, label, clocks)
@@ -53,7 +55,7 @@ def ask_schedules(
             continue
         mine = group.all_or(rows)
         columns = group.schedule[mine], group.steps[mine], group.counts(mine)
-        # One that has a gradient may be asked for. The others will get the same for their next.
+        # The usual case: all rows have the same schedules and clocks, so all get the same numbers.
         if grads[places[0]] is not None and all(map(_is_one, columns)):
             number, step, seen = (column.item(0) for column in columns)
             give(group, names[places[0]], number, (step + 1, seen + 1), mine)
@@ -69,12 +71,12 @@ def ask_schedules(
 
 
 def _is_one(column: np.ndarray) -> bool:
-    """Whether all numbers are the same: to say so takes a tenth of a comparison."""
+    """Whether all numbers are equal, in a tenth of the time of an elementwise comparison."""
     return column.tobytes() == column[:1].tobytes() * len(column)
 
 
 def _asker(rule: Rule, label: str, clocks: tuple[int, int]) -> tuple[Rule, str, int]:
-    """Whose hyperparameter it is, its name there, and the number of the step that counts for it."""
+    """The rule that has a hyperparameter, its name there, and the number of the step it is at."""
     inner, _, name = label.rpartition(".")
     step, count = clocks
     if not inner:

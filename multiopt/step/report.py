@@ -1,4 +1,8 @@
-"""What a step did, as the optimizer tells it."""
+"""Reports: what a step did, for users to read.
+
+A step only stores an ``Outcome``. A ``Report``, which lists names, is created from it when somebody
+asks. ``explain`` adds a note to an exception that says what has become of the step.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +15,7 @@ from multiopt.step.clip import Clip
 
 __all__ = ["Outcome", "Report", "abridged", "explain"]
 
-#: How many names a note lists.
+#: The largest number of names that a message lists.
 LISTED = 5
 
 
@@ -20,11 +24,11 @@ class Report:
     """What the last step did.
 
     Attributes:
-        new: Names seen for the first time.
-        updated: Names that were updated, the new ones among them.
-        skipped: Names left alone because their gradient was not finite.
-        norms: Norm of the gradient, before clipping, of each name with ``Clip(norm=...)``.
-        global_norms: Global norm, before clipping by it, of each ``Clip(global_norm=...)``.
+        new: The names seen for the first time.
+        updated: The names that were updated, including the new ones.
+        skipped: The names left alone because their gradient was not finite.
+        norms: The norm of the gradient before clipping, for each name with ``Clip(norm=...)``.
+        global_norms: The global norm before clipping by it, for each ``Clip(global_norm=...)``.
     """
 
     new: tuple[str, ...] = ()
@@ -36,12 +40,12 @@ class Report:
 
     @property
     def clipped(self) -> tuple[str, ...]:
-        """Names whose gradient a clip changed; a value clip on a device is fetched when read."""
+        """The names whose gradient was clipped; reading this may fetch values from a device."""
         return tuple(name for name, limited in self._limited.items() if bool(limited))
 
 
 def abridged(names: Sequence[str]) -> str:
-    """Names in a message, not too many."""
+    """List some names for a message, at most ``LISTED`` of them."""
     if not names:
         return "nothing"
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
@@ -50,14 +54,14 @@ def abridged(names: Sequence[str]) -> str:
 
 @dataclass(slots=True, eq=False)
 class Outcome:
-    """What becomes of a step, from which a report is made when somebody asks.
+    """What a step has done, in the form in which the step has it.
 
     Attributes:
         names: The names of the step.
-        new: Those that were seen for the first time.
-        parts: Those that were updated, with what became of them.
-        skipped: Those that were left alone for their gradients, by place.
-        global_norms: The norms over several gradients.
+        new: The names seen for the first time.
+        parts: The rows that were updated, with their norms and whether they were clipped.
+        skipped: The places of the names that were skipped.
+        global_norms: The global norm for each clip.
     """
 
     names: list[str]
@@ -68,19 +72,19 @@ class Outcome:
 
     @property
     def updated(self) -> list[str]:
-        """The names that were updated."""
+        """The names that were updated, in the order of the step."""
         if sum(len(part.places) for part in self.parts) == len(self.names):
             return self.names
         places = np.concatenate([part.places for part in self.parts] or [np.empty(0, np.int64)])
         return [self.names[place] for place in np.sort(places).tolist()]
 
     def detached(self) -> "Outcome":
-        """The same, without the groups, of which it says nothing."""
+        """A copy without the groups, which a report does not need."""
         parts = [replace(part, group=cast("Any", None)) for part in self.parts]
         return replace(self, parts=parts)
 
     def report(self) -> Report:
-        """The report."""
+        """Create the report."""
         norms: dict[int, float] = {}
         limited: dict[int, Any] = {}
         for part in self.parts:
@@ -104,20 +108,20 @@ class Outcome:
 def explain(
     error: BaseException, before: Outcome | None, now: Outcome | None, torn: BaseException | None
 ) -> None:
-    """Add a note that says what a step has done in which something was raised.
+    """Add a note to an exception that says what has become of the step in which it was raised.
 
     Args:
-        error: What was raised.
-        before: What became of the step before.
-        now: What became of the last step.
-        torn: What was raised in the middle of writing, if anything was.
+        error: The exception.
+        before: The outcome of the last step before this one.
+        now: The outcome of the last completed step; another object if this step is complete.
+        torn: The exception that was raised while a step was writing, if any.
     """
     if now is not None and now is not before:
         note = f"the step was whole; it updated {abridged(now.updated)}"
     elif torn is error:
         note = "the step was writing when this was raised; load an earlier state"
     elif isinstance(error, KeyError | TypeError | ValueError):
-        # The checks say it in words of their own, or it goes without saying.
+        # The message of a check says it in its own words, or it goes without saying.
         return
     else:
         note = "nothing was changed by this step"

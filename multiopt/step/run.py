@@ -1,4 +1,9 @@
-"""One step of some rows: everything is looked at and made before anything is changed."""
+"""``Step``: one step over some rows, in the order in which nothing can be left half done.
+
+Everything is looked at, checked, measured and allocated before anything is changed. Only the last
+call, ``run``, writes, and it cannot fail. All calls work on whole parts; Python examines single
+parameters only where an engine cannot use their arrays as they are, or where memory may overlap.
+"""
 
 from collections.abc import Collection, Iterable
 from itertools import starmap
@@ -21,20 +26,20 @@ from multiopt.step.clip import Clip, Together, clip_by_global_norm
 __all__ = ["Rows", "RowsOfGroup", "Step"]
 
 
-#: A group, rows of it, the places of their names in a list, and the addresses of the two.
+#: A group, some of its rows, their places in a list of names, and the addresses of both arrays.
 RowsOfGroup: TypeAlias = tuple[Group, np.ndarray, np.ndarray, tuple[int, int]]
 
 
 class Rows(NamedTuple):
-    """A list of names with their rows: what is remembered of the last one.
+    """A list of names with their rows. It is kept in case the next step has the same names.
 
     Attributes:
         names: The names.
         codes: Their codes.
-        parts: By group, the rows, and the places of their names in the list.
-        scheduled: Whether a row may have schedules.
-        clipping: Whether a row may have a clip.
-        together: The clips of them that measure several gradients together, if any do.
+        parts: For each group, the rows and their places in the list.
+        scheduled: Whether any of the rows may have schedules.
+        clipping: Whether any of the rows may have a clip.
+        together: The clips with a global norm; None if there are none.
         missing: The places of names without a row.
     """
 
@@ -48,21 +53,21 @@ class Rows(NamedTuple):
 
 
 class Step:
-    """A step of some parts, called in the order of its methods. None but ``run`` changes anything.
+    """One step over some parts. Its methods are called in order, and only ``run`` changes anything.
 
     Args:
-        rows: The names and their rows.
-        arrays: Their arrays.
-        fresh: The places of names that are new.
+        rows: The names with their rows.
+        arrays: The parameters and gradients.
+        fresh: The places of new names.
         threads: The largest number of threads, or None.
-        leave_clipped: Whether clipped gradients are left behind in the gradients' place.
+        leave_clipped: Whether to overwrite the gradients with the clipped ones.
 
     Attributes:
-        parts: The parts; those that take no part are left out of them.
-        skipped: After ``check_finite``, the places that are left alone for their gradients.
-        global_norms: After ``clip``, those that were measured.
-        replaced: After ``prepare``, by place, the arrays that take the place of parameters that
-            cannot be written.
+        parts: The parts, without the rows that are left alone.
+        skipped: After ``check_finite``, the places of the rows that are skipped.
+        global_norms: After ``clip``, the global norm for each clip.
+        replaced: After ``prepare``, by place, the new arrays of parameters that cannot be updated
+            in place.
     """
 
     __slots__ = (
@@ -86,10 +91,10 @@ class Step:
         threads: int | None,
         leave_clipped: bool,
     ) -> None:
-        """Nothing is looked at yet."""
+        """Begin a step; no array is looked at yet."""
         self._arrays = arrays
         self._threads, self._leave_clipped = threads, leave_clipped
-        # What is left behind clipped is written, once for all who share it.
+        # Clipped gradients then overwrite gradients, so gradients that share memory are copied.
         self._writes_grads = leave_clipped and rows.clipping
         self.skipped: list[int] = []
         self.global_norms: dict[Clip, float] = {}
@@ -97,7 +102,7 @@ class Step:
         self.take(rows, fresh)
 
     def take(self, rows: Rows, fresh: Collection[int]) -> None:
-        """Be about these names and rows; see ``__init__``."""
+        """Take names and rows, at the beginning or after parameters have moved."""
         self.names, self.parts = rows.names, list(starmap(Part, rows.parts))
         self._members: dict[int, tuple[Part, Member]] = {}
         if fresh:
@@ -106,22 +111,23 @@ class Step:
                 part.fresh = new
 
     def places(self) -> set[int]:
-        """The places of those that take part."""
+        """The places of the rows that are updated."""
         return {place for part in self.parts for place in part.places.tolist()}
 
     # Looking
 
     def look(self) -> dict[int, Layout]:
-        """Look at the arrays, and make sure that nothing is written twice, or read by another.
+        """Look at the arrays, and make sure that what one row writes, no other reads or writes.
 
-        Gradients that overlap with parameters are copied.
+        Gradients whose memory the step also writes are copied.
 
         Returns:
-            By place, the layout of parameters that have moved to another library or device. If
-            there are any, the step is to be begun again with their new rows.
+            By place, the layouts of parameters that have moved to another library or device. If
+            there are any, the step must be started again with their new rows.
 
         Raises:
-            TypeError: Something is not a usable array, or cannot be used here and now.
+            TypeError: Something is not a usable array, or its dtype, library or device does not
+                fit.
             ValueError: A shape does not fit, a parameter cannot be written, or two parameters share
                 memory.
         """
@@ -148,11 +154,14 @@ class Step:
     def _examined(
         self, odd: Iterable[tuple[Part, int]], moved: dict[int, Layout]
     ) -> list[tuple[Part, int, Member]]:
-        """Look at some parameters in Python: all are right before the first is lent anything.
+        """Examine some parameters in Python. All are checked before any is lent to its group.
 
         Args:
-            odd: Their parts, and their positions there.
-            moved: Takes, by place, the layouts of those that have moved.
+            odd: For each parameter its part and its position in it.
+            moved: Filled with the layouts of parameters that have moved, by place.
+
+        Returns:
+            The part, the position and the member for each parameter that has not moved.
         """
         found = []
         for part, position in odd:
@@ -178,11 +187,11 @@ class Step:
         return found
 
     def _lend(self, found: Iterable[tuple[Part, int, Member]], copy: bool) -> None:
-        """Lend groups what they take in the place of arrays that they do not.
+        """Lend parameters that Python has examined to their groups.
 
         Args:
-            found: Part, position in it, and the parameter.
-            copy: Whether gradients are copied in any case.
+            found: For each parameter its part, its position in it, and its member.
+            copy: Whether gradients must be copied because their memory is written.
         """
         for part, position, member in found:
             part.group.lend(part, position, member, copy, self._arrays)
@@ -196,7 +205,7 @@ class Step:
     # Checking
 
     def _check_apart(self) -> None:
-        """Make sure that nothing that is written is written twice, or read by another.
+        """Make sure that what one row writes, no other row reads or writes.
 
         Raises:
             ValueError: Two parameters share memory.
@@ -232,7 +241,7 @@ class Step:
         self._lend([(a, b, self._members[place][1]) for a, b, place in everything], copy=True)
 
     def _check_empty(self) -> None:
-        """Refuse one array without elements under two names: it has no place to be known by."""
+        """Refuse one empty array under two names. Spans cannot show it: it has no memory."""
         count = len(self.names)
         starts, ends = self._arrays.spans[:, :count]
         if np.count_nonzero(ends > starts) == count:
@@ -247,13 +256,13 @@ class Step:
                     refuse_shared(first, self.names[place])
 
     def check_finite(self, policy: str) -> None:
-        """Leave out, or refuse, gradients that are not finite.
+        """Skip the rows whose gradients are not finite, or raise an error.
 
         Args:
             policy: ``"raise"`` or ``"skip"``.
 
         Raises:
-            ValueError: There are some, and the policy is ``"raise"``.
+            ValueError: A gradient is not finite, and the policy is ``"raise"``.
         """
         skipped: list[int] = []
         for part in self.parts:
@@ -272,10 +281,10 @@ class Step:
     # Clipping and updating
 
     def clip(self, together: Together | None) -> None:
-        """Measure norms, and what they scale the gradients by.
+        """Measure norms, and compute the factors by which they scale the gradients.
 
         Args:
-            together: The clips that measure several gradients together, if there are any.
+            together: The clips with a global norm; None if there are none.
         """
         clipping = [part for part in self.parts if part.group.clipping and len(part.rows)]
         for part in clipping:
@@ -285,21 +294,23 @@ class Step:
             self.global_norms = clip_by_global_norm(clipping, together, self._threads)
 
     def prepare(self) -> None:
-        """Make everything that may fail."""
+        """Do everything that is left that can fail."""
         for part in self.parts:
             new = part.group.prepare(part, self._arrays, self._leave_clipped, self._threads)
             if new:
                 self.replaced |= new
 
     def run(self) -> None:
-        """Update the parameters, slots and clocks."""
+        """Update parameters, slots and clocks. This cannot fail."""
         for part in self.parts:
             part.group.run(part)
 
     def left_over(self) -> list[tuple[Array, Member, Array]]:
-        """The clipped gradients that could not be left in their own place, with their parameters.
+        """The clipped gradients that the engines could not write over the gradients.
 
-        They are in the namespace of the computation.
+        Returns:
+            The parameter as it was passed, its member, and the clipped gradient as an array of the
+            engine's namespace.
         """
         return [
             (self._arrays.params[member.place], member, grad)
@@ -308,6 +319,6 @@ class Step:
         ]
 
     def forget(self) -> None:
-        """Hold none of the arrays any more."""
+        """Release all arrays of the step."""
         for part in self.parts:
             part.group.forget(part)

@@ -1,4 +1,8 @@
-"""How often names were skipped, and how often is too often: ``spec/registry.md``."""
+"""Skips: how often names were left alone because of their gradients, and when that is an error.
+
+A run in which a name is skipped again and again would go on without learning anything about it, so
+a limit on consecutive skips can be set. ``spec/registry.md`` states what users can rely on.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -10,8 +14,9 @@ class Skips(NamedTuple):
     """How often a step left a name alone because its gradient was not finite.
 
     Attributes:
-        total: In all.
-        consecutive: Since its last update; steps in which it takes no part do not count.
+        total: The number of all skips.
+        consecutive: The number of skips since the last update of the name. Steps without the name
+            do not count.
     """
 
     total: int
@@ -19,10 +24,10 @@ class Skips(NamedTuple):
 
 
 def check_limit(limit: int | None, on_nonfinite: str) -> None:
-    """Refuse what is not a limit of consecutive skips.
+    """Refuse a limit on consecutive skips that is not valid.
 
     Raises:
-        ValueError: It is none, or nothing is skipped.
+        ValueError: It is not an integer >= 1, or ``on_nonfinite`` is not ``"skip"``.
     """
     if limit is None:
         return
@@ -44,12 +49,12 @@ def counted(
     updated: Iterable[str],
     limit: int | None,
 ) -> dict[str, Skips]:
-    """The counts after a step.
+    """Compute the counts after a step.
 
     Args:
-        skips: Those before it.
-        skipped: The names that it skips.
-        updated: The names that it updates.
+        skips: The counts before the step.
+        skipped: The names that the step skips.
+        updated: The names that the step updates.
         limit: The largest number of steps in a row that may skip a name; None for no limit.
 
     Raises:
