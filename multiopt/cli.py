@@ -46,7 +46,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         The exit status: 1 if nobody reads what is printed, 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, TextIOWrapper):
-        # A name may have letters that the terminal has not.
+        # A name may contain characters that the terminal cannot display.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:

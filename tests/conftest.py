@@ -55,7 +55,7 @@ def steps_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every step take the same opcodes, wherever its arrays happen to be in memory.
 
     A look takes more if the order of the addresses is not that of the look before it. Here none is:
-    each is sorted anew.
+    each is sorted again.
     """
     look = CompiledGroup.look
 

@@ -155,7 +155,7 @@ def kind_of(function: str, kinds: list[Kind], is_host: bool) -> Kind:
         return _kind_of_choice(*kinds)
     if function in LOGICAL:
         if set(kinds) != {Kind.BOOL}:
-            raise NotTraceable(f"uses {function} of what is no comparison")
+            raise NotTraceable(f"uses {function} of something other than a comparison")
         return Kind.BOOL
     if Kind.BOOL in kinds:
         raise NotTraceable(f"uses {function} of what a comparison gives: use where")
@@ -180,7 +180,7 @@ def kind_of(function: str, kinds: list[Kind], is_host: bool) -> Kind:
 
 def _kind_of_choice(condition: Kind, x: Kind, y: Kind) -> Kind:
     if condition is not Kind.BOOL:
-        raise NotTraceable("uses where with a condition that is no comparison")
+        raise NotTraceable("uses where with a condition that is not a comparison")
     if x is y and x is not Kind.NUMBER:
         return x
     if Kind.BOOL in (x, y):

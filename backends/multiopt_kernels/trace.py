@@ -119,7 +119,7 @@ def _checked(new: Any, slots: int) -> "list[_StandIn]":
         raise NotTraceable(f"returns {kept!r} as {slots} slots")
     for value in (param, *kept):
         if not (isinstance(value, _StandIn) and value.kind is Kind.FLOAT):
-            raise NotTraceable(f"returns {value!r}, which is no array of its dtype")
+            raise NotTraceable(f"returns {value!r}, which is not an array of its dtype")
     return [param, *kept]
 
 

@@ -128,8 +128,8 @@ class TorchBackend(Backend):
         source = param if param._base is None else param._base
         if source.grad_fn is not None:
             raise ValueError(
-                f"{label} is no leaf but computed from other tensors, so an update of it would be "
-                "lost; expected a leaf: pass the tensor it was computed from"
+                f"{label} is not a leaf but computed from other tensors, so an update of it would "
+                "be lost; expected a leaf: pass the tensor it was computed from"
             )
         if param.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(

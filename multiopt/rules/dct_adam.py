@@ -107,7 +107,7 @@ class DCTAdam(Rule):
         if dim is None:
             return super().slot_shapes(shape)
         if not -len(shape) <= dim < len(shape):
-            raise ValueError(f"DCTAdam: dct_dim={dim} is no dimension of the shape {shape}")
+            raise ValueError(f"DCTAdam: dct_dim={dim} is not a dimension of the shape {shape}")
         doubled = list(shape)
         doubled[dim] += next_fast_len(shape[dim])
         return dict.fromkeys(self.slots, tuple(doubled))

@@ -177,7 +177,7 @@ def tables_in(document: Mapping[str, Any]) -> list[SavedTable]:
                 )
                 if len(counts) != len(names) or not all(map(is_clock, counts)):
                     raise CheckpointError(
-                        f"the average of {names[0]!r} has other counts than steps"
+                        f"the average of {names[0]!r} needs as many counts as steps"
                     )
             slots = tuple(_slot(name, text, names) for name, text in table["slots"].items())
             if (average is not None) != any(slot.name == AVERAGE for slot in slots):
@@ -186,11 +186,13 @@ def tables_in(document: Mapping[str, Any]) -> list[SavedTable]:
             if type(is_complex) is not bool or any(
                 is_complex > (slot.shape[-1:] == (2,)) for slot in slots
             ):
-                raise CheckpointError(f"the complex slots of {names[0]!r} have no two parts")
+                raise CheckpointError(
+                    f"the complex slots of {names[0]!r} do not have a real and an imaginary part"
+                )
             form = Form(_rule(rules, table["rule"], names), slots, is_complex, average)
             tables.append(SavedTable(part, form, names, places, steps, counts))
     if len(seen) < sum(len(table.names) for table in tables):
-        raise CheckpointError("a name is there twice")
+        raise CheckpointError("a name appears twice")
     return tables
 
 

@@ -54,9 +54,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
     if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file, or none", str(target))
+        raise IsADirectoryError(
+            errno.EISDIR, "expected a path of a file, not of a directory", str(target)
+        )
     if target.exists() and not target.is_file():
-        raise OSError(errno.EINVAL, "expected a regular file, or none", str(target))
+        raise OSError(errno.EINVAL, "expected a regular file, or nothing there yet", str(target))
     _remove_left_behind(target)
     file = _opened_beside(target)
     try:

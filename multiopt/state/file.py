@@ -161,7 +161,7 @@ class _File:
         self._tensors: dict[str, Any] = json.loads(data.read(self._begin - 8))
         header = self._tensors.pop("__metadata__", {})
         if "multiopt" not in header:
-            raise CheckpointError("it is a safetensors file with no state of multiopt in it")
+            raise CheckpointError("it is a safetensors file without multiopt state")
         description = header["multiopt"]
         checksums = header["checksums"].split() if "checksums" in header else None
         if checksums is not None and checksums[0] != xxh3_64_hexdigest(description.encode()):
@@ -176,7 +176,7 @@ class _File:
             raise CheckpointError(f"expected a mapping under 'metadata'; got {metadata!r}")
         self.metadata = restored_metadata(metadata, document.pop("nonfinite", {}))
         if checksums is None and self.version > 1:
-            raise CheckpointError("it has no checksums; expected them, of version 2 and later")
+            raise CheckpointError("it has no checksums; every file of version 2 or later has them")
         self.checked = checksums is not None and self.version > 1
         self.steps = check_steps(document)
         self._old, self.in_order = None, True
@@ -214,7 +214,7 @@ class _File:
         for key, shape in expected.items():
             tensor = self._tensors[key]
             if f"{tensor['dtype']}[{','.join(map(str, tensor['shape']))}]" != shape:
-                raise CheckpointError(f"its tensor {key!r} is another one than {shape}")
+                raise CheckpointError(f"its tensor {key!r} is not {shape}")
 
     def _rows(self, key: str, rows: slice, size: int, dtype: str) -> np.ndarray:
         """Read some rows of a tensor; safetensors itself can only read whole tensors.
@@ -360,7 +360,7 @@ def _check_header(path: str) -> None:
                     "writes: for the state of a torch optimizer use "
                     "multiopt.adapters.torch_optim.read"
                 )
-            raise ValueError(f"a header of {length} bytes is not in it")
+            raise ValueError(f"it is too short for a header of {length} bytes")
         if why := too_much(file.read(min(length, LARGEST_HEADER + 1))):
             raise ValueError(why)
 
@@ -368,9 +368,9 @@ def _check_header(path: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key appears twice")
     return mapping
 
 
 def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not valid JSON")

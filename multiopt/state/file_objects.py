@@ -84,7 +84,7 @@ def write_whole(file: Any, parts: Iterable[bytes | memoryview]) -> None:
             if not isinstance(file, io.RawIOBase):
                 break
             if count is None:
-                raise BlockingIOError(errno.EAGAIN, "the file object takes no bytes now")
+                raise BlockingIOError(errno.EAGAIN, "the file object cannot take bytes now")
             piece = piece[count:]
 
 
@@ -117,10 +117,7 @@ def check_readable(file: Any) -> None:
 def _no_file(file: Any, method: str) -> TypeError:
     mode = f"{method[0]}b"
     if hasattr(file, method):
-        return TypeError(
-            f"{label(file)} is a file object of text, or of another kind; expected one of bytes: "
-            f"open it with mode {mode!r}"
-        )
+        return TypeError(f"{label(file)} is not a binary file object: open it with mode {mode!r}")
     return TypeError(
         f"expected a path, or a binary file object, which has {method}(); got {file!r}"
     )

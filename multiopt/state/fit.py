@@ -52,7 +52,7 @@ def check_slot_names(
             f"the loaded state of parameter {name!r} has the slot {MASTER!r}; expected none, for "
             "a parameter of 32 or 64 bits or an optimizer without master_weights=True: for one of "
             "16 bits make the optimizer with master_weights=True, else forget the name to start "
-            "anew"
+            "over"
         )
     # The slots of a rule that is not elementwise may depend on the shape.
     is_exact = names is not None or rule.elementwise
@@ -115,17 +115,17 @@ def _check_slot(
         expected = layout.dtype if is_complex else layout.compute_dtype
         why = (
             f"dtype {given.dtype}; expected {expected}, for a parameter of dtype "
-            f"{layout.dtype}: load it with cast=True, or forget the name to start anew"
+            f"{layout.dtype}: load it with cast=True, or forget the name to start over"
         )
     elif is_complex == layout.is_complex:
         why = (
             f"shape {given.shape}; expected {layout.shape if is_complex else shape} for a "
-            f"parameter of shape {layout.shape}: forget the name to start anew"
+            f"parameter of shape {layout.shape}: forget the name to start over"
         )
     else:
         why = (
             f"dtype {given.dtype} and shape {given.shape}; expected a "
             f"{'complex' if layout.is_complex else 'real'} one, for a parameter of dtype "
-            f"{layout.dtype} and shape {layout.shape}: forget the name to start anew"
+            f"{layout.dtype} and shape {layout.shape}: forget the name to start over"
         )
     raise ValueError(f"the loaded slot {slot.name!r} of parameter {name!r} has {why}")

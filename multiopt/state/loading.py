@@ -108,7 +108,7 @@ def renamed(
     available = set(have)
     for name in [*wanted, *(rename if isinstance(rename, Mapping) else ())]:
         if name not in available:
-            raise KeyError(f"cannot load parameter {name!r}: the loaded state has none of it")
+            raise KeyError(f"cannot load parameter {name!r}: the loaded state does not contain it")
     if rename is None:
         rename = {}
     new_name = rename if callable(rename) else lambda name: rename.get(name, name)

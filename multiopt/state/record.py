@@ -223,7 +223,7 @@ def saved_of(
     kinds = {layout.is_complex for _, layout, _ in slots_found}
     if len(kinds) > 1:
         raise ValueError(
-            f"the state of {name!r} has slots of no use: some are complex, and others are not"
+            f"the state of {name!r} mixes complex and real slots; expected all of one kind"
         )
     texts, count = [_text(name, entry)], 0
     if average is not None:
@@ -256,7 +256,7 @@ def _on_host(name: str, slot: str, array: Any) -> tuple[str, Layout, np.ndarray]
             )
         host = backend.to_host(array)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the state of {name!r} has a slot of no use: {error}") from error
+        raise ValueError(f"the state of {name!r} has an unusable slot: {error}") from error
     if layout.is_complex:
         host = as_real(host)
     # Compiled code needs the machine's own byte order.
@@ -269,7 +269,7 @@ def _text(name: str, entry: Mapping[str, Any]) -> str:
     try:
         return json.dumps(parts, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the rule in the state of {name!r} is no plain data: {error}") from error
+        raise ValueError(f"the rule in the state of {name!r} is not plain data: {error}") from error
 
 
 def plain(saved: Saved) -> tuple[dict[str, Any], dict[str, Any] | None]:

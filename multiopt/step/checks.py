@@ -109,7 +109,7 @@ def check_layout(name: str, layout: Layout, expected: Layout) -> None:
         if have != want:
             raise error(
                 f"parameter {name!r} has {what} {have}; expected {want}, that of its state: forget "
-                "the name to start anew"
+                "the name to start over"
             )
 
 

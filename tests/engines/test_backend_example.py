@@ -45,7 +45,7 @@ def vectors(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def forget_backends() -> None:
-    """Let each be found anew, by name and by type: or a test would know two of a library."""
+    """Let each be found again, by name and by type: or a test would know two of a library."""
     backend.backend_named.cache_clear()
     backend._backend_by_type.clear()
 

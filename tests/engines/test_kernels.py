@@ -1,4 +1,4 @@
-"""Compiled kernels: which rules have one, when they are made anew, and what a step costs."""
+"""Compiled kernels: which rules have one, when they are compiled again, and what a step costs."""
 
 import math
 import os
@@ -132,7 +132,7 @@ HELPER = """
 """
 
 
-def test_an_edited_rule_is_compiled_anew_and_ten_runs_leave_one_file(tmp_path: Path) -> None:
+def test_an_edited_rule_is_compiled_again_and_ten_runs_leave_one_file(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
 
     def run(expression: str, number: str = "1.0") -> list[str]:

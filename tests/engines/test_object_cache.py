@@ -1,4 +1,4 @@
-"""Machine code on disk: found again when nothing changed, made anew when anything did."""
+"""Machine code on disk: found again when nothing changed, compiled again when anything did."""
 
 import errno
 import gc
@@ -93,7 +93,7 @@ def test_an_error_of_the_compiler_passes_and_leaves_nothing(folder: Path) -> Non
     assert not list(folder.iterdir())
 
 
-# Made anew.
+# Compiled again.
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ FAULTS = [
         "backends/multiopt_kernels/cpu/kernels.py",
         "[text, dtype, storage_dtype], make, update)",
         "[dtype, storage_dtype], make, update)",
-        "engines/test_kernels.py::test_an_edited_rule_is_compiled_anew_and_ten_runs_leave_one_file",
+        "engines/test_kernels.py::test_an_edited_rule_is_compiled_again_and_ten_runs_leave_one_file",
     ),
     Fault(
         "a literal in float64",

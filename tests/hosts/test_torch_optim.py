@@ -53,7 +53,7 @@ TOLERANCE: dict[Any, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
 }
 ROUNDED: dict[str, dict[str, Any]] = {"Muon": {"rtol": 0.0, "atol": 1e-2}}
-#: What torch rounds to its default dtype at each step, and multiopt computes anew.
+#: What torch rounds to its default dtype at each step, and multiopt computes again.
 COMPUTED = ("eta", "mu_product")
 #: Groups of torch: the second has settings of its own, the last no parameters.
 GROUPS = (("matrix", "unused"), ("late", "square"), ())
@@ -349,13 +349,19 @@ def broken(change: Any) -> Any:
         ),
         (lambda s: s["param_groups"][0].update(params=[1, 1]), r"parameter once .* got \[1, 1\]"),
         (lambda s: s["state"].update({7: {}}), r"state of \[7\]; expected numbers of \[0, 1\]"),
-        (lambda s: s["state"].update({1: 3}), "'b' is no state of SGD"),
+        (lambda s: s["state"].update({1: 3}), "'b' is not a state of SGD"),
         (lambda s: s["state"][1].update(step=torch.tensor(-1.0)), "'b' .* a step >= 0; got -1"),
-        (lambda s: s["state"][1].update(step=torch.tensor(float("nan"))), "'b' is no state of SGD"),
-        (lambda s: s["state"][1].update(step=torch.tensor(float("inf"))), "'b' is no state of SGD"),
+        (
+            lambda s: s["state"][1].update(step=torch.tensor(float("nan"))),
+            "'b' is not a state of SGD",
+        ),
+        (
+            lambda s: s["state"][1].update(step=torch.tensor(float("inf"))),
+            "'b' is not a state of SGD",
+        ),
         (
             lambda s: s["state"][1].update(momentum_buffer="x"),
-            "'b' is no state of SGD .*expected a tensor under 'momentum_buffer'; got a str",
+            "'b' is not a state of SGD .*expected a tensor under 'momentum_buffer'; got a str",
         ),
         (
             lambda s: s["state"][1].update(momentum_buffer=np.ones(2)),
@@ -363,11 +369,11 @@ def broken(change: Any) -> Any:
         ),
         (
             lambda s: s["state"][1].update(momentum_buffer=torch.ones(2).to_sparse()),
-            "'b' is no state of SGD",
+            "'b' is not a state of SGD",
         ),
         (
             lambda s: s["state"][1].update(momentum_buffer=torch.ones(2, device="meta")),
-            "'b' is no state of SGD",
+            "'b' is not a state of SGD",
         ),
         (
             lambda s: s["param_groups"][0].update(lr=float("nan")),
@@ -379,13 +385,13 @@ def broken(change: Any) -> Any:
         ),
         (
             lambda s: s["state"][1].update(momentum_buffer=torch.ones(2, dtype=torch.int8)),
-            "'b' is no state of SGD",
+            "'b' is not a state of SGD",
         ),
         (
             lambda s: s["state"][1].update(more=torch.ones(2, dtype=torch.complex64)),
-            "'b' is no state of SGD",
+            "'b' is not a state of SGD",
         ),
-        (lambda s: s["param_groups"][0].update(lr=nested(100_000)), "'a' is no state of SGD"),
+        (lambda s: s["param_groups"][0].update(lr=nested(100_000)), "'a' is not a state of SGD"),
         (lambda s: s["state"][1].update(more=torch.ones(2)), r"'b' has the slots \['mom.*'more'\]"),
         (lambda s: s["param_groups"][0].update(lr=-1.0), "'a' .* SGD: lr must be a finite number"),
         (

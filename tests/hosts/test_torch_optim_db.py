@@ -43,7 +43,7 @@ print(json.dumps({
 
 #: Classes that multiopt has no rule for.
 WITHOUT_RULE = {
-    "LBFGS": "evaluates the loss anew within a step, which no rule can",
+    "LBFGS": "evaluates the loss again within a step, which no rule can",
     "SparseAdam": "is for sparse gradients, which multiopt refuses",
 }
 

@@ -363,7 +363,7 @@ def test_the_mean_of_16_bits_is_of_what_the_rule_computes(
 
 
 @pytest.mark.parametrize("name", ["compiled", "blocks", "plain"])
-def test_the_count_goes_on_where_the_clock_begins_anew(
+def test_the_count_goes_on_where_the_clock_starts_over(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MULTIOPT_ENGINE", name)

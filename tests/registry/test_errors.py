@@ -139,7 +139,7 @@ BAD_STEPS: dict[str, tuple[Callable[[], tuple[Any, Any]], type[Exception], str]]
     "computed tensor": (
         lambda: (torch.ones(3, requires_grad=True) * 2, torch.ones(3)),
         ValueError,
-        "parameter 'bad' is no leaf but computed from other tensors, .*; expected a leaf: pass",
+        "parameter 'bad' is not a leaf but computed from other tensors, .*; expected a leaf: pass",
     ),
     "uninitialized tensor": (
         lambda: (torch.nn.UninitializedParameter(), torch.ones(3)),

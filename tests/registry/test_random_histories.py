@@ -246,7 +246,7 @@ class Histories(RuleBasedStateMachine):
 
         if unknown:
             event("a load of what is not there")
-            with pytest.raises(KeyError, match="the loaded state has none of it"):
+            with pytest.raises(KeyError, match="the loaded state does not contain it"):
                 load()
             return
         if len(set(new.values())) < len(new):

@@ -297,11 +297,11 @@ def test_slots_of_another_rule_are_an_error_as_soon_as_the_rule_is_known() -> No
         ),
         (
             lambda s: {**s, "pending": {"x": {"step": 1, "slots": {"m": 1.0}, "rule": {}}}},
-            "the state of 'x' has a slot of no use: slot 'm' is 1.0, a float",
+            "the state of 'x' has an unusable slot: slot 'm' is 1.0, a float",
         ),
         (
             lambda s: {**s, "pending": {"x": {"step": 1, "slots": {"m": ones(1) > 0}, "rule": {}}}},
-            "the state of 'x' has a slot of no use: slot 'm' has dtype bool",
+            "the state of 'x' has an unusable slot: slot 'm' has dtype bool",
         ),
         (lambda s: {**s, "entries": []}, "expected a mapping under 'entries'; got list"),
         (lambda s: {"version": 1, "entries": {}}, "expected a mapping under 'pending'; got None"),
@@ -331,7 +331,7 @@ def test_a_malformed_state_dict_changes_nothing(damage: object, message: str) ->
 # Forgetting, renaming, changing the rule
 
 
-def test_forget_starts_anew() -> None:
+def test_forget_starts_over() -> None:
     opt = stepped(None, "a", "b", steps=3)
     opt.forget("a")
     assert opt.names == ("b",)

@@ -314,9 +314,9 @@ WRONG_TENSORS: Wrong = {
     "released": (released, TypeError, "'b' is a Tensor without memory"),
     "bfloat16": (lambda t: t.detach().bfloat16(), TypeError, "bfloat16"),
     "expanded, a parameter": (lambda t: t.detach()[:1].expand(SHAPE), ValueError, "is expanded"),
-    "computed, a parameter": (lambda t: t * 2, ValueError, "'b' is no leaf"),
-    "retained, a parameter": (retained, ValueError, "'b' is no leaf"),
-    "a view of a computed parameter": (view_of_computed, ValueError, "'b' is no leaf"),
+    "computed, a parameter": (lambda t: t * 2, ValueError, "'b' is not a leaf"),
+    "retained, a parameter": (retained, ValueError, "'b' is not a leaf"),
+    "a view of a computed parameter": (view_of_computed, ValueError, "'b' is not a leaf"),
     "a parameter of inference mode": (of_inference_mode, ValueError, "'b' was made in inference"),
 }
 
@@ -354,7 +354,7 @@ def test_a_new_tensor_is_looked_at_beside_names_without_a_gradient(
         for each in before:
             known[each].grad = None
         values = params["c"].detach().clone()
-        with pytest.raises(ValueError, match="'b' is no leaf"):
+        with pytest.raises(ValueError, match="'b' is not a leaf"):
             opt.step({"a": known["a"], "b": retained(params["b"]), "z": known["z"]})
         assert len(opt) == 2
         assert torch.equal(known["z"].detach(), values)

@@ -228,7 +228,7 @@ def test_state_goes_through_a_file(tmp_path: Path) -> None:
     assert_equal(w, run(NUMPY, rule, start, grads)[1])
 
 
-def test_another_dimension_begins_anew() -> None:
+def test_another_dimension_starts_over() -> None:
     opt, w = mo.Optimizer(mo.DCTAdam(dct_dim=0)), {"w": np.ones((2, 3))}
     opt.step(w, {"w": np.ones((2, 3))})
     opt.rule = mo.DCTAdam(dct_dim=1)
@@ -246,5 +246,5 @@ def test_a_dimension_is_an_integer(dim: Any) -> None:
 @pytest.mark.parametrize(("shape", "dim"), [((), -1), ((3,), -2), ((3,), 1)])
 def test_a_dimension_must_be_there(shape: tuple[int, ...], dim: int) -> None:
     opt = mo.Optimizer(mo.DCTAdam(dct_dim=dim))
-    with pytest.raises(ValueError, match=r"parameter 'w': .* is no dimension of the shape"):
+    with pytest.raises(ValueError, match=r"parameter 'w': .* is not a dimension of the shape"):
         opt.step({"w": np.ones(shape)}, {"w": np.ones(shape)})

@@ -108,7 +108,7 @@ def test_bytes_go_where_the_file_object_is(tmp_path: Path) -> None:
 
 
 def test_a_file_object_that_takes_nothing_now_is_an_os_error() -> None:
-    with pytest.raises(BlockingIOError, match="takes no bytes now") as caught:
+    with pytest.raises(BlockingIOError, match="cannot take bytes now") as caught:
         stepped().save(Slow(most=1500))
     assert caught.value.errno == errno.EAGAIN
 
@@ -241,7 +241,7 @@ def test_a_damaged_file_object_is_refused_by_name_and_by_what_it_is_called(tmp_p
 def test_a_hostile_file_object_is_refused(tmp_path: Path) -> None:
     header = b"[" + b"[]," * 300_000 + b"0]"
     for length in (len(header), 10**8 + 1, 2**63):
-        with pytest.raises(mo.CheckpointError, match=r"lists and commas|is not in it"):
+        with pytest.raises(mo.CheckpointError, match=r"lists and commas|too short for a header"):
             mo.Optimizer(mo.Adam()).load(io.BytesIO(length.to_bytes(8, "little") + header))
 
 

@@ -232,21 +232,21 @@ MISFITS = {
         *(ones(3, dtype="complex64"), ones(3), {"cast": True}),
         (
             "dtype complex64 and shape (3,); expected a real one, for a parameter of dtype float32 "
-            "and shape (3,): forget the name to start anew"
+            "and shape (3,): forget the name to start over"
         ),
     ),
     "real into complex": (
         *(ones(3), ones(3, dtype="complex128"), {"cast": True}),
         (
             "dtype float32 and shape (3,); expected a complex one, for a parameter of dtype "
-            "complex128 and shape (3,): forget the name to start anew"
+            "complex128 and shape (3,): forget the name to start over"
         ),
     ),
     "another complex dtype": (
         *(ones(3, dtype="complex64"), ones(3, dtype="complex128"), {}),
         (
             "dtype complex64; expected complex128, for a parameter of dtype complex128: load it "
-            "with cast=True, or forget the name to start anew"
+            "with cast=True, or forget the name to start over"
         ),
     ),
     "another complex shape": (

@@ -145,7 +145,7 @@ class JointOptim(StatefulOptim):
             self._registry.step(self._keys, tensors, None, _leave_clipped)
         except BaseException as error:
             explain(error, before, self._registry.outcome, self._guard.torn)
-            message = REMEDY.sub("del optim_objs[tensor] to start anew", str(error))
+            message = REMEDY.sub("del optim_objs[tensor] to start over", str(error))
             if isinstance(error, TypeError | ValueError) and message != str(error):
                 raise type(error)(message) from None
             raise
@@ -279,7 +279,7 @@ class JointOptim(StatefulOptim):
             key = f"{label} ({number_of_it})"
         return key
 
-    def _start_anew(self, tracked: TensorOptimizer) -> None:
+    def _start_over(self, tracked: TensorOptimizer) -> None:
         """Forget a tensor, and any loaded state that waits for it but does not fit it.
 
         State that fits keeps waiting, as in Pyro, where only new tensors take it.

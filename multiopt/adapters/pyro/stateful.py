@@ -34,7 +34,7 @@ __all__ = ["REMEDY", "StatefulOptim"]
 
 #: The remedies for state that does not fit in the core's messages; here the remedy is another.
 REMEDY = re.compile(
-    r"forget the name to start anew$"
+    r"forget the name to start over$"
     r"|load with the rule that was saved, step, then assign opt\.rule$"
 )
 
@@ -135,7 +135,7 @@ class StatefulOptim(PyroOptim):
                 if counts := state.get("skips"):
                     skips[key] = Skips(*counts)
         except ValueError as error:
-            remedy = "del optim_objs[tensor] to start anew without it"
+            remedy = "del optim_objs[tensor] to start over without it"
             raise ValueError(REMEDY.sub(remedy, str(error))) from None
         with self._guard:
             registry.put(entries)
@@ -259,8 +259,8 @@ class StatefulOptim(PyroOptim):
         states, name = self._states(), self._names.of_tensors()
         if unnamed := sum(name(tracked.alive) is None for tracked in self._tensors):
             warnings.warn(
-                f"{unnamed} tensors are in no param store and in no known module; their state is "
-                "not saved",
+                f"{unnamed} tensors are neither in a param store nor in a known module; their "
+                "state is not saved",
                 stacklevel=3,
             )
         return states

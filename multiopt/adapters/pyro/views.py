@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Groups", "OptimObjs", "State"]
 
 #: The remedy in messages for users who want a parameter to start from scratch.
-START_ANEW = "del optim_objs[tensor] to start it anew"
+START_OVER = "del optim_objs[tensor] to reset it"
 
 
 class OptimObjs(MutableMapping[torch.Tensor, Any]):
@@ -38,13 +38,13 @@ class OptimObjs(MutableMapping[torch.Tensor, Any]):
     def __setitem__(self, tensor: torch.Tensor, value: Any) -> NoReturn:
         """Raise an error: entries are made when a tensor is first seen."""
         raise TypeError(
-            "optim_objs takes no optimizers: its entries are made at first sight; change their "
-            f"param_groups and state, or {START_ANEW}"
+            "optim_objs does not accept optimizers: its entries are made at first sight; change "
+            f"their param_groups and state, or {START_OVER}"
         )
 
     def __delitem__(self, tensor: torch.Tensor) -> None:
         """Forget a tensor, and any loaded state that waits for it but does not fit it."""
-        self._owner._start_anew(self._tracked(tensor))
+        self._owner._start_over(self._tracked(tensor))
 
     def pop(self, tensor: torch.Tensor, *default: Any) -> Any:
         """Forget a tensor and return its value; loaded state that fits keeps waiting."""
@@ -220,7 +220,7 @@ class Slots(_View):
             raise KeyError(name)
         raise TypeError(
             f"the state of {self._tracked.key!r} needs {name!r}: set it, clear the state, or "
-            f"{START_ANEW}"
+            f"{START_OVER}"
         )
 
     def clear(self) -> None:

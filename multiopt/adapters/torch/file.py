@@ -126,7 +126,7 @@ class _Dtype:
     def __init__(self, code: str, *_: Any) -> None:
         self.dtype = np.dtype(code)
         if self.dtype.kind not in "biufc":
-            raise UnpicklingError(f"{type(self.dtype)} is no dtype of numbers")
+            raise UnpicklingError(f"{type(self.dtype)} is not a numeric dtype")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.dtype = self.dtype.newbyteorder(state[1])

@@ -85,7 +85,7 @@ def rule_settings(group: Mapping[str, Any], step: int) -> dict[str, Any]:
         if not decay:
             raise ValueError(
                 f"lr is 0 after {step} decays by lrd={settings['lrd']!r}; got {settings['lr']!r}: "
-                "start anew to raise it"
+                "start over to raise it"
             )
         settings["lr"] /= decay
     return settings

@@ -202,7 +202,7 @@ def parameter_from_torch(
         ValueError,
     ) as error:
         raise CheckpointError(
-            f"the state of {name!r} is no state of {rule_class.__name__} "
+            f"the state of {name!r} is not a state of {rule_class.__name__} "
             f"({type(error).__name__}: {error})"
         ) from error
 

@@ -241,8 +241,8 @@ def test_complex_state_goes_over_and_back(tmp_path: Path) -> None:
     ("states", "message"),
     [
         ([1, 2], "expected the states of parameters by name; got a list"),
-        ({"loc": 3}, "'loc' is no state of Adam"),
-        ({"loc": {"state": {}, "param_groups": []}}, "'loc' is no state of Adam"),
+        ({"loc": 3}, "'loc' is not a state of Adam"),
+        ({"loc": {"state": {}, "param_groups": []}}, "'loc' is not a state of Adam"),
         (
             {"loc": {"state": {}, "param_groups": [{"lr": 0.1, "momentum": 0.0}]}},
             r"'loc' .* got \['momentum'\] besides and none for \['amsgrad'",

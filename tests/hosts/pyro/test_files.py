@@ -272,7 +272,8 @@ def test_saving_warns_of_tensors_without_a_name(tmp_path: Path) -> None:
     tensors = [torch.zeros(2, requires_grad=True) for _ in range(2)]
     opt({give(param("loc")), *map(give, tensors)})
     with pytest.warns(
-        UserWarning, match="2 tensors are in no param store and in no known module; their state"
+        UserWarning,
+        match="2 tensors are neither in a param store nor in a known module; their state",
     ):
         opt.save(tmp_path / "opt")
     other = optim.Adam({"lr": 0.1})
@@ -312,7 +313,7 @@ def test_a_state_of_another_kind_is_found_at_once(tmp_path: Path) -> None:
     adam = optim.Adam({"lr": 0.1})
     with pytest.raises(mo.CheckpointError, match=r"'loc' has the slots \['momentum_buffer'\]"):
         adam.load(tmp_path / "sgd")
-    with pytest.raises(mo.CheckpointError, match=r"'loc' is no state of Adam .* of another"):
+    with pytest.raises(mo.CheckpointError, match=r"'loc' is not a state of Adam .* of another"):
         adam.load(tmp_path / "sgd.pt")
     with pytest.raises(
         mo.CheckpointError, match="expected the states of parameters by name; got a l"
@@ -401,7 +402,7 @@ def test_a_state_of_another_form_is_a_checkpoint_error() -> None:
     opt({give(loc)})
     state = opt.get_state()
     opt = optim.Adam({"lr": 0.1})
-    with pytest.raises(mo.CheckpointError, match=r"the state of 'b' is no state of Adam .*Key"):
+    with pytest.raises(mo.CheckpointError, match=r"the state of 'b' is not a state of Adam .*Key"):
         opt.set_state({**state, "b": {"momentum": 1}})
     assert opt.get_state() == {}
 

@@ -17,7 +17,7 @@ from tests.hosts.pyro.tensors import BOTH, give, param, steps_of
 
 @BOTH
 @pytest.mark.parametrize("how", ["del", "pop", "clear", "assign"])
-def test_an_entry_that_is_deleted_starts_anew(module: Any, how: str) -> None:
+def test_an_entry_that_is_deleted_starts_over(module: Any, how: str) -> None:
     opt, loc = module.Adam({"lr": 0.1}), param("loc")
     for _ in range(3):
         opt({give(loc)})
@@ -42,7 +42,7 @@ def test_an_entry_that_is_deleted_starts_anew(module: Any, how: str) -> None:
 
 @BOTH
 @pytest.mark.parametrize("how", ["del", "clear", "assign"])
-def test_a_deleted_entry_starts_anew_with_the_state_that_waits(module: Any, how: str) -> None:
+def test_a_deleted_entry_starts_over_with_the_state_that_waits(module: Any, how: str) -> None:
     opt, loc = module.Adam({"lr": 0.1}), param("loc")
     for _ in range(3):
         opt({give(loc)})
@@ -67,7 +67,7 @@ def by_name(name: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("saved", ["Adam", "SGD"])
 @pytest.mark.parametrize("how", ["del", "clear", "assign"])
-def test_a_deleted_entry_starts_anew_without_state_that_does_not_fit(
+def test_a_deleted_entry_starts_over_without_state_that_does_not_fit(
     tmp_path: Path, how: str, saved: str
 ) -> None:
     stopped = optim.Adam({"lr": 0.1}) if saved == "Adam" else optim.SGD({"lr": 1, "momentum": 0.5})
@@ -85,7 +85,7 @@ def test_a_deleted_entry_starts_anew_without_state_that_does_not_fit(
     for _ in range(2):
         with pytest.raises(
             ValueError,
-            match=r"parameter '[ab]' has .*: del optim_objs\[tensor\] to start anew without",
+            match=r"parameter '[ab]' has .*: del optim_objs\[tensor\] to start over without",
         ) as caught:
             opt([give(b), give(a)])
         assert caught.value.__suppress_context__
@@ -103,7 +103,7 @@ def test_a_deleted_entry_starts_anew_without_state_that_does_not_fit(
 
 def test_optim_objs_takes_no_optimizers() -> None:
     opt, loc = optim.Adam({"lr": 0.1}), param("loc")
-    with pytest.raises(TypeError, match="optim_objs takes no optimizers"):
+    with pytest.raises(TypeError, match="optim_objs does not accept optimizers"):
         opt.optim_objs[loc] = torch.optim.Adam([loc])
     with pytest.raises(TypeError, match="can be emptied by assigning"):
         opt.optim_objs = {loc: torch.optim.Adam([loc])}
@@ -145,7 +145,7 @@ def test_a_group_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="ClippedAdam: eps must be"):
         group["eps"] = -1.0
     with pytest.raises(
-        ValueError, match=r"lr is 0 after 1 decays by lrd=0\.0; got 0\.5: start anew"
+        ValueError, match=r"lr is 0 after 1 decays by lrd=0\.0; got 0\.5: start over"
     ):
         group["lr"] = 0.5
     assert group["lr"] == 0.0
@@ -268,7 +268,7 @@ def test_what_one_tensor_refuses() -> None:
     one = opt.optim_objs[loc]
     with pytest.raises(TypeError, match="an optimizer of one tensor"):
         one.add_param_group({"params": [loc]})
-    with pytest.raises(mo.CheckpointError, match="'loc' is no state of SGD"):
+    with pytest.raises(mo.CheckpointError, match="'loc' is not a state of SGD"):
         one.load_state_dict({"momentum": 1})
     del opt
     with pytest.raises(ReferenceError):
@@ -288,7 +288,7 @@ def test_what_stands_there_does_not_hold_its_tensor() -> None:
 
 
 @pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(2, dtype=torch.float64)])
-def test_a_tensor_of_another_shape_or_dtype_starts_anew_when_its_entry_is_deleted(
+def test_a_tensor_of_another_shape_or_dtype_starts_over_when_its_entry_is_deleted(
     other: torch.Tensor,
 ) -> None:
     opt, w = optim.SGD({"lr": 0.5}), torch.zeros(2, requires_grad=True)
@@ -296,7 +296,7 @@ def test_a_tensor_of_another_shape_or_dtype_starts_anew_when_its_entry_is_delete
     opt([w])
     w.data, w.grad = other.clone(), None
     w.grad = torch.ones_like(other)
-    with pytest.raises((TypeError, ValueError), match=r"del optim_objs\[tensor\] to start anew$"):
+    with pytest.raises((TypeError, ValueError), match=r"del optim_objs\[tensor\] to start over$"):
         opt([w])
     del opt.optim_objs[w]
     opt([w])

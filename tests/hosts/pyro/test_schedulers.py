@@ -393,7 +393,7 @@ def test_schedules_that_torch_refuses_leave_all_as_it_was() -> None:
 def test_saving_a_scheduler_warns_of_tensors_without_a_name(tmp_path: Path) -> None:
     scheduler, tensor = made(optim, "ExponentialLR"), torch.zeros(2, requires_grad=True)
     scheduler([give(tensor)])
-    with pytest.warns(UserWarning, match="1 tensors are in no param store"):
+    with pytest.warns(UserWarning, match="1 tensors are neither in a param store"):
         scheduler.save(tmp_path / "opt")
 
 
@@ -430,7 +430,7 @@ def test_a_schedule_goes_with_its_tensor() -> None:
 
 
 @BOTH
-def test_a_deleted_schedule_starts_anew(module: Any) -> None:
+def test_a_deleted_schedule_starts_over(module: Any) -> None:
     scheduler, loc = made(module, "ExponentialLR"), param("loc")
     for _ in range(3):
         scheduler([give(loc)])
@@ -490,7 +490,7 @@ def test_schedulers_that_stand_alike_step_as_each_by_itself(
         if not shares:
             monkeypatch.setattr(lr_scheduler, "PLAIN", set())
         found: list[Any] = []
-        # Those of one call stand alike; "c" comes later, "a" is moved by hand, "d" begins anew.
+        # Those of one call stand alike; "c" comes later, "a" is moved by hand, "d" starts over.
         a, b, c, d = (give(param(name)) for name in "abcd")
         for t in range(8):
             scheduler([a, b, d] if t < 2 else [a, b, c, d])

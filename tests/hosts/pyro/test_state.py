@@ -59,7 +59,7 @@ def test_a_tensor_that_leaves_the_store_leaves_nothing_behind() -> None:
     assert len(group._chunks) <= 2
 
 
-def test_replacing_a_tensor_in_the_store_starts_anew_under_its_name() -> None:
+def test_replacing_a_tensor_in_the_store_starts_over_under_its_name() -> None:
     opt, store = optim.Adam({"lr": 0.1}), pyro.get_param_store()
     for _ in range(3):
         opt({give(param("loc"))})
@@ -117,7 +117,7 @@ def test_state_that_waits_shares_no_memory() -> None:
         waiting.fill_(9.0)
 
 
-def test_loaded_state_of_a_parameter_never_stepped_starts_it_anew() -> None:
+def test_loaded_state_of_a_parameter_never_stepped_starts_it_over() -> None:
     opt, loc = optim.Adam({"lr": 0.1}), param("loc")
     opt({loc})
     unstepped = opt.get_state()
