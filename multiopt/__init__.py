@@ -16,7 +16,7 @@ from multiopt.errors import CheckpointError
 from multiopt.optimizer import Optimizer, State
 from multiopt.rules import *  # noqa: F403  the names of rules stand in one place
 from multiopt.rules.average import Average
-from multiopt.state.loading import LoadReport
+from multiopt.state.report import LoadReport
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report
 from multiopt.step.skips import Skips

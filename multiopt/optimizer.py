@@ -18,10 +18,12 @@ from multiopt.rules.average import Average
 from multiopt.state.file import read
 from multiopt.state.file_objects import Source, Target, label
 from multiopt.state.fit import SHOWN_AVERAGE
-from multiopt.state.loading import LoadReport, load, renamed, wanted_names
+from multiopt.state.loading import load
 from multiopt.state.plain_data import check_state_dict, contents_of, shown, state_dict
 from multiopt.state.plateaus import warn_of_left_behind
 from multiopt.state.record import plain
+from multiopt.state.renaming import renamed, wanted_names
+from multiopt.state.report import LoadReport
 from multiopt.state.tables import held, waiting
 from multiopt.state.writing import write
 from multiopt.step.checks import as_dict, gradients_of

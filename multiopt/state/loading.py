@@ -11,15 +11,13 @@ wait in ``pending`` until a step brings their parameter; the report lists both.
 (('w',), ('w',))
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from operator import ne
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from multiopt.engine import Group
-from multiopt.errors import brief
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.state.contents import Contents
@@ -35,97 +33,13 @@ from multiopt.state.record import (
     set_clocks,
     without_average,
 )
+from multiopt.state.report import LoadReport
 from multiopt.table import GROUP
 
 if TYPE_CHECKING:
     from multiopt.registry import Registry
 
-__all__ = ["LoadReport", "load", "renamed", "wanted_names"]
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did with each name.
-
-    Attributes:
-        restored: Names seen before, whose state was replaced.
-        pending: Names not seen yet, whose state waits for the parameter.
-        unused: State that was not used, by the name it was saved under, with the reason. If only
-            the average of a name was not used, the reason says so.
-        missing: Names seen before that the loaded state does not have; they are unchanged.
-        metadata: What the user saved along with the state.
-        differences: For each name, the hyperparameters that have another value in the saved rule
-            than in this optimizer's, which stays. Rules that a callable chooses at first sight,
-            and schedules that are the user's own callables, are not compared.
-
-    >>> LoadReport(unused={"scale": "it was not asked for"}).unused["scale"]
-    'it was not asked for'
-    """
-
-    restored: tuple[str, ...] = ()
-    pending: tuple[str, ...] = ()
-    unused: Mapping[str, str] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    differences: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
-
-
-def wanted_names(names: Iterable[str] | str | None) -> list[str] | None:
-    """The names to load as a list; None stands for all of them.
-
-    Raises:
-        TypeError: The argument is neither names, nor one name, nor None.
-    """
-    if names is None:
-        return None
-    if not isinstance(names, Iterable):
-        raise TypeError(f"names must be names, one name or None; got {brief(names)}")
-    return [names] if isinstance(names, str) else list(names)
-
-
-def renamed(
-    have: Sequence[str],
-    names: Sequence[str] | None,
-    rename: Mapping[str, str] | Callable[[str], str] | None,
-) -> dict[str, str]:
-    """Map each wanted name of the loaded state to its name in this optimizer.
-
-    Args:
-        have: The names in the loaded state.
-        names: The wanted ones among them; None for all.
-        rename: New names by old ones, as a mapping or a callable; None changes no name.
-
-    Raises:
-        KeyError: The loaded state does not have a name.
-        TypeError: A new name is not a string, or ``rename`` is of another kind.
-        ValueError: Two names would become one.
-    """
-    if not (rename is None or isinstance(rename, Mapping) or callable(rename)):
-        raise TypeError(f"rename must be a mapping, a callable or None; got {brief(rename)}")
-    if names is None and rename is None:
-        return dict(zip(have, have, strict=True))
-    wanted = have if names is None else names
-    available = set(have)
-    for name in [*wanted, *(rename if isinstance(rename, Mapping) else ())]:
-        if name not in available:
-            raise KeyError(f"cannot load parameter {name!r}: the loaded state does not contain it")
-    if rename is None:
-        rename = {}
-    new_name = rename if callable(rename) else lambda name: rename.get(name, name)
-    new: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for name in dict.fromkeys(wanted):
-        other = new_name(name)
-        if not isinstance(other, str):
-            raise TypeError(f"cannot load parameter {name!r} as {brief(other)}: expected a string")
-        if other in taken:
-            raise ValueError(
-                f"cannot load parameters {taken[other]!r} and {name!r}: both would be called "
-                f"{other!r}"
-            )
-        new[name] = other
-        taken[other] = name
-    return new
+__all__ = ["load"]
 
 
 class _Batch(NamedTuple):

@@ -1,0 +1,36 @@
+"""The report of a load: what became of the state of each name, and what differs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from multiopt.state.differences import Difference
+
+__all__ = ["LoadReport"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did with each name.
+
+    Attributes:
+        restored: Names seen before, whose state was replaced.
+        pending: Names not seen yet, whose state waits for the parameter.
+        unused: State that was not used, by the name it was saved under, with the reason. If only
+            the average of a name was not used, the reason says so.
+        missing: Names seen before that the loaded state does not have; they are unchanged.
+        metadata: What the user saved along with the state.
+        differences: For each name, the hyperparameters that have another value in the saved rule
+            than in this optimizer's, which stays. Rules that a callable chooses at first sight,
+            and schedules that are the user's own callables, are not compared.
+
+    >>> LoadReport(unused={"scale": "it was not asked for"}).unused["scale"]
+    'it was not asked for'
+    """
+
+    restored: tuple[str, ...] = ()
+    pending: tuple[str, ...] = ()
+    unused: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    differences: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
