@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test format clean
+# Half of the tests, by the time they take. The two halves run at once: 13 minutes instead of 24.
+HALF := tests/engines tests/registry tests/project
+
+.PHONY: demo test half other-half format clean
 
 demo: $(VENV)/plain
 	$(BIN)/multiopt demo
@@ -13,7 +16,13 @@ test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest $(PYTEST)
+	$(MAKE) --no-print-directory --jobs=2 half other-half
+
+half:
+	$(BIN)/pytest $(PYTEST) $(HALF)
+
+other-half:
+	$(BIN)/pytest $(PYTEST) $(HALF:%=--ignore=%)
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .
