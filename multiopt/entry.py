@@ -19,6 +19,7 @@ __all__ = [
     "all_slots",
     "chained",
     "changed",
+    "changed_for_all",
     "check_average",
     "check_clip",
     "check_rule",
@@ -258,3 +259,19 @@ class Changed:
     def __repr__(self) -> str:
         """The callable and the changes."""
         return f"{self.given!r} with {self.values!r}"
+
+
+def changed_for_all(
+    rule: Rule | Callable[[str], Rule], values: Mapping[str, Any]
+) -> Rule | Changed:
+    """The rule for all names, or the callable, with some hyperparameters changed.
+
+    Raises:
+        TypeError: The rule has no such hyperparameter.
+        ValueError: A value is out of range.
+    """
+    if isinstance(rule, Rule):
+        return changed(None, rule, values)
+    if isinstance(rule, Changed):
+        return Changed(rule.given, {**rule.values, **values})
+    return Changed(rule, dict(values))

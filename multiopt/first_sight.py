@@ -15,7 +15,7 @@ import numpy as np
 from multiopt.arrays import Array
 from multiopt.backend import backend_for, backend_named, slot_of
 from multiopt.engine import Group
-from multiopt.entry import chosen, chosen_clip, slot_shapes
+from multiopt.entry import chosen_clip, slot_shapes
 from multiopt.kinds import formulas
 from multiopt.layout import Layout
 from multiopt.rules import Rule
@@ -82,7 +82,7 @@ def begin(
     kinds: dict[Hashable, _Kind] = {}
     shapes: dict[int, tuple[int, ...]] = {}
     clips: dict[int, Clip | None] = {}
-    rule, shared = registry.rule, isinstance(registry.rule, Rule)
+    usual = registry.rule if isinstance(registry.rule, Rule) else None
     for place in rows.missing:
         if grads[place] is None:
             continue
@@ -94,13 +94,11 @@ def begin(
             layouts[form] = layout, layout.with_shape(())
         layout, alike = layouts[form]
         shapes[place] = layout.storage_shape
-        if not shared:
-            rule = chosen(registry.rule, name, Rule, "rule")
+        rule = registry.rule_for(name) if usual is None or name in registry.settings else usual
         average = None if registry.average is None else registry.average_of(name)
         saved = pending.get(name)
         key = id(rule), id(average), alike
         if key not in kinds:
-            assert isinstance(rule, Rule)
             chain = rule if average is None else Averaged(rule, average)
             kinds[key] = _Kind(registry.group_for(chain, layout), chain, [], [])
         kinds[key].places.append(place)

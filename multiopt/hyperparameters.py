@@ -1,5 +1,6 @@
 """Changes of the hyperparameters and the rules of names, between steps: they write columns."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -7,34 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multiopt.entry import Changed, Entry, changed, with_rule
+from multiopt.entry import Entry, changed, with_rule
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.average import Averaged
 from multiopt.rules.rule import plain_numbers
+from multiopt.state.fit import check_slot_names
+from multiopt.state.record import Description, Form, Saved
 from multiopt.step.clip import Clip
 from multiopt.table import NOTHING, Table
 
 if TYPE_CHECKING:
     from multiopt.engine import Group
+    from multiopt.registry import Registry
 
-__all__ = ["change", "changed_for_all", "changed_numbers"]
-
-
-def changed_for_all(
-    rule: Rule | Callable[[str], Rule], values: Mapping[str, Any]
-) -> Rule | Changed:
-    """The rule for all names, or the callable, with some hyperparameters changed.
-
-    Raises:
-        TypeError: The rule has no such hyperparameter.
-        ValueError: A value is out of range.
-    """
-    if isinstance(rule, Rule):
-        return changed(None, rule, values)
-    if isinstance(rule, Changed):
-        return Changed(rule.given, {**rule.values, **values})
-    return Changed(rule, dict(values))
+__all__ = ["change", "changed_numbers", "check_pending", "without_observed"]
 
 
 def changed_numbers(
@@ -78,6 +66,51 @@ def changed_numbers(
             else:
                 others |= {name: with_rule(name, table.entry(name), new) for name in labels()}
     return writes, table.placed(others)
+
+
+def check_pending(registry: "Registry", names: Iterable[str], values: Mapping[str, Any]) -> None:
+    """Check that hyperparameters can be set for those of some names that have pending state.
+
+    Raises:
+        TypeError: The rule of a name has no such hyperparameter.
+        ValueError: A value is out of range, or the pending state does not fit a rule with it.
+    """
+    for name in names:
+        if name in registry.pending:
+            form, step = registry.pending[name].form, registry.pending[name].step
+            rule = changed(partial(list, [name]), registry.rule_for(name), values)
+            check_slot_names(name, form.own, step, form.rule.settings, rule)
+
+
+def without_observed(
+    pending: Mapping[str, Saved], names: Iterable[str] | None, values: Mapping[str, Any]
+) -> dict[str, Saved]:
+    """Pending state without what each ``Plateau`` of some hyperparameters had seen.
+
+    A new schedule does not take over what the one before it had seen.
+
+    Args:
+        pending: The pending state of all names.
+        names: The names; None for all.
+        values: The hyperparameters.
+
+    Returns:
+        The state of the names for which there is a difference.
+    """
+    forms: dict[int, Form] = {}
+    changed_state = {}
+    for name in pending if names is None else names:
+        form = pending[name].form if name in pending else None
+        if form is not None and form.rule.observed:
+            if id(form) not in forms:
+                observed = {
+                    place: state
+                    for place, state in form.rule.observed.items()
+                    if re.split(r"[=\[]", place)[0] not in values
+                }
+                forms[id(form)] = form._replace(rule=Description(form.rule.settings, observed))
+            changed_state[name] = pending[name]._replace(form=forms[id(form)])
+    return changed_state
 
 
 def change(table: Table, rules: Mapping[str, Rule], clips: Mapping[str, Clip | None]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from multiopt.arrays import Array
-from multiopt.entry import check_average, check_clip, check_rule, chosen
+from multiopt.entry import check_average, check_clip, check_rule
 from multiopt.errors import CheckpointError, brief
 from multiopt.guard import Guard, exclusive, mending
 from multiopt.registry import Registry
@@ -19,11 +19,13 @@ from multiopt.state.file import read
 from multiopt.state.file_objects import Source, Target, label
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.loading import load
+from multiopt.state.params import tables_of
 from multiopt.state.plain_data import check_state_dict, contents_of, shown, state_dict
-from multiopt.state.plateaus import warn_of_left_behind
+from multiopt.state.plateaus import pending_now, warn_of_left_behind
 from multiopt.state.record import plain
 from multiopt.state.renaming import renamed, wanted_names
 from multiopt.state.report import LoadReport
+from multiopt.state.settings import described_settings, warn_of_lost
 from multiopt.state.tables import held, waiting
 from multiopt.state.writing import write
 from multiopt.step.checks import as_dict, gradients_of
@@ -189,7 +191,7 @@ class Optimizer:
     def hyperparameters(self, name: str) -> dict[str, Any]:
         """The hyperparameters that the next step of a parameter will use, schedules as numbers.
 
-        For a name whose loaded state is pending these are the ones that it would start with: a
+        For a name whose loaded state is pending, these are the ones that it would start with: a
         callable rule is asked for it, as at first sight.
 
         Raises:
@@ -204,7 +206,7 @@ class Optimizer:
         """
         known = self._registry
         if name in known.pending:
-            rule, step = chosen(known.rule, name, Rule, "rule"), known.pending[name].step
+            rule, step = known.rule_for(name), known.pending[name].step
         else:
             entry = known.entry(name)
             rule, step = entry.rule, entry.step
@@ -299,16 +301,18 @@ class Optimizer:
         """Change some hyperparameters, of all names or of none.
 
         Slots and clocks are kept. A value that changes which slots there are has the effect of
-        assigning a rule with it to ``rule``.
+        assigning a rule with it to ``rule``. What is set is part of the state: a checkpoint has it,
+        and a load brings it back over the rule of the constructor. Assigning ``rule`` ends that.
 
         Args:
-            names: The names, or one name; by default all, and those still to come.
+            names: The names, seen or pending, or one name; by default all, and those still to come.
             **values: The hyperparameters with their new values: numbers, or schedules.
 
         Raises:
-            KeyError: A name has not been seen.
+            KeyError: A name is neither seen nor pending.
             TypeError: The rule of a name has no such hyperparameter.
-            ValueError: A value is out of range.
+            ValueError: A value is out of range, or the pending state of a name does not fit a rule
+                with it.
 
         >>> import numpy as np, multiopt as mo
         >>> opt = mo.Optimizer(mo.Adam(lr=0.5))
@@ -317,10 +321,11 @@ class Optimizer:
         >>> opt.rule.lr, opt.hyperparameters("w")["lr"], opt.state("w").step
         (0.25, 0.25, 1)
         """
-        labels = wanted_names(names)
+        labels, known = wanted_names(names), self._registry
         for name in labels or ():
-            self._registry.row_of(name)
-        self._registry.set_numbers(labels, values)
+            if name not in known.pending:
+                known.row_of(name)
+        known.set_numbers(labels, values)
 
     @property
     def clip(self) -> Clip | Callable[[str], Clip | None] | None:
@@ -447,11 +452,12 @@ class Optimizer:
             arrays of the parameter's library; under ``"pending"`` likewise, slots as arrays of the
             library in which they came, NumPy arrays if they came from a file. With averages also
             ``"averages"`` and ``"pending_averages"``, of the same form. With skips also
-            ``"skips"``: by name, how many in all and how many in a row.
+            ``"skips"``: by name, how many in all and how many in a row. If hyperparameters were
+            set also ``"settings"``: those for all names, those by name, and their schedules.
 
         >>> import multiopt as mo
         >>> mo.Optimizer(mo.SGD()).state_dict()
-        {'version': 3, 'steps': 0, 'entries': {}, 'pending': {}}
+        {'version': 4, 'steps': 0, 'entries': {}, 'pending': {}}
         """
         self._guard.check_whole("state_dict")
         warn_of_left_behind(self._registry)
@@ -466,13 +472,15 @@ class Optimizer:
         names: Iterable[str] | str | None = None,
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
         cast: bool = False,
+        settings: bool = True,
     ) -> LoadReport:
         """Take over the state of names from a state dict, whole or not at all.
 
         The state of a name already seen is replaced at once. That of another name waits in
         ``pending`` until its parameter is seen. Names that the state dict does not have stay as
         they are. This optimizer's rules stay; the state dict's are only a description, except for
-        what a ``schedules.Plateau`` has seen, which one in the same place takes over.
+        what a ``schedules.Plateau`` has seen, which one in the same place takes over, and for what
+        ``set_hyperparameters`` had set, which is set here again. The report says what differs.
 
         Args:
             state_dict: As ``state_dict`` gives it, with arrays of any library, which are copied.
@@ -483,6 +491,7 @@ class Optimizer:
             rename: What to call names here: new ones by old ones, or a callable.
             cast: Whether slots are converted to the dtype that their parameter needs; otherwise
                 another dtype does not fit.
+            settings: Whether what ``set_hyperparameters`` had set is set here again.
 
         Returns:
             What became of the state of each name.
@@ -505,9 +514,15 @@ class Optimizer:
         wanted = wanted_names(names)
         contents = contents_of(state_dict, wanted, strict)
         new = renamed(contents.names, wanted, rename)
-        return load(self._registry, contents, new, strict, cast)
+        return load(self._registry, contents, new, strict, cast, settings)
 
-    def save(self, path: Target, metadata: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: Target,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        params: Mapping[str, Array] | None = None,
+    ) -> None:
         """Write the state, pending state included, to a file that any backend can load.
 
         When it returns, the file is whole and on the disk. A crash at any moment leaves the old
@@ -521,14 +536,17 @@ class Optimizer:
             metadata: What else to keep in the file: a mapping of what JSON can hold, numbers that
                 are not finite, and NumPy's numbers, which come back as Python's. ``load`` returns
                 it, and ``multiopt show`` prints it.
+            params: The parameters of the same moment, by name, to be kept in the file: arrays as
+                ``step`` takes them, with or without state.
 
         Raises:
             OSError: The file cannot be written; the old one is untouched.
-            TypeError: The metadata is not a mapping, or ``path`` neither a path nor a binary file
+            TypeError: The metadata is not a mapping, a parameter is not a usable array or has
+                another dtype than its state, or ``path`` is neither a path nor a binary file
                 object.
-            ValueError: The metadata or a name is not what JSON can hold, a schedule is nested too
-                deep, or there are too many names for one file (2 500 000; some 300 000 of
-                different shapes).
+            ValueError: The metadata or a name is not what JSON can hold, a parameter has another
+                shape than its state, a schedule is nested too deep, or there are too many names for
+                one file (2 500 000; some 300 000 of different shapes).
 
         >>> import io
         >>> import numpy as np, multiopt as mo
@@ -543,7 +561,19 @@ class Optimizer:
         self._guard.check_whole("save")
         warn_of_left_behind(self._registry)
         known = self._registry
-        write(path, [*held(known), *waiting(known.pending)], known.steps, known.skips, metadata)
+        settings, lost = described_settings(known.settings)
+        warn_of_lost(lost, "saved")
+        write(
+            *(
+                path,
+                [*held(known), *waiting(pending_now(known))],
+                known.steps,
+                known.skips,
+                metadata,
+            ),
+            settings=settings,
+            params=None if params is None else tables_of(known, params),
+        )
 
     @mending
     def load(
@@ -554,35 +584,51 @@ class Optimizer:
         names: Iterable[str] | str | None = None,
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
         cast: bool = False,
+        settings: bool = True,
+        params: Mapping[str, Array] | None = None,
     ) -> LoadReport:
-        """Take over the state in a file, as ``load_state_dict`` does.
+        """Take over the state in a file, as ``load_state_dict`` does, and the parameters in it.
 
         Args:
             path: The file. What is not wanted is not read. Or a binary file object, which is read
                 from where it is to its end, by way of a temporary file.
-            strict: Whether state that does not fit, or whose checksum is wrong, is an error. If
-                not, it is left out, name by name, and the report says why.
+            strict: Whether state or a parameter that does not fit, whose checksum is wrong, or
+                which is on one side only, is an error. If not, it is left out, name by name, and
+                the report says why.
             names: The names, or the one name, whose state is wanted; by default all.
             rename: What to call names here: new ones by old ones, or a callable.
-            cast: Whether slots are converted to the dtype that their parameter needs.
+            cast: Whether slots and parameters are converted to the dtype that is needed.
+            settings: Whether what ``set_hyperparameters`` had set is set here again.
+            params: The arrays to load the parameters of the file into, by name. NumPy arrays and
+                torch tensors are written, unless ``in_place=False``; for others there are new ones.
 
         Returns:
-            What became of the state of each name, and the metadata of the file.
+            What became of the state of each name, the metadata of the file, and the parameters.
 
         Raises:
             CheckpointError: The file is damaged, is not ours or does not fit; nothing has changed.
             KeyError: The file has none of a name in ``names`` or ``rename``.
             OSError: The file cannot be read.
-            TypeError: A new name is not a string, or ``path`` neither a path nor a binary file
-                object.
+            TypeError: A new name is not a string, something in ``params`` is not a usable array, or
+                ``path`` is neither a path nor a binary file object.
             ValueError: Two names would become one.
+
+        >>> import io
+        >>> import numpy as np, multiopt as mo
+        >>> opt, file = mo.Optimizer(mo.Adam()), io.BytesIO()
+        >>> params = opt.step({"w": np.zeros(2)}, {"w": np.ones(2)})
+        >>> opt.save(file, params=params)
+        >>> _ = file.seek(0)
+        >>> report = mo.Optimizer(mo.Adam()).load(file, params={"w": np.zeros(2)})
+        >>> np.array_equal(report.params["w"], params["w"])
+        True
         """
         wanted = wanted_names(names)
-        contents = read(path, wanted)
-        new = renamed(contents.names, wanted, rename)
+        contents = read(path, wanted, params is not None)
+        new = renamed(contents.all_names(), wanted, rename)
         if strict:
             contents.check_whole(path)
         try:
-            return load(self._registry, contents, new, strict, cast)
+            return load(self._registry, contents, new, strict, cast, settings, params)
         except ValueError as error:
             raise CheckpointError(f"{label(path)}: {error}") from error

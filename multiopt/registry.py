@@ -29,17 +29,17 @@ import numpy as np
 
 from multiopt.arrays import Array, Arrays
 from multiopt.backend import backend_for, backend_named, slot_of
-from multiopt.entry import chosen, chosen_average, chosen_clip, with_rule
-from multiopt.errors import answer
+from multiopt.entry import changed, changed_for_all, chosen, chosen_average, chosen_clip, with_rule
 from multiopt.first_sight import Undo, begin, move
 from multiopt.guard import Guard
-from multiopt.hyperparameters import changed_for_all, changed_numbers
+from multiopt.hyperparameters import changed_numbers, check_pending, without_observed
 from multiopt.rules import Rule
 from multiopt.rules.average import Average, Averaged
+from multiopt.state.settings import record
 from multiopt.step.clip import Clip
 from multiopt.step.numbers import ask_schedules
 from multiopt.step.report import Outcome
-from multiopt.step.run import Rows, Step
+from multiopt.step.run import Rows, Step, duplicates
 from multiopt.step.skips import Skips, counted
 from multiopt.table import NOTHING, Table
 
@@ -63,6 +63,8 @@ class Registry(Table):
         rule: The rule for new names.
         clip: The clip for new names.
         average: The average for new names.
+        settings: The hyperparameters that were set while the run went on: by name, and under None
+            those for all names. A checkpoint has them.
         skips: How often each name was skipped; names that never were are left out.
         steps: How many steps updated anything.
         outcome: The outcome of the last step. Each completed step stores a new object.
@@ -71,7 +73,7 @@ class Registry(Table):
     __slots__ = (
         *("__weakref__", "_arrays", "_max_skips", "average", "clip", "in_place", "leave_clipped"),
         *("needs_gradients", "on_nonfinite", "outcome", "rule", "skips", "steps", "threads"),
-        "endings",
+        *("endings", "settings"),
     )
 
     def __init__(
@@ -88,6 +90,7 @@ class Registry(Table):
         """Create an empty registry."""
         super().__init__(masters, guard)
         self.rule, self.clip, self.average = rule, clip, average
+        self.settings: dict[str | None, dict[str, Any]] = {}
         self.skips: dict[str, Skips] = {}
         self.steps = 0
         self.outcome: Outcome | None = None
@@ -135,6 +138,18 @@ class Registry(Table):
         """All names that have a row, pending state or a count of skips."""
         return dict.fromkeys([*self._codes, *self.pending, *self.skips])
 
+    def rule_for(self, name: str) -> Rule:
+        """The rule that a name gets at first sight, settings that were made for it included.
+
+        Raises:
+            TypeError: The callable returned something that is not a rule, or the rule does not have
+                a hyperparameter that was set.
+            ValueError: A value that was set is out of range.
+        """
+        rule: Rule = chosen(self.rule, name, Rule, "rule")
+        own = self.settings.get(name)
+        return changed(lambda: [name], rule, own) if own else rule
+
     def average_of(self, name: str) -> Average | None:
         """The average that is kept of a name, or will be once it is seen; None for none."""
         if name in self._codes:
@@ -172,7 +187,7 @@ class Registry(Table):
         if grads is None:
             grads = self._own_gradients(rows, params)
         if not self.in_place:
-            params = _duplicates(rows.names, params, grads)
+            params = duplicates(rows.names, params, grads)
         arrays = self._arrays
         fresh: dict[int, int] = {}
         undo: Undo = []
@@ -312,6 +327,7 @@ class Registry(Table):
             self._garbage += [self._codes.pop(name) for name in gone if name in self._codes]
             self.pending = {n: saved for n, saved in self.pending.items() if n not in gone}
             self.skips = {n: count for n, count in self.skips.items() if n not in gone}
+            self.settings = {n: made for n, made in self.settings.items() if n not in gone}
             self.last = NOTHING
         self.sweep()
 
@@ -321,6 +337,9 @@ class Registry(Table):
             self.rename_rows(names)
             self.pending = {names.get(n, n): saved for n, saved in self.pending.items()}
             self.skips = {names.get(n, n): count for n, count in self.skips.items()}
+            self.settings = {
+                n if n is None else names.get(n, n): made for n, made in self.settings.items()
+            }
 
     def set_rules(self, rule: Rule | Callable[[str], Rule]) -> None:
         """Set the rule of all names, new ones included.
@@ -335,7 +354,7 @@ class Registry(Table):
         placed = self.placed(entries)
         with self.guard:
             self.replace_rows(placed)
-            self.rule = rule
+            self.rule, self.settings = rule, {}
         self.sweep()
 
     def set_clips(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
@@ -355,36 +374,30 @@ class Registry(Table):
         """Set some hyperparameters of some names.
 
         Args:
-            names: The names; None for all, new ones included.
+            names: The names, seen or pending; None for all, new ones included.
             values: The hyperparameters.
 
         Raises:
+            KeyError: A name is neither seen nor pending; nothing has changed.
             TypeError: The rule of a name has no such hyperparameter; nothing has changed.
-            ValueError: A value is out of range; nothing has changed.
+            ValueError: A value is out of range, or the pending state of a name does not fit it;
+                nothing has changed.
         """
         rule = None if names is not None else changed_for_all(self.rule, values)
         usual = (self.rule, rule) if isinstance(rule, Rule) else None
-        writes, placed = changed_numbers(self, names, values, usual)
+        names = None if names is None else list(names)
+        check_pending(self, names or (), values)
+        waiting = without_observed(self.pending, names, values)
+        seen = None if names is None else [name for name in names if name not in self.pending]
+        writes, placed = changed_numbers(self, seen, values, usual)
         with self.guard:
             for write in writes:
                 write()
             self.replace_rows(placed)
             if rule is not None:
                 self.rule = rule
+            if values:
+                record(self.settings, names, values)
+                self.pending.update(waiting)
         if self._garbage:
             self.sweep()
-
-
-def _duplicates(names: Sequence[str], params: np.ndarray, grads: np.ndarray) -> np.ndarray:
-    """Copy the parameters that have a gradient; the others stay as they are.
-
-    Raises:
-        TypeError: A parameter is not an array.
-    """
-    copies = params.copy()
-    for place, grad in enumerate(grads):
-        if grad is not None:
-            label = f"parameter {names[place]!r}"
-            backend = backend_for(params[place], label)
-            copies[place] = answer(label, backend.duplicate, params[place])
-    return copies

@@ -12,11 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from multiopt.errors import brief
 from multiopt.reached import reached
+from multiopt.schedules import combined, curves
 from multiopt.schedules.base import Schedule
 from multiopt.schedules.plateau import Plateau, has_observed, is_observed
 
-__all__ = ["described", "left_behind", "observers", "plain", "separated"]
+__all__ = ["described", "left_behind", "observers", "plain", "recorded", "revived", "separated"]
+
+#: The schedules that ``revived`` can make.
+SCHEDULES: Mapping[Any, Any] = {
+    **{name: getattr(curves, name) for name in curves.__all__},
+    **{cls.__name__: cls for cls in (combined.Join, combined.Shared, Plateau)},
+}
 
 #: How deep the description of a schedule may be nested. Files allow a rule 64 levels.
 DEEPEST = 56
@@ -69,6 +77,56 @@ def plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float) and not isfinite(value):
         return repr(float(value))
     return value if isinstance(value, bool | int | float | str) else None
+
+
+def recorded(schedule: Any) -> dict[str, Any]:
+    """A schedule of this package as plain data, from which ``revived`` makes an equal one.
+
+    Raises:
+        ValueError: It is not of this package, or has something inside that is not.
+    """
+    module = type(schedule).__module__.rpartition(".")[0]
+    if module != __package__ or not isinstance(schedule, Schedule):
+        raise ValueError(f"{brief(schedule)} is not a schedule of multiopt.schedules")
+    return {
+        "name": type(schedule).__name__,
+        **{name: _recorded(part) for name, part in _arguments(schedule).items()},
+    }
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_recorded(part) for part in value]
+    return recorded(value) if callable(value) else plain(value)
+
+
+def revived(description: Any) -> Schedule:
+    """Make a schedule like the one that ``recorded`` described; a ``Plateau`` has seen nothing.
+
+    Raises:
+        TypeError: The description has other arguments than the schedule.
+        ValueError: It is not the description of a schedule of this package, or an argument is out
+            of range.
+
+    >>> from multiopt.schedules import Cosine, Join, Linear
+    >>> lr = Join([Linear(0.0, 0.5, 2), Cosine(0.5, 4)], [2])
+    >>> revived(recorded(lr)) == lr
+    True
+    """
+    name = description.get("name") if isinstance(description, Mapping) else None
+    if name not in SCHEDULES:
+        raise ValueError(f"expected a schedule of multiopt.schedules; got {brief(description)}")
+    arguments = {key: _revived(part) for key, part in description.items() if key != "name"}
+    schedule: Schedule = SCHEDULES[name](**arguments)
+    return schedule
+
+
+def _revived(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return revived(value)
+    if isinstance(value, tuple | list):
+        return tuple(map(_revived, value))
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def observers(value: Any, place: str, depth: int = 0) -> Iterator[tuple[str, Plateau]]:

@@ -6,9 +6,24 @@ from typing import Any, NamedTuple
 from multiopt.errors import CheckpointError
 from multiopt.state.file_objects import Source, label
 from multiopt.state.record import Saved
+from multiopt.state.settings import Settings
 from multiopt.step.skips import Skips
 
-__all__ = ["Contents"]
+__all__ = ["Contents", "SavedParams"]
+
+
+class SavedParams(NamedTuple):
+    """The parameters in a file.
+
+    Attributes:
+        names: The names of all of them.
+        saved: Those that were asked for, each as a record with one array.
+        damaged: The names of damaged ones, each with the reason.
+    """
+
+    names: list[str]
+    saved: dict[str, Saved]
+    damaged: dict[str, str]
 
 
 class Contents(NamedTuple):
@@ -21,6 +36,8 @@ class Contents(NamedTuple):
         skips: How often each name was skipped.
         metadata: What the user saved along with the state.
         unfit: The names whose state is damaged or unusable, each with the reason.
+        settings: The hyperparameters that were set while the run went on.
+        params: The parameters; None if there are none, or if they were not asked for.
     """
 
     names: list[str]
@@ -29,6 +46,12 @@ class Contents(NamedTuple):
     skips: dict[str, Skips]
     metadata: Mapping[str, Any]
     unfit: dict[str, str]
+    settings: Settings
+    params: SavedParams | None = None
+
+    def all_names(self) -> list[str]:
+        """Every name that appears in it, with state or as a parameter."""
+        return list(dict.fromkeys([*self.names, *(self.params.names if self.params else ())]))
 
     def check_whole(self, file: Source) -> None:
         """Raise an error if the state of any name is damaged.
@@ -39,8 +62,12 @@ class Contents(NamedTuple):
         Raises:
             CheckpointError: The state of a name is damaged.
         """
-        if self.unfit:
-            damage = "; ".join(f"{name!r}, {why}" for name, why in self.unfit.items())
+        damaged_params = self.params.damaged if self.params else {}
+        if self.unfit or damaged_params:
+            damage = "; ".join(
+                [f"{name!r}, {why}" for name, why in self.unfit.items()]
+                + [f"the parameter {name!r}, {why}" for name, why in damaged_params.items()]
+            )
             raise CheckpointError(
                 f"{label(file)}: the state of {damage}. Nothing was loaded; strict=False loads "
                 "the rest"

@@ -1,25 +1,34 @@
 """Hyperparameters that differ between loaded state and the optimizer that loads it.
 
 The optimizer keeps its own rules, so a run that is resumed with a new learning rate continues with
-the new one. The report of the load shows the difference:
+the new one, except for what had been set while the run went on. The report of the load shows both:
 
 >>> import numpy as np, multiopt as mo
 >>> opt = mo.Optimizer(mo.Adam(lr=0.01))
 >>> _ = opt.step({"w": np.ones(2)}, {"w": np.ones(2)})
 >>> mo.Optimizer(mo.Adam(lr=0.1)).load_state_dict(opt.state_dict()).differences
-{'w': {'lr': Difference(saved=0.01, here=0.1)}}
+{'w': {'lr': Difference(saved=0.01, here=0.1, restored=False)}}
 """
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.schedules import Schedule
 from multiopt.schedules.description import described, plain
+from multiopt.state.record import Saved
+from multiopt.state.settings import Settings
 
-__all__ = ["Difference", "differences"]
+if TYPE_CHECKING:
+    from multiopt.engine import Group
+    from multiopt.registry import Registry
+
+__all__ = ["Difference", "differences", "differing"]
 
 
 class Difference(NamedTuple):
@@ -28,11 +37,14 @@ class Difference(NamedTuple):
     Attributes:
         saved: The value when the state was saved: a number, a list of numbers, or the description
             of a schedule.
-        here: The value in this optimizer, which the next step uses.
+        here: The value in this optimizer before the load.
+        restored: Whether the saved value was taken over, since it had been set while the run went
+            on; otherwise the value here stays.
     """
 
     saved: Any
     here: Any
+    restored: bool = False
 
 
 def differences(settings: Mapping[str, Any], rule: Rule) -> dict[str, Difference]:
@@ -62,3 +74,30 @@ def differences(settings: Mapping[str, Any], rule: Rule) -> dict[str, Difference
             saved = settings[f.name] if saved is None else saved
             differing[f.name] = Difference(saved, plain(value) if here is None else here)
     return differing
+
+
+def differing(
+    registry: "Registry", accepted: Mapping[str, Saved], loaded: Settings
+) -> dict[str, dict[str, Difference]]:
+    """For each name, the hyperparameters in which the saved rule differs from the one here."""
+    alike: dict[tuple[int, int], tuple[Group | None, list[str], list[int]]] = {}
+    for name, saved in accepted.items():
+        group, row = registry.row_of(name) if name in registry else (None, 0)
+        _, names, rows = alike.setdefault((id(saved.form), id(group)), (group, [], []))
+        names.append(name)
+        rows.append(row)
+    found: dict[str, dict[str, Difference]] = {}
+    for group, names, rows in alike.values():
+        settings = accepted[names[0]].form.rule.settings
+        if group is not None:
+            for positions in group.by_rule(np.array(rows)):
+                rule = formulas(group.rule_at(rows[int(positions[0])]))[0]
+                if differ := differences(settings, rule):
+                    found |= {names[k]: differ for k in positions.tolist()}
+        elif isinstance(registry.rule, Rule) and (differ := differences(settings, registry.rule)):
+            found |= dict.fromkeys(names, differ)
+    if loaded.for_all or loaded.by_name:
+        for name, differ in found.items():
+            own = loaded.of_name(name)
+            found[name] = {key: x._replace(restored=key in own) for key, x in differ.items()}
+    return found

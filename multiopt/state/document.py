@@ -33,6 +33,7 @@ from multiopt.step.skips import Skips
 __all__ = [
     "LAST_STEP",
     "PARTS",
+    "TABLES",
     "VERSION",
     "check_clock",
     "check_observed",
@@ -41,14 +42,22 @@ __all__ = [
     "check_version",
     "described",
     "is_clock",
+    "skips_in",
     "tables_in",
 ]
 
 #: The version of the file format and of ``state_dict``.
-VERSION = 3
+VERSION = 4
 
-#: The lists of tables in a description: names seen, and names with pending state.
-PARTS = "entries", "pending"
+#: The first version whose files have tables.
+TABLES = 3
+
+#: The lists of tables in a description: names seen, names with pending state, and parameters. The
+#: last is missing if no parameters were saved.
+PARTS = "entries", "pending", "params"
+
+#: The dtypes of slots.
+SLOT_DTYPES = "float32", "float64"
 
 #: The largest clock: every whole number up to it is exact as a float64.
 LAST_STEP = 2**53
@@ -62,6 +71,8 @@ def described(
     steps: int,
     skips: Mapping[str, Sequence[int]],
     metadata: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    has_params: bool = False,
 ) -> dict[str, Any]:
     """Describe a file as plain data, ready for ``json.dumps``.
 
@@ -70,6 +81,8 @@ def described(
         steps: How many steps the optimizer has taken.
         skips: For each name, how often it was skipped: in total, and consecutively.
         metadata: The user's own data, in the forms that ``multiopt.state.metadata`` accepts.
+        settings: The hyperparameters that were set while the run went on, as plain data.
+        has_params: Whether parameters are saved, perhaps none.
 
     Raises:
         TypeError: The metadata is not a mapping.
@@ -102,24 +115,31 @@ def described(
     for table in tables:
         form = table.form
         _check_names(table.names)
-        entry: dict[str, Any] = {"names": table.names, "steps": table.steps}
+        entry: dict[str, Any] = {"names": table.names}
         first = ends[table.part]
         ends[table.part] = end = first + len(table.names)
         if list(table.places) != list(range(first, end)):
             entry["places"] = table.places
-        entry["rule"] = number_of(form.rule, table.names)
+        if table.part != "params":
+            entry |= {"steps": table.steps, "rule": number_of(form.rule, table.names)}
         if form.average is not None:
             entry |= {"average": number_of(form.average, table.names), "counts": table.counts}
         if form.is_complex:
             entry["complex"] = True
-        entry["slots"] = {slot.name: layout_text(slot.dtype, slot.shape) for slot in form.slots}
+        layouts = {slot.name: layout_text(slot.dtype, slot.shape) for slot in form.slots}
+        entry |= layouts if table.part == "params" else {"slots": layouts}
         parts[table.part].append(entry)
+    if not has_params:
+        del parts["params"]
     if (count := sum(ends.values())) > MOST_NAMES:
         raise ValueError(f"there are {count} names; expected at most {MOST_NAMES} in one file")
     document = {"version": VERSION, "steps": steps, "metadata": plain}
     if nonfinite:
         document["nonfinite"] = nonfinite
     document |= {"rules": rules, **({"plateaus": observed} if observed else {}), **parts}
+    if settings:
+        _check_names(list(settings["names"]))
+        document["settings"] = settings
     if skips:
         _check_names(list(skips))
         total, consecutive = zip(*skips.values(), strict=True)
@@ -153,18 +173,24 @@ def tables_in(document: Mapping[str, Any]) -> list[SavedTable]:
     """
     rules = _rules(document)
     tables: list[SavedTable] = []
-    seen: set[str] = set()
-    for part in PARTS:
+    count, with_state, with_params = 0, set[str](), set[str]()
+    for part in PARTS if "params" in document else PARTS[:-1]:
+        seen = with_params if part == "params" else with_state
         end = 0
         for table in _list(document[part], part):
-            names, steps = _column(table, "names", str), _column(table, "steps", int)
-            if len(seen) + len(names) > MOST_NAMES:
-                raise CheckpointError(f"it has more than {MOST_NAMES} names")
+            names = _column(table, "names", str)
             places: Sequence[int] = range(end, end + len(names))
             end += len(names)
+            count += len(names)
+            seen.update(names)
+            if count > MOST_NAMES:
+                raise CheckpointError(f"it has more than {MOST_NAMES} names")
             if "places" in table:
                 places = _column(table, "places", int)
-            seen.update(names)
+            if part == "params":
+                tables.append(_table_of_params(table, names, places))
+                continue
+            steps = _column(table, "steps", int)
             if len(names) != len(steps) or not names:
                 raise CheckpointError(f"a table of {len(names)} names has {len(steps)} clocks")
             for name, step in zip(names, steps, strict=True):
@@ -182,18 +208,32 @@ def tables_in(document: Mapping[str, Any]) -> list[SavedTable]:
             slots = tuple(_slot(name, text, names) for name, text in table["slots"].items())
             if (average is not None) != any(slot.name == AVERAGE for slot in slots):
                 raise CheckpointError(f"the average of {names[0]!r} has no slot, or no rule")
-            is_complex = table.get("complex", False)
-            if type(is_complex) is not bool or any(
-                is_complex > (slot.shape[-1:] == (2,)) for slot in slots
-            ):
-                raise CheckpointError(
-                    f"the complex slots of {names[0]!r} do not have a real and an imaginary part"
-                )
+            is_complex = _is_complex(table, slots, names)
             form = Form(_rule(rules, table["rule"], names), slots, is_complex, average)
             tables.append(SavedTable(part, form, names, places, steps, counts))
-    if len(seen) < sum(len(table.names) for table in tables):
+    if len(with_state) + len(with_params) < count:
         raise CheckpointError("a name appears twice")
     return tables
+
+
+def _table_of_params(
+    table: Mapping[str, Any], names: list[str], places: Sequence[int]
+) -> SavedTable:
+    if not names:
+        raise CheckpointError("a table of parameters has no names")
+    slots = (_slot("param", table["param"], names, CODES),)
+    form = Form(Description({}, {}), slots, _is_complex(table, slots, names))
+    return SavedTable("params", form, names, places, [0] * len(names), [])
+
+
+def _is_complex(table: Mapping[str, Any], slots: Sequence[Slot], names: Sequence[str]) -> bool:
+    is_complex = table.get("complex", False)
+    has_parts = all(slot.shape[-1:] == (2,) and slot.dtype in SLOT_DTYPES for slot in slots)
+    if type(is_complex) is not bool or is_complex > has_parts:
+        raise CheckpointError(
+            f"the complex arrays of {names[0]!r} do not have a real and an imaginary part"
+        )
+    return is_complex
 
 
 def _rules(document: Mapping[str, Any]) -> list[Description]:
@@ -230,16 +270,17 @@ def check_observed(name: str, observed: Any) -> None:
             )
 
 
-def _slot(name: str, text: Any, names: Sequence[str]) -> Slot:
-    match = re.fullmatch(r"(F32|F64)\[((?:[0-9]{1,18},)*[0-9]{1,18})?\]", text)
-    if match is None:
+def _slot(name: str, text: Any, names: Sequence[str], dtypes: Iterable[str] = SLOT_DTYPES) -> Slot:
+    match = re.fullmatch(r"(B?F[0-9]{2})\[((?:[0-9]{1,18},)*[0-9]{1,18})?\]", text)
+    found = [dtype for dtype in dtypes if match is not None and CODES[dtype] == match[1]]
+    if match is None or not found:
+        codes = ", ".join(CODES[dtype] for dtype in dtypes)
         raise CheckpointError(
-            f"the slot {name!r} of {names[0]!r} is {text!r}; expected a dtype, F32 or F64, and a "
+            f"the slot {name!r} of {names[0]!r} is {text!r}; expected a dtype of {codes}, and a "
             "shape, such as F32[2,3]"
         )
     shape = tuple(map(int, match[2].split(","))) if match[2] else ()
-    (dtype,) = (dtype for dtype, code in CODES.items() if code == match[1])
-    return Slot(name, shape, dtype)
+    return Slot(name, shape, found[0])
 
 
 def _list(value: Any, what: str) -> list[Any]:
@@ -276,6 +317,19 @@ def check_skips(skips: Any) -> dict[str, Skips]:
                 "row, ints from 0 to 2^53"
             )
     return {name: Skips(*counts) for name, counts in skips.items()}
+
+
+def skips_in(document: Mapping[str, Any]) -> dict[str, Skips]:
+    """Read the counts of skips in a description, where they are columns.
+
+    Raises:
+        CheckpointError: The counts are malformed.
+    """
+    skips = document.get("skips")
+    if not skips:
+        return {}
+    columns = zip(skips["total"], skips["consecutive"], strict=True)
+    return check_skips(dict(zip(skips["names"], columns, strict=True)))
 
 
 def is_clock(step: Any) -> bool:

@@ -22,19 +22,21 @@ from xxhash import xxh3_64_hexdigest
 from multiopt.errors import CheckpointError
 from multiopt.rules.average import AVERAGE
 from multiopt.state import versions
-from multiopt.state.contents import Contents
+from multiopt.state.contents import Contents, SavedParams
 from multiopt.state.document import (
-    VERSION,
+    TABLES,
     check_skips,
     check_steps,
     check_version,
+    skips_in,
     tables_in,
 )
 from multiopt.state.file_objects import Source, label, on_disk
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import restored as restored_metadata
 from multiopt.state.record import Record, Saved
-from multiopt.state.tables import BLOCK, LARGE, SavedTable, layout_text
+from multiopt.state.settings import Settings, settings_in
+from multiopt.state.tables import BLOCK, LARGE, SavedTable, host_dtype, layout_text
 from multiopt.state.versions import DIFFERS
 from multiopt.state.writing import CHECKSUMS, LARGEST_HEADER, bytes_of, checksums_of, too_much
 from multiopt.step.skips import Skips
@@ -57,8 +59,10 @@ class Listed(NamedTuple):
     Attributes:
         version: The version of the format.
         steps: How many steps the optimizer had taken; None if unknown.
-        saved: The records without their arrays, by part (``"entries"`` or ``"pending"``) and name.
+        saved: The records without their arrays, by part and name; the part ``"params"``, which
+            has the parameters, only if there are any.
         skips: How often each name was skipped.
+        settings: The hyperparameters that were set while the run went on.
         metadata: What the user saved along with the state.
         size: The size of the file in bytes.
         checked: Whether the file has checksums, against which the slots were checked.
@@ -69,43 +73,54 @@ class Listed(NamedTuple):
     steps: int | None
     saved: dict[str, dict[str, Saved]]
     skips: dict[str, Skips]
+    settings: Settings
     metadata: dict[str, Any]
     size: int
     checked: bool
     damaged: list[tuple[str, str, str]]
 
 
-def read(file: Source, names: Collection[str] | None = None) -> Contents:
+def read(file: Source, names: Collection[str] | None = None, with_params: bool = False) -> Contents:
     """Read a file.
 
     Args:
         file: The path of the file, or a binary file object, read from where it is to its end.
         names: The names whose state to read; by default all.
+        with_params: Whether to read parameters as well.
 
     Raises:
         CheckpointError: The whole file is unusable, or it is not a checkpoint of multiopt.
         OSError: The file cannot be read.
     """
-    saved: dict[str, dict[str, Saved]] = {"pending": {}, "entries": {}}
-    unfit = {}
+    saved: dict[str, dict[str, Saved]] = {"pending": {}, "entries": {}, "params": {}}
+    unfit, damaged_params = {}, {}
     wanted = None if names is None else set(names)
     with _opened(file) as opened:
-        for part, name, record, damage in opened.records(wanted):
-            if damage:
+        for part, name, record, damage in opened.records(wanted, with_params):
+            if damage and part == "params":
+                damaged_params[name] = f"it is damaged: {DIFFERS}"
+            elif damage:
                 unfit[name] = "; ".join(
                     f"its slot {k!r} is damaged: {x}" for k, x in damage.items()
                 )
             else:
                 saved[part][name] = record
-        all_names = opened.names()
+        all_names, param_names = opened.names(), opened.names(of_params=True)
         if not opened.in_order:
-            saved = {part: _ordered(records, all_names) for part, records in saved.items()}
+            names_in = {"entries": all_names, "pending": all_names, "params": param_names}
+            saved = {part: _ordered(records, names_in[part]) for part, records in saved.items()}
         if opened.skips:
             all_names = list(dict.fromkeys([*all_names, *opened.skips]))
     # Pending state may be older than an entry of the same name, which therefore wins.
     merged = saved["pending"]
     merged.update(saved["entries"])
-    return Contents(all_names, merged, opened.steps, opened.skips, opened.metadata, unfit)
+    params = None
+    if with_params and opened.has_params:
+        params = SavedParams(param_names, saved["params"], damaged_params)
+    return Contents(
+        *(all_names, merged, opened.steps, opened.skips, opened.metadata, unfit),
+        *(opened.settings, params),
+    )
 
 
 def listed(file: Source) -> Listed:
@@ -121,15 +136,17 @@ def listed(file: Source) -> Listed:
     saved: dict[str, dict[str, Saved]] = {"entries": {}, "pending": {}}
     damaged = []
     with _opened(file) as opened:
-        for part, name, record, damage in opened.records(None):
+        if opened.has_params:
+            saved["params"] = {}
+        for part, name, record, damage in opened.records(None, with_params=True):
             saved[part][name] = record._replace(arrays=())
             damaged += [(name, slot, why) for slot, why in damage.items()]
-        all_names = opened.names()
-        saved = {part: _ordered(records, all_names) for part, records in saved.items()}
+        for part, records in saved.items():
+            saved[part] = _ordered(records, opened.names(of_params=part == "params"))
         size = Path(opened.path).stat().st_size
     return Listed(
-        *(opened.version, opened.steps, saved, opened.skips, opened.metadata, size),
-        *(opened.checked, damaged),
+        *(opened.version, opened.steps, saved, opened.skips, opened.settings),
+        *(opened.metadata, size, opened.checked, damaged),
     )
 
 
@@ -144,7 +161,9 @@ class _File:
         version: The version of the format.
         steps: How many steps the optimizer had taken; None if unknown.
         skips: How often each name was skipped.
+        settings: The hyperparameters that were set while the run went on.
         metadata: What the user saved along with the state.
+        has_params: Whether parameters were saved, perhaps none.
         checked: Whether the file has checksums.
         in_order: Whether the records come in the order of the names.
     """
@@ -180,7 +199,9 @@ class _File:
         self.checked = checksums is not None and self.version > 1
         self.steps = check_steps(document)
         self._old, self.in_order = None, True
-        if self.version < VERSION:
+        self.has_params = self.version >= TABLES and "params" in document
+        self.settings = settings_in(document.get("settings"))
+        if self.version < TABLES:
             self._old = versions.Old(document, opened, checksums if self.checked else None)
             self.skips = check_skips(document.get("skips", {}))
             return
@@ -188,7 +209,7 @@ class _File:
             raise CheckpointError(
                 f"it has {len(checksums)} checksums of its description; expected 1"
             )
-        self.skips = check_skips(_skips_in(document.get("skips", {})))
+        self.skips = skips_in(document)
         self._tables = tables_in(document)
         self.in_order = all(isinstance(table.places, range) for table in self._tables)
         self._check_tensors()
@@ -228,7 +249,7 @@ class _File:
         Raises:
             ValueError: The file ends too early.
         """
-        block = np.empty((rows.stop - rows.start, size), np.dtype(dtype).newbyteorder("<"))
+        block = np.empty((rows.stop - rows.start, size), host_dtype(dtype).newbyteorder("<"))
         offset = rows.start * size * block.itemsize
         self._data.seek(self._begin + self._tensors[key]["data_offsets"][0] + offset)
         into = bytes_of(block)
@@ -239,18 +260,24 @@ class _File:
             into = into[read:]
         return block
 
-    def names(self) -> list[str]:
-        """The names that the file has state for."""
+    def names(self, of_params: bool = False) -> list[str]:
+        """The names that the file has state for, or parameters."""
         if self._old is not None:
-            return self._old.names()
-        names = [name for table in self._tables for name in table.names]
+            return [] if of_params else self._old.names()
+        tables = [table for table in self._tables if (table.part == "params") == of_params]
+        names = [name for table in tables for name in table.names]
         if self.in_order:
             return names
-        places = [(table.part, place) for table in self._tables for place in table.places]
+        places = [(table.part, place) for table in tables for place in table.places]
         return [names[k] for k in sorted(range(len(names)), key=places.__getitem__)]
 
-    def records(self, wanted: Set[str] | None) -> Iterator[Record]:
-        """Read the records of the wanted names, or of all names for None."""
+    def records(self, wanted: Set[str] | None, with_params: bool) -> Iterator[Record]:
+        """Read the records of the wanted names, or of all names for None.
+
+        Args:
+            wanted: The names.
+            with_params: Whether to read parameters as well.
+        """
         if self._old is not None:
             yield from self._old.records(wanted)
             return
@@ -264,6 +291,8 @@ class _File:
             most = 1 if max(sizes, default=0) >= LARGE else BLOCK // max([1, *sizes])
             for first in range(0, count, most):
                 rows = slice(first, min(first + most, count))
+                if table.part == "params" and not with_params:
+                    break
                 if wanted is not None and wanted.isdisjoint(table.names[rows]):
                     continue
                 columns: list[list[np.ndarray]] = []
@@ -276,7 +305,7 @@ class _File:
                         for i, (have, want) in enumerate(zip(actual, expected, strict=True)):
                             if have != want:
                                 damage.setdefault(i, {})[_shown(slots[k].name)] = DIFFERS
-                    columns.append(list(block.astype(slots[k].dtype, copy=False)))
+                    columns.append(list(block.astype(host_dtype(slots[k].dtype), copy=False)))
                 for record in _records(table, rows, columns, damage):
                     if wanted is None or record[1] in wanted:
                         yield record
@@ -308,14 +337,6 @@ def _records(
     counts = table.counts[rows] if table.counts else [0] * len(names)
     for i, (name, step, slots, count) in enumerate(zip(names, steps, arrays, counts, strict=True)):
         yield table.part, name, Saved(table.form, step, slots, count), damage.get(i, {})
-
-
-def _skips_in(skips: Any) -> Any:
-    """The counts of skips by name; in a file they are columns."""
-    if not skips:
-        return skips
-    columns = zip(skips["total"], skips["consecutive"], strict=True)
-    return dict(zip(skips["names"], columns, strict=True))
 
 
 @contextmanager

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from multiopt.arrays import Array
 from multiopt.engine import Group
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.state.contents import Contents
-from multiopt.state.differences import Difference, differences
+from multiopt.state.differences import differing
 from multiopt.state.fit import check_average, check_fit, check_slot_names
+from multiopt.state.params import Matched, matched
 from multiopt.state.plateaus import warn_of_plateaus
 from multiopt.state.record import (
     Description,
@@ -34,6 +36,8 @@ from multiopt.state.record import (
     without_average,
 )
 from multiopt.state.report import LoadReport
+from multiopt.state.resuming import Resuming
+from multiopt.state.settings import Settings, warn_of_lost
 from multiopt.table import GROUP
 
 if TYPE_CHECKING:
@@ -79,26 +83,56 @@ class _Admitted(NamedTuple):
 def load(
     registry: "Registry",
     contents: Contents,
-    new: Mapping[str, str],
+    wanted: Mapping[str, str],
     strict: bool,
     cast: bool,
+    settings: bool = True,
+    params: Mapping[str, Array] | None = None,
 ) -> LoadReport:
-    """Load saved state into a registry, all of it or nothing.
+    """Load saved state into a registry, and parameters into arrays, all of it or nothing.
 
     Args:
         registry: The registry to load into.
         contents: What was read from the file or the state dict.
-        new: The wanted names, each with its name in this registry.
+        wanted: The wanted names, each with its name in this registry.
         strict: Whether state that does not fit is an error; otherwise it is left out.
-        cast: Whether slots are converted to the dtype that their parameter needs.
+        cast: Whether slots and parameters are converted to the dtype that is needed.
+        settings: Whether to restore the settings that were made while the saved run went on.
+        params: The arrays to load parameters into; None to load none.
 
     Raises:
+        TypeError: Something in ``params`` is not a usable array.
         ValueError: State does not fit, and ``strict`` is true.
     """
+    new = {name: wanted[name] for name in contents.names if name in wanted}
+    is_part = len(new) < len(contents.names)
+    matches = None if params is None else _matched(registry, contents, wanted, strict, cast, params)
+    loaded = _settings(contents.settings, new, is_part) if settings else Settings()
+    warn_of_lost(loaded.lost, "loaded")
+    resuming = Resuming(registry, loaded, strict)
+    try:
+        report = _load(registry, contents, wanted, strict, cast, resuming, matches)
+    except BaseException:
+        resuming.free()
+        raise
+    return report
+
+
+def _load(
+    registry: "Registry",
+    contents: Contents,
+    wanted: Mapping[str, str],
+    strict: bool,
+    cast: bool,
+    resuming: Resuming,
+    matches: Matched | None,
+) -> LoadReport:
+    new = {name: wanted[name] for name in contents.names if name in wanted}
     states = contents.saved
     if any(map(ne, new, new.values())):
         states = {new[name]: saved for name, saved in states.items()}
-    admitted = _admitted(registry, _cast(states) if cast else states, strict)
+    admitted = _admitted(registry, resuming, _cast(states) if cast else states, strict)
+    resuming.leave(admitted.refused)
     accepted: dict[str, Saved] = {}
     for batch in admitted.batches:
         accepted.update(zip(batch.names, batch.saved, strict=True))
@@ -116,20 +150,23 @@ def load(
     steps = contents.steps
     if (is_part and registry.steps > 0) or (contents.names and not taken):
         steps = registry.steps
-    _warn(registry, admitted.batches)
-    differing = _differences(registry, admitted.batches)
+    _warn(registry, resuming.rule, admitted.batches)
+    found = differing(registry, accepted, resuming.loaded)
     gone: set[str] = set()
     if registry.guard.torn is not None:
         # A partial load would leave names torn. A whole one forgets names that came after the save.
         gone = registry.known().keys() - {*seen, *pending}
         if gone and (is_part or len(taken) < len(contents.names)):
             registry.guard.check_whole("load of some names")
-    observed, codes = _observed(registry, admitted.batches), _placed(registry, admitted.batches)
+    observed = _observed(resuming, admitted.batches)
+    codes = _placed(registry, admitted.batches)
     waiting = {**registry.pending, **accepted}
     with registry.guard:
         if gone:
             registry.forget(gone)
+        registry.replace_rows(resuming.codes)
         registry.replace_rows(codes)
+        registry.rule, registry.settings = resuming.rule, resuming.settings
         gone |= codes.keys()
         registry.pending = {n: saved for n, saved in waiting.items() if n not in gone}
         registry.endings = None
@@ -137,34 +174,71 @@ def load(
             observe(rule, description.observed, ahead=is_part)
         registry.steps = _largest_clock(registry) if steps is None else steps
         registry.skips = skips
+        if matches is not None:
+            matches.write()
         registry.guard.torn = None
     registry.sweep()
+    if (reason := resuming.refused.pop(None, None)) is not None:
+        resuming.refused = dict.fromkeys(accepted, reason)
+    reasons |= {name: reason for name, reason in resuming.refused.items() if name in accepted}
     reasons |= {name: f"its average: {reason}" for name, reason in admitted.without.items()}
     covered = {new.get(name, name) for name in contents.names}
+    missing = dict.fromkeys(name for name in registry.names if name not in covered)
+    unused = {n: "it was not asked for" for n in contents.all_names() if n not in wanted}
+    unused |= {old: reasons[name] for old, name in new.items() if name in reasons}
+    if matches is not None:
+        missing |= dict.fromkeys(matches.missing)
+        for name, reason in matches.unused.items():
+            unused[name] = (
+                f"{unused[name]}; its parameter: {reason}"
+                if name in unused
+                else (f"its parameter: {reason}")
+            )
     return LoadReport(
         restored=tuple(seen),
         pending=tuple(pending),
-        unused={name: "it was not asked for" for name in contents.names if name not in new}
-        | {old: reasons[name] for old, name in new.items() if name in reasons},
-        missing=tuple(name for name in registry.names if name not in covered),
+        unused=unused,
+        missing=tuple(missing),
         metadata=dict(contents.metadata),
-        differences=differing,
+        differences=found,
+        params=None if matches is None else matches.params,
     )
 
 
-def _differences(registry: "Registry", batches: list[_Batch]) -> dict[str, dict[str, Difference]]:
-    """For each name, the hyperparameters in which the saved rule differs from the one here."""
-    result: dict[str, dict[str, Difference]] = {}
-    for batch in batches:
-        settings = batch.saved[0].form.rule.settings
-        if batch.group is not None:
-            for positions in batch.group.by_rule(np.array(batch.rows)):
-                chain = batch.group.rule_at(batch.rows[int(positions[0])])
-                if differ := differences(settings, formulas(chain)[0]):
-                    result |= {batch.names[k]: differ for k in positions.tolist()}
-        elif isinstance(registry.rule, Rule) and (differ := differences(settings, registry.rule)):
-            result |= dict.fromkeys(batch.names, differ)
-    return result
+def _settings(settings: Settings, new: Mapping[str, str], is_part: bool) -> Settings:
+    """The settings under the names here; if only some names are loaded, for those alone."""
+    if not is_part:
+        return settings.renamed(new)
+    by_name = {new[name]: settings.of_name(name) for name in new}
+    return Settings({}, {name: own for name, own in by_name.items() if own}, settings.lost)
+
+
+def _matched(
+    registry: "Registry",
+    contents: Contents,
+    wanted: Mapping[str, str],
+    strict: bool,
+    cast: bool,
+    params: Mapping[str, Array],
+) -> Matched:
+    """Match the parameters of a file with the arrays of the caller's."""
+    loaded, damaged = None, dict[str, str]()
+    if contents.params is not None:
+        loaded = {wanted[name]: saved for name, saved in contents.params.saved.items()}
+        damaged = {wanted[name]: reason for name, reason in contents.params.damaged.items()}
+    some = len(wanted) < len(contents.all_names())
+    matches = matched(
+        *(loaded, params),
+        some=some,
+        strict=strict,
+        cast=cast,
+        in_place=registry.in_place,
+    )
+    old = {name: before for before, name in wanted.items()}
+    unused = {old[name]: reason for name, reason in (matches.unused | damaged).items()}
+    covered = {wanted.get(n, n) for n in contents.params.names} if contents.params else ()
+    missing = [name for name in matches.missing if name not in covered]
+    return matches._replace(unused=unused, missing=missing)
 
 
 def _cast(states: Mapping[str, Saved]) -> dict[str, Saved]:
@@ -173,7 +247,9 @@ def _cast(states: Mapping[str, Saved]) -> dict[str, Saved]:
     return {name: saved._replace(form=forms[id(saved.form)]) for name, saved in states.items()}
 
 
-def _admitted(registry: "Registry", states: Mapping[str, Saved], strict: bool) -> _Admitted:
+def _admitted(
+    registry: "Registry", resuming: Resuming, states: Mapping[str, Saved], strict: bool
+) -> _Admitted:
     """Check saved state, and sort it into what fits and what does not.
 
     Raises:
@@ -185,18 +261,19 @@ def _admitted(registry: "Registry", states: Mapping[str, Saved], strict: bool) -
     for name, saved in states.items():
         group, row, shape = None, 0, tuple[int, ...]()
         if name in registry:
-            group, row = registry.row_of(name)
+            group, row = resuming.row_of(name)
             shape = group.shapes[row]
-        # At step 0, state need not have slots.
-        key = id(group), shape, id(saved.form), saved.step == 0
+        # Names not seen yet may have settings of their own. At step 0, state need not have slots.
+        own = id(resuming.settings.get(name)) if group is None else 0
+        key = id(group), shape, own, id(saved.form), saved.step == 0
         if key not in batches:
-            error = _misfit(registry, name, saved)
+            error = _misfit(registry, resuming, name, saved)
             if error is not None and strict:
                 raise error
             batches[key] = _Batch(group, shape, error is None, [], [], [])
         batch = batches[key]
         if not batch.fits:
-            refused[name] = str(_misfit(registry, name, saved))
+            refused[name] = str(_misfit(registry, resuming, name, saved))
             continue
         if saved.form.average is not None:
             average = registry.average_of(name) if group is None or group.has_averages else None
@@ -225,18 +302,17 @@ def _admitted(registry: "Registry", states: Mapping[str, Saved], strict: bool) -
     return _Admitted([batch for batch in batches.values() if batch.fits], refused, without)
 
 
-def _misfit(registry: "Registry", name: str, saved: Saved) -> ValueError | None:
+def _misfit(registry: "Registry", resuming: Resuming, name: str, saved: Saved) -> ValueError | None:
     """Why the state of a name does not fit, or None if it does; its average is not checked."""
+    form = saved.form
     if name in registry:
-        group, row = registry.row_of(name)
+        group, row = resuming.row_of(name)
         rule = formulas(group.rule_at(row))[0]
         return _error(check_fit, name, saved, rule, group.layout_at(row), registry.masters)
-    if isinstance(registry.rule, Rule):
-        form = saved.form
-        return _error(
-            check_slot_names, name, form.own, saved.step, form.rule.settings, registry.rule
-        )
-    return None
+    rule_for_name = resuming.rule_for(name)
+    if rule_for_name is None:
+        return None
+    return _error(check_slot_names, name, form.own, saved.step, form.rule.settings, rule_for_name)
 
 
 def _error(check: Callable[..., None], *arguments: Any) -> ValueError | None:
@@ -248,13 +324,13 @@ def _error(check: Callable[..., None], *arguments: Any) -> ValueError | None:
     return None
 
 
-def _warn(registry: "Registry", batches: Iterable[_Batch]) -> None:
+def _warn(registry: "Registry", rule: Any, batches: Iterable[_Batch]) -> None:
     """Warn about each ``Plateau`` whose state cannot be restored."""
     scheduled = registry.scheduled_rules()
     rules, averages = dict[str, Rule](), dict[str, Rule]()
     for names, saved, group in ((batch.names, batch.saved, batch.group) for batch in batches):
-        if group is None and isinstance(registry.rule, Rule):
-            rules |= dict.fromkeys(names, registry.rule)
+        if group is None and isinstance(rule, Rule):
+            rules |= dict.fromkeys(names, rule)
         has_average = saved[0].form.average is not None
         for name, record in zip(names, saved, strict=True) if has_average or scheduled else ():
             mean: Rule | None = record.keeps
@@ -290,13 +366,17 @@ def _placed(registry: "Registry", batches: Iterable[_Batch]) -> dict[str, int]:
     return codes
 
 
-def _observed(registry: "Registry", batches: Iterable[_Batch]) -> list[tuple[Rule, Description]]:
-    """Pair each rule that has schedules with the description that was saved in its place."""
-    pairs: list[tuple[Rule, Description]] = []
+def _observed(
+    resuming: Resuming, batches: Iterable[_Batch]
+) -> list[tuple[Rule | Mapping[str, Any], Description]]:
+    """Pair rules and settings that have schedules with the description saved in their place."""
+    pairs: list[tuple[Rule | Mapping[str, Any], Description]] = []
+    rule, settings = resuming.rule, resuming.settings
     for batch in batches:
         group, form = batch.group, batch.saved[0].form
-        if group is None and isinstance(registry.rule, Rule):
-            pairs.append((registry.rule, form.rule))
+        if group is None:
+            pairs.append((rule if isinstance(rule, Rule) else settings.get(None, {}), form.rule))
+            pairs += [(settings[name], form.rule) for name in batch.names if name in settings]
         elif group is not None and group.scheduled:
             sets = {int(group.schedule[row]): row for row in batch.rows}
             for row in sets.values():

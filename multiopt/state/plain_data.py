@@ -23,6 +23,7 @@ from multiopt.rules.average import AVERAGE
 from multiopt.schedules.description import separated
 from multiopt.state.contents import Contents
 from multiopt.state.document import (
+    TABLES,
     VERSION,
     check_clock,
     check_observed,
@@ -32,7 +33,9 @@ from multiopt.state.document import (
 )
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import check_nesting
+from multiopt.state.plateaus import pending_now
 from multiopt.state.record import Form, Saved, plain, plain_entry, saved_of
+from multiopt.state.settings import described_settings, settings_in, warn_of_lost
 from multiopt.state.tables import held
 
 if TYPE_CHECKING:
@@ -79,17 +82,20 @@ def state_dict(registry: "Registry") -> dict[str, Any]:
                 averages["averages"][name] = plain_entry(form.average, count, mean)
     means = averages["averages"]
     averages["averages"] = {name: means[name] for name in entries if name in means}
-    for name, saved in registry.pending.items():
+    for name, saved in pending_now(registry).items():
         parts["pending"][name], average = plain(saved)
         if average is not None:
             averages["pending_averages"][name] = average
     skips = {name: list(counts) for name, counts in registry.skips.items()}
+    settings, lost = described_settings(registry.settings)
+    warn_of_lost(lost, "saved")
     return {
         "version": VERSION,
         "steps": registry.steps,
         **parts,
         **(averages if registry.average is not None else {}),
         **({"skips": skips} if skips else {}),
+        **({"settings": settings} if settings else {}),
     }
 
 
@@ -120,7 +126,8 @@ def contents_of(
     names = [name for part in (*SECTIONS, "skips") for name in state_dict.get(part, ())]
     merged = saved["pending"] | saved["entries"]
     steps = state_dict.get("steps")
-    return Contents(list(dict.fromkeys(names)), merged, steps, skips, {}, unfit)
+    settings = settings_in(state_dict.get("settings"))
+    return Contents(list(dict.fromkeys(names)), merged, steps, skips, {}, unfit, settings)
 
 
 def saved_in(
@@ -128,7 +135,7 @@ def saved_in(
 ) -> Iterator[tuple[str, str, Mapping[str, Any], Mapping[str, Any] | None]]:
     """For each name in a state dict: its part, name, entry, and the entry of its average."""
     averages = {**state_dict.get("pending_averages", {}), **state_dict.get("averages", {})}
-    current = state_dict["version"] >= VERSION
+    current = state_dict["version"] >= TABLES
     for part in ("entries", "pending"):
         for name, entry in state_dict[part].items():
             average = averages.get(name)

@@ -1,4 +1,4 @@
-"""Warnings about each ``Plateau`` whose state cannot be saved.
+"""What each ``Plateau`` has seen, in saved state, and warnings where it cannot be saved.
 
 A ``Plateau`` inside a callable of the user's own is out of reach; ``docs/schedules.md`` says under
 "Saving" what to do about it.
@@ -12,13 +12,40 @@ from multiopt.errors import caller_level
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
-from multiopt.schedules.description import left_behind
+from multiopt.schedules.description import left_behind, observers
+from multiopt.schedules.plateau import is_observed
+from multiopt.state.record import Form, Saved
 from multiopt.step.report import abridged
 
 if TYPE_CHECKING:
     from multiopt.registry import Registry
 
-__all__ = ["warn_of_left_behind", "warn_of_plateaus"]
+__all__ = ["pending_now", "warn_of_left_behind", "warn_of_plateaus"]
+
+
+def pending_now(registry: "Registry") -> dict[str, Saved]:
+    """The pending state of a registry, with what each ``Plateau`` has seen since it was loaded."""
+    forms: dict[tuple[int, int], Form] = {}
+    current: dict[str, Saved] = {}
+    for name, saved in registry.pending.items():
+        own = registry.settings.get(name, {})
+        key = id(saved.form), id(own) if own else 0
+        if key not in forms:
+            values = dict(registry.settings.get(None, {}))
+            if isinstance(registry.rule, Rule):
+                values = {k: getattr(registry.rule, k) for k in registry.rule.ranges}
+            observed = dict(saved.form.rule.observed)
+            for what, value in {**values, **own}.items():
+                for place, plateau in observers(value, what):
+                    state, before = plateau.state(), observed.get(place)
+                    if is_observed(state) and (
+                        before is None or plateau.observed >= before["observed"]
+                    ):
+                        observed[place] = state
+            rule = saved.form.rule._replace(observed=observed)
+            forms[key] = saved.form._replace(rule=rule)
+        current[name] = saved._replace(form=forms[key])
+    return current
 
 
 def warn_of_left_behind(registry: "Registry") -> None:

@@ -174,12 +174,14 @@ def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str,
 
 
 def observe(
-    rule: Rule, observed: Mapping[str, Mapping[str, Any]], ahead: bool = False
+    rule: Rule | Mapping[str, Any],
+    observed: Mapping[str, Mapping[str, Any]],
+    ahead: bool = False,
 ) -> list[tuple[Plateau, dict[str, Any]]]:
     """Load the saved state of each ``Plateau`` into the one at the same place in a rule.
 
     Args:
-        rule: The rule.
+        rule: The rule, or some of its hyperparameters by name.
         observed: The saved states, by place.
         ahead: Whether to skip a ``Plateau`` that has observed at least as much as its saved state.
 
@@ -187,8 +189,9 @@ def observe(
         Each ``Plateau`` that was changed, with its state before.
     """
     before: list[tuple[Plateau, dict[str, Any]]] = []
-    for name in rule.ranges if observed else ():
-        for place, plateau in observers(getattr(rule, name), name):
+    values = rule if isinstance(rule, Mapping) else {k: getattr(rule, k) for k in rule.ranges}
+    for name, value in values.items() if observed else ():
+        for place, plateau in observers(value, name):
             state = observed.get(place)
             if state is not None and not (ahead and plateau.observed >= state["observed"]):
                 before.append((plateau, plateau.state()))

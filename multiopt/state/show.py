@@ -12,6 +12,8 @@ from multiopt.rules.average import AVERAGE
 from multiopt.state.file import listed
 from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.record import Form, Saved
+from multiopt.state.settings import Settings
+from multiopt.state.tables import host_dtype
 from multiopt.terminal import table
 
 __all__ = ["show"]
@@ -53,17 +55,47 @@ def show(path: str | os.PathLike[str]) -> bool:
     parts = [(state, file.saved[part]) for part, state in STATES.items()]
     rows = [row for state, saved in parts for row in _rows(state, saved, rules)]
     rows += [row for state, saved in parts for row in _rows(state, _averages(saved), rules)]
+    rows += map(_row_of_param, file.saved.get("params", {}).items())
     if rows:
         print()
         print(table([HEADINGS, *rows], NUMBERS))
         print()
         for (_, hyperparameters), label in rules.items():
             print(f"{label}: {hyperparameters}")
+    settings = list(_settings(file.settings))
+    if settings:
+        print()
+        print("\n".join(settings))
     if file.skips:
         print()
         for name, (total, run) in file.skips.items():
             print(f"skipped: {_shown(name)}, {total} in all, {run} in a row")
     return not file.damaged
+
+
+def _settings(settings: Settings) -> Iterator[str]:
+    """A line for all names, and one for each name of which something was set."""
+    lost: dict[str | None, dict[str, str]] = {}
+    for key, whose in settings.lost.items():
+        for name in whose:
+            lost.setdefault(name, {})[key] = "a callable that was not saved"
+    for name in dict.fromkeys([None, *settings.by_name, *lost]):
+        own = settings.for_all if name is None else settings.by_name.get(name, {})
+        values = {key: repr(value) for key, value in own.items()}
+        values |= lost.get(name, {})
+        if values:
+            text = ", ".join(f"{json.dumps(key)[1:-1]}={value}" for key, value in values.items())
+            yield f"set for {'all names' if name is None else _shown(name)}: {text}"
+
+
+def _row_of_param(named: tuple[str, Saved]) -> tuple[str, ...]:
+    """The row of a parameter."""
+    name, record = named
+    (slot,) = record.form.slots
+    layout = Layout("", slot.shape, slot.dtype, "", record.form.is_complex)
+    size = prod(slot.shape) * host_dtype(slot.dtype).itemsize
+    form = str(layout.shape), layout.dtype, str(size)
+    return (_shown(name), "parameter", "", "", "", *form)
 
 
 def _averages(saved: Mapping[str, Saved]) -> dict[str, Saved]:

@@ -26,14 +26,25 @@ from multiopt.state.record import Description, Form, Saved, Slot, description
 if TYPE_CHECKING:
     from multiopt.registry import Registry
 
-__all__ = ["BLOCK", "CODES", "LARGE", "Pieces", "SavedTable", "held", "layout_text", "waiting"]
+__all__ = [
+    "BLOCK",
+    "CODES",
+    "LARGE",
+    "Pieces",
+    "SavedTable",
+    "held",
+    "host_dtype",
+    "layout_text",
+    "pieces",
+    "waiting",
+]
 
 #: A slot of ``LARGE`` elements or more is read and written by itself; smaller ones are joined into
 #: blocks of about ``BLOCK`` elements.
 LARGE, BLOCK = 2**12, 2**14
 
-#: The names of slots' dtypes in a file.
-CODES = {"float32": "F32", "float64": "F64"}
+#: The names of dtypes in a file. Slots have the first two.
+CODES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"}
 
 #: A function from the index of a slot to its arrays, in pieces of several rows (and two axes) each.
 Pieces = Callable[[int], Iterator[np.ndarray]]
@@ -43,7 +54,7 @@ class SavedTable(NamedTuple):
     """The saved state of names of one form.
 
     Attributes:
-        part: ``"entries"`` or ``"pending"``.
+        part: ``"entries"``, ``"pending"`` or ``"params"``.
         form: The form.
         names: The names, one per row.
         places: Their positions in the order of all names of the part.
@@ -64,6 +75,11 @@ class SavedTable(NamedTuple):
 def layout_text(dtype: str, shape: Sequence[int]) -> str:
     """The dtype and the shape of a slot as a file writes them, such as ``F32[2,3]``."""
     return f"{CODES[dtype]}[{','.join(map(str, shape))}]"
+
+
+def host_dtype(dtype: str) -> np.dtype:
+    """The NumPy dtype of the numbers of a dtype in a file; NumPy has no bfloat16."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def held(registry: "Registry") -> Iterator[SavedTable]:
@@ -134,16 +150,33 @@ def waiting(saved: Mapping[str, Saved], part: str = "pending") -> list[SavedTabl
         form, steps = mine[0].form, [one.step for one in mine]
         counts = [one.seen for one in mine] if form.average is not None else []
         own_names = [names[place] for place in places]
-        tables.append(
-            SavedTable(part, form, own_names, places, steps, counts, partial(_pieces, mine))
-        )
+        columns = pieces(partial(_array_of, mine), len(mine), [slot.shape for slot in form.slots])
+        tables.append(SavedTable(part, form, own_names, places, steps, counts, columns))
     return tables
 
 
-def _pieces(saved: Sequence[Saved], k: int) -> Iterator[np.ndarray]:
-    size = prod(saved[0].form.slots[k].shape)
-    rows = 1 if size >= LARGE else BLOCK // max(size, 1)
-    for first in range(0, len(saved), rows):
-        arrays = [one.arrays[k] for one in saved[first : first + rows]]
-        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        yield joined.reshape(len(arrays), size)
+def _array_of(saved: Sequence[Saved], row: int, k: int) -> np.ndarray:
+    return saved[row].arrays[k]
+
+
+def pieces(
+    array: Callable[[int, int], np.ndarray], count: int, shapes: Sequence[Sequence[int]]
+) -> Pieces:
+    """The slots of a table whose rows are arrays of their own.
+
+    Args:
+        array: Returns the array of a row and a slot.
+        count: The number of rows.
+        shapes: The shape of each slot.
+    """
+
+    def of_slot(k: int) -> Iterator[np.ndarray]:
+        size = prod(shapes[k])
+        most = 1 if size >= LARGE else BLOCK // max(size, 1)
+        for first in range(0, count, most):
+            rows = range(first, min(first + most, count))
+            arrays = [array(row, k).reshape(-1) for row in rows]
+            joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            yield joined.reshape(len(arrays), size)
+
+    return of_slot

@@ -15,7 +15,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 from multiopt.state.document import described
 from multiopt.state.durable import replacing
 from multiopt.state.file_objects import Target, is_path, write_whole
-from multiopt.state.tables import CODES, SavedTable
+from multiopt.state.tables import CODES, SavedTable, host_dtype
 
 __all__ = ["CHECKSUMS", "LARGEST_HEADER", "bytes_of", "checksums_of", "too_much", "write"]
 
@@ -39,6 +39,9 @@ def write(
     steps: int,
     skips: Mapping[str, Sequence[int]],
     metadata: Mapping[str, Any] | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    params: Sequence[SavedTable] | None = None,
 ) -> None:
     """Write a checkpoint file; a file at a path is replaced completely or not at all.
 
@@ -51,6 +54,8 @@ def write(
         steps: How many steps the optimizer has taken.
         skips: For each name, how often it was skipped: in total, and consecutively.
         metadata: The user's own data, in the forms that ``multiopt.state.metadata`` accepts.
+        settings: The hyperparameters that were set while the run went on, as plain data.
+        params: The tables of parameters; None if none are saved.
 
     Raises:
         OSError: The file cannot be written.
@@ -59,12 +64,13 @@ def write(
         ValueError: JSON cannot hold the metadata or a name, a rule is nested too deeply, or the
             header would be too large.
     """
-    tables = list(tables)
-    document = described(tables, steps, skips, {} if metadata is None else metadata)
+    tables = [*tables, *(params or ())]
+    metadata = {} if metadata is None else metadata
+    document = described(tables, steps, skips, metadata, settings, params is not None)
     description = json.dumps(document, allow_nan=False)
     columns = [(table, k) for table in tables for k in range(len(table.form.slots))]
-    # float64 first, so that in a memory-mapped file every number is aligned to its size.
-    order = sorted(range(len(columns)), key=lambda i: _slot(*columns[i]).dtype, reverse=True)
+    # The widest first, so that in a memory-mapped file every number is aligned to its size.
+    order = sorted(range(len(columns)), key=lambda i: -_itemsize(*columns[i]))
     header = _header(description, columns, order)
     parts = _parts(header, columns, order)
     if is_path(file):
@@ -74,8 +80,8 @@ def write(
         write_whole(file, parts)
 
 
-def _slot(table: SavedTable, k: int) -> Any:
-    return table.form.slots[k]
+def _itemsize(table: SavedTable, k: int) -> int:
+    return host_dtype(table.form.slots[k].dtype).itemsize
 
 
 def _header(text: str, columns: Sequence[tuple[SavedTable, int]], order: Sequence[int]) -> bytes:
@@ -85,7 +91,7 @@ def _header(text: str, columns: Sequence[tuple[SavedTable, int]], order: Sequenc
     for i in order:
         table, k = columns[i]
         slot, rows = table.form.slots[k], len(table.names)
-        begin, end = end, end + rows * prod(slot.shape) * np.dtype(slot.dtype).itemsize
+        begin, end = end, end + rows * prod(slot.shape) * _itemsize(table, k)
         kind = {"dtype": CODES[slot.dtype], "shape": [rows, *slot.shape]}
         tensors[str(i)] = {**kind, "data_offsets": [begin, end]}
         count += rows

@@ -5,7 +5,7 @@ call, ``run``, writes, and it cannot fail. All calls work on whole parts; Python
 parameters only where an engine cannot use their arrays as they are, or where memory may overlap.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import starmap
 from typing import NamedTuple, TypeAlias
 
@@ -14,6 +14,7 @@ import numpy as np
 from multiopt.arrays import APART, SHARED_GRADIENTS, UNKNOWN, Array, Arrays, Member, Part
 from multiopt.backend import backend_for
 from multiopt.engine import Group
+from multiopt.errors import answer
 from multiopt.layout import Layout
 from multiopt.step.checks import (
     check_layout,
@@ -23,7 +24,7 @@ from multiopt.step.checks import (
 )
 from multiopt.step.clip import Clip, Together, clip_by_global_norm
 
-__all__ = ["Rows", "RowsOfGroup", "Step"]
+__all__ = ["Rows", "RowsOfGroup", "Step", "duplicates"]
 
 
 #: A group, some of its rows, their places in a list of names, and the addresses of both arrays.
@@ -322,3 +323,18 @@ class Step:
         """Release all arrays of the step."""
         for part in self.parts:
             part.group.forget(part)
+
+
+def duplicates(names: Sequence[str], params: np.ndarray, grads: np.ndarray) -> np.ndarray:
+    """Copy the parameters that have a gradient; the others stay as they are.
+
+    Raises:
+        TypeError: A parameter is not an array.
+    """
+    copies = params.copy()
+    for place, grad in enumerate(grads):
+        if grad is not None:
+            label = f"parameter {names[place]!r}"
+            backend = backend_for(params[place], label)
+            copies[place] = answer(label, backend.duplicate, params[place])
+    return copies

@@ -284,8 +284,8 @@ def test_slots_of_another_rule_are_an_error_as_soon_as_the_rule_is_known() -> No
     ("damage", "message"),
     [
         (lambda s: [], "expected a state dict with 'version', 'entries' and 'pending'"),
-        (lambda s: {**s, "version": 4}, "expected version 3 or an earlier one; got version 4"),
-        (lambda s: {**s, "version": True}, "expected a version between 1 and 3; got True"),
+        (lambda s: {**s, "version": 5}, "expected version 4 or an earlier one; got version 5"),
+        (lambda s: {**s, "version": True}, "expected a version between 1 and 4; got True"),
         (lambda s: {**s, "steps": 2**53 + 1}, r"expected an int from 0 to 2\^53 under 'steps'"),
         (
             lambda s: {**s, "pending": {"x": {"step": True, "slots": {}, "rule": {}}}},

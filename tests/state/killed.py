@@ -44,9 +44,21 @@ def go_on(opt: mo.Optimizer) -> None:
     opt.step(params, grads)
 
 
+def params_of(step: int) -> dict[str, np.ndarray]:
+    """The parameters that are saved with the state of a step; one has no state."""
+    return {"loc": np.full(3000, step, np.float32), "frozen": np.full((50, 40), float(step))}
+
+
+def keep(opt: mo.Optimizer, path: Path) -> None:
+    opt.save(path, params=params_of(opt.steps))
+
+
 def loaded(path: Path) -> mo.Optimizer:
-    opt = new_run()
-    opt.load(path)
+    """The state in a file, whose parameters are of the same step."""
+    opt, params = new_run(), params_of(-1)
+    opt.load(path, params=params)
+    for name, param in params.items():
+        assert (param == opt.steps).all(), f"{name} is of another step than the state"
     return opt
 
 
@@ -71,7 +83,7 @@ def others(path: Path) -> list[Path]:
 def refusal(opt: mo.Optimizer, path: Path) -> int | None:
     """The system's number for why it cannot be saved; None if it was."""
     try:
-        opt.save(path)
+        keep(opt, path)
     except OSError as error:
         return error.errno
     return None
@@ -116,7 +128,7 @@ def at_random_moments(folder: Path, kills: int) -> dict[str, int]:
     go_on(opt)
     start = time.perf_counter()
     for _ in range(10):
-        opt.save(path)
+        keep(opt, path)
     span = (time.perf_counter() - start) / 10
     seen = {"stray": 0, "newer": 0, "saves": 0}
     for _ in range(kills):
@@ -125,7 +137,7 @@ def at_random_moments(folder: Path, kills: int) -> dict[str, int]:
         def save_on(run: mo.Optimizer = opt, report: int = news[1]) -> None:
             while True:
                 go_on(run)
-                run.save(path)
+                keep(run, path)
                 os.write(report, b".")
 
         child = fork(save_on)
@@ -145,7 +157,7 @@ def at_random_moments(folder: Path, kills: int) -> dict[str, int]:
         seen["stray"] += len(others(path))
         seen["newer"] += found > finished
         seen["saves"] += found - begun
-        opt.save(path)
+        keep(opt, path)
         assert others(path) == []
     return seen
 
@@ -154,17 +166,17 @@ def at_every_call(folder: Path, stride: int) -> dict[str, int]:
     """Kill a save before each call of a C function that it makes, or before every so many."""
     path, opt = folder / "run.safetensors", new_run()
     go_on(opt)
-    opt.save(path)
+    keep(opt, path)
     # What a save makes only once, such as imports, is made now.
-    calls = counted(lambda: opt.save(path))
+    calls = counted(lambda: keep(opt, path))
     seen = {"calls": calls, "killed": 0, "stray": 0, "newer": 0}
     for place in range(calls - 1, -1, -stride):
-        opt.save(path)
+        keep(opt, path)
 
         def save(place: int = place) -> None:
             go_on(opt)
             with calling_before(place, kill):
-                opt.save(path)
+                keep(opt, path)
 
         assert ended(fork(save)) == -signal.SIGKILL, place
         seen["killed"] += 1
@@ -174,7 +186,7 @@ def at_every_call(folder: Path, stride: int) -> dict[str, int]:
         if newer:
             go_on(opt)
         assert_holds(path, opt)
-        opt.save(path)
+        keep(opt, path)
         assert others(path) == []
     return seen
 
@@ -215,7 +227,7 @@ def beside_a_save_that_stands_still(folder: Path, _: int) -> dict[str, int]:
     """Save while another process is in the middle of a save: its temporary file is left alone."""
     path, opt = folder / "run.safetensors", new_run()
     go_on(opt)
-    opt.save(path)
+    keep(opt, path)
 
     def stand_still() -> None:
         flush = os.fsync
@@ -225,7 +237,7 @@ def beside_a_save_that_stands_still(folder: Path, _: int) -> dict[str, int]:
             flush(descriptor)
 
         os.fsync = stopped  # type: ignore[assignment]
-        opt.save(path)
+        keep(opt, path)
 
     child = fork(stand_still)
     # It stops before each flush: of the temporary file, and of the folder.
@@ -234,7 +246,7 @@ def beside_a_save_that_stands_still(folder: Path, _: int) -> dict[str, int]:
     assert len(beside) == 1
     for _ in range(3):
         go_on(opt)
-        opt.save(path)
+        keep(opt, path)
         assert others(path) == beside
     assert_holds(path, opt)
     os.kill(child, signal.SIGCONT)
@@ -250,12 +262,12 @@ def all_at_once(folder: Path, saves: int) -> dict[str, int]:
     """Several processes save to one file: none of them fails, and no file is left."""
     path, opt = folder / "run.safetensors", new_run()
     go_on(opt)
-    opt.save(path)
+    keep(opt, path)
 
     def save_on() -> None:
         for _ in range(saves):
             go_on(opt)
-            opt.save(path)
+            keep(opt, path)
 
     children = [fork(save_on) for _ in range(4)]
     loads = 0
@@ -278,7 +290,7 @@ def without_permission(folder: Path, _: int) -> dict[str, int]:
     place = Path(tempfile.mkdtemp())
     path, opt = place / "run.safetensors", new_run()
     go_on(opt)
-    opt.save(path)
+    keep(opt, path)
 
     def save() -> None:
         if os.geteuid() == 0:
@@ -311,7 +323,7 @@ def of_a_file_that_is_read_only(folder: Path, _: int) -> dict[str, int]:
             become_nobody()
         if dies:
             os.fsync = lambda descriptor: kill()  # type: ignore[assignment]
-        opt.save(path)
+        keep(opt, path)
 
     try:
         place.chmod(0o777)
@@ -338,7 +350,7 @@ def on_a_full_disk(folder: Path, _: int) -> dict[str, int]:
     """Save to a small disk that is full; the folder is one, on which nothing is yet."""
     path, filler, opt = folder / "run.safetensors", folder / "filler", new_run()
     go_on(opt)
-    opt.save(path)
+    keep(opt, path)
     before = path.read_bytes()
     # Room for nothing, for the header, for a part of the arrays and for nearly all of them.
     for room in (0, 4096, len(before) // 2, len(before) - 4096):
@@ -349,7 +361,7 @@ def on_a_full_disk(folder: Path, _: int) -> dict[str, int]:
         assert path.read_bytes() == before
         assert others(path) == [filler]
         filler.unlink()
-    opt.save(path)
+    keep(opt, path)
     assert others(path) == []
     assert_holds(path, opt)
     return {}

@@ -174,8 +174,8 @@ def test_any_shape_can_be_saved(tmp_path: Path, shape: tuple[int, ...]) -> None:
 
 
 def test_a_file_of_a_newer_version_says_so(tmp_path: Path) -> None:
-    save_file({}, tmp_path / "new", metadata={"multiopt": '{"version": 4, "all": "different"}'})
-    with pytest.raises(mo.CheckpointError, match="got version 4: it needs a newer release"):
+    save_file({}, tmp_path / "new", metadata={"multiopt": '{"version": 5, "all": "different"}'})
+    with pytest.raises(mo.CheckpointError, match="got version 5: it needs a newer release"):
         mo.Optimizer(mo.Adam()).load(tmp_path / "new")
 
 
@@ -184,7 +184,7 @@ def test_the_rule_in_the_file_is_a_description(tmp_path: Path) -> None:
     path = saved(tmp_path, rule)
     with safe_open(path, "numpy") as file:
         document = json.loads(file.metadata()["multiopt"])
-    assert document["version"] == 3
+    assert document["version"] == 4
     (table,) = document["entries"]
     assert (table["names"], table["steps"]) == (["w"], [2])
     assert document["rules"][table["rule"]] == {

@@ -47,10 +47,13 @@ def written(path: Path) -> dict[str, Any]:
         opt.step(here, {name: np.full_like(x, 0.5 + step) for name, x in here.items()})
     resumed = optimizer()
     resumed.load_state_dict(opt.state_dict())
-    del here["waits"]
+    waits = {"waits": here.pop("waits"), "half": np.ones(5, np.float16)}
     resumed.step(here, here)
-    resumed.save(path, metadata={"epoch": [1, 2], "loss": [float("nan"), float("inf")]})
-    return resumed.state_dict()
+    resumed.set_hyperparameters(eps=1e-7)
+    resumed.set_hyperparameters(["b/é", "waits"], betas=(mo.schedules.Linear(0.5, 0.9, 4), 0.99))
+    metadata = {"epoch": [1, 2], "loss": [float("nan"), float("inf")]}
+    resumed.save(path, metadata=metadata, params=here | waits)
+    return resumed.state_dict() | {"params": here | waits}
 
 
 # Damage
@@ -59,8 +62,8 @@ def written(path: Path) -> dict[str, Any]:
 def hostile(raw: bytes) -> Iterator[bytes]:
     """Files that somebody made for harm, each with the checksum of its description."""
     version = json.loads(json.loads(parts(raw)[0])["__metadata__"]["multiopt"])["version"]
-    table: tuple[Any, ...] = ("entries", 0) if version == 3 else ("entries", "loc")
-    columns = ("names", "steps", "counts", "average") if version == 3 else ("step",)
+    table: tuple[Any, ...] = ("entries", 0) if version == 4 else ("entries", "loc")
+    columns = ("names", "steps", "counts", "average") if version == 4 else ("step",)
     first, data = parts(raw)
     header = json.loads(first)
     text = header["__metadata__"]["multiopt"]
@@ -79,7 +82,20 @@ def hostile(raw: bytes) -> Iterator[bytes]:
     for value in odd:
         for key in document:
             yield changed(value, key)
-        if version == 3:
+        if version == 4:
+            for key in ("names", "param", "complex", "places"):
+                yield changed(value, "params", 0, key)
+            yield changed(value, "params", 0)
+            for key in ("all", "names", "schedules"):
+                yield changed(value, "settings", key)
+            yield changed(value, "settings", "all", "eps")
+            yield changed(value, "settings", "names", "b/é")
+            yield changed(value, "settings", "names", "b/é", "betas")
+            yield changed(value, "settings", "names", "b/é", "betas", 0)
+            yield changed(value, "settings", "names", "b/é", "betas", 0, "schedule")
+            yield changed(value, "settings", "schedules", 0)
+            for key in ("name", "initial", "steps", "more"):
+                yield changed(value, "settings", "schedules", 0, key)
             yield changed(value, "nonfinite", "loss")
             yield changed(value, "nonfinite", "loss", "0")
             for key in document["skips"]:
@@ -118,7 +134,7 @@ def hostile(raw: bytes) -> Iterator[bytes]:
     twice = text.replace('"rules": [', '"rules": 0, "rules": [', 1)
     yield sealed(twice, header, data)
     for word in ("NaN", "Infinity", "1" * 5000, "1e999", "-0", "1.0"):
-        clock = '"steps": [4' if version == 3 else '"step": 6'
+        clock = '"steps": [4' if version == 4 else '"step": 6'
         assert clock in text
         yield sealed(text.replace(clock, f"{clock[:-1]}{word}", 1), header, data)
     yield sealed("[" + "[],[]," * 300_000 + "0]", header, data)
@@ -193,7 +209,7 @@ def crowded(names: int) -> Iterator[bytes]:
             header["0"] = {"dtype": "F32", "shape": [count, 0], "data_offsets": [0, 0]}
         header["__metadata__"]["checksums"] = "0"
         words = np.full(count, xxh3_64(b"").intdigest(), np.uint64)
-        yield sealed(f'{{"version":3,"steps":1,{rest}}}', header, words.tobytes())
+        yield sealed(f'{{"version":4,"steps":1,{rest}}}', header, words.tobytes())
 
 
 def damaged(raw: bytes, rng: np.random.Generator) -> bytes:
@@ -243,6 +259,7 @@ def told(state: dict[str, Any]) -> dict[str, Any]:
         "steps": state["steps"],
         "main": state["pending"] | state["entries"],
         "averages": state.get("pending_averages", {}) | state.get("averages", {}),
+        "settings": state.get("settings", {}),
     }
 
 
@@ -263,27 +280,36 @@ def check(raw: bytes, path: Path, expected: dict[str, Any] | None, names: int) -
     opt, w = optimizer(), np.ones(2)
     opt.step({"own": w}, {"own": w})
     before = opt.state_dict()
+    given = None if expected is None else expected["params"]
     for strict in (True, False):
+        params = None if given is None else {name: np.zeros_like(x) for name, x in given.items()}
         tracemalloc.reset_peak()
         level = tracemalloc.get_traced_memory()[0]
         peak = resident(reset=True)
         report, why = None, ""
         try:
-            report = opt.load(path, strict=strict)
+            report = opt.load(path, strict=strict, params=params)
         except mo.CheckpointError as error:
             why = str(error)
         if report is None:
             assert str(path) in why
             assert len(why) < len(raw) + 1000
             assert equal(opt.state_dict(), before), "an error changed the optimizer"
+            assert not any(x.any() for x in (params or {}).values()), "an error wrote a parameter"
         else:
             if expected is not None:
                 state = told(opt.state_dict())
                 del state["main"]["own"], state["averages"]["own"]
                 for name in report.unused:
                     assert not strict
-                    assert name in expected["main"]
+                    assert name in expected["main"] or name == "half"
+                assert params is not None
+                assert report.params is params or report.params == params
+                for name, param in expected["params"].items():
+                    loaded = equal(params[name], param)
+                    assert loaded or "parameter" in report.unused[name] or name in report.missing
                 if strict:
+                    state["params"] = params
                     assert equal(state, expected), "a wrong load"
                 for part in ("main", "averages"):
                     for name, entry in state[part].items():
@@ -315,7 +341,8 @@ def read_all(count: int, seed: int) -> None:
     """Read many damaged files; print the first that is not taken as it should be."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.safetensors"
-        expected = told(written(path))
+        state = written(path)
+        expected = told(state) | {"params": state["params"]}
         raw = path.read_bytes()
         tracemalloc.start()
         check(raw, path, expected, 0)
@@ -384,13 +411,13 @@ def test_damaged_files_are_refused_or_load_as_they_were(earlier: bool) -> None:
         (lambda d, h: d["pending"].append(first(d)), "a name appears twice"),
         (lambda d, h: first(d).update(rule=-1), "'a' has no rule: -1"),
         (lambda d, h: first(d).update(average=9), "'a' has no rule: 9"),
-        (lambda d, h: first(d)["counts"].pop(), "the average of 'a' has other counts"),
-        (lambda d, h: first(d)["counts"].__setitem__(0, -1), "the average of 'a' has other counts"),
+        (lambda d, h: first(d)["counts"].pop(), "the average of 'a' needs as many counts"),
+        (lambda d, h: first(d)["counts"].__setitem__(0, -1), "the average of 'a' needs as many"),
         (lambda d, h: first(d).pop("average"), "the average of 'a' has no slot, or no rule"),
         (lambda d, h: first(d)["slots"].pop("param_average"), "the average of 'a' has no slot"),
         (
             lambda d, h: first(d).update(complex=True),
-            "complex slots of 'a' do not have a real and an imaginary part",
+            "complex arrays of 'a' do not have a real and an imaginary part",
         ),
         (
             lambda d, h: first(d)["slots"].update(exp_avg="F64[041,]"),
@@ -402,9 +429,9 @@ def test_damaged_files_are_refused_or_load_as_they_were(earlier: bool) -> None:
         ),
         (
             lambda d, h: first(d)["slots"].update(more="F64[40]"),
-            "need 16 tensors, and one of checks",
+            "need 22 tensors, and one of checks",
         ),
-        (lambda d, h: d["entries"].pop(0), "need 12 tensors, and one of checksums"),
+        (lambda d, h: d["entries"].pop(0), "need 18 tensors, and one of checksums"),
         (
             lambda d, h: d["plateaus"].update({"0": {"x": {}}}),
             "'a': expected the state of a Plateau",
@@ -427,6 +454,31 @@ def test_damaged_files_are_refused_or_load_as_they_were(earlier: bool) -> None:
         (lambda d, h: d["nonfinite"].update(epoch={"0": {"0": "nan"}}), "has '0', a place that"),
         (lambda d, h: h["6"].update(shape=[1, 5, 3]), r"'6' is not F32\[1,3,5\]"),
         (lambda d, h: h["__metadata__"].update(checksums="0 1"), "2 checksums of its desc"),
+        (lambda d, h: d["params"].append(d["params"][0]), "a name appears twice"),
+        (lambda d, h: d["params"][0].update(names=[]), "a table of parameters has no names"),
+        (lambda d, h: d["params"][0].update(param="F8[40]"), "expected a dtype of F32, F64, F16"),
+        (lambda d, h: d["params"][0].update(complex=True), "'a' do not have a real and an imag"),
+        (lambda d, h: d["settings"].pop("all"), "its settings are malformed: 'all'"),
+        (
+            lambda d, h: d["settings"]["schedules"][0].update(name="Rule"),
+            "its settings are malformed: expected a schedule of multiopt.schedules; got",
+        ),
+        (
+            lambda d, h: d["settings"]["schedules"][0].update(steps=0.5),
+            "its settings are malformed: Linear: steps",
+        ),
+        (
+            lambda d, h: d["settings"]["names"]["b/é"].update(betas=[{"schedule": 1}, 0.9]),
+            "its settings are malformed: list index",
+        ),
+        (
+            lambda d, h: d["settings"]["names"]["b/é"].update(more=1.0),
+            "do not fit.*Adam has no hype",
+        ),
+        (
+            lambda d, h: d["settings"]["all"].update(eps=-1.0),
+            "do not fit: Adam: eps must be .* got -1.0",
+        ),
     ],
 )
 def test_what_a_hostile_file_says_is_checked(tmp_path: Path, change: Any, message: str) -> None:

@@ -282,7 +282,7 @@ def test_a_file_object_of_text_is_refused(tmp_path: Path, text: Callable[[Path],
     for act, mode in ((stepped().save, "wb"), (mo.Optimizer(mo.Adam()).load, "rb")):
         with (
             text(path) as file,
-            pytest.raises(TypeError, match=rf"of text, .*; expected .* bytes: .* mode '{mode}'"),
+            pytest.raises(TypeError, match=rf"is not a binary file object: .* mode '{mode}'"),
         ):
             act(file)
     assert path.read_bytes() == bytes(range(256))

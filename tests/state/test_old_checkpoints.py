@@ -15,7 +15,7 @@ from multiopt.state.document import VERSION
 from tests.libraries import assert_equal
 
 FILES = Path(__file__).parent / "checkpoints"
-VERSIONS = [1, 2, 3]
+VERSIONS = [1, 2, 3, 4]
 
 
 def optimizer() -> mo.Optimizer:
@@ -61,9 +61,11 @@ def write() -> None:
     opt.load_state_dict(history().state_dict())
     resumed, here = optimizer(), params()
     resumed.load_state_dict(opt.state_dict())
-    del here["waits"]
+    waits = here.pop("waits")
     resumed.step(here, {name: grads(5)[name] for name in here})
-    resumed.save(FILES / f"version_{VERSION}.safetensors")
+    # What it is without: the rule of ``optimizer`` has it as well.
+    resumed.set_hyperparameters(["loc", "waits"], eps=1e-8)
+    resumed.save(FILES / f"version_{VERSION}.safetensors", params={**here, "waits": waits})
 
 
 def told() -> mo.Optimizer:
@@ -91,6 +93,22 @@ def test_a_file_of_each_version_loads(version: int) -> None:
         assert opt.state(name).step == expected.state(name).step
         for slot, array in expected.state(name).slots.items():
             assert_equal(opt.state(name).slots[slot], array, f"{slot} of {name}")
+
+
+def test_the_file_of_version_4_has_parameters_and_settings() -> None:
+    opt = mo.Optimizer(mo.Adam(eps=0.5, amsgrad=True), average=mo.Average(decay=0.5))
+    here = {name: np.zeros_like(param) for name, param in params().items()}
+    report = opt.load(FILES / "version_4.safetensors", params=here)
+    assert report.params is not None
+    assert opt.hyperparameters("loc")["eps"] == opt.hyperparameters("waits")["eps"] == 1e-8
+    assert opt.hyperparameters("scale")["eps"] == 0.5
+    expected, stepped = params(), optimizer()
+    stepped.load_state_dict(history().state_dict())
+    now = grads(5)
+    del now["waits"]
+    stepped.step(expected, now)
+    for name, param in expected.items():
+        assert_equal(report.params[name], param, name)
 
 
 def test_there_is_a_file_of_every_version() -> None:

@@ -30,7 +30,7 @@ def test_a_file_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     head, *rest = capsys.readouterr().out.replace(str(path), "FILE").splitlines()
     size = path.stat().st_size
     assert head == (
-        f"FILE: multiopt checkpoint, version 3, {size} bytes, 13 steps, 2 names seen, 2 pending, "
+        f"FILE: multiopt checkpoint, version 4, {size} bytes, 13 steps, 2 names seen, 2 pending, "
         "checked"
     )
     rules = [
