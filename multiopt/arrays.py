@@ -5,6 +5,21 @@ and an index into that list is a *place*. A ``Part`` is the rows of one group; a
 rows is a *position*. Engines read arrays and rows through addresses, so a regular step creates no
 Python object for each name; only for arrays that an engine cannot use as they are does it make a
 ``Member``.
+
+Whether arrays overlap in memory is found for all of a step at once, from the spans of addresses
+that they take up:
+
+>>> import numpy as np
+>>> from multiopt.arrays import APART, OVERLAPPING, Arrays
+>>> arrays, memory = Arrays(), np.zeros(4)
+>>> def overlap(*params):
+...     objects = np.fromiter(params, object, len(params))
+...     arrays.take(objects, objects, own=False)
+...     for place, param in enumerate(params):
+...         arrays.spans[:, place] = np.lib.array_utils.byte_bounds(param)
+...     return arrays.find_overlap()
+>>> overlap(memory[:2], memory[2:]) == APART, overlap(memory[:3], memory[2:]) == OVERLAPPING
+(True, True)
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,22 @@
-"""What the registry holds for one name, and what users choose for it: rule, clip, average."""
+"""Entries: all that is kept for one name as a record, and what users choose for it.
+
+The registry keeps its state in columns. Where one name is handled by itself (it gets another rule,
+it moves to another library, it is pickled), its row is read as an ``Entry`` and written back as a
+new row.
+
+>>> import numpy as np
+>>> from multiopt.entry import Entry, with_rule
+>>> from multiopt.layout import Layout
+>>> from multiopt.rules import SGD, Adam
+>>> layout = Layout("numpy", (2,), "float64", "cpu")
+>>> slots = {"exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}
+>>> entry = Entry(Adam(), None, 7, slots, layout)
+>>> with_amsgrad = with_rule("w", entry, Adam(amsgrad=True))   # keeps what both rules have
+>>> [*with_amsgrad.slots], with_amsgrad.step
+(['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'], 7)
+>>> with_rule("w", entry, SGD(momentum=0.5)).step              # keeps nothing, so it starts over
+0
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -36,14 +54,13 @@ class Entry(NamedTuple):
     """What is held of one name, as a record.
 
     Attributes:
-        rule: Its rule.
-        clip: Its clip.
-        step: Its clock.
-        slots: Its slots by name, the master copy of a 16-bit parameter among them; empty for slots
-            that are all zero.
-        layout: The layout of its parameter.
-        average: What is held of its average, if one is kept, as of a name of its own; of step 0
-            before the first step that it has seen.
+        rule: The rule.
+        clip: The clip, or None.
+        step: The clock.
+        slots: The slots by name, including the master copy of a 16-bit parameter; empty if all of
+            them are zero.
+        layout: The layout of the parameter.
+        average: If an average is kept, an entry for it, whose step counts the steps it has seen.
     """
 
     rule: Rule
@@ -54,17 +71,17 @@ class Entry(NamedTuple):
     average: "Entry | None" = None
 
     def converted(self, convert: Callable[[Array], Array]) -> dict[str, Array]:
-        """The slots, each converted."""
+        """Return the slots, each converted."""
         return {name: convert(slot) for name, slot in self.slots.items()}
 
     def with_converted(self, convert: Callable[[Array], Array]) -> "Entry":
-        """The same with slots converted, the average's too."""
+        """Return a copy with all slots converted, including the average's."""
         average = None if self.average is None else self.average.with_converted(convert)
         return self._replace(slots=self.converted(convert), average=average)
 
 
 def chained(entry: Entry) -> Rule:
-    """What an engine computes for an entry: its rule, with its average if it has one."""
+    """The rule that an engine runs for an entry: its rule, with its average if one is kept."""
     if entry.average is None:
         return entry.rule
     average = cast("Average", entry.average.rule)
@@ -72,7 +89,7 @@ def chained(entry: Entry) -> Rule:
 
 
 def unchained(entry: Entry) -> Entry:
-    """An entry of what an engine computes, with rule, slots and average apart."""
+    """Take an entry with a chained rule apart into rule and average; the inverse of ``chained``."""
     chain = entry.rule
     if not isinstance(chain, Averaged):
         return entry
@@ -83,11 +100,11 @@ def unchained(entry: Entry) -> Entry:
 
 
 def all_slots(entry: Entry, names: Iterable[str]) -> list[Array]:
-    """The slots of an entry as an engine has them: none if all are zero.
+    """List the slots of an entry for an engine; an empty list stands for slots that are all zero.
 
     Args:
         entry: The entry.
-        names: Their names, in their order.
+        names: The names of the slots, in the engine's order.
     """
     have = dict(entry.slots)
     if entry.average is not None and entry.average.slots:
@@ -104,7 +121,7 @@ def all_slots(entry: Entry, names: Iterable[str]) -> list[Array]:
 
 
 def check_rule(rule: Any) -> None:
-    """Refuse what is neither a rule nor a callable.
+    """Check that an argument is a rule or a callable.
 
     Raises:
         TypeError: It is neither.
@@ -114,7 +131,7 @@ def check_rule(rule: Any) -> None:
 
 
 def check_clip(clip: Any) -> None:
-    """Refuse what is neither a clip, nor a callable, nor None.
+    """Check that an argument is a clip, a callable or None.
 
     Raises:
         TypeError: It is none of them.
@@ -124,7 +141,7 @@ def check_clip(clip: Any) -> None:
 
 
 def check_average(average: Any) -> None:
-    """Refuse what is neither an average, nor a callable, nor None.
+    """Check that an argument is an average, a callable or None.
 
     Raises:
         TypeError: It is none of them.
@@ -137,20 +154,26 @@ def check_average(average: Any) -> None:
 
 
 def chosen_clip(clip: Any, name: str) -> Clip | None:
-    """The clip of a name, as ``chosen``."""
+    """Return the clip for a name; None for no clipping."""
     return None if clip is None else chosen(clip, name, Clip, "clip")
 
 
 def chosen_average(average: Any, name: str) -> Average | None:
-    """The average of a name, as ``chosen``."""
+    """Return the average to keep for a name; None for none."""
     return None if average is None else chosen(average, name, Average, "average")
 
 
 def chosen(given: Any, name: str, kind: type, what: str) -> Any:
-    """The rule or the clip of a name: the one given for all, or what the callable says.
+    """Return the rule, clip or average for a name: the one for all names, or the callable's choice.
+
+    Args:
+        given: A rule, clip or average, or a callable ``name -> ...``.
+        name: The name.
+        kind: The class that is expected.
+        what: The word for it, for messages.
 
     Raises:
-        TypeError: The callable gave something else.
+        TypeError: The callable returned something else.
     """
     if isinstance(given, kind):
         return given
@@ -164,10 +187,10 @@ def chosen(given: Any, name: str, kind: type, what: str) -> Any:
 
 
 def slot_shapes(name: str, rule: Rule, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The slots of a parameter, with their shapes.
+    """Return the shapes of the slots of a parameter, by name.
 
     Raises:
-        ValueError: The rule is not for it.
+        ValueError: The rule does not support the parameter.
     """
     if layout.is_complex and not rule.elementwise:
         raise ValueError(
@@ -181,13 +204,13 @@ def slot_shapes(name: str, rule: Rule, layout: Layout) -> dict[str, tuple[int, .
 
 
 def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
-    """An entry under another rule: slots that both have are kept, others start at zero.
+    """Give an entry another rule. Slots that both rules have are kept; others start at zero.
 
-    Where the new rule has slots and none is kept, the clock starts with them: Adam's corrections of
-    a bias towards zero belong to the steps that its averages have seen.
+    If the new rule has slots and none of them is kept, the clock starts again with them, because
+    Adam's bias corrections belong to the steps that its averages have seen.
 
     Raises:
-        ValueError: The rule is not for parameters of this shape.
+        ValueError: The rule does not support parameters of this shape.
     """
     layout = entry.layout
     old = entry.rule.slot_shapes(layout.storage_shape)
@@ -204,20 +227,20 @@ def with_rule(name: str, entry: Entry, rule: Rule) -> Entry:
 def changed(
     whose: Callable[[], Sequence[str]] | None, rule: Rule, values: Mapping[str, Any]
 ) -> Rule:
-    """A rule with some hyperparameters changed.
+    """Return a rule with some hyperparameters changed.
 
     Args:
-        whose: Gives the names whose it is, for messages; None if it is nobody's yet.
+        whose: Returns the names that have the rule, for messages; None if no name has it yet.
         rule: The rule.
-        values: The hyperparameters.
+        values: The new values by hyperparameter.
 
     Raises:
-        TypeError: The rule has no hyperparameter of that name.
+        TypeError: The rule does not have such a hyperparameter.
         ValueError: A value is out of range.
     """
     numbers = plain_numbers(rule, values)
     if numbers is not None:
-        # To make a rule takes ten times as long.
+        # Ten times as fast as calling the constructor.
         return with_numbers(rule, [(name, None) for name in numbers], [*numbers.values()])
     known = [f.name for f in fields(rule)]
     unknown = ", ".join(key for key in values if key not in known)
@@ -234,21 +257,21 @@ def changed(
 
 
 class Changed:
-    """A callable ``name -> rule`` that changes hyperparameters of what another one gives.
+    """A callable ``name -> rule`` that changes hyperparameters of the rules another one chooses.
 
     Args:
-        given: The other.
-        values: The hyperparameters.
+        given: The other callable.
+        values: The new values by hyperparameter.
     """
 
     def __init__(self, given: Callable[[str], Rule], values: dict[str, Any]) -> None:
-        """Nothing is changed yet."""
+        """Wrap a callable; it is not called yet."""
         self.given, self.values = given, values
-        # The last rules, so that names that share one go on sharing one.
+        # The last few rules, so that names which shared a rule still share one.
         self._last: list[tuple[Rule, Rule]] = []
 
     def __call__(self, name: str) -> Rule:
-        """The changed rule of a name."""
+        """Return the changed rule for a name."""
         rule = chosen(self.given, name, Rule, "rule")
         for old, new in self._last:
             if old is rule:
@@ -257,17 +280,17 @@ class Changed:
         return self._last[0][1]
 
     def __repr__(self) -> str:
-        """The callable and the changes."""
+        """Show the callable and the changes."""
         return f"{self.given!r} with {self.values!r}"
 
 
 def changed_for_all(
     rule: Rule | Callable[[str], Rule], values: Mapping[str, Any]
 ) -> Rule | Changed:
-    """The rule for all names, or the callable, with some hyperparameters changed.
+    """Change some hyperparameters of the rule for all names, or of what a callable chooses.
 
     Raises:
-        TypeError: The rule has no such hyperparameter.
+        TypeError: The rule does not have such a hyperparameter.
         ValueError: A value is out of range.
     """
     if isinstance(rule, Rule):

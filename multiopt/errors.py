@@ -1,4 +1,8 @@
-"""The exception class of multiopt, others being built-in ones, and what messages are made with."""
+"""The one exception class of multiopt, and what messages are made with.
+
+All other errors are built-in ones: ``ValueError`` for values and shapes, ``TypeError`` for what is
+not a usable array, ``KeyError`` for names.
+"""
 
 import reprlib
 import sys

@@ -4,6 +4,19 @@ When a name comes with its first gradient, it chooses its rule, clip and average
 for them, and takes over pending state if there is any. All new names of a group get their rows at
 once, so a hundred thousand new names cost little more than their look-ups. The rows are registered
 only when the step is committed; if it fails, they are freed and nothing has changed.
+
+>>> import numpy as np
+>>> import multiopt as mo
+>>> opt = mo.Optimizer(lambda name: mo.Adam() if name == "w" else mo.SGD(), on_nonfinite="raise")
+>>> params = {"w": np.zeros(2), "b": np.zeros(1)}
+>>> try:
+...     _ = opt.step(params, {"w": np.ones(2), "b": np.array([np.nan])})
+... except ValueError:
+...     opt.names
+()
+>>> _ = opt.step(params, {"w": np.ones(2), "b": np.ones(1)})
+>>> [type(opt._registry.rule_of(name)).__name__ for name in opt.names]
+['Adam', 'SGD']
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

@@ -1,4 +1,23 @@
-"""Changes of the hyperparameters and the rules of names, between steps: they write columns."""
+"""Hyperparameters of names that are changed between two steps: writes into columns, if possible.
+
+A number that takes the place of a number is written into the column of its group, for all rows at
+once, and no rule is made. Whatever changes the formula, or adds a schedule, moves names to other
+rows. Everything is worked out first, and returned as functions that write and as new rows, so that
+a change happens whole or not at all.
+
+>>> import numpy as np
+>>> import multiopt as mo
+>>> from multiopt.hyperparameters import changed_numbers
+>>> opt = mo.Optimizer(mo.SGD(lr=0.5))
+>>> _ = opt.step({"w": np.ones(2), "b": np.ones(1)}, {"w": np.ones(2), "b": np.ones(1)})
+>>> writes, placed = changed_numbers(opt._registry, None, {"lr": 0.25}, None)
+>>> len(writes), placed                    # one column of one group, and no new rows
+(1, {})
+>>> [write() for write in writes]
+[None]
+>>> opt.hyperparameters("b")["lr"]
+0.25
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -31,25 +50,25 @@ def changed_numbers(
     values: Mapping[str, Any],
     usual: tuple[Any, Rule] | None,
 ) -> tuple[list[Callable[[], None]], dict[str, int]]:
-    """What changes with some hyperparameters of some names; nothing is changed yet.
+    """Work out a change of some hyperparameters; nothing is changed yet.
 
     Args:
-        table: Who knows names.
+        table: The names with their rows.
         names: The names; None for all.
-        values: The hyperparameters.
-        usual: A rule that most may have, and the same with these hyperparameters.
+        values: The new values by hyperparameter.
+        usual: A rule that most names may have, and the same rule with the new values.
 
     Returns:
-        What writes columns, and names with new rows.
+        Functions that write columns, and the codes of new rows by name.
 
     Raises:
-        TypeError: The rule of a name has no such hyperparameter.
+        TypeError: The rule of a name does not have such a hyperparameter.
         ValueError: A value is out of range.
     """
     writes: list[Callable[[], None]] = []
     others: dict[str, Entry] = {}
     for group, rows in table.rows_of(names):
-        # Numbers in the place of numbers: no rule is made, and all rows are written at once.
+        # Numbers take the place of numbers: no rule is made, and all rows are written at once.
         scheduled = group.scheduled and group.schedule[rows].any()
         numbers = None if scheduled else plain_numbers(formulas(group.rule)[0], values)
         if numbers is not None:
@@ -114,10 +133,10 @@ def without_observed(
 
 
 def change(table: Table, rules: Mapping[str, Rule], clips: Mapping[str, Clip | None]) -> None:
-    """Change the rules of some names, and the clips of some of them; their state stays.
+    """Change the rules of some names, and the clips of some of those; their state is kept.
 
     Raises:
-        ValueError: A rule is not for parameters of a shape; nothing has changed.
+        ValueError: A rule does not support the shape of a parameter; nothing has changed.
     """
     writes: dict[tuple[int, int, int], tuple[Group, Rule | None, list[int]]] = {}
     others: dict[str, Entry] = {}
@@ -145,6 +164,6 @@ def change(table: Table, rules: Mapping[str, Rule], clips: Mapping[str, Clip | N
             table.give_clips(group, np.array([row]), [clips[name]])
         table.replace_rows(placed)
         if clips:
-            # It knows which clips measure several gradients together.
+            # ``last`` holds the clips that measure several gradients together.
             table.last = NOTHING
     table.sweep()

@@ -1,4 +1,16 @@
-"""The optimizer that users see: ``spec/registry.md``."""
+"""The optimizer that users call; ``spec/registry.md`` states what they can rely on.
+
+``Optimizer`` checks what it is given and puts it into words: the registry keeps the state, and
+``multiopt.state`` saves and loads it. Every method that changes anything goes through the guard,
+so that a change is never interrupted or interleaved with another.
+
+>>> import numpy as np, multiopt as mo
+>>> opt = mo.Optimizer(mo.SGD(lr=0.5))
+>>> opt.step({"w": np.zeros(2)}, {"w": np.ones(2)})
+{'w': array([-0.5, -0.5])}
+>>> opt.names, opt.steps
+(('w',), 1)
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,9 +53,9 @@ class State(NamedTuple):
     """A snapshot of the state of one parameter.
 
     Attributes:
-        step: How many steps it has taken.
-        slots: The rule's arrays by name, copies, of the parameter's shape and library; float32
-            for a 16-bit parameter.
+        step: How many steps the parameter has taken.
+        slots: Copies of the rule's arrays by name, in the parameter's library; float32 for a 16-bit
+            parameter.
     """
 
     step: int
@@ -58,31 +70,30 @@ class Optimizer:
             first sight.
         clip: A clip for all names, or a callable ``name -> Clip or None``, called once for each
             name as well; None for no clipping.
-        on_nonfinite: What a step does about a gradient with an infinity or a NaN, looked for
-            before clipping. ``"propagate"``: nothing, the gradient is used. ``"raise"``:
-            ``ValueError``, and nothing has changed. ``"skip"``: those names are left alone, out of
-            every norm, their clocks stand still; the others step; ``skips`` counts them.
-        max_consecutive_skips: With ``"skip"``, in how many steps in a row a name may be skipped.
-            The next one raises ``ValueError``, and nothing has changed. None for no limit.
-        threads: The largest number of threads for large parameters on the CPU. By default, and at
-            most, as many as torch uses where it is loaded, else as many as the process may run on;
-            the environment variable ``MULTIOPT_NUM_THREADS`` bounds them too.
-        master_weights: Keep a float32 copy of each float16 and bfloat16 parameter, from which the
-            parameter is rounded at every step, so that changes too small for it add up. The copy
-            is the slot ``master_param``, takes 4 bytes an element and is saved with the others. A
-            parameter that somebody else changes is taken as it is.
-        average: What average to keep of every parameter beside it, or a callable ``name -> Average
-            or None``, called once for each name; None for none. ``average(name)`` reads it.
+        on_nonfinite: What a step does about a gradient with an infinity or a NaN, before clipping.
+            ``"propagate"``: it uses the gradient. ``"raise"``: it raises ``ValueError``, and
+            nothing has changed. ``"skip"``: it leaves those names alone, counts them in ``skips``,
+            and updates the others; their clocks stand still, and no norm includes them.
+        max_consecutive_skips: With ``"skip"``, how many steps in a row may skip a name. The next
+            one raises ``ValueError``, and nothing has changed. None for no limit.
+        threads: The largest number of threads for large parameters on the CPU. The default, which
+            is also the most, is what torch uses if it is loaded, otherwise the number of cores that
+            the process may run on; the environment variable ``MULTIOPT_NUM_THREADS`` bounds both.
+        master_weights: Keep a float32 copy of each float16 and bfloat16 parameter, and round the
+            parameter from it at every step, so that changes too small for 16 bits add up. The copy
+            is the slot ``master_param``, takes 4 bytes an element and is saved with the others. If
+            somebody else changes the parameter, its new value counts.
+        average: An average to keep of every parameter, or a callable ``name -> Average or None``,
+            called once for each name; None for none. ``average(name)`` reads it.
         in_place: Whether a step writes the arrays that it is given, where their library can. If
-            not, it returns a new array for each parameter that it updates, and nothing else may
-            notice: read-only arrays, views and arrays under several names are parameters like any
-            other. A new tensor is a leaf with the ``requires_grad`` of the old one.
+            not, it returns a new array for each parameter that it updates and leaves the old one
+            untouched, so read-only arrays, views, and one array under several names are parameters
+            like any other. A new tensor is a leaf with the ``requires_grad`` of the old one.
 
     Raises:
-        TypeError: ``rule`` or ``clip`` is of another kind.
-        ValueError: ``on_nonfinite`` is none of the three, or ``threads`` or
-            ``max_consecutive_skips`` is not an integer >= 1, or nothing is skipped to which a limit
-            would apply.
+        TypeError: ``rule``, ``clip`` or ``average`` is neither of its class nor a callable.
+        ValueError: ``on_nonfinite`` is none of the three, ``threads`` or ``max_consecutive_skips``
+            is not an integer >= 1, or there is a limit on skips but nothing is skipped.
 
     >>> import numpy as np, multiopt as mo
     >>> opt = mo.Optimizer(mo.Adam(lr=0.1), clip=mo.Clip(norm=10.0))
@@ -111,7 +122,7 @@ class Optimizer:
         max_consecutive_skips: int | None = None,
         in_place: bool = True,
     ) -> None:
-        """Make an optimizer that has seen no parameter yet."""
+        """Create an optimizer that has not seen any parameter yet."""
         check_rule(rule)
         check_clip(clip)
         check_average(average)
@@ -132,12 +143,12 @@ class Optimizer:
         self._registry.in_place = in_place
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what guards it."""
+        """Return everything except the guard."""
         self._guard.check_whole("copy")
         return {"_registry": self._registry}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin under a guard of its own."""
+        """Restore the state, with a new guard."""
         self._registry = state["_registry"]
         self._guard = self._registry.guard
 
@@ -161,7 +172,7 @@ class Optimizer:
 
     @property
     def skips(self) -> dict[str, Skips]:
-        """How often each name was skipped, for those that ever were: seen, pending or neither.
+        """How often each name was skipped; names that never were are left out.
 
         >>> import numpy as np, multiopt as mo
         >>> opt = mo.Optimizer(mo.SGD(), on_nonfinite="skip", max_consecutive_skips=5)
@@ -172,10 +183,10 @@ class Optimizer:
         return dict(self._registry.skips)
 
     def state(self, name: str) -> State:
-        """A snapshot of a parameter's clock and slots, of loaded state that is pending as well.
+        """Return a snapshot of a parameter's clock and slots, also if its loaded state is pending.
 
-        Slots that are pending are arrays of the library in which they came, NumPy arrays if they
-        came from a file.
+        Pending slots are arrays of the library in which they came; NumPy arrays if they came from
+        a file.
 
         Raises:
             KeyError: The name is neither seen nor pending.
@@ -189,14 +200,14 @@ class Optimizer:
         return State(entry.step, entry.converted(shown(entry.layout)))
 
     def hyperparameters(self, name: str) -> dict[str, Any]:
-        """The hyperparameters that the next step of a parameter will use, schedules as numbers.
+        """Return the hyperparameters that a parameter's next step will use, schedules as numbers.
 
         For a name whose loaded state is pending, these are the ones that it would start with: a
         callable rule is asked for it, as at first sight.
 
         Raises:
             KeyError: The name is neither seen nor pending.
-            ValueError: A schedule gives no number, or one out of range.
+            ValueError: A schedule does not return a number, or returns one out of range.
 
         >>> import numpy as np, multiopt as mo
         >>> opt = mo.Optimizer(mo.SGD(lr=mo.schedules.Linear(0.0, 1.0, steps=4)))
@@ -217,13 +228,13 @@ class Optimizer:
         return {f.name: getattr(now, f.name) for f in fields(now)}
 
     def average(self, name: str) -> Array:
-        """The average of a parameter, loaded state that is pending included.
+        """Return the average of a parameter, also if its loaded state is pending.
 
         Returns:
-            A copy, float32 for a 16-bit parameter; of a pending name as the slots of ``state``.
+            A copy, float32 for a 16-bit parameter, of the library that ``state`` has slots in.
 
         Raises:
-            KeyError: None is kept, or there was no step yet.
+            KeyError: No average is kept, or the parameter has not been stepped yet.
         """
         self._guard.check_whole("average")
         known = self._registry
@@ -284,9 +295,9 @@ class Optimizer:
     def rule(self) -> Rule | Callable[[str], Rule]:
         """The rule for all names, or the callable ``name -> rule``.
 
-        Assigning changes the rule of all names. Slots that the new rule has too are kept, others
-        start at zero. Clocks go on, but where the new rule has slots and none of them was kept, the
-        clock starts again with them, for it is their bias that is corrected.
+        Assigning changes the rule of all names. Slots that both rules have are kept; others start
+        at zero. Clocks go on, but if the new rule has slots and none of them is kept, the clock
+        starts again with them, because bias corrections belong to the steps that slots have seen.
         """
         return self._registry.rule
 
@@ -298,7 +309,7 @@ class Optimizer:
 
     @exclusive
     def set_hyperparameters(self, names: Iterable[str] | str | None = None, **values: Any) -> None:
-        """Change some hyperparameters, of all names or of none.
+        """Change some hyperparameters, for all the names or for none.
 
         Slots and clocks are kept. A value that changes which slots there are has the effect of
         assigning a rule with it to ``rule``. What is set is part of the state: a checkpoint has it,
@@ -343,7 +354,7 @@ class Optimizer:
 
     @exclusive
     def forget(self, name: str) -> None:
-        """Drop a name with its state, seen or pending, and its skips; seen again, it starts over.
+        """Drop a name with its state, seen or pending, and its skips. Seen again, it starts over.
 
         Raises:
             KeyError: The name is neither seen nor pending, and was never skipped.
@@ -354,7 +365,7 @@ class Optimizer:
 
     @exclusive
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give names, seen or pending, new names; state, rule, clip and skips go along.
+        """Rename names, seen or pending, together with their state, rule, clip and skips.
 
         Args:
             names: Old names to new ones. Names may be swapped.

@@ -1,4 +1,4 @@
-"""What PyTorch's compiler is to leave as it is: traced, a step would be rounded otherwise."""
+"""What PyTorch's compiler must leave as it is: traced, a step would be rounded differently."""
 
 import sys
 from collections.abc import Callable

@@ -12,4 +12,21 @@ takes all parts through these stages:
     run       parameters, slots and clocks are updated; nothing fails any more, and Ctrl-C waits
 
 ``numbers`` calls schedules, ``skips`` counts skipped names, and ``report`` says what a step did.
+
+>>> import numpy as np
+>>> from multiopt.arrays import Arrays
+>>> from multiopt.registry import Registry
+>>> from multiopt.rules import SGD
+>>> from multiopt.step.run import Step
+>>> registry, w = Registry(SGD(lr=0.5)), np.zeros(2)
+>>> params, grads = (np.fromiter([x], object, 1) for x in (w, np.ones(2)))
+>>> _ = registry.step(["w"], params, grads)                     # the first step makes the row
+>>> arrays = Arrays()
+>>> arrays.take(params, grads, own=False)
+>>> step = Step(registry.find(["w"]), arrays, (), threads=None, leave_clipped=False)
+>>> step.look(), step.prepare(), w.tolist()
+({}, None, [-0.5, -0.5])
+>>> step.run()
+>>> w.tolist(), registry.clock("w")
+([-1.0, -1.0], 2)
 """

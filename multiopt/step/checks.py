@@ -2,6 +2,13 @@
 
 They run before anything is changed. Messages name the parameter, what was expected, what came
 instead and, where there is one, the remedy.
+
+>>> import numpy as np
+>>> from multiopt.layout import Layout
+>>> from multiopt.step.checks import checked_gradient
+>>> checked_gradient("w", np.ones(3), Layout("numpy", (2,), "float64", "cpu"))
+Traceback (most recent call last):
+ValueError: gradient of 'w' has shape (3,); expected (2,), that of its parameter: reshape it
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,17 @@
 """Schedules: before a step they are called, and their numbers are written into columns.
 
 Engines read only the columns and know nothing of schedules. Each schedule is called once for each
-distinct number of a step, however many parameters use it.
+distinct number of a step, however many parameters use it:
+
+>>> import numpy as np
+>>> import multiopt as mo
+>>> calls = []
+>>> opt = mo.Optimizer(mo.SGD(lr=lambda step: calls.append(step) or 1 / step))
+>>> params = {name: np.ones(2) for name in "abc"}
+>>> for _ in range(2):
+...     params = opt.step(params, {name: np.ones(2) for name in "abc"})
+>>> calls
+[1, 2]
 """
 
 from collections.abc import Iterable, Sequence

@@ -2,6 +2,15 @@
 
 A step only stores an ``Outcome``. A ``Report``, which lists names, is created from it when somebody
 asks. ``explain`` adds a note to an exception that says what has become of the step.
+
+>>> import numpy as np
+>>> import multiopt as mo
+>>> opt = mo.Optimizer(mo.SGD(), clip=mo.Clip(norm=1.0))
+>>> _ = opt.step({"w": np.zeros(2)}, {"w": np.array([3.0, 4.0])})
+>>> opt.last
+Report(new=('w',), updated=('w',), skipped=(), norms={'w': 5.0}, global_norms={})
+>>> opt.last.clipped
+('w',)
 """
 
 from collections.abc import Mapping, Sequence

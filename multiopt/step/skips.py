@@ -2,6 +2,13 @@
 
 A run in which a name is skipped again and again would go on without learning anything about it, so
 a limit on consecutive skips can be set. ``spec/registry.md`` states what users can rely on.
+
+>>> from multiopt.step.skips import counted
+>>> counts = counted({}, ["w"], ["b"], limit=2)
+>>> counted(counts, ["w"], ["b"], limit=2)
+{'w': Skips(total=2, consecutive=2)}
+>>> counted(counts, [], ["w", "b"], limit=2)
+{'w': Skips(total=1, consecutive=0)}
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -180,9 +180,23 @@ FAULTS = [
     Fault(
         "pending state lost by saving",
         "multiopt/optimizer.py",
-        "[*held(known), *waiting(known.pending)]",
+        "[*held(known), *waiting(pending_now(known))]",
         "[*held(known)]",
         "state/test_checkpoint.py::test_pending_state_survives_save_load_save",
+    ),
+    Fault(
+        "settings that a file does not have",
+        "multiopt/optimizer.py",
+        "settings=settings,\n            params=None",
+        "settings=None,\n            params=None",
+        "state/test_resumed_runs.py::test_a_run_goes_on_in_a_new_process",
+    ),
+    Fault(
+        "a bfloat16 parameter that is read as the wrong half",
+        "multiopt/state/params.py",
+        "(stored.astype(np.uint32) << 16)",
+        "(stored.astype(np.uint32) << 15)",
+        "state/test_params.py::test_parameters_go_from_any_library_to_any[torch-bfloat16]",
     ),
     Fault(
         "a step that Ctrl-C can tear",
@@ -257,8 +271,8 @@ FAULTS = [
     Fault(
         "a step that goes on with the row of a name that is forgotten",
         "multiopt/registry.py",
-        "for n, count in self.skips.items() if n not in gone}\n            self.last = NOTHING",
-        "for n, count in self.skips.items() if n not in gone}",
+        "for n, made in self.settings.items() if n not in gone}\n            self.last = NOTHING",
+        "for n, made in self.settings.items() if n not in gone}",
         "registry/test_rows.py::test_every_name_is_as_if_it_were_alone",
     ),
     Fault(
