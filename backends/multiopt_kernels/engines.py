@@ -3,6 +3,20 @@
 A rule gets the fastest engine that can run it. Compiled kernels need Numba and a trace of the
 update, blocks need only a trace, and the reference engine runs all other rules. The results are
 equal to the last bit, so users need not choose; ``MULTIOPT_ENGINE`` can turn engines off.
+
+Here no kernels are compiled, as if Numba were missing. Muon multiplies matrices, so only the
+reference engine can run it:
+
+>>> from unittest.mock import patch
+>>> from multiopt.backend import backend_named
+>>> from multiopt.layout import Layout
+>>> from multiopt.rules import SGD, Muon
+>>> numpy, layout = backend_named("numpy"), Layout("numpy", (), "float32", "cpu")
+>>> with patch.dict(os.environ, {VARIABLE: "blocks"}):
+...     for rule in (SGD(), Muon()):
+...         print(type(group(numpy, layout, rule, has_masters=False)).__name__)
+BlockedGroup
+ReferenceGroup
 """
 
 import os

@@ -3,6 +3,15 @@
 An engine depends on whether the coefficients have a trace, so that a kernel can compute them, and
 on which of them are switches. A switch that has the same value at every step is resolved when the
 update is traced; one that may change becomes a choice in the trace.
+
+Nesterov's look-ahead is on at every step or at none. Whether there is a penalty depends on
+``weight_decay``, a number that may change from step to step:
+
+>>> from multiopt.rules import SGD
+>>> rule = SGD(lr=0.5, momentum=0.9, nesterov=True)
+>>> kinds = coefficient_kinds(rule, traced_scalars(rule))
+>>> kinds["lr"].value, kinds["nesterov"], kinds["penalizes"].value
+('number', True, 'bool')
 """
 
 from collections.abc import Mapping

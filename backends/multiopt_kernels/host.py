@@ -5,6 +5,19 @@ parameters lie side by side. And it replaces an array that an engine cannot use 
 one with gaps or one of a library without addressable memory, by a copy for one step: a loan. So the
 engines only see contiguous memory in the dtype that they expect. Each engine is a subclass that
 finds arrays (``look``) and updates them (``_prepare``, ``_run``).
+
+The slots of these two parameters lie in chunk 0, one after the other:
+
+>>> from multiopt.backend import backend_named
+>>> from multiopt.layout import Layout
+>>> from multiopt.rules import SGD
+>>> class Engine(HostGroup):
+...     _prepare = _run = None  # this engine takes no steps
+>>> layout = Layout("numpy", (), "float32", "cpu")
+>>> group = Engine(backend_named("numpy"), layout, SGD(momentum=0.9))
+>>> rows = group.add([(3,), (2, 2)])
+>>> group.chunk[rows].tolist(), group.offset[rows].tolist()
+([0, 0], [0, 3])
 """
 
 from abc import abstractmethod

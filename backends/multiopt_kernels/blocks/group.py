@@ -3,6 +3,21 @@
 A step is divided into runs of tapes: one run for each large parameter, in place, and one for all
 small parameters whose switches are equal, in copies. ``_prepare`` allocates all memory and copies
 the small parameters and gradients, so that ``_run`` cannot fail.
+
+Of these three parameters, the small ones share a run:
+
+>>> from unittest.mock import patch
+>>> from multiopt import backend, layout, rules
+>>> rule, doubles = rules.SGD(lr=0.5), layout.Layout("numpy", (), "float64", "cpu")
+>>> with patch.dict("os.environ", MULTIOPT_ENGINE="blocks"):
+...     group = backend.backend_named("numpy").group(rule, doubles)
+>>> rows = group.add([(2,), (5000,), (3,)])
+>>> group.set_rules(rows, rule)
+>>> params = [np.zeros(2), np.zeros(5000), np.zeros(3)]
+>>> part = Part(group, rows, rows, (0, 0), params=params, grads=[x + 1 for x in params])
+>>> group._prepare(part, leave_clipped=False, threads=None)
+>>> [run.param.size for run in group._runs]
+[5, 5000]
 """
 
 from collections.abc import Iterable

@@ -3,6 +3,20 @@
 Each NumPy call has a fixed cost, so small parameters are not updated one by one. Their values are
 copied one after the other into one array, a pack, and the tape runs over the pack. Slots need no
 copy if those of all packed parameters lie side by side in one chunk.
+
+Two parameters with learning rates of their own take a step in one run:
+
+>>> from multiopt_kernels.blocks.tape import tapes
+>>> from multiopt_kernels.operations import Kind
+>>> def descend(xp, param, grad, slots, c):
+...     return param - c.lr * grad, slots
+>>> tape = tapes(descend, 0, {"lr": Kind.NUMBER}, "float64")[()]
+>>> a, b = np.zeros(2), np.zeros(3)
+>>> pack, grad, lr = joined([a, b], 5, a.dtype), np.ones(5), np.repeat([0.5, 2.0], [2, 3])
+>>> back = [pack[:2], pack[2:]], [a, b]
+>>> Run(tape, pack, grad, [], [lr], tape.room(5), pairs=[back]).run()
+>>> a.tolist(), b.tolist()
+([-0.5, -0.5], [-2.0, -2.0, -2.0])
 """
 
 from collections import deque

@@ -4,6 +4,16 @@ For each operation on a large array, ``update(np, ...)`` writes a temporary arra
 to memory, and the next operation reads it back. A tape runs all operations on one block before it
 goes on to the next, and writes their results to memory that was allocated once. The operations and
 their order are the same, and each of them treats every element alike, so the results are equal.
+
+>>> def descend(xp, param, grad, slots, c):
+...     return param - c.lr * grad, slots
+>>> tape = tapes(descend, 0, {"lr": Kind.NUMBER}, "float64")[()]
+>>> param, grad = np.zeros(100_000), np.ones(100_000)
+>>> tape.run(param, grad, slots=(), scalars=[0.5])
+>>> bool((param == -0.5).all())
+True
+>>> [memory.size for memory in tape.room(param.size)]  # for ``c.lr * grad``, a block at a time
+[16384]
 """
 
 from collections.abc import Callable, Mapping, Sequence

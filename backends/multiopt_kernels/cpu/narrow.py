@@ -3,6 +3,13 @@
 The way to float32 is exact. The way back rounds once, to nearest, ties to even; numbers that are
 too large become infinite, and NaN stays NaN. The conversions are integer arithmetic on the bits,
 except for two operations in float32: a product that is exact, and a sum that rounds as needed.
+
+>>> load, store = (function.py_func for function in conversions("float16"))  # not compiled
+>>> hex(store(1.0)), float(load(0x3C00))
+('0x3c00', 1.0)
+>>> numbers = 0.1, 1 + 2**-11, 1 + 3 * 2**-11, 1e5  # after 1.0 comes 1 + 2**-10
+>>> [float(load(store(x))) for x in numbers]
+[0.0999755859375, 1.0, 1.001953125, inf]
 """
 
 from typing import Any

@@ -2,6 +2,18 @@
 
 A row is a sequence of int64 words, so one address and one width are all that a kernel needs to find
 everything about any parameter.
+
+Here Python does what a kernel does to read the parameter in row 1:
+
+>>> import numpy as np
+>>> from ctypes import c_double, c_int64
+>>> from multiopt.layout import address
+>>> param, table = np.array([0.5, 2.0]), np.zeros((3, FIRST_SLOT), np.int64)
+>>> table[1, [PARAM, SIZE]] = address(param), param.size
+>>> start, width = address(table), table.shape[1]  # what a kernel is given
+>>> row = (c_int64 * width).from_address(start + 1 * width * 8)
+>>> (c_double * row[SIZE]).from_address(row[PARAM])[:]
+[0.5, 2.0]
 """
 
 __all__ = ["FIRST_SLOT", "GRAD", "NDIM", "PARAM", "SHAPE", "SIZE", "WIDE"]

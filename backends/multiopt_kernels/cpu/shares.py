@@ -2,6 +2,12 @@
 
 Shares have about the same number of elements. A share may begin and end inside a row, but only at a
 border of two blocks of the summation tree, so results do not depend on the number of shares.
+
+The large row of these three has five blocks. The first share is row 0 and two blocks of row 1; the
+second begins there and goes on to the end:
+
+>>> borders(np.array([10, 20_000, 10]), shares=2).tolist()
+[[0, 0, 1, 2], [1, 2, 3, 0]]
 """
 
 from itertools import pairwise

@@ -3,6 +3,21 @@
 This file contains no rule's mathematics. The update and the coefficients are printed from their
 traces; this file adds loops, addresses and clipping. Element by element, a kernel does what the
 trace says, in its order and in the compute dtype, so its results are those of the rule itself.
+
+The lines between a parameter that is read and the same parameter written are the trace:
+
+>>> def descend(xp, param, grad, slots, c):
+...     return param - c.lr * grad, slots
+>>> print(update_source(descend, 0, {"lr": Kind.NUMBER}, scalars=None))  # doctest: +ELLIPSIS
+<BLANKLINE>
+...
+    for i in range(low, high):
+        grad = grads[i]
+        param = params[i]
+        v3 = c0 * grad
+        v4 = param - v3
+        params[i] = v4
+...
 """
 
 import math
