@@ -574,17 +574,10 @@ class Optimizer:
         known = self._registry
         settings, lost = described_settings(known.settings)
         warn_of_lost(lost, "saved")
-        write(
-            *(
-                path,
-                [*held(known), *waiting(pending_now(known))],
-                known.steps,
-                known.skips,
-                metadata,
-            ),
-            settings=settings,
-            params=None if params is None else tables_of(known, params),
-        )
+        tables = [*held(known), *waiting(pending_now(known))]
+        param_tables = None if params is None else tables_of(known, params)
+        counts = known.steps, known.skips
+        write(path, tables, *counts, metadata, settings=settings, params=param_tables)
 
     @mending
     def load(

@@ -21,7 +21,7 @@ from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
 from multiopt.schedules import Schedule
 from multiopt.schedules.description import described, plain
-from multiopt.state.record import Saved
+from multiopt.state.record import Form, Saved
 from multiopt.state.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,25 +76,44 @@ def differences(settings: Mapping[str, Any], rule: Rule) -> dict[str, Difference
     return differing
 
 
+def _all_differences(form: Form, rule: Any, average: Rule | None) -> dict[str, Difference]:
+    """Compare a saved rule and its average with those here; a callable is not asked for a rule."""
+    found: dict[str, Difference] = {}
+    if isinstance(rule, Rule):
+        saved, here = form.rule.settings.get("name"), type(rule).__name__
+        if saved not in (None, here):
+            found["rule"] = Difference(saved, here)
+        found |= differences(form.rule.settings, rule)
+    if form.average is not None and average is not None:
+        of_average = differences(form.average.settings, average)
+        found |= {f"average.{key}": difference for key, difference in of_average.items()}
+    return found
+
+
 def differing(
     registry: "Registry", accepted: Mapping[str, Saved], loaded: Settings
 ) -> dict[str, dict[str, Difference]]:
-    """For each name, the hyperparameters in which the saved rule differs from the one here."""
-    alike: dict[tuple[int, int], tuple[Group | None, list[str], list[int]]] = {}
+    """For each name, the hyperparameters in which the saved rule differs from the one here.
+
+    The class of the rule is compared under ``"rule"``, and the numbers of its average under
+    ``"average.decay"`` and ``"average.start"``.
+    """
+    alike: dict[tuple[int, int, int], tuple[Group | None, list[str], list[int]]] = {}
     for name, saved in accepted.items():
         group, row = registry.row_of(name) if name in registry else (None, 0)
-        _, names, rows = alike.setdefault((id(saved.form), id(group)), (group, [], []))
+        key = id(saved.form), id(group), id(saved.keeps)
+        _, names, rows = alike.setdefault(key, (group, [], []))
         names.append(name)
         rows.append(row)
     found: dict[str, dict[str, Difference]] = {}
     for group, names, rows in alike.values():
-        settings = accepted[names[0]].form.rule.settings
+        form, keeps = accepted[names[0]].form, accepted[names[0]].keeps
         if group is not None:
             for positions in group.by_rule(np.array(rows)):
-                rule = formulas(group.rule_at(rows[int(positions[0])]))[0]
-                if differ := differences(settings, rule):
+                rule, *average = formulas(group.rule_at(rows[int(positions[0])]))
+                if differ := _all_differences(form, rule, average[0] if average else None):
                     found |= {names[k]: differ for k in positions.tolist()}
-        elif isinstance(registry.rule, Rule) and (differ := differences(settings, registry.rule)):
+        elif differ := _all_differences(form, registry.rule, keeps):
             found |= dict.fromkeys(names, differ)
     if loaded.for_all or loaded.by_name:
         for name, differ in found.items():

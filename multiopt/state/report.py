@@ -23,9 +23,10 @@ class LoadReport:
             they are unchanged.
         metadata: What the user saved along with the state.
         differences: For each name, the hyperparameters that had another value in the saved rule
-            than in this optimizer's, and whether the saved value was taken over. Rules that a
-            callable chooses at first sight, and schedules that are the user's own callables, are
-            not compared.
+            than in this optimizer's, and whether the saved value was taken over; also the class of
+            the rule (``"rule"``) and the numbers of the average (``"average.decay"``,
+            ``"average.start"``). Rules that a callable chooses at first sight, and schedules that
+            are the user's own callables, are not compared.
         params: The parameters that were given, now with the loaded values; None if none were.
 
     >>> LoadReport(unused={"scale": "it was not asked for"}).unused["scale"]

@@ -187,8 +187,8 @@ FAULTS = [
     Fault(
         "settings that a file does not have",
         "multiopt/optimizer.py",
-        "settings=settings,\n            params=None",
-        "settings=None,\n            params=None",
+        "settings=settings, params=param_tables",
+        "settings=None, params=param_tables",
         "state/test_resumed_runs.py::test_a_run_goes_on_in_a_new_process",
     ),
     Fault(

@@ -62,6 +62,21 @@ def test_each_name_is_compared_with_its_own() -> None:
     assert other.load_state_dict(state).differences == {}
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_rules_and_averages_are_compared_too(seen: bool) -> None:
+    opt = stepped(mo.Optimizer(mo.Adam(lr=0.5), average=mo.Average(decay=0.5)), "w")
+    other = mo.Optimizer(mo.AdamW(lr=0.5), average=mo.Average(decay=0.25))
+    if seen:
+        stepped(other, "w")
+    assert other.load_state_dict(opt.state_dict()).differences == {
+        "w": {
+            "rule": Difference("Adam", "AdamW"),
+            "weight_decay": Difference(0.0, 0.01),
+            "average.decay": Difference(0.5, 0.25),
+        }
+    }
+
+
 def test_a_schedule_differs_from_a_number() -> None:
     schedule = Linear(0.5, 1.0, steps=4)
     words = {"name": "Linear", "initial": 0.5, "final": 1.0, "steps": 4}
@@ -90,7 +105,11 @@ def test_what_cannot_be_compared_is_left_out() -> None:
 def test_only_what_both_rules_have_is_compared() -> None:
     report = mo.Optimizer(mo.AdamW(lr=0.5)).load_state_dict(saved(mo.Adam(lr=0.25)))
     assert report.differences == {
-        "w": {"lr": Difference(0.25, 0.5), "weight_decay": Difference(0.0, 0.01)}
+        "w": {
+            "rule": Difference("Adam", "AdamW"),
+            "lr": Difference(0.25, 0.5),
+            "weight_decay": Difference(0.0, 0.01),
+        }
     }
 
 

@@ -58,6 +58,29 @@ def test_a_file_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_parameters_and_settings_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opt = mo.Optimizer(mo.SGD(lr=0.5))
+    params = {"w": np.ones((2, 3), np.float16), "z": np.ones(2, np.complex64)}
+    opt.step(params, params)
+    opt.set_hyperparameters(lr=mo.schedules.Linear(0.5, 0.0, 9), weight_decay=0.25)
+    opt.set_hyperparameters("w", momentum=0.5, lr=lambda step: 0.5)
+    path = tmp_path / "run.safetensors"
+    with pytest.warns(UserWarning, match=r"callable of yours \(lr of 'w'\)"):
+        opt.save(path, params=params)
+    assert main(["show", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if "parameter " in line] == [
+        ["w", "parameter", "(2,", "3)", "float16", "12"],
+        ["z", "parameter", "(2,)", "complex64", "16"],
+    ]
+    assert lines[-2:] == [
+        "set for all names: lr=Linear(initial=0.5, final=0.0, steps=9), weight_decay=0.25",
+        "set for w: momentum=0.5, lr=a callable that was not saved",
+    ]
+
+
 def test_the_example_in_the_documents_is_what_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
