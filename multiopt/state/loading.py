@@ -132,7 +132,7 @@ def _load(
     if any(map(ne, new, new.values())):
         states = {new[name]: saved for name, saved in states.items()}
     admitted = _admitted(registry, resuming, _cast(states) if cast else states, strict)
-    resuming.leave(admitted.refused)
+    resuming.leave({*admitted.refused, *(new[name] for name in contents.unfit if name in new)})
     accepted: dict[str, Saved] = {}
     for batch in admitted.batches:
         accepted.update(zip(batch.names, batch.saved, strict=True))
@@ -164,9 +164,8 @@ def _load(
     with registry.guard:
         if gone:
             registry.forget(gone)
-        registry.replace_rows(resuming.codes)
+        resuming.commit()
         registry.replace_rows(codes)
-        registry.rule, registry.settings = resuming.rule, resuming.settings
         gone |= codes.keys()
         registry.pending = {n: saved for n, saved in waiting.items() if n not in gone}
         registry.endings = None
@@ -189,11 +188,8 @@ def _load(
     if matches is not None:
         missing |= dict.fromkeys(matches.missing)
         for name, reason in matches.unused.items():
-            unused[name] = (
-                f"{unused[name]}; its parameter: {reason}"
-                if name in unused
-                else (f"its parameter: {reason}")
-            )
+            others = [unused[name]] if name in unused else []
+            unused[name] = "; ".join([*others, f"its parameter: {reason}"])
     return LoadReport(
         restored=tuple(seen),
         pending=tuple(pending),
@@ -210,7 +206,8 @@ def _settings(settings: Settings, new: Mapping[str, str], is_part: bool) -> Sett
     if not is_part:
         return settings.renamed(new)
     by_name = {new[name]: settings.of_name(name) for name in new}
-    return Settings({}, {name: own for name, own in by_name.items() if own}, settings.lost)
+    lost = settings.renamed(new).lost
+    return Settings({}, {name: own for name, own in by_name.items() if own}, lost)
 
 
 def _matched(
@@ -227,13 +224,8 @@ def _matched(
         loaded = {wanted[name]: saved for name, saved in contents.params.saved.items()}
         damaged = {wanted[name]: reason for name, reason in contents.params.damaged.items()}
     some = len(wanted) < len(contents.all_names())
-    matches = matched(
-        *(loaded, params),
-        some=some,
-        strict=strict,
-        cast=cast,
-        in_place=registry.in_place,
-    )
+    in_place = registry.in_place
+    matches = matched(loaded, params, some=some, strict=strict, cast=cast, in_place=in_place)
     old = {name: before for before, name in wanted.items()}
     unused = {old[name]: reason for name, reason in (matches.unused | damaged).items()}
     covered = {wanted.get(n, n) for n in contents.params.names} if contents.params else ()
@@ -309,7 +301,10 @@ def _misfit(registry: "Registry", resuming: Resuming, name: str, saved: Saved) -
         group, row = resuming.row_of(name)
         rule = formulas(group.rule_at(row))[0]
         return _error(check_fit, name, saved, rule, group.layout_at(row), registry.masters)
-    rule_for_name = resuming.rule_for(name)
+    try:
+        rule_for_name = resuming.rule_for(name)
+    except (TypeError, ValueError) as error:
+        return ValueError(str(error))
     if rule_for_name is None:
         return None
     return _error(check_slot_names, name, form.own, saved.step, form.rule.settings, rule_for_name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Resuming"]
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Resuming:
@@ -70,7 +70,7 @@ class Resuming:
         rule = changed(partial(list, [name]), entry.rule, self.loaded.of_name(name))
         return with_rule(name, entry, rule)
 
-    def _fitting(self, name: str | None, make: Callable[[], Made]) -> Made | None:
+    def _fitting(self, name: str | None, make: Callable[[], Result]) -> Result | None:
         try:
             return make()
         except (TypeError, ValueError) as error:
@@ -102,7 +102,7 @@ class Resuming:
         return changed(partial(list, [name]), self.rule, own) if own else self.rule
 
     def leave(self, names: Collection[str]) -> None:
-        """Leave some names as they are, since their state was refused."""
+        """Leave some names as they are, since their state is not used."""
         before = self._registry.settings
         for name in names:
             self.settings.pop(name, None)
@@ -110,6 +110,12 @@ class Resuming:
                 self.settings[name] = dict(before[name])
         self._registry.free([self.codes.pop(name) for name in names if name in self.codes])
 
+    def commit(self) -> None:
+        """Register the new rows, the rule and the settings. This cannot fail."""
+        codes, self.codes = self.codes, {}
+        self._registry.replace_rows(codes)
+        self._registry.rule, self._registry.settings = self.rule, self.settings
+
     def free(self) -> None:
-        """Free the new rows: nothing is loaded."""
+        """Free the new rows if they were not registered."""
         self._registry.free(self.codes.values())

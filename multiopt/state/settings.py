@@ -61,7 +61,11 @@ class Settings(NamedTuple):
     def renamed(self, new: Mapping[str, str]) -> "Settings":
         """Settings of some of the names only, under their new names."""
         by_name = {new[name]: values for name, values in self.by_name.items() if name in new}
-        return self._replace(by_name=by_name)
+        lost: Lost = {}
+        for key, names in self.lost.items():
+            if here := [None if n is None else new[n] for n in names if n is None or n in new]:
+                lost[key] = here
+        return Settings(self.for_all, by_name, lost)
 
 
 def described_settings(made: Made) -> tuple[dict[str, Any], Lost]:
@@ -155,7 +159,7 @@ def settings_in(saved: Any) -> Settings:
 
         for_all = values_in(saved["all"], None)
         by_name = {name: values_in(words, name) for name, words in saved["names"].items()}
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"its settings are malformed: {error}") from error
     mappings = for_all, by_name, *by_name.values()
     if not all(isinstance(key, str) for words in mappings for key in words):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import signal
 import time
 import tracemalloc
@@ -526,8 +527,8 @@ def shown(opt: mo.Optimizer) -> Any:
     stored = opt.state_dict()
     parts = ("entries", "pending", "averages", "pending_averages")
     plainly = {part: {n: plain(entry) for n, entry in stored[part].items()} for part in parts}
-    rules = {name: repr(opt.hyperparameters(name)) for name in opt}
-    return plainly, rules, opt.skips, repr(opt), opt.steps
+    rules = {name: repr(opt.hyperparameters(name)) for name in (*opt, *opt.pending)}
+    return plainly, rules, opt.skips, repr(opt), opt.steps, stored.get("settings")
 
 
 ALTERATIONS: dict[str, Callable[[mo.Optimizer], object]] = {
@@ -535,9 +536,19 @@ ALTERATIONS: dict[str, Callable[[mo.Optimizer], object]] = {
     "forget-pending": lambda opt: opt.forget("d"),
     "rename": lambda opt: opt.rename({"a": "b", "b": "a", "d": "f"}),
     "set_hyperparameters": lambda opt: opt.set_hyperparameters(lr=0.5),
+    "set-pending": lambda opt: opt.set_hyperparameters(["d", "a"], lr=0.5),
     "rule": lambda opt: setattr(opt, "rule", mo.AdamW(lr=0.5)),
     "clip": lambda opt: setattr(opt, "clip", mo.Clip(value=0.1)),
+    "load-settings": lambda opt: opt.load_state_dict({**LOADED, "settings": SETTINGS}),
     "load": lambda opt: opt.load_state_dict(LOADED, names=["a", "b", "z"], rename={"z": "d"}),
+}
+
+
+#: Of these names "b" is seen, and "z" is not.
+SETTINGS: dict[str, Any] = {
+    "all": {"lr": 0.25},
+    "names": {"z": {"betas": [0.5, 0.75]}, "b": {"lr": {"schedule": 0}}},
+    "schedules": [{"name": "Linear", "initial": 0.5, "final": 0.25, "steps": 4}],
 }
 
 
@@ -579,6 +590,34 @@ def test_an_interrupt_of_a_change_leaves_all_or_nothing(alteration: str) -> None
         seen.add(now == after)
         assert go_on(opt) == later[now == after]
     assert seen == {False, True}
+
+
+def test_an_interrupt_of_a_load_leaves_parameters_and_state_of_one_moment() -> None:
+    names = ("a", "b", "c", "d")
+    file, run = io.BytesIO(), mo.Optimizer(mo.Adam(), average=mo.Average())
+    run.load_state_dict(LOADED)
+    run.set_hyperparameters(lr=0.25)
+    run.save(file, params={name: np.full(2, 7.0) for name in names})
+
+    def load(opt: mo.Optimizer, params: dict[str, np.ndarray]) -> None:
+        opt.load(io.BytesIO(file.getvalue()), params=params)
+
+    def fresh() -> dict[str, np.ndarray]:
+        return {name: np.zeros(2) for name in names}
+
+    calm, seen = grown(), set()
+    before = shown(calm)
+    total = opcodes(partial(load, calm, fresh()))
+    after = shown(calm)
+    for k in points(total, 60):
+        opt, params = grown(), fresh()
+        with pytest.raises(KeyboardInterrupt):
+            opcodes(partial(load, opt, params), k)
+        now = shown(opt)
+        assert now in (before, after), k
+        assert all((x == (7.0 if now == after else 0.0)).all() for x in params.values()), k
+        seen.add(now == after)
+    assert False in seen
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")

@@ -398,6 +398,19 @@ def test_a_callable_is_warned_of_at_save_and_at_load(where: str) -> None:
         assert (found["eps"], found["lr"], found["betas"]) == (1e-4, 0.25, (0.9, 0.999))
 
 
+def test_names_that_are_not_loaded_are_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    opt = stepped(mo.SGD(lr=0.5), "w", "v")
+    opt.set_hyperparameters("w", lr=lambda step: 0.5)
+    with pytest.warns(UserWarning, match="which is not saved"):
+        state = opt.state_dict()
+    recwarn.clear()
+    mo.Optimizer(mo.SGD()).load_state_dict(state, names="v")
+    mo.Optimizer(mo.SGD()).load_state_dict(state, settings=False)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"lr of 'x'\), which is not loaded"):
+        mo.Optimizer(mo.SGD()).load_state_dict(state, rename={"w": "x"})
+
+
 # Pending names
 
 
