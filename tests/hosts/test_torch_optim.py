@@ -451,7 +451,7 @@ def test_a_clock_is_a_whole_number(name: str, clock: Any) -> None:
     if name == "SGD" and clock is None:
         assert from_torch(state, type(theirs))["entries"]["w"]["step"] == 1
         return
-    with pytest.raises(mo.CheckpointError, match="the state of 'w' is no state"):
+    with pytest.raises(mo.CheckpointError, match="the state of 'w' is not a state"):
         from_torch(state, type(theirs))
 
 

@@ -1,5 +1,6 @@
 """What users install: the wheel, in an environment that has its dependencies and nothing else."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -42,8 +43,10 @@ except ImportError as error:
 
 
 def run(*command: str | Path, cwd: Path) -> str:
+    # The path by which the tests find the sources is not for what is installed.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
+        [*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
