@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from multiopt.errors import caller_level
 from multiopt.step.report import abridged
 
-__all__ = ["by_ending", "pairs", "remedy", "warn_of_other_names"]
+__all__ = ["by_ending", "new_name", "pairs", "remedy", "warn_of_other_names"]
 
 #: What ``torch.compile`` and wrappers may also put in the middle of a name.
 WRAPPERS = "_orig_mod.", "module."
@@ -53,16 +53,19 @@ def pairs(
     return result
 
 
-def warn_of_other_names(names: Mapping[str, str]) -> None:
+def warn_of_other_names(names: Mapping[str, str], advice: str | None = None) -> None:
     """Warn that pending state seems to belong to parameters with other names.
 
     Args:
         names: The names of the parameters, by the names of the pending state.
+        advice: What to do about it; by default for ``multiopt.Optimizer``.
     """
+    if advice is None:
+        advice = f"load it again with {remedy(names)}; if not, forget those names"
     warnings.warn(
         f"new parameters ({abridged(list(names.values()))}) start without state while loaded "
         f"state waits under names that differ by a prefix ({abridged(list(names))}). If it is "
-        f"theirs, load it again with {remedy(names)}; if not, forget those names",
+        f"theirs, {advice}",
         stacklevel=caller_level(),
     )
 
@@ -85,17 +88,30 @@ def remedy(names: Mapping[str, str]) -> str:
     Args:
         names: New names by old ones.
     """
+    expression = new_name(names)
+    return f"rename={expression if expression[0] == '{' else f'lambda name: {expression}'}"
+
+
+def new_name(names: Mapping[str, str]) -> str:
+    """An expression for the new name of ``name``, or a dict of new names, as source code.
+
+    Args:
+        names: New names by old ones.
+
+    >>> new_name({"module.w": "w", "module.b": "b"})
+    "name.removeprefix('module.')"
+    """
     old, new = next(iter(names.items()))
     if old.endswith("." + new):
         prefix = old.removesuffix(new)
         if all(name == prefix + short for name, short in names.items()):
-            return f"rename=lambda name: name.removeprefix({prefix!r})"
+            return f"name.removeprefix({prefix!r})"
     if new.endswith("." + old):
         prefix = new.removesuffix(old)
         if all(long == prefix + name for name, long in names.items()):
-            return f"rename=lambda name: {prefix!r} + name"
+            return f"{prefix!r} + name"
     for wrapper in WRAPPERS:
         if all(name.replace(wrapper, "") == short for name, short in names.items()):
-            return f"rename=lambda name: name.replace({wrapper!r}, '')"
+            return f"name.replace({wrapper!r}, '')"
     more = ", ..." if len(names) > 1 else ""
-    return f"rename={{{old!r}: {new!r}{more}}}"
+    return f"{{{old!r}: {new!r}{more}}}"

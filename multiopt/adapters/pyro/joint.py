@@ -233,7 +233,10 @@ class JointOptim(StatefulOptim):
             unknown = {
                 id(tensor): tensor for tensor in tensors if self._tensors.get(tensor) is None
             }
-            met = len(self._first_sight(unknown.values()))
+            new = self._first_sight(unknown.values())
+            met = len(new)
+            if self._state_waiting_to_be_consumed:
+                self._warn_of_other_names(new, filter(None, map(self._tensors.get, tensors)))
             keys = [self._tensors.keys[number] for number in listed]
         self._order, self._keys, self._ids = order, keys, ids
         return met

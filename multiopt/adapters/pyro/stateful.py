@@ -26,6 +26,7 @@ from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.state.file_objects import Source, Target
 from multiopt.state.fit import check_slot_names
+from multiopt.state.misnamed import by_ending, new_name, pairs, warn_of_other_names
 from multiopt.state.plateaus import warn_of_plateaus
 from multiopt.state.record import entry_of, observe, saved_of
 from multiopt.step.skips import Skips
@@ -52,6 +53,7 @@ class StatefulOptim(PyroOptim):
     _sources: Sources
     _ids: bytes
     _state_waiting_to_be_consumed: dict[str, dict[str, Any]]
+    _has_warned_of_names = False
 
     def _usual_rule(self) -> Rule | None:
         """The rule of all tensors; None if it depends on their names."""
@@ -111,6 +113,32 @@ class StatefulOptim(PyroOptim):
         self._load_states([(tracked, waiting[label]) for label, tracked in takers.items()])
         for label in takers:
             waiting.pop(label, None)
+
+    def _warn_of_other_names(
+        self, met: Iterable[TensorOptimizer], tensors: Iterable[TensorOptimizer]
+    ) -> None:
+        """Warn, once per load, if tensors start fresh while state waits under similar names.
+
+        Args:
+            met: The tensors that are seen for the first time.
+            tensors: All tensors of the call.
+        """
+        waiting, name = self._state_waiting_to_be_consumed, self._names.of_tensors()
+        fresh = [name(tracked.alive) or tracked.label for tracked in met]
+        unmatched = [label for label in fresh if label is not None and label not in waiting]
+        if not unmatched or self._has_warned_of_names:
+            return
+        present = {name(tracked.alive) or tracked.label for tracked in tensors}
+        similar = pairs(unmatched, lambda n: n in waiting and n not in present, by_ending(waiting))
+        if similar:
+            self._has_warned_of_names = True
+            new = new_name(similar)
+            new = f"{new}.get(name, name)" if new[0] == "{" else new
+            advice = (
+                "load it under their names: set_state({" + new + ": state for name, state in "
+                "saved.items()}), where saved is what get_state() gave"
+            )
+            warn_of_other_names(similar, advice)
 
     def _load_states(self, loaded: Collection[tuple[TensorOptimizer, Mapping[str, Any]]]) -> None:
         """Load states and the rules that come with them into tensors, all of it or nothing.
@@ -193,6 +221,7 @@ class StatefulOptim(PyroOptim):
             self._forget(self._tensors)
             self._guard.torn = None
         self._state_waiting_to_be_consumed.update(loaded)
+        self._has_warned_of_names = False
         clocks = [state["step"] for state in self._state_waiting_to_be_consumed.values()]
         self._registry.steps = max(clocks, default=0) if steps is None else steps
 

@@ -205,3 +205,30 @@ def test_a_non_leaf_is_an_error(module: Any) -> None:
     (loc**2).sum().backward()
     with pytest.raises(ValueError, match=r"non-leaf|not a leaf"):
         module.SGD({"lr": 1.0})([loc])
+
+
+def test_state_under_similar_names_is_warned_of_once() -> None:
+    def stepped(optimizer: Any, *names: str) -> None:
+        for name in names:
+            pyro.param(name, torch.zeros(2)).unconstrained().grad = torch.ones(2)
+        optimizer([pyro.param(name).unconstrained() for name in names])
+
+    pyro.clear_param_store()
+    theirs = optim.Adam({"lr": 0.5})
+    stepped(theirs, "module.w", "module.b", "other")
+    saved = theirs.get_state()
+    pyro.clear_param_store()
+    optimizer = optim.Adam({"lr": 0.5})
+    optimizer.set_state(saved)
+    expected = r"new parameters \('w', 'b'\) start without state .* \('module.w', 'module.b'\)"
+    with pytest.warns(UserWarning, match=expected) as caught:
+        stepped(optimizer, "w", "b", "new")
+    assert caught[0].filename == __file__
+    assert "set_state({name.removeprefix('module.'): state for name, state in" in str(caught[0])
+    stepped(optimizer, "w", "b", "another.w")
+    # What the warning says helps.
+    pyro.clear_param_store()
+    optimizer = optim.Adam({"lr": 0.5})
+    optimizer.set_state({name.removeprefix("module."): state for name, state in saved.items()})
+    stepped(optimizer, "w", "b", "new")
+    assert steps_of(optimizer, "w") == 2
