@@ -209,9 +209,7 @@ def test_a_non_leaf_is_an_error(module: Any) -> None:
 
 def test_state_under_similar_names_is_warned_of_once() -> None:
     def stepped(optimizer: Any, *names: str) -> None:
-        for name in names:
-            pyro.param(name, torch.zeros(2)).unconstrained().grad = torch.ones(2)
-        optimizer([pyro.param(name).unconstrained() for name in names])
+        optimizer({give(param(name)) for name in names})
 
     pyro.clear_param_store()
     theirs = optim.Adam({"lr": 0.5})

@@ -1,0 +1,202 @@
+"""Accumulators against fractions: exact, rounded once, and the same for every cut and order."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multiopt.exact import Accumulator
+from tests.libraries import LIBRARIES, Library, missing
+
+DTYPES = ["float32", "float64"]
+
+
+def exact(x: np.ndarray, squares: bool = True) -> Fraction:
+    numbers = (Fraction(float(value)) for value in x.reshape(-1))
+    return sum((value * value if squares else value for value in numbers), Fraction(0))
+
+
+def held(total: Accumulator) -> Fraction:
+    """What an accumulator holds, by the definition of its integers."""
+    *limbs, _, _ = total.to_integers().tolist()
+    lowest = {18: -298, 110: -2148}[len(limbs) + 2]
+    return sum(
+        (Fraction(limb) * Fraction(2) ** (40 * k) for k, limb in enumerate(limbs)), Fraction(0)
+    ) * (Fraction(2) ** lowest)
+
+
+def rounded_to_53_bits(value: Fraction) -> Fraction:
+    """Ties to even, with an unbounded exponent."""
+    if not value:
+        return value
+    exponent = value.numerator.bit_length() - value.denominator.bit_length() - 53
+    for unit in (Fraction(2) ** exponent, Fraction(2) ** (exponent + 1)):
+        if value < unit * 2**53:
+            return round(value / unit) * unit
+    raise AssertionError
+
+
+def root_to_float(value: Fraction) -> float:
+    """The root, rounded once to float64: 1200 bits of it, and one that says whether more follow."""
+    scaled = value * 4**1200
+    root = math.isqrt(scaled.__floor__())
+    more = root * root != scaled
+    try:
+        return float(Fraction(2 * root + more, 2**1201))
+    except OverflowError:
+        return math.inf
+
+
+def summed(x: np.ndarray, squares: bool = True) -> Accumulator:
+    total = Accumulator("float64" if x.dtype == np.float64 else "float32", squares)
+    total.add(x)
+    return total
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    """Numbers from a part of the whole range, with zeros among them, and perhaps a huge one."""
+    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+    lowest, highest = (-149, 128) if dtype == np.float32 else (-1074, 1024)
+    low, high = sorted(draw(st.lists(st.integers(lowest, highest - 1), min_size=2, max_size=2)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    size = draw(st.sampled_from([1, 2, 3, 10, 200]))
+    x = np.ldexp(rng.uniform(-1, 1, size), rng.integers(low, high + 1, size)).astype(dtype)
+    x[rng.random(size) < draw(st.sampled_from([0, 0.1, 0.9]))] = 0
+    if draw(st.booleans()):
+        x[0] = np.finfo(dtype).max
+    return x
+
+
+@settings(deadline=None)
+@given(x=arrays(), cut=st.integers(0, 200), order=st.integers(0, 2**32))
+def test_a_sum_is_exact_and_its_norm_rounded_once(x: np.ndarray, cut: int, order: int) -> None:
+    total, expected = summed(x), exact(x)
+    assert held(total) == expected
+    rounded = rounded_to_53_bits(expected)
+    try:
+        assert total.rounded() == float(rounded)
+    except OverflowError:
+        assert total.rounded() == math.inf
+    assert total.norm() == root_to_float(rounded)
+    assert held(summed(np.abs(x), squares=False)) == exact(np.abs(x), squares=False)
+    # Any cut, in any order.
+    mixed = np.random.default_rng(order).permutation(x)
+    parts = summed(mixed[:cut]) + summed(mixed[cut:])
+    assert parts == total
+    assert parts.norm() == total.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2**14 - 1, 2**14, 2**14 + 1, 10**6])
+def test_large_arrays(dtype: str, size: int) -> None:
+    x = np.random.default_rng(size).standard_normal(size).astype(dtype)
+    x[::7] *= np.array(1e-12, dtype)
+    significand, exponents = np.frexp(x.astype(np.float64))
+    integers = [int(m) for m in np.ldexp(significand, 53)]
+    low = int(exponents.min())
+    pairs = zip(integers, (exponents - low).tolist(), strict=True)
+    expected = sum((m * m) << (2 * e) for m, e in pairs)
+    assert held(summed(x)) == Fraction(expected) * Fraction(2) ** (2 * (low - 53))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planted_ties_go_to_even(dtype: str) -> None:
+    # 1 + 2^-53 lies between 1 and the next number; 1 + 3 * 2^-53 between two others.
+    plain = Accumulator(dtype, squares=False)
+    plain.add(np.array([1.0, 2.0**-53], dtype))
+    assert plain.rounded() == 1.0
+    plain.add(np.array([2.0**-52], dtype))
+    assert plain.rounded() == 1.0 + 2.0**-51
+    plain.add(np.array([2.0**-120], dtype))
+    assert plain.rounded() == 1.0 + 2.0**-51
+    more = Accumulator(dtype, squares=False)
+    more.add(np.array([1.0, 2.0**-53, 2.0**-120], dtype))
+    assert more.rounded() == 1.0 + 2.0**-52
+
+
+def test_extreme_magnitudes() -> None:
+    assert summed(np.full(4, 1e200)).norm() == 2e200
+    assert summed(np.full(4, 1e200)).rounded() == math.inf
+    assert summed(np.full(4, 1e-200)).norm() == 2e-200
+    assert summed(np.full(4, 5e-324)).norm() == 1e-323
+    assert summed(np.full(2, 5e-324)).norm() == 5e-324
+    assert summed(np.full(3, np.finfo(np.float64).max)).norm() == math.inf
+    assert summed(np.array([3e-45, 1e-45], np.float32)).norm() > 0
+    assert summed(np.empty(0)).norm() == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_counted(dtype: str) -> None:
+    total = summed(np.array([1.0, np.inf, -np.inf, 2.0], dtype))
+    assert (total.infinities, total.nans) == (2, 0)
+    assert total.rounded() == total.norm() == math.inf
+    total.add(np.array([np.nan], dtype))
+    assert math.isnan(total.norm())
+    assert math.isnan(total.rounded())
+    assert held(total) == 5
+    again = Accumulator.from_integers(total.to_integers(), dtype)
+    assert (again.infinities, again.nans) == (2, 1)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.id)
+def test_every_library_gives_the_same_sum(library: Library) -> None:
+    if missing(library):
+        pytest.skip(str(missing(library)))
+    kinds: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16}
+    for name in library.dtypes:
+        x = np.random.default_rng(1).standard_normal((5, 3)).astype(kinds.get(name, name))
+        total = Accumulator("float64" if name == "float64" else "float32")
+        total.add(library.param(x))
+        assert held(total) == exact(x.astype(np.float64))
+    z = (np.arange(6) + 2j).astype(np.complex64)
+    total = Accumulator("float32")
+    total.add(library.param(z))
+    assert total.rounded() == 55 + 24
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_travel_and_add_up(dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    shards = [
+        np.ldexp(rng.uniform(-1, 1, 50), rng.integers(-90, 60, 50)).astype(dtype) for _ in range(9)
+    ]
+    travelled = np.sum([summed(shard).to_integers() for shard in shards], axis=0)
+    assert Accumulator.from_integers(travelled, dtype) == summed(np.concatenate(shards))
+    # As many as may be added.
+    largest = Accumulator(dtype)
+    largest.add(np.full(100, np.finfo(dtype).max))
+    many = largest.to_integers() * 2**23
+    assert held(Accumulator.from_integers(many, dtype)) == held(largest) * 2**23
+
+
+def test_bad_input_is_refused_and_changes_nothing() -> None:
+    total = summed(np.ones(3, np.float32))
+    for given_array, error, message in (
+        (np.ones(2), TypeError, r"dtype float64, which needs Accumulator\('float64'\)"),
+        (np.ones(2, int), TypeError, "dtype int64; expected one of"),
+        ([1.0], TypeError, "the array is a list of 1"),
+    ):
+        with pytest.raises(error, match=message):
+            total.add(given_array)
+    plain = Accumulator("float64", squares=False)
+    with pytest.raises(ValueError, match="negative elements"):
+        plain.add(np.array([1.0, -1.0]))
+    with pytest.raises(TypeError, match="expected real numbers"):
+        plain.add(np.ones(2, complex))
+    with pytest.raises(TypeError, match="expected one of squares"):
+        plain.norm()
+    with pytest.raises(TypeError, match="expected two of one kind"):
+        total + plain
+    with pytest.raises(ValueError, match="expected 18 integers"):
+        Accumulator.from_integers(np.zeros(17, np.int64), "float32")
+    with pytest.raises(ValueError, match="dtype must be"):
+        Accumulator("float16")
+    assert total.rounded() == 3.0
+    assert plain.rounded() == 0.0
+    assert repr(total) == "<Accumulator of float32 squares: 3.0>"
