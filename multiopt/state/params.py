@@ -24,6 +24,7 @@ from multiopt.arrays import Array, Member
 from multiopt.backend import backend_for, backend_named, slot_of
 from multiopt.errors import answer
 from multiopt.layout import COMPUTE_DTYPE, Layout
+from multiopt.state.misnamed import by_ending, pairs, remedy
 from multiopt.state.record import Description, Form, Saved, Slot
 from multiopt.state.tables import SavedTable, pieces
 from multiopt.step.checks import as_dict, check_layout, check_name, check_no_shared_memory
@@ -162,9 +163,11 @@ def matched(
     if strict and (unused or (missing and not some)):
         sides = {"only the file has": unused, "only params has": () if some else missing}
         text = ", and ".join(f"{who} {', '.join(map(repr, n))}" for who, n in sides.items() if n)
+        similar = pairs(missing, lambda name: name in unused, by_ending(unused))
+        how = f"{remedy(similar)} would match" if similar else "rename= can match them"
         raise ValueError(
-            f"the parameters do not match: {text}. rename= can match them, names= choose some, and "
-            "strict=False loads those that match"
+            f"the parameters do not match: {text}. {how}, names= choose some, and strict=False "
+            "loads those that match"
         )
     members, arrays = [], []
     for place, (name, param) in enumerate(params.items()):

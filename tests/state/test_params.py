@@ -1,6 +1,7 @@
 """Parameters in a checkpoint: of any library to any, in place, all or nothing with the state."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,17 @@ def test_names_on_one_side_only_are_listed() -> None:
     assert report.params is not None
     assert [*report.params] == ["w", "x"]
     assert given["w"].tolist() == params["w"].tolist()
+
+
+def test_names_that_differ_by_a_prefix_are_matched_by_what_the_error_says() -> None:
+    file = saved({"w": np.ones(2), "b": np.ones(1)})
+    given = {"module.w": np.zeros(2), "module.b": np.zeros(1)}
+    with pytest.raises(mo.CheckpointError) as caught:
+        mo.Optimizer(mo.SGD()).load(file, params=given)
+    (source,) = re.findall(r"rename=(.*) would match, names=", str(caught.value))
+    file.seek(0)
+    mo.Optimizer(mo.SGD()).load(file, params=given, rename=eval(source))
+    assert given["module.w"].tolist() == [1, 1]
 
 
 def test_a_file_without_parameters_is_an_error_where_they_are_asked_for() -> None:
