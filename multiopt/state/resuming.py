@@ -5,12 +5,15 @@ loaded state must fit the rules as they will be. ``Resuming`` makes new rows wit
 ``loading`` registers them together with the state, or not at all.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from multiopt.engine import Group
 from multiopt.entry import Entry, changed, changed_for_all, with_rule
+from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.state.settings import Settings, record
 
@@ -52,25 +55,45 @@ class Resuming:
             if rule is not None:
                 self.rule = rule
                 record(self.settings, None, values)
+        for name, own in settings.by_name.items():
+            if name not in registry:
+                self._fitting([name], partial(self._rule, name, own))
         entries: dict[str, Entry] = {}
-        for name in dict.fromkeys([*(registry.names if values else ()), *settings.by_name]):
-            if name in registry:
-                entry = self._fitting(name, partial(self._entry, name))
-                if entry is not None:
+        seen = registry.names if values else [name for name in settings.by_name if name in registry]
+        for names, chain in self._alike(seen):
+            # One rule for all of them, so that their rows are made together.
+            own = settings.of_name(names[0])
+            rule = self._fitting(
+                names, partial(changed, partial(list, names), formulas(chain)[0], own)
+            )
+            if rule is None:
+                continue
+            for name in names:
+                make = partial(with_rule, name, registry.entry(name, chain), rule)
+                if (entry := self._fitting([name], make)) is not None:
                     entries[name] = entry
-            else:
-                self._fitting(name, partial(self._rule, name, settings.by_name[name]))
         for name, own in settings.by_name.items():
             if name not in self.refused:
                 record(self.settings, [name], own)
         self.codes = registry.placed(entries)
 
-    def _entry(self, name: str) -> Entry:
-        entry = self._registry.entry(name)
-        rule = changed(partial(list, [name]), entry.rule, self.loaded.of_name(name))
-        return with_rule(name, entry, rule)
+    def _alike(self, names: Iterable[str]) -> Iterator[tuple[list[str], Rule]]:
+        """Sort names that have been seen: those of one rule and the same settings, and the rule."""
+        alike: dict[tuple[int, int], tuple[Group, list[str], list[int]]] = {}
+        for name in names:
+            group, row = self._registry.row_of(name)
+            own = self.loaded.by_name.get(name)
+            key = id(group), 0 if own is None else id(own)
+            _, mine, rows = alike.setdefault(key, (group, [], []))
+            mine.append(name)
+            rows.append(row)
+        for group, mine, rows in alike.values():
+            for positions in group.by_rule(np.array(rows)):
+                places = positions.tolist()
+                yield [mine[k] for k in places], group.rule_at(rows[places[0]])
 
-    def _fitting(self, name: str | None, make: Callable[[], Result]) -> Result | None:
+    def _fitting(self, names: Sequence[str] | None, make: Callable[[], Result]) -> Result | None:
+        """What a function makes; None if settings do not fit some names, or None for all names."""
         try:
             return make()
         except (TypeError, ValueError) as error:
@@ -78,7 +101,8 @@ class Resuming:
                 raise ValueError(
                     f"the loaded settings do not fit: {error}: load with settings=False"
                 ) from error
-            self.refused[name] = f"its settings: {error}"
+            refused: Sequence[str | None] = [None] if names is None else names
+            self.refused |= dict.fromkeys(refused, f"its settings: {error}")
             return None
 
     def row_of(self, name: str) -> tuple[Group, int]:
