@@ -13,10 +13,11 @@ the last bit, on NumPy, PyTorch and JAX arrays.
 
 from multiopt import rules, schedules
 from multiopt.errors import CheckpointError
-from multiopt.optimizer import Optimizer, State
+from multiopt.optimizer import Optimizer
 from multiopt.rules import *  # noqa: F403  the names of rules stand in one place
 from multiopt.rules.average import Average
 from multiopt.state.report import LoadReport
+from multiopt.stateful import State
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report
 from multiopt.step.skips import Skips

@@ -35,7 +35,8 @@ from multiopt.rules import Rule
 from multiopt.rules.average import Averaged
 from multiopt.state.fit import check_average, check_fit
 from multiopt.state.misnamed import by_ending, pairs, warn_of_other_names
-from multiopt.state.record import Form, Saved, observe, resumed, set_clocks
+from multiopt.state.plateaus import observe
+from multiopt.state.record import Form, Saved, resumed, set_clocks
 from multiopt.step.run import Rows
 from multiopt.table import GROUP
 

@@ -33,7 +33,7 @@ from multiopt.rules import Rule
 from multiopt.rules.average import Averaged
 from multiopt.rules.rule import plain_numbers
 from multiopt.state.fit import check_slot_names
-from multiopt.state.record import Description, Form, Saved
+from multiopt.state.record import Form, Saved
 from multiopt.step.clip import Clip
 from multiopt.table import NOTHING, Table
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from multiopt.engine import Group
     from multiopt.registry import Registry
 
-__all__ = ["change", "changed_numbers", "check_pending", "without_observed"]
+__all__ = ["change", "changed_numbers", "changed_pending"]
 
 
 def changed_numbers(
@@ -87,49 +87,45 @@ def changed_numbers(
     return writes, table.placed(others)
 
 
-def check_pending(registry: "Registry", names: Iterable[str], values: Mapping[str, Any]) -> None:
-    """Check that hyperparameters can be set for those of some names that have pending state.
-
-    Raises:
-        TypeError: The rule of a name has no such hyperparameter.
-        ValueError: A value is out of range, or the pending state does not fit a rule with it.
-    """
-    for name in names:
-        if name in registry.pending:
-            form, step = registry.pending[name].form, registry.pending[name].step
-            rule = changed(partial(list, [name]), registry.rule_for(name), values)
-            check_slot_names(name, form.own, step, form.rule.settings, rule)
-
-
-def without_observed(
-    pending: Mapping[str, Saved], names: Iterable[str] | None, values: Mapping[str, Any]
+def changed_pending(
+    registry: "Registry", names: Iterable[str] | None, values: Mapping[str, Any]
 ) -> dict[str, Saved]:
-    """Pending state without what each ``Plateau`` of some hyperparameters had seen.
+    """Work out what setting some hyperparameters does to pending state; nothing is changed yet.
 
-    A new schedule does not take over what the one before it had seen.
+    The state is kept, except for what a ``Plateau`` of these hyperparameters had seen, which a new
+    schedule does not take over.
 
     Args:
-        pending: The pending state of all names.
-        names: The names; None for all.
-        values: The hyperparameters.
+        registry: The registry.
+        names: The names, of which some may be pending; None for all.
+        values: The new values by hyperparameter.
 
     Returns:
-        The state of the names for which there is a difference.
+        The pending state of the names for which it changes.
+
+    Raises:
+        TypeError: The rule of a name does not have such a hyperparameter.
+        ValueError: A value is out of range, or the pending state does not fit a rule with it.
     """
+    new: dict[str, Saved] = {}
     forms: dict[int, Form] = {}
-    changed_state = {}
-    for name in pending if names is None else names:
-        form = pending[name].form if name in pending else None
-        if form is not None and form.rule.observed:
+    for name in registry.pending if names is None else names:
+        saved = registry.pending.get(name)
+        if saved is None:
+            continue
+        form, seen = saved.form, saved.form.rule
+        if names is not None:
+            rule = changed(partial(list, [name]), registry.rule_for(name), values)
+            check_slot_names(name, form.own, saved.step, seen.settings, rule)
+        if seen.observed:
             if id(form) not in forms:
-                observed = {
-                    place: state
-                    for place, state in form.rule.observed.items()
-                    if re.split(r"[=\[]", place)[0] not in values
+                # A place begins with the hyperparameter: ``lr=Plateau``, ``betas[0]=Plateau``.
+                kept = {
+                    k: x for k, x in seen.observed.items() if re.split(r"[=\[]", k)[0] not in values
                 }
-                forms[id(form)] = form._replace(rule=Description(form.rule.settings, observed))
-            changed_state[name] = pending[name]._replace(form=forms[id(form)])
-    return changed_state
+                forms[id(form)] = form._replace(rule=seen._replace(observed=kept))
+            new[name] = saved._replace(form=forms[id(form)])
+    return new
 
 
 def change(table: Table, rules: Mapping[str, Rule], clips: Mapping[str, Clip | None]) -> None:

@@ -32,7 +32,7 @@ from multiopt.backend import backend_for, backend_named, slot_of
 from multiopt.entry import changed, changed_for_all, chosen, chosen_average, chosen_clip, with_rule
 from multiopt.first_sight import Undo, begin, move
 from multiopt.guard import Guard
-from multiopt.hyperparameters import changed_numbers, check_pending, without_observed
+from multiopt.hyperparameters import changed_numbers, changed_pending
 from multiopt.rules import Rule
 from multiopt.rules.average import Average, Averaged
 from multiopt.state.settings import record
@@ -378,16 +378,13 @@ class Registry(Table):
             values: The hyperparameters.
 
         Raises:
-            KeyError: A name is neither seen nor pending; nothing has changed.
             TypeError: The rule of a name has no such hyperparameter; nothing has changed.
-            ValueError: A value is out of range, or the pending state of a name does not fit it;
-                nothing has changed.
+            ValueError: A value is out of range, or pending state does not fit; nothing has changed.
         """
         rule = None if names is not None else changed_for_all(self.rule, values)
         usual = (self.rule, rule) if isinstance(rule, Rule) else None
         names = None if names is None else list(names)
-        check_pending(self, names or (), values)
-        waiting = without_observed(self.pending, names, values)
+        waiting = changed_pending(self, names, values)
         seen = None if names is None else [name for name in names if name not in self.pending]
         writes, placed = changed_numbers(self, seen, values, usual)
         with self.guard:

@@ -25,12 +25,11 @@ from multiopt.state.contents import Contents
 from multiopt.state.differences import differing
 from multiopt.state.fit import check_average, check_fit, check_slot_names
 from multiopt.state.params import Matched, matched
-from multiopt.state.plateaus import warn_of_plateaus
+from multiopt.state.plateaus import observe, warn_of_plateaus
 from multiopt.state.record import (
     Description,
     Form,
     Saved,
-    observe,
     resumed,
     set_clocks,
     without_average,

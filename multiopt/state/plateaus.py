@@ -6,12 +6,13 @@ A ``Plateau`` inside a callable of the user's own is out of reach; ``docs/schedu
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from multiopt.errors import caller_level
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
+from multiopt.schedules import Plateau
 from multiopt.schedules.description import left_behind, observers
 from multiopt.schedules.plateau import is_observed
 from multiopt.state.record import Form, Saved
@@ -20,7 +21,33 @@ from multiopt.step.report import abridged
 if TYPE_CHECKING:
     from multiopt.registry import Registry
 
-__all__ = ["pending_now", "warn_of_left_behind", "warn_of_plateaus"]
+__all__ = ["observe", "pending_now", "warn_of_left_behind", "warn_of_plateaus"]
+
+
+def observe(
+    rule: Rule | Mapping[str, Any],
+    observed: Mapping[str, Mapping[str, Any]],
+    ahead: bool = False,
+) -> list[tuple[Plateau, dict[str, Any]]]:
+    """Load the saved state of each ``Plateau`` into the one at the same place in a rule.
+
+    Args:
+        rule: The rule, or some of its hyperparameters by name.
+        observed: The saved states, by place.
+        ahead: Whether to skip a ``Plateau`` that has observed at least as much as its saved state.
+
+    Returns:
+        Each ``Plateau`` that was changed, with its state before.
+    """
+    before: list[tuple[Plateau, dict[str, Any]]] = []
+    values = rule if isinstance(rule, Mapping) else {k: getattr(rule, k) for k in rule.ranges}
+    for name, value in values.items() if observed else ():
+        for place, plateau in observers(value, name):
+            state = observed.get(place)
+            if state is not None and not (ahead and plateau.observed >= state["observed"]):
+                before.append((plateau, plateau.state()))
+                plateau.load_state(state)
+    return before
 
 
 def pending_now(registry: "Registry") -> dict[str, Saved]:

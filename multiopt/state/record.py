@@ -29,7 +29,7 @@ from multiopt.entry import Entry
 from multiopt.layout import Layout, as_real
 from multiopt.rules import Rule
 from multiopt.rules.average import AVERAGE, Average
-from multiopt.schedules import Plateau, Schedule
+from multiopt.schedules import Schedule
 from multiopt.schedules.description import described, observers
 from multiopt.schedules.description import plain as plain_value
 from multiopt.schedules.plateau import is_observed
@@ -46,7 +46,6 @@ __all__ = [
     "description",
     "entry_of",
     "entry_on_host",
-    "observe",
     "plain",
     "plain_entry",
     "resumed",
@@ -171,32 +170,6 @@ def described_rule(rule: Rule, step: int, count: int | None = None) -> dict[str,
         **hyperparameters,
         **({"schedules": schedules} if schedules else {}),
     }
-
-
-def observe(
-    rule: Rule | Mapping[str, Any],
-    observed: Mapping[str, Mapping[str, Any]],
-    ahead: bool = False,
-) -> list[tuple[Plateau, dict[str, Any]]]:
-    """Load the saved state of each ``Plateau`` into the one at the same place in a rule.
-
-    Args:
-        rule: The rule, or some of its hyperparameters by name.
-        observed: The saved states, by place.
-        ahead: Whether to skip a ``Plateau`` that has observed at least as much as its saved state.
-
-    Returns:
-        Each ``Plateau`` that was changed, with its state before.
-    """
-    before: list[tuple[Plateau, dict[str, Any]]] = []
-    values = rule if isinstance(rule, Mapping) else {k: getattr(rule, k) for k in rule.ranges}
-    for name, value in values.items() if observed else ():
-        for place, plateau in observers(value, name):
-            state = observed.get(place)
-            if state is not None and not (ahead and plateau.observed >= state["observed"]):
-                before.append((plateau, plateau.state()))
-                plateau.load_state(state)
-    return before
 
 
 # Plain data

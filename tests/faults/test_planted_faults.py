@@ -179,14 +179,14 @@ FAULTS = [
     ),
     Fault(
         "pending state lost by saving",
-        "multiopt/optimizer.py",
+        "multiopt/stateful.py",
         "[*held(known), *waiting(pending_now(known))]",
         "[*held(known)]",
         "state/test_checkpoint.py::test_pending_state_survives_save_load_save",
     ),
     Fault(
         "settings that a file does not have",
-        "multiopt/optimizer.py",
+        "multiopt/stateful.py",
         "settings=settings, params=param_tables",
         "settings=None, params=param_tables",
         "state/test_resumed_runs.py::test_a_run_goes_on_in_a_new_process",

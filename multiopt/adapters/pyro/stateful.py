@@ -27,8 +27,8 @@ from multiopt.rules import Rule
 from multiopt.state.file_objects import Source, Target
 from multiopt.state.fit import check_slot_names
 from multiopt.state.misnamed import by_ending, new_name, pairs, warn_of_other_names
-from multiopt.state.plateaus import warn_of_plateaus
-from multiopt.state.record import entry_of, observe, saved_of
+from multiopt.state.plateaus import observe, warn_of_plateaus
+from multiopt.state.record import entry_of, saved_of
 from multiopt.step.skips import Skips
 
 __all__ = ["REMEDY", "StatefulOptim"]
