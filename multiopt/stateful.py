@@ -32,7 +32,7 @@ from multiopt.state.plateaus import pending_now, warn_of_left_behind
 from multiopt.state.record import plain
 from multiopt.state.renaming import renamed, wanted_names
 from multiopt.state.report import LoadReport
-from multiopt.state.settings import described_settings, warn_of_lost
+from multiopt.state.settings import described_settings
 from multiopt.state.tables import held, waiting
 from multiopt.state.writing import write
 from multiopt.step.report import Report
@@ -289,8 +289,7 @@ class Stateful:
         self._guard.check_whole("save")
         warn_of_left_behind(self._registry)
         known = self._registry
-        settings, lost = described_settings(known.settings)
-        warn_of_lost(lost, "saved")
+        settings = described_settings(known.settings)
         tables = [*held(known), *waiting(pending_now(known))]
         param_tables = None if params is None else tables_of(known, params)
         counts = known.steps, known.skips

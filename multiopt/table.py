@@ -16,7 +16,7 @@ step is then one dict look-up per name and a few operations on an array of codes
 (('w',), 0.5, 0)
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -328,6 +328,29 @@ class Table:
         unique = dict.fromkeys(names)
         codes = np.fromiter(map(self._codes.__getitem__, unique), np.int64, len(unique))
         return [part[:2] for part in self._by_group(codes)]
+
+    def names_by_rule(
+        self, names: Iterable[str], key: Callable[[str], Hashable]
+    ) -> Iterator[tuple[list[str], Rule]]:
+        """Sort names that have been seen by the rule of their row, and by a key.
+
+        Args:
+            names: The names.
+            key: Returns what names must also have in common.
+
+        Yields:
+            Names that are alike, and their rule, chained with their average if they have one.
+        """
+        alike: dict[Hashable, tuple[Group, list[str], list[int]]] = {}
+        for name in names:
+            group, row = self.row_of(name)
+            _, mine, rows = alike.setdefault((group.number, key(name)), (group, [], []))
+            mine.append(name)
+            rows.append(row)
+        for group, mine, rows in alike.values():
+            for positions in group.by_rule(np.array(rows)):
+                places = positions.tolist()
+                yield [mine[k] for k in places], group.rule_at(rows[places[0]])
 
     def _by_group(self, codes: np.ndarray) -> Iterator[tuple[Group, np.ndarray, np.ndarray]]:
         """Sort codes by group, leaving out ``MISSING``.

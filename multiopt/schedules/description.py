@@ -18,7 +18,16 @@ from multiopt.schedules import combined, curves
 from multiopt.schedules.base import Schedule
 from multiopt.schedules.plateau import Plateau, has_observed, is_observed
 
-__all__ = ["described", "left_behind", "observers", "plain", "recorded", "revived", "separated"]
+__all__ = [
+    "described",
+    "left_behind",
+    "observers",
+    "plain",
+    "recorded",
+    "revived",
+    "separated",
+    "unworded",
+]
 
 #: The schedules that ``revived`` can make.
 SCHEDULES: Mapping[Any, Any] = {
@@ -126,6 +135,11 @@ def _revived(value: Any) -> Any:
         return revived(value)
     if isinstance(value, tuple | list):
         return tuple(map(_revived, value))
+    return unworded(value)
+
+
+def unworded(value: Any) -> Any:
+    """A number for the word with which ``plain`` replaced it; other values as they are."""
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 

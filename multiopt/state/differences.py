@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.rule import is_schedule
@@ -25,7 +23,6 @@ from multiopt.state.record import Form, Saved
 from multiopt.state.settings import Settings
 
 if TYPE_CHECKING:
-    from multiopt.engine import Group
     from multiopt.registry import Registry
 
 __all__ = ["Difference", "differences", "differing"]
@@ -76,7 +73,7 @@ def differences(settings: Mapping[str, Any], rule: Rule) -> dict[str, Difference
     return differing
 
 
-def _all_differences(form: Form, rule: Any, average: Rule | None) -> dict[str, Difference]:
+def _all_differences(form: Form, rule: Any, average: Rule | None = None) -> dict[str, Difference]:
     """Compare a saved rule and its average with those here; a callable is not asked for a rule."""
     found: dict[str, Difference] = {}
     if isinstance(rule, Rule):
@@ -98,25 +95,23 @@ def differing(
     The class of the rule is compared under ``"rule"``, and the numbers of its average under
     ``"average.decay"`` and ``"average.start"``.
     """
-    alike: dict[tuple[int, int, int], tuple[Group | None, list[str], list[int]]] = {}
-    for name, saved in accepted.items():
-        group, row = registry.row_of(name) if name in registry else (None, 0)
-        key = id(saved.form), id(group), id(saved.keeps)
-        _, names, rows = alike.setdefault(key, (group, [], []))
-        names.append(name)
-        rows.append(row)
     found: dict[str, dict[str, Difference]] = {}
-    for group, names, rows in alike.values():
-        form, keeps = accepted[names[0]].form, accepted[names[0]].keeps
-        if group is not None:
-            for positions in group.by_rule(np.array(rows)):
-                rule, *average = formulas(group.rule_at(rows[int(positions[0])]))
-                if differ := _all_differences(form, rule, average[0] if average else None):
-                    found |= {names[k]: differ for k in positions.tolist()}
-        elif differ := _all_differences(form, registry.rule, keeps):
+    seen = [name for name in accepted if name in registry]
+    for names, chain in registry.names_by_rule(seen, lambda name: id(accepted[name].form)):
+        rule, *average = formulas(chain)
+        if differ := _all_differences(accepted[names[0]].form, rule, *average):
             found |= dict.fromkeys(names, differ)
+    # There may be a million pending names, but they have few forms.
+    pending: dict[tuple[int, int], dict[str, Difference]] = {}
+    for name, saved in accepted.items():
+        if name not in registry:
+            key = id(saved.form), id(saved.keeps)
+            if key not in pending:
+                pending[key] = _all_differences(saved.form, registry.rule, saved.keeps)
+            if differ := pending[key]:
+                found[name] = differ
     if loaded.for_all or loaded.by_name:
         for name, differ in found.items():
             own = loaded.of_name(name)
-            found[name] = {key: x._replace(restored=key in own) for key, x in differ.items()}
-    return found
+            found[name] = {what: x._replace(restored=what in own) for what, x in differ.items()}
+    return {name: found[name] for name in accepted if name in found}

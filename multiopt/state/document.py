@@ -27,7 +27,7 @@ from multiopt.schedules.plateau import is_observed
 from multiopt.state.metadata import PAIR, check_nesting
 from multiopt.state.metadata import described as described_metadata
 from multiopt.state.record import Description, Form, Slot
-from multiopt.state.tables import CODES, SavedTable, layout_text
+from multiopt.state.tables import CODES, PARAM, SavedTable, layout_text, table_of_params
 from multiopt.step.skips import Skips
 
 __all__ = [
@@ -221,9 +221,8 @@ def _table_of_params(
 ) -> SavedTable:
     if not names:
         raise CheckpointError("a table of parameters has no names")
-    slots = (_slot("param", table["param"], names, CODES),)
-    form = Form(Description({}, {}), slots, _is_complex(table, slots, names))
-    return SavedTable("params", form, names, places, [0] * len(names), [])
+    slot = _slot(PARAM, table[PARAM], names, CODES)
+    return table_of_params(slot, _is_complex(table, [slot], names), names, places)
 
 
 def _is_complex(table: Mapping[str, Any], slots: Sequence[Slot], names: Sequence[str]) -> bool:

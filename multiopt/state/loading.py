@@ -104,29 +104,26 @@ def load(
         ValueError: State does not fit, and ``strict`` is true.
     """
     new = {name: wanted[name] for name in contents.names if name in wanted}
-    is_part = len(new) < len(contents.names)
     matches = None if params is None else _matched(registry, contents, wanted, strict, cast, params)
-    loaded = _settings(contents.settings, new, is_part) if settings else Settings()
+    loaded = _settings(contents, new) if settings else Settings()
     warn_of_lost(loaded.lost, "loaded")
     resuming = Resuming(registry, loaded, strict)
     try:
-        report = _load(registry, contents, wanted, strict, cast, resuming, matches)
-    except BaseException:
+        return _load(registry, contents, wanted, new, strict, cast, resuming, matches)
+    finally:
         resuming.free()
-        raise
-    return report
 
 
 def _load(
     registry: "Registry",
     contents: Contents,
     wanted: Mapping[str, str],
+    new: Mapping[str, str],
     strict: bool,
     cast: bool,
     resuming: Resuming,
     matches: Matched | None,
 ) -> LoadReport:
-    new = {name: wanted[name] for name in contents.names if name in wanted}
     states = contents.saved
     if any(map(ne, new, new.values())):
         states = {new[name]: saved for name, saved in states.items()}
@@ -200,13 +197,13 @@ def _load(
     )
 
 
-def _settings(settings: Settings, new: Mapping[str, str], is_part: bool) -> Settings:
+def _settings(contents: Contents, new: Mapping[str, str]) -> Settings:
     """The settings under the names here; if only some names are loaded, for those alone."""
-    if not is_part:
-        return settings.renamed(new)
-    by_name = {new[name]: settings.of_name(name) for name in new}
-    lost = settings.renamed(new).lost
-    return Settings({}, {name: own for name, own in by_name.items() if own}, lost)
+    settings = contents.settings.renamed(new)
+    if len(new) == len(contents.names):
+        return settings
+    by_name = {name: own for name in new.values() if (own := settings.of_name(name))}
+    return settings._replace(for_all={}, by_name=by_name)
 
 
 def _matched(

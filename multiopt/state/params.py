@@ -25,17 +25,14 @@ from multiopt.backend import backend_for, backend_named, slot_of
 from multiopt.errors import answer
 from multiopt.layout import COMPUTE_DTYPE, Layout
 from multiopt.state.misnamed import by_ending, pairs, remedy
-from multiopt.state.record import Description, Form, Saved, Slot
-from multiopt.state.tables import SavedTable, pieces
+from multiopt.state.record import Saved, Slot
+from multiopt.state.tables import PARAM, SavedTable, pieces, table_of_params
 from multiopt.step.checks import as_dict, check_layout, check_name, check_no_shared_memory
 
 if TYPE_CHECKING:
     from multiopt.registry import Registry
 
-__all__ = ["PARAM", "Matched", "matched", "tables_of"]
-
-#: What a parameter is called where slots have names.
-PARAM = "param"
+__all__ = ["Matched", "matched", "tables_of"]
 
 
 def tables_of(registry: "Registry", params: Mapping[str, Array]) -> list[SavedTable]:
@@ -67,15 +64,11 @@ def tables_of(registry: "Registry", params: Mapping[str, Array]) -> list[SavedTa
         alike.setdefault(key, []).append(place)
     tables = []
     for (shape, dtype, is_complex), places in alike.items():
-        form = Form(Description({}, {}), (Slot(PARAM, shape, dtype),), is_complex)
         mine = [names[place] for place in places]
         arrays = [params[name] for name in mine]
         rows = partial(_stored, arrays, [layouts[name] for name in mine])
-        tables.append(
-            SavedTable(
-                "params", form, mine, places, [0] * len(mine), [], pieces(rows, len(mine), [shape])
-            )
-        )
+        column = pieces(rows, len(mine), [shape])
+        tables.append(table_of_params(Slot(PARAM, shape, dtype), is_complex, mine, places, column))
     return tables
 
 
@@ -188,7 +181,7 @@ def matched(
         arrays.append(slot_of(values.reshape(slot.shape), member.layout))
     if in_place:
         check_no_shared_memory(members)
-    return _placed(params, members, arrays, in_place)._replace(unused=unused, missing=missing)
+    return Matched(params, unused, missing, _placed(params, members, arrays, in_place))
 
 
 def _member(
@@ -205,18 +198,18 @@ def _member(
     if have.shape != layout.shape:
         return member, f"shape {have.shape}; expected {layout.shape}, that of the array in params"
     if have.dtype != layout.dtype and not (cast and have.is_complex == layout.is_complex):
-        remedy = ": load it with cast=True" if have.is_complex == layout.is_complex else ""
+        hint = ": load it with cast=True" if have.is_complex == layout.is_complex else ""
         return (
             member,
-            f"dtype {have.dtype}; expected {layout.dtype}, that of the array in params{remedy}",
+            f"dtype {have.dtype}; expected {layout.dtype}, that of the array in params{hint}",
         )
     return member, None
 
 
 def _placed(
     params: dict[str, Array], members: Sequence[Member], arrays: Sequence[Array], in_place: bool
-) -> Matched:
-    """Make the new arrays for parameters that are not written."""
+) -> list[tuple[Member, Array]]:
+    """Put new arrays into ``params`` where none is written; return what is to be written."""
     writes, made = [], list[tuple[Member, Array]]()
     for member, values in zip(members, arrays, strict=True):
         backend = member.backend
@@ -235,4 +228,4 @@ def _placed(
         for (member, _), array in zip(mine, arrays, strict=True):
             is_complex = member.layout.is_complex
             params[member.name] = backend.as_complex(array) if is_complex else array
-    return Matched(params, {}, [], writes)
+    return writes

@@ -35,7 +35,7 @@ from multiopt.state.fit import SHOWN_AVERAGE
 from multiopt.state.metadata import check_nesting
 from multiopt.state.plateaus import pending_now
 from multiopt.state.record import Form, Saved, plain, plain_entry, saved_of
-from multiopt.state.settings import described_settings, settings_in, warn_of_lost
+from multiopt.state.settings import described_settings, settings_in
 from multiopt.state.tables import held
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def state_dict(registry: "Registry") -> dict[str, Any]:
         if average is not None:
             averages["pending_averages"][name] = average
     skips = {name: list(counts) for name, counts in registry.skips.items()}
-    settings, lost = described_settings(registry.settings)
-    warn_of_lost(lost, "saved")
+    settings = described_settings(registry.settings)
     return {
         "version": VERSION,
         "steps": registry.steps,

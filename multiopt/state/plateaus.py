@@ -40,7 +40,7 @@ def observe(
         Each ``Plateau`` that was changed, with its state before.
     """
     before: list[tuple[Plateau, dict[str, Any]]] = []
-    values = rule if isinstance(rule, Mapping) else {k: getattr(rule, k) for k in rule.ranges}
+    values = rule if isinstance(rule, Mapping) else _values(rule)
     for name, value in values.items() if observed else ():
         for place, plateau in observers(value, name):
             state = observed.get(place)
@@ -48,6 +48,11 @@ def observe(
                 before.append((plateau, plateau.state()))
                 plateau.load_state(state)
     return before
+
+
+def _values(rule: Rule) -> dict[str, Any]:
+    """The hyperparameters of a rule that may have schedules."""
+    return {name: getattr(rule, name) for name in rule.ranges}
 
 
 def pending_now(registry: "Registry") -> dict[str, Saved]:
@@ -58,9 +63,8 @@ def pending_now(registry: "Registry") -> dict[str, Saved]:
         own = registry.settings.get(name, {})
         key = id(saved.form), id(own) if own else 0
         if key not in forms:
-            values = dict(registry.settings.get(None, {}))
-            if isinstance(registry.rule, Rule):
-                values = {k: getattr(registry.rule, k) for k in registry.rule.ranges}
+            usual = registry.rule
+            values = _values(usual) if isinstance(usual, Rule) else registry.settings.get(None, {})
             observed = dict(saved.form.rule.observed)
             for what, value in {**values, **own}.items():
                 for place, plateau in observers(value, what):

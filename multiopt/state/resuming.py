@@ -5,11 +5,9 @@ loaded state must fit the rules as they will be. ``Resuming`` makes new rows wit
 ``loading`` registers them together with the state, or not at all.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
 
 from multiopt.engine import Group
 from multiopt.entry import Entry, changed, changed_for_all, with_rule
@@ -60,7 +58,7 @@ class Resuming:
                 self._fitting([name], partial(self._rule, name, own))
         entries: dict[str, Entry] = {}
         seen = registry.names if values else [name for name in settings.by_name if name in registry]
-        for names, chain in self._alike(seen):
+        for names, chain in registry.names_by_rule(seen, lambda n: id(settings.by_name.get(n))):
             # One rule for all of them, so that their rows are made together.
             own = settings.of_name(names[0])
             rule = self._fitting(
@@ -76,21 +74,6 @@ class Resuming:
             if name not in self.refused:
                 record(self.settings, [name], own)
         self.codes = registry.placed(entries)
-
-    def _alike(self, names: Iterable[str]) -> Iterator[tuple[list[str], Rule]]:
-        """Sort names that have been seen: those of one rule and the same settings, and the rule."""
-        alike: dict[tuple[int, int], tuple[Group, list[str], list[int]]] = {}
-        for name in names:
-            group, row = self._registry.row_of(name)
-            own = self.loaded.by_name.get(name)
-            key = id(group), 0 if own is None else id(own)
-            _, mine, rows = alike.setdefault(key, (group, [], []))
-            mine.append(name)
-            rows.append(row)
-        for group, mine, rows in alike.values():
-            for positions in group.by_rule(np.array(rows)):
-                places = positions.tolist()
-                yield [mine[k] for k in places], group.rule_at(rows[places[0]])
 
     def _fitting(self, names: Sequence[str] | None, make: Callable[[], Result]) -> Result | None:
         """What a function makes; None if settings do not fit some names, or None for all names."""

@@ -7,7 +7,7 @@ single names, and the schedules among their values, each once, so that names whi
 
 >>> from multiopt.schedules import Linear
 >>> made = {None: {"lr": Linear(0.1, 0.0, 10)}, "w": {"betas": (0.5, 0.9)}}
->>> saved, lost = described_settings(made)
+>>> saved = described_settings(made)
 >>> saved["all"], saved["names"]
 ({'lr': {'schedule': 0}}, {'w': {'betas': [0.5, 0.9]}})
 >>> settings_in(saved).of_name("w")
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from multiopt.errors import CheckpointError, brief, caller_level
 from multiopt.schedules import Schedule
-from multiopt.schedules.description import plain, recorded, revived
+from multiopt.schedules.description import plain, recorded, revived, unworded
 from multiopt.state.metadata import check_nesting
 from multiopt.step.report import abridged
 
@@ -68,12 +68,8 @@ class Settings(NamedTuple):
         return Settings(self.for_all, by_name, lost)
 
 
-def described_settings(made: Made) -> tuple[dict[str, Any], Lost]:
-    """Describe settings as plain data.
-
-    Returns:
-        The description, empty if there are none, and what cannot be saved.
-    """
+def described_settings(made: Made) -> dict[str, Any]:
+    """Describe settings as plain data, empty if there are none; warn about what is lost."""
     schedules: list[Any] = []
     numbers: dict[int, int] = {}
     lost: Lost = {}
@@ -99,11 +95,11 @@ def described_settings(made: Made) -> tuple[dict[str, Any], Lost]:
             if _is_lost(word):
                 lost.setdefault(key, []).append(name)
     for_all = described_by_name.pop(None, {})
-    if not for_all and not any(described_by_name.values()):
-        return {}, {}
+    warn_of_lost(lost, "saved")
     by_name = {str(name): words for name, words in described_by_name.items() if words}
-    saved = {"all": for_all, "names": by_name, "schedules": schedules}
-    return saved, lost
+    if not for_all and not by_name:
+        return {}
+    return {"all": for_all, "names": by_name, "schedules": schedules}
 
 
 def _is_lost(word: Any) -> bool:
@@ -172,7 +168,7 @@ def _value(word: Any, schedules: list[Schedule]) -> Any:
         return tuple(_value(part, schedules) for part in word)
     if isinstance(word, Mapping):
         return schedules[word["schedule"]]
-    return float(word) if word in ("nan", "inf", "-inf") else word
+    return unworded(word)
 
 
 def warn_of_lost(lost: Mapping[str, list[str | None]], verb: str) -> None:

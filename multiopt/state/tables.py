@@ -30,12 +30,14 @@ __all__ = [
     "BLOCK",
     "CODES",
     "LARGE",
+    "PARAM",
     "Pieces",
     "SavedTable",
     "held",
     "host_dtype",
     "layout_text",
     "pieces",
+    "table_of_params",
     "waiting",
 ]
 
@@ -45,6 +47,9 @@ LARGE, BLOCK = 2**12, 2**14
 
 #: The names of dtypes in a file. Slots have the first two.
 CODES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"}
+
+#: What a parameter is called where slots have names.
+PARAM = "param"
 
 #: A function from the index of a slot to its arrays, in pieces of several rows (and two axes) each.
 Pieces = Callable[[int], Iterator[np.ndarray]]
@@ -70,6 +75,18 @@ class SavedTable(NamedTuple):
     steps: Sequence[int]
     counts: Sequence[int]
     pieces: Pieces | None = None
+
+
+def table_of_params(
+    slot: Slot,
+    is_complex: bool,
+    names: Sequence[str],
+    places: Sequence[int],
+    pieces: Pieces | None = None,
+) -> SavedTable:
+    """A table of parameters: they have one column, and neither a rule nor a clock."""
+    form = Form(Description({}, {}), (slot,), is_complex)
+    return SavedTable("params", form, names, places, [0] * len(names), [], pieces)
 
 
 def layout_text(dtype: str, shape: Sequence[int]) -> str:
