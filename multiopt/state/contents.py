@@ -51,7 +51,9 @@ class Contents(NamedTuple):
 
     def all_names(self) -> list[str]:
         """Every name that appears in it, with state or as a parameter."""
-        return list(dict.fromkeys([*self.names, *(self.params.names if self.params else ())]))
+        if self.params is None:
+            return self.names
+        return list(dict.fromkeys([*self.names, *self.params.names]))
 
     def check_whole(self, file: Source) -> None:
         """Raise an error if the state of any name is damaged.
