@@ -33,8 +33,9 @@ import numpy as np
 from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.columns import Columns
 from multiopt.layout import Layout
-from multiopt.rules.arithmetic import clip_coefficient, norms
+from multiopt.rules.arithmetic import clip_coefficient
 from multiopt.rules.rule import Rule
+from multiopt.rules.sums import Sum
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -188,20 +189,13 @@ class Group(Columns, ABC):
         """Return for each row of a part whether its gradient is finite."""
 
     @abstractmethod
-    def squares(
-        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
-    ) -> np.ndarray:
-        """Sum the squares of gradients in float64.
+    def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
+        """The exact sum of the squares of gradients that ``own`` has multiplied.
 
         Args:
             part: The part.
             which: Positions in ``part.rows``; a slice for all.
-            factor: Multiplies the gradients in float64, after ``own`` has multiplied them in the
-                compute dtype.
             threads: The largest number of threads, or None.
-
-        Returns:
-            The sums, in the order of ``which``. The next call may overwrite them.
         """
 
     @np.errstate(all="ignore")
@@ -210,11 +204,7 @@ class Group(Columns, ABC):
         which = np.flatnonzero(~np.isnan(self.norm_bound[part.rows]))
         rows = part.rows[which]
         self.own[rows] = 1.0
-
-        def squares(some: np.ndarray, factor: float) -> np.ndarray:
-            return self.squares(part, which[some], factor, threads)
-
-        self.norm[rows] = norms(len(rows), squares)
+        self.norm[rows] = [self.squares(part, which[[k]], threads).norm() for k in range(len(rows))]
         factors = clip_coefficient(np, self.norm_bound[rows], self.norm[rows], self.eps[rows])
         self.own[rows] = factors.astype(self.dtype)
         part.norms = self.norm[part.rows]

@@ -25,7 +25,8 @@ import numpy as np
 from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.engine import Group, Slots
 from multiopt.errors import answer, brief
-from multiopt.rules.arithmetic import clamp, sum_of_squares
+from multiopt.rules.arithmetic import clamp
+from multiopt.rules.sums import Sum
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -139,14 +140,21 @@ class ReferenceGroup(Group):
         )
 
     @np.errstate(all="ignore")
-    def squares(
-        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
-    ) -> np.ndarray:
-        """Sum the squares on their device, with one transfer to the host for all rows."""
-        members = [self._members[row] for row in part.rows[which].tolist()]
-        for member in members:
-            member.scales = [float(self.own[member.row])]
-        return fetched(self.backend, self.layout, (_squares(member, factor) for member in members))
+    def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
+        """Sum the squares on their device.
+
+        Raises:
+            TypeError: The device does not support float64.
+        """
+        total, layout = Sum(self.layout.compute_dtype), self.layout
+        xp = self.backend.namespace(layout)
+        for row in part.rows[which].tolist():
+            member = self._members[row]
+            member.scales = [float(self.own[row])]
+            what = f"the norm of the gradient of {member.name!r} is a float64, which "
+            what += f"{layout.library} does not compute on the device {layout.device}"
+            answer(what, total.add_values, xp, _scaled(member))
+        return total
 
     @np.errstate(all="ignore")
     def prepare(
@@ -235,22 +243,6 @@ def _scaled(member: Member) -> Array:
         if scale != 1:
             grad = scale * grad
     return grad
-
-
-def _squares(member: Member, factor: float) -> Array:
-    """Sum the squares of a gradient that its clip coefficients and ``factor`` have multiplied.
-
-    Raises:
-        TypeError: The device does not support float64.
-    """
-    xp, layout = member.backend.namespace(member.layout), member.layout
-
-    def total() -> Array:
-        grad = xp.astype(_scaled(member), xp.float64, copy=False)
-        return sum_of_squares(xp, grad if factor == 1 else factor * grad)
-
-    what = f"the norm of the gradient of {member.name!r} is a float64, which {layout.library}"
-    return answer(f"{what} does not compute on the device {layout.device}", total)
 
 
 def resumed(member: Member, param: Array, master: Array) -> Array:

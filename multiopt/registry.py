@@ -204,7 +204,7 @@ class Registry(Table):
             if self.on_nonfinite != "propagate":
                 step.check_finite(self.on_nonfinite)
             if rows.clipping:
-                step.clip(rows.together)
+                step.clip(rows.global_clips)
             step.prepare()
             skips = self._counted(step) if step.skipped or self.skips else self.skips
             with self.guard:

@@ -29,7 +29,7 @@ from multiopt.kinds import Numbered, formulas, kind_of
 from multiopt.layout import Layout, address
 from multiopt.rules import Rule
 from multiopt.step.checks import check_name
-from multiopt.step.clip import Clip, Together
+from multiopt.step.clip import Clip
 from multiopt.step.run import Rows, RowsOfGroup
 
 if TYPE_CHECKING:
@@ -214,17 +214,16 @@ class Table:
             # ``any`` takes 1 us longer, a twentieth of a step of one name.
             scheduled += group.scheduled
             clipping += group.clipping
-        together = self._together(names, parts) if clipping else None
-        return Rows(names, codes, parts, scheduled > 0, clipping > 0, together, missing)
+        clips = self._global_clips(parts) if clipping else {}
+        return Rows(names, codes, parts, scheduled > 0, clipping > 0, clips, missing)
 
-    def _together(self, names: Sequence[str], parts: Iterable[RowsOfGroup]) -> Together | None:
-        """The clips of some rows that bound a global norm; None if there are none."""
-        shared = self._clips.having(lambda clip: clip is not None and clip.global_norm is not None)
-        if not shared:
-            return None
+    def _global_clips(self, parts: Iterable[RowsOfGroup]) -> dict[int, Clip]:
+        """The clips of some rows that bound a global norm, by their numbers."""
+        clips = self._clips.having(lambda clip: clip is not None and clip.global_norm is not None)
+        if not clips:
+            return {}
         used = {int(n) for group, rows, *_ in parts for n in np.unique(group.clip[rows])}
-        clips = {number: clip for number, clip in shared if number in used and clip is not None}
-        return Together.of(names, clips) if clips else None
+        return {number: clip for number, clip in clips if number in used and clip is not None}
 
     def group_for(self, rule: Rule, layout: Layout) -> Group:
         """The group for parameters of a layout under a rule; made if there is none yet."""

@@ -32,7 +32,7 @@ import numpy as np
 from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.engine import Group, Slots
 from multiopt.reference import resumed
-from multiopt.rules.arithmetic import BLOCK, block_sums, tree_sum
+from multiopt.rules.sums import Sum
 from multiopt_kernels.chunks import LARGE, LARGEST, SMALLEST, Chunk, stretches
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "HostGroup", "Loan"]
 
-#: How many elements are measured or clipped at a time: whole blocks of the summation tree.
-CHUNK = 8 * BLOCK
+#: How many elements are measured or clipped at a time.
+CHUNK = 2**15
 
 #: What ``prepare`` returns when all parameters are updated in place.
 NONE_REPLACED: dict[int, Array] = {}
@@ -271,19 +271,14 @@ class HostGroup(Group):
         return np.array([all(np.isfinite(x).all() for x in _blocks(g)) for g in part.grads], bool)
 
     @np.errstate(all="ignore")
-    def squares(
-        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
-    ) -> np.ndarray:
-        """Sum the squares of each gradient over the tree, ``CHUNK`` elements at a time."""
-        totals = []
+    def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
+        """Sum the squares of each gradient, ``CHUNK`` elements at a time."""
+        total = Sum(self.layout.compute_dtype)
         for k in np.arange(len(part.rows))[which].tolist():
             scale = self.dtype.type(self.own[part.rows[k]])
-            sums = [
-                block_sums(np, factor * (scale * x).astype(np.float64))
-                for x in _blocks(part.grads[k])
-            ]
-            totals.append(float(tree_sum(np, np.concatenate(sums))) if sums else 0.0)
-        return np.array(totals)
+            for x in _blocks(part.grads[k]):
+                total.add_values(np, scale * x)
+        return total
 
     @abstractmethod
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:

@@ -1,6 +1,6 @@
 """Adafactor: the second moment of a matrix is kept as the means of its rows and of its columns.
 
-Sums are taken in float64. The rule is not elementwise. ``spec/rules/adafactor.md`` gives the
+Sums are exact. The rule is not elementwise. ``spec/rules/adafactor.md`` gives the
 formulas in the order in which they are computed.
 """
 
@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from multiopt.rules.adam import second_moment
-from multiopt.rules.arithmetic import maximum, means, root_mean_square
+from multiopt.rules.arithmetic import maximum
 from multiopt.rules.decay import descending, descent, shrunk
 from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Range, Rule, number, switch
+from multiopt.rules.sums import means, root_mean_square
 
 __all__ = ["Adafactor"]
 
@@ -28,8 +29,8 @@ def adafactor(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
         row_var, col_var = slots = factored_second_moment(xp, slots, grad, c)
         variance = product(xp, row_var, col_var, eps1)
     direction = grad / maximum(xp, xp.sqrt(variance), eps1)
-    size = maximum(xp, root_mean_square(xp, wide(xp, param)), c.eps2)
-    excess = maximum(xp, c.inverse_d * root_mean_square(xp, wide(xp, direction)), 1.0)
+    size = maximum(xp, root_mean_square(xp, param), c.eps2)
+    excess = maximum(xp, c.inverse_d * root_mean_square(xp, direction), 1.0)
     step_size = xp.asarray(c.relative_step * size / excess, dtype=param.dtype)
     return shrunk(param, c) - step_size * direction, slots
 
@@ -54,7 +55,7 @@ def product(xp: Any, row_var: Any, col_var: Any, eps1: Any) -> Any:
 
 
 def wide(xp: Any, x: Any) -> Any:
-    """Convert an array to float64, in which sums are taken."""
+    """Convert an array to float64."""
     return xp.asarray(x, dtype=xp.float64)
 
 

@@ -12,41 +12,23 @@ the order of its additions, so all sums follow one fixed tree:
 
 from collections.abc import Callable
 from functools import wraps
-from math import inf, prod, sqrt
+from math import inf, sqrt
 from typing import Any
 
 import numpy as np
-from array_api_compat import device
 
 __all__ = [
-    "BLOCK",
-    "GROW",
-    "SHRINK",
     "Host",
-    "block_sums",
     "by_squaring",
     "clamp",
     "clip_coefficient",
-    "fold",
     "maximum",
-    "means",
-    "norms",
     "one_minus_power",
     "power",
-    "rescaling",
-    "root_mean_square",
     "rounded",
     "sign",
-    "sum_of_squares",
-    "tree_sum",
     "vectorized",
 ]
-
-#: The number of elements in one block of the summation tree, a power of two.
-BLOCK = 4096
-
-#: Factors that are powers of two, so that multiplying by them is exact.
-SHRINK, GROW = 2.0**-600, 2.0**600
 
 
 def power(base: Any, exponent: Any) -> Any:
@@ -252,145 +234,3 @@ def clip_coefficient(xp: Any, bound: Any, norm: Any, eps: Any) -> Any:
     reach = norm + eps
     ratio = xp.where(reach == 0, inf, bound / xp.where(reach == 0, 1.0, reach))
     return xp.where((bound == inf) | (ratio >= 1), 1.0, ratio)
-
-
-def rescaling(xp: Any, total: Any) -> Any:
-    """The factor by which to scale elements so that their sum of squares in float64 is safe.
-
-    It is ``SHRINK`` if the sum is near overflow, ``GROW`` if near underflow, and 1 otherwise.
-    """
-    return xp.where(total < 2.0**1000, xp.where(total < 2.0**-900, GROW, 1.0), SHRINK)
-
-
-def norms(count: int, squares: Callable[[np.ndarray, float], np.ndarray]) -> np.ndarray:
-    """Compute norms that neither overflow nor underflow.
-
-    If a sum of squares is near an end of float64's range, it is computed again, from scaled
-    gradients.
-
-    Args:
-        count: The number of norms.
-        squares: ``squares(which, factor)`` returns the sums of squares of some of the gradients,
-            each multiplied by a factor first.
-    """
-    if not count:
-        return np.empty(0)
-    totals = squares(np.arange(count), 1.0)
-    found: np.ndarray = np.sqrt(totals)
-    factors = rescaling(np, totals)
-    for factor in (SHRINK, GROW):
-        which = np.flatnonzero(factors == factor)
-        if which.size:
-            found[which] = np.sqrt(squares(which, factor)) / factor
-    return found
-
-
-def sum_of_squares(xp: Any, x: Any) -> Any:
-    """The sum of squares of a float64 array, added over one fixed tree.
-
-    Elements are taken in row-major order, in blocks of ``BLOCK``; the last block is padded with
-    zeros. A block is folded: its upper half is added to its lower half until one number is left.
-    The sums of the blocks, padded with zeros to a power of two, are folded in the same way.
-
-    Args:
-        xp: The namespace of ``x``.
-        x: A float64 array of any shape; it may be empty.
-
-    Returns:
-        A 0-d float64 array, 0 for an empty array. NaN and infinity propagate.
-
-    >>> float(sum_of_squares(np, np.asarray([[3.0, 4.0], [0.0, 12.0]])))
-    169.0
-    """
-    return tree_sum(xp, block_sums(xp, xp.reshape(x, (-1,))))
-
-
-def block_sums(xp: Any, x: Any) -> Any:
-    """The sum of squares of each block of a 1-d float64 array; a single 0 for an empty array.
-
-    >>> block_sums(np, np.ones(BLOCK + 1)).tolist()
-    [4096.0, 1.0]
-    """
-    return _folded_blocks(xp, x * x)
-
-
-def tree_sum(xp: Any, x: Any) -> Any:
-    """The sums along the last axis, padded with zeros to a power of two and folded by halves.
-
-    >>> float(tree_sum(np, np.asarray([1.0, 2.0, 4.0])))
-    7.0
-    """
-    return _fold(xp, _zero_padded(xp, x, _power_of_two(x.shape[-1])))
-
-
-def fold(s: Any, n: int) -> float:
-    """``tree_sum`` of the first ``n`` elements of ``s``, which are overwritten.
-
-    It is for lists of Python numbers and for kernels. ``x + 0`` is ``x``, so no zeros are added.
-
-    >>> fold([1.0, 2.0, 4.0], 3)
-    7.0
-    """
-    half = 1
-    while half < n:
-        half *= 2
-    half //= 2
-    while half > 0:
-        for j in range(n - half):
-            s[j] += s[j + half]
-        n = half
-        half //= 2
-    return s[0]  # type: ignore[no-any-return]
-
-
-def means(xp: Any, x: Any) -> Any:
-    """The means along the last axis of a float64 array; 0 if it has no elements.
-
-    Elements are added over the tree of ``sum_of_squares``.
-
-    >>> means(np, np.asarray([[1.0, 2.0, 6.0], [0.5, 0.0, 1.0]])).tolist()
-    [3.0, 0.5]
-    """
-    return (1.0 / max(x.shape[-1], 1)) * tree_sum(xp, _folded_blocks(xp, x))
-
-
-def root_mean_square(xp: Any, x: Any) -> Any:
-    """The root mean square of all elements of a float64 array; 0 for an empty array.
-
-    >>> float(root_mean_square(np, np.asarray([[1.0, 7.0]])))
-    5.0
-    """
-    return xp.sqrt((1.0 / max(prod(x.shape), 1)) * sum_of_squares(xp, x))
-
-
-def _folded_blocks(xp: Any, x: Any) -> Any:
-    """The sum of each block of the last axis; a single 0 if it has no elements."""
-    size = x.shape[-1]
-    # Zeros do not change a sum, so a short array gets a short block, with the same result.
-    width = min(BLOCK, _power_of_two(size))
-    blocks = max(1, -(-size // width))
-    x = _zero_padded(xp, x, blocks * width)
-    return _fold(xp, xp.reshape(x, (*x.shape[:-1], blocks, width)))
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _zero_padded(xp: Any, x: Any, size: int) -> Any:
-    """Pad the last axis with zeros to ``size`` elements."""
-    missing = size - x.shape[-1]
-    if missing == 0:
-        return x
-    zeros = xp.zeros((*x.shape[:-1], missing), dtype=x.dtype, device=device(x))
-    return xp.concat([x, zeros], axis=-1)
-
-
-def _fold(xp: Any, x: Any) -> Any:
-    """Add the upper half of the last axis to its lower half until one element is left."""
-    n = x.shape[-1]
-    while n > 1:
-        n //= 2
-        x = x[..., :n] + x[..., n : 2 * n]
-    return x[..., 0]

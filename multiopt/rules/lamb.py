@@ -1,6 +1,6 @@
 """LAMB: Adam's direction, scaled so that a step is a fixed share of the parameter's length.
 
-Lengths are computed in float64 over the whole parameter, so the rule is not elementwise.
+Lengths are exact sums over the whole parameter, so the rule is not elementwise.
 ``spec/rules/lamb.md`` gives the formula in the order in which it is computed.
 """
 
@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from multiopt.rules.adam import first_moment, moments, second_moment
-from multiopt.rules.arithmetic import one_minus_power, sum_of_squares
+from multiopt.rules.arithmetic import one_minus_power
 from multiopt.rules.decay import descending, penalized
 from multiopt.rules.rule import FRACTION, NONNEGATIVE, Hyperparameter, Rule, number, switch
+from multiopt.rules.sums import norm
 
 __all__ = ["LAMB"]
 
@@ -25,12 +26,11 @@ def lamb(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
     exp_avg_sq = second_moment(exp_avg_sq, grad, c)
     denominator = c.root_scale * xp.sqrt(exp_avg_sq) + c.eps
     direction = penalized(param, c.first_moment_scale * exp_avg / denominator, c)
-    # In float64 to the end: for a direction close to zero the ratio may exceed float32.
-    wide = xp.asarray(direction, dtype=xp.float64)
-    size = xp.sqrt(sum_of_squares(xp, xp.asarray(param, dtype=xp.float64)))
-    length = xp.sqrt(sum_of_squares(xp, wide))
+    size, length = norm(xp, param), norm(xp, direction)
     ratio = xp.where((size == 0.0) | (length == 0.0), 1.0, size / length)
-    change = xp.asarray(c.lr * ratio * wide, dtype=param.dtype)
+    # In float64 to the end: for a direction close to zero the ratio may exceed float32.
+    change = c.lr * ratio * xp.asarray(direction, dtype=xp.float64)
+    change = xp.asarray(change, dtype=param.dtype)
     return param - change, (exp_avg, exp_avg_sq)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar, Literal
 
-from multiopt.rules.arithmetic import maximum, sum_of_squares
+from multiopt.rules.arithmetic import maximum
 from multiopt.rules.decay import descent, shrunk
 from multiopt.rules.rule import (
     FINITE,
@@ -21,6 +21,7 @@ from multiopt.rules.rule import (
     number,
     switch,
 )
+from multiopt.rules.sums import norm
 
 __all__ = ["Muon"]
 
@@ -44,8 +45,7 @@ def orthogonalized(xp: Any, x: Any, c: Any) -> Any:
     if is_tall:
         # The product with the transpose is then the smaller one of the two.
         x = xp.matrix_transpose(x)
-    norm = xp.sqrt(sum_of_squares(xp, xp.asarray(x, dtype=xp.float64)))
-    x = x / maximum(xp, xp.asarray(norm, dtype=x.dtype), c.eps)
+    x = x / maximum(xp, xp.asarray(norm(xp, x), dtype=x.dtype), c.eps)
     for _ in range(int(c.ns_steps)):
         gram = x @ xp.matrix_transpose(x)
         x = c.a * x + (c.b * gram + c.c * (gram @ gram)) @ x

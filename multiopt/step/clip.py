@@ -4,20 +4,16 @@ Norms are measured before a step writes anything. The factors that follow from t
 of the groups, and engines apply them while they update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from multiopt.arrays import Part
-from multiopt.rules.arithmetic import Host, clip_coefficient, fold, rescaling, tree_sum
+from multiopt.rules.arithmetic import Host, clip_coefficient
 from multiopt.rules.declared import BOUND, Declared, Range, number
 
-__all__ = ["Clip", "Together", "clip_by_global_norm"]
-
-#: Up to this many sums are added in Python, which is then faster than NumPy.
-FEW = 64
+__all__ = ["Clip", "clip_by_global_norm"]
 
 
 @dataclass(frozen=True)
@@ -54,28 +50,8 @@ class Clip(Declared):
     eps: float = number(1e-6, Range("a number >= 0"))
 
 
-class Together(NamedTuple):
-    """The clips with a global norm in a step, and the order in which they add the names.
-
-    Attributes:
-        clips: The clips by their numbers in the column ``clip``.
-        ranks: For each place, the rank of its name among the sorted names.
-        order: The places in the order of the sorted names.
-    """
-
-    clips: dict[int, Clip]
-    ranks: np.ndarray
-    order: np.ndarray
-
-    @classmethod
-    def of(cls, names: Sequence[str], clips: dict[int, Clip]) -> "Together":
-        """Create it for the names of a step, given their clips."""
-        order = np.array(sorted(range(len(names)), key=names.__getitem__))
-        return cls(clips, np.argsort(order), order)
-
-
 def clip_by_global_norm(
-    parts: Sequence[Part], together: Together, threads: int | None
+    parts: Sequence[Part], clips: Mapping[int, Clip], threads: int | None
 ) -> dict[Clip, float]:
     """Measure global norms of gradients that have been clipped by their own norms.
 
@@ -83,14 +59,15 @@ def clip_by_global_norm(
 
     Args:
         parts: The parts whose groups have clips.
-        together: The clips with a global norm.
+        clips: The clips with a global norm by their numbers in the column ``clip``.
         threads: The largest number of threads, or None.
 
     Returns:
         The norm over the gradients of each clip that any of the parts has.
     """
     found: dict[Clip, float] = {}
-    for code, clip in together.clips.items():
+    for code, clip in clips.items():
+        assert clip.global_norm is not None
         pairs: list[tuple[Part, np.ndarray | slice]] = []
         for part in parts:
             which = _carriers(part, code)
@@ -98,13 +75,12 @@ def clip_by_global_norm(
                 pairs.append((part, which))
         if not pairs:
             continue
-        assert clip.global_norm is not None
-        norm = _global_norm(pairs, together, threads)
+        total, *others = (part.group.squares(part, which, threads) for part, which in pairs)
+        found[clip] = norm = sum(others, total).norm()
         coefficient = clip_coefficient(Host, clip.global_norm, norm, clip.eps)
         for part, which in pairs:
             group = part.group
             group.shared[group.all_or(part.rows[which])] = group.dtype.type(coefficient)
-        found[clip] = norm
     return found
 
 
@@ -115,29 +91,3 @@ def _carriers(part: Part, code: int) -> np.ndarray | slice:
     if clips.tobytes() == column.dtype.type(code).tobytes() * len(clips):
         return slice(len(clips))
     return np.flatnonzero(column[part.rows] == code)
-
-
-def _global_norm(
-    pairs: Sequence[tuple[Part, np.ndarray | slice]], together: Together, threads: int | None
-) -> float:
-    """The norm over the gradients at some positions of parts, added in the order of names."""
-    _, first = pairs[0]
-    if isinstance(first, slice) and first.stop == len(together.order):
-        order = together.order  # all names of the step
-    else:
-        places = np.concatenate([part.places[which] for part, which in pairs])
-        order = np.argsort(together.ranks[places])
-
-    def squares(factor: float) -> float:
-        sums = [part.group.squares(part, which, factor, threads) for part, which in pairs]
-        ordered = (np.concatenate(sums) if len(sums) > 1 else sums[0])[order]
-        # For 16 numbers NumPy takes 5 us; for 1000 numbers Python takes 50 us.
-        if len(ordered) <= FEW:
-            return fold(ordered.tolist(), len(ordered))
-        with np.errstate(over="ignore"):
-            return float(tree_sum(np, ordered))
-
-    total = squares(1.0)
-    factor = rescaling(Host, total)
-    norm: float = Host.sqrt(total if factor == 1 else squares(factor)) / factor
-    return norm

@@ -5,7 +5,7 @@ call, ``run``, writes, and it cannot fail. All calls work on whole parts; Python
 parameters only where an engine cannot use their arrays as they are, or where memory may overlap.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import starmap
 from typing import NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ from multiopt.step.checks import (
     checked_gradient,
     refuse_shared,
 )
-from multiopt.step.clip import Clip, Together, clip_by_global_norm
+from multiopt.step.clip import Clip, clip_by_global_norm
 
 __all__ = ["Rows", "RowsOfGroup", "Step", "duplicates"]
 
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
         parts: For each group, the rows and their places in the list.
         scheduled: Whether any of the rows may have schedules.
         clipping: Whether any of the rows may have a clip.
-        together: The clips with a global norm; None if there are none.
+        global_clips: The clips with a global norm, by their numbers in the column ``clip``.
         missing: The places of names without a row.
     """
 
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     parts: list[RowsOfGroup]
     scheduled: bool
     clipping: bool
-    together: Together | None
+    global_clips: dict[int, Clip]
     missing: list[int]
 
 
@@ -281,18 +281,18 @@ class Step:
 
     # Clipping and updating
 
-    def clip(self, together: Together | None) -> None:
+    def clip(self, clips: Mapping[int, Clip]) -> None:
         """Measure norms, and compute the factors by which they scale the gradients.
 
         Args:
-            together: The clips with a global norm; None if there are none.
+            clips: The clips with a global norm.
         """
         clipping = [part for part in self.parts if part.group.clipping and len(part.rows)]
         for part in clipping:
             if part.group.bounded:
                 part.group.clip_by_norm(part, self._threads)
-        if together is not None:
-            self.global_norms = clip_by_global_norm(clipping, together, self._threads)
+        if clips:
+            self.global_norms = clip_by_global_norm(clipping, clips, self._threads)
 
     def prepare(self) -> None:
         """Do everything that is left that can fail."""

@@ -15,12 +15,13 @@ import numpy as np
 from multiopt.arrays import APART, UNKNOWN, Arrays, Part
 from multiopt.engine import Slots
 from multiopt.layout import Words, address
-from multiopt.rules.arithmetic import BLOCK
+from multiopt.rules.sums import Sum
 from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels
 from multiopt_kernels.cpu.look import ODD, OVERLAP
 from multiopt_kernels.cpu.narrow import NARROW
 from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, WIDE
 from multiopt_kernels.cpu.shares import SHARES, borders
+from multiopt_kernels.cpu.sums import length
 from multiopt_kernels.cpu.team import Kernel, Shares, thread_count
 from multiopt_kernels.forms import sample_scalars
 from multiopt_kernels.host import HostGroup, Loan
@@ -102,8 +103,7 @@ class CompiledGroup(HostGroup):
         self._found = np.empty((3, 0), np.int64)
         self._answer = Words(1)
         self._update, self._measure, self._finite = Words(14), Words(9), Words(8)
-        self._sums, self._factor = Words(8), np.empty(1)
-        self._room = np.empty(BLOCK + MANY // BLOCK + 1)
+        self._squares, self._limbs = Words(10), np.zeros(length(layout.compute_dtype), np.int64)
         self._shares: Shares | None = None
         self._seen: Words | None = None
         #: The addresses of the rows and places that ``_seen`` has now.
@@ -125,11 +125,9 @@ class CompiledGroup(HostGroup):
         super()._grow(capacity)
         columns = (self.steps, self.own, self.shared, self.bound, self.clipped)
         self._update.array[5:12] = [*self._place, *map(address, columns)]
-        columns = (self.norm_bound, self.eps, self.norm, self.own, self._room)
+        columns = (self.norm_bound, self.eps, self.norm, self.own, self._limbs)
         self._measure.array[2:] = [*self._place, *map(address, columns)]
-        self._totals = np.empty(capacity)
-        sums = (self.own, self._factor, self._room, self._totals)
-        self._sums.array[2:] = [*self._place, *map(address, sums)]
+        self._squares.array[5:] = [*self._place, address(self.own), 0, address(self._limbs)]
         self._finite.array[5:] = [*self._place, address(self.bad)]
         if self._seen is not None:
             self._seen.array[4:6] = self._place
@@ -273,7 +271,8 @@ class CompiledGroup(HostGroup):
         rows, kernel = part.rows, self._norm_kernels["finite"]
         self.bad[rows] = 0
         if self._elements > MANY and self._is_large(rows):
-            self._share(kernel, rows, threads, [address(self.bad)])
+            used = thread_count(threads)
+            kernel.shares(self._split(rows, used, [address(self.bad)], 0), used).run()
         elif len(rows):
             words = self._finite.values
             words[0], words[3] = part.at[0], len(rows)
@@ -281,35 +280,58 @@ class CompiledGroup(HostGroup):
         finite: np.ndarray = self.bad[rows] == 0
         return finite
 
-    def squares(
-        self, part: Part, which: np.ndarray | slice, factor: float, threads: int | None
-    ) -> np.ndarray:
+    def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
         """Sum the squares in one compiled call, large gradients on several threads."""
-        kernels, rows = self._norm_kernels, part.rows[which]
-        count, all_rows = len(rows), isinstance(which, slice)
-        self._factor[0] = factor
-        if not self._elements > MANY or not self._is_large(rows):
-            words = self._sums.values
-            words[0], words[1] = part.at[0] if all_rows else address(rows), count
-            kernels["sums"].alone(self._sums.address)
-            return self._totals[:count]
-        blocks = -(-self.size[rows] // BLOCK)
-        first = np.concatenate([[0], np.cumsum(blocks)])
-        sums, totals = np.empty(first[-1]), self._totals[:count]
-        tail = [address(a) for a in (self.own, self._factor, first, sums)]
-        self._share(kernels["squares"], rows, threads, tail, scratch=True)
-        arguments = np.array([count, *(address(a) for a in (first, sums, totals))])
-        kernels["totals"].alone(address(arguments))
-        return totals
+        rows, limbs = part.rows[which], self._limbs
+        if self._elements > MANY and self._is_large(rows):
+            sums, _ = self._sum(rows, threads, separate=False)
+            return Sum.from_integers(sums.sum(axis=0), self.layout.compute_dtype)
+        words = self._squares.values
+        words[0], words[3] = part.at[0] if isinstance(which, slice) else address(rows), len(rows)
+        limbs[:] = 0
+        self._norm_kernels["squares"].alone(self._squares.address)
+        return Sum.from_integers(limbs, self.layout.compute_dtype)
+
+    def _sum(
+        self, rows: np.ndarray, threads: int | None, separate: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sum squares on several threads, as integers.
+
+        Args:
+            rows: The rows.
+            threads: The largest number of threads, or None.
+            separate: Whether each row gets sums of its own; otherwise each share has one.
+
+        Returns:
+            The sums, and where those of each row begin and end.
+        """
+        used = thread_count(threads)
+        blocks = self._split(rows, used, [address(self.own), separate], 1)
+        shares, count = len(blocks), len(self._limbs)
+        sums = np.zeros((shares + len(rows) * separate, count), np.int64)
+        # The sum of row k in share s is number s + k: there are then as many as needed.
+        blocks[:, -1] = address(sums) + sums.strides[0] * np.arange(shares)
+        self._norm_kernels["squares"].shares(blocks, used).run()
+        ends = blocks[:, 3] + (blocks[:, 4] > 0)
+        places = np.arange(len(rows) + 1)
+        return sums, places + np.searchsorted(ends, places, "right")
 
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
-        """Measure and clip by norm in one compiled call."""
-        if self._elements > MANY and self._is_large(part.rows):
+        """Measure and clip by norm in one compiled call, large gradients on several threads."""
+        left, rows = self._answer, part.rows
+        if self._elements > MANY and self._is_large(rows):
+            rows = rows[~np.isnan(self.norm_bound[rows])]
+            self.own[rows] = 1.0
+            sums, first = self._sum(rows, threads, separate=True)
+            columns = (self.norm_bound, self.eps, self.norm, self.own)
+            arguments = np.array([address(rows), len(rows), *map(address, (first, sums, *columns))])
+            self._norm_kernels["norms"].alone(address(arguments), left.address)
+        else:
+            words = self._measure.values
+            words[0], words[1] = part.at[0], len(rows)
+            self._norm_kernels["measure"].alone(self._measure.address, left.address)
+        if left.values[0]:
             super().clip_by_norm(part, threads)
-            return
-        words = self._measure.values
-        words[0], words[1] = part.at[0], len(part.rows)
-        self._norm_kernels["measure"].alone(self._measure.address)
         part.norms = self.norm[part.rows]
 
     # Updating
@@ -362,30 +384,6 @@ class CompiledGroup(HostGroup):
             part.clipped = self.clipped[part.rows]
 
     # Running kernels
-
-    def _share(
-        self,
-        kernel: Kernel,
-        rows: np.ndarray,
-        threads: int | None,
-        tail: Sequence[int],
-        scratch: bool = False,
-    ) -> None:
-        """Run a kernel over many elements, on several threads.
-
-        Args:
-            kernel: The kernel.
-            rows: The rows.
-            threads: The largest number of threads, or None.
-            tail: The arguments of the kernel that follow the table.
-            scratch: Whether the kernel has one more argument: memory for one block.
-        """
-        used = thread_count(threads)
-        blocks = self._split(rows, used, tail, int(scratch))
-        if scratch:
-            room = np.empty((len(blocks), BLOCK))
-            blocks[:, -1] = address(room) + room.strides[0] * np.arange(len(blocks))
-        kernel.shares(blocks, used).run()
 
     def _split(
         self, rows: np.ndarray, threads: int, tail: "Sequence[int] | np.ndarray", more: int

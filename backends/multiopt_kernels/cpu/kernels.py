@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 
-from multiopt.rules.arithmetic import BLOCK, fold
-from multiopt_kernels.cpu import look, narrow, norms, rows, toolbox, update
+from multiopt.rules.sums import RANGES
+from multiopt_kernels.cpu import look, narrow, norms, rows, shares, sums, toolbox, update
 from multiopt_kernels.cpu.object_cache import ObjectCode, cached, linked
 from multiopt_kernels.cpu.team import Kernel
 
@@ -49,7 +49,7 @@ def update_kernel(label: str, text: str, dtype: str, storage_dtype: str) -> Kern
 
 @cache
 def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
-    """Return the kernels ``squares``, ``sums``, ``totals``, ``measure`` and ``finite``, by name.
+    """Return the kernels ``squares``, ``norms``, ``measure`` and ``finite``, by name.
 
     Args:
         dtype: The compute dtype.
@@ -57,7 +57,7 @@ def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
     """
     text = norms.norms_source()
     make = partial(norms.compile_norms, text, dtype, storage_dtype)
-    identity = [text, inspect.getsource(fold), dtype, storage_dtype]
+    identity = [text, inspect.getsource(sums), str(RANGES), dtype, storage_dtype]
     return _loaded(f"norms-{storage_dtype}", identity, make, norms)
 
 
@@ -65,6 +65,6 @@ def _loaded(
     label: str, identity: Sequence[str], make: Callable[[], ObjectCode], module: ModuleType
 ) -> dict[str, Kernel]:
     """Load kernels from the disk, or compile them with ``make``, which is defined in ``module``."""
-    sources = [inspect.getsource(part).encode() for part in (toolbox, rows, narrow, module)]
-    addresses = linked(cached(label, [*sources, str(BLOCK), *identity], make))
+    sources = [inspect.getsource(part).encode() for part in (toolbox, rows, narrow, shares, module)]
+    addresses = linked(cached(label, [*sources, *identity], make))
     return {name: Kernel(address) for name, address in addresses.items()}

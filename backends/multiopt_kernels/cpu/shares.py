@@ -1,7 +1,8 @@
 """How the work on some rows is divided into shares for threads.
 
 Shares have about the same number of elements. A share may begin and end inside a row, but only at a
-border of two blocks of the summation tree, so results do not depend on the number of shares.
+border of two blocks. Elements are updated one by one and sums are exact, so results do not
+depend on the number of shares.
 
 The large row of these three has five blocks. The first share is row 0 and two blocks of row 1; the
 second begins there and goes on to the end:
@@ -14,9 +15,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from multiopt.rules.arithmetic import BLOCK
+__all__ = ["BLOCK", "SHARES", "borders"]
 
-__all__ = ["SHARES", "borders"]
+#: The number of elements of a block: whole lines of the cache, and little enough to stay in it.
+BLOCK = 4096
 
 #: The number of shares for each thread. With many small shares, a thread that the system interrupts
 #: does not make the others wait for long.

@@ -1,0 +1,296 @@
+"""Exact sums of squares in compiled code: the integers of ``multiopt.rules.sums``.
+
+A sum is kept in limbs of 40 bits, lowest first, followed by the counts of infinities and of NaNs.
+A block of elements is summed in two passes. The first finds the largest and the smallest of them,
+and so the bits between which all squares lie. The second cuts each square into pieces of a fixed
+unit, and adds up the pieces as integers, whose sum does not depend on the order, so the compiler
+may use vectors. Only a block whose elements differ by too many powers of two is summed element by
+element.
+
+The pieces come from adding ``1.5 * 2**52`` units to a number: the last bits of the result are then
+the number of units, rounded.
+
+>>> anchor = np.float64(1.5 * 2**52)  # the unit is 1
+>>> int((5.4 + anchor).view(np.int64) - anchor.view(np.int64))
+5
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from multiopt.rules.sums import LIMB, RANGES
+from multiopt_kernels.cpu.narrow import conversions
+from multiopt_kernels.cpu.toolbox import toolbox
+
+__all__ = ["FEW", "adder", "length", "sum_tools"]
+
+#: How many elements are summed at once: so few that they stay in the fastest cache, and that sums
+#: of integers of 53 bits have 63. A float32 row of so few is mostly summed without limbs.
+FEW = 1024
+
+MASK = (1 << LIMB) - 1
+
+#: The mantissa bits of the compute dtype, the largest exponent field, and the exponent of the last
+#: bit of a subnormal number.
+FORMATS = {"float32": (23, 255, -149), "float64": (52, 2047, -1074)}
+
+
+def length(dtype: str) -> int:
+    """How many int64 numbers a sum has: its limbs, and the counts of infinities and NaNs."""
+    return RANGES[dtype][1] + 2
+
+
+def sum_tools() -> SimpleNamespace:
+    """Numba functions for sums in limbs.
+
+    ``unit(t)`` is ``2**t``. ``deposit(limbs, m, place)`` adds ``m * 2**place``, a whole number.
+    ``carry(limbs, count)`` makes all limbs numbers of 40 bits again. ``norm(limbs, count, lowest)``
+    is the root of a carried sum in units of ``2**lowest``, rounded before and after; or -1 where it
+    may be a subnormal number, which only Python rounds once.
+    """
+    njit, i64, f64, u64 = toolbox().njit, np.int64, np.float64, np.uint64
+    tiny = float(np.finfo(np.float64).smallest_normal)
+
+    @njit
+    def unit(t):  # type: ignore[no-untyped-def]
+        return i64((t + 1023) << 52).view(f64)
+
+    @njit
+    def deposit(limbs, m, place):  # type: ignore[no-untyped-def]
+        if place < 0:  # the bits below are zero
+            m >>= -place
+            place = 0
+        k, shift = place // LIMB, place % LIMB
+        limbs[k] += (m << shift) & MASK
+        m >>= LIMB - shift
+        limbs[k + 1] += m & MASK
+        limbs[k + 2] += m >> LIMB
+
+    @njit
+    def carry(limbs, count):  # type: ignore[no-untyped-def]
+        for k in range(count - 1):
+            limbs[k + 1] += limbs[k] >> LIMB
+            limbs[k] &= MASK
+
+    @njit
+    def norm(limbs, count, lowest):  # type: ignore[no-untyped-def]
+        if limbs[count + 1] != 0:
+            return np.nan
+        if limbs[count] != 0:
+            return np.inf
+        k = count - 1
+        while k >= 0 and limbs[k] == 0:
+            k -= 1
+        if k < 0:
+            return 0.0
+        # The highest 64 bits of the sum, with a last one that is set if lower ones are: float64
+        # rounds them as it would round the sum.
+        size = (f64(limbs[k]).view(i64) >> 52) - 1022
+        room = 64 - size
+        high, more = u64(limbs[k]) << u64(room), False
+        for j in range(k - 1, -1, -1):
+            limb = u64(limbs[j])
+            if room >= LIMB:
+                room -= LIMB
+                high |= limb << u64(room)
+            else:
+                high |= limb >> u64(LIMB - room)
+                more |= limb & u64((u64(1) << u64(LIMB - room)) - u64(1)) != u64(0)
+                room = 0
+        rounded, exponent = f64(high | u64(more)), LIMB * k + size - 64 + lowest
+        if exponent % 2:
+            rounded *= 2.0
+            exponent -= 1
+        half = exponent // 2
+        root = np.sqrt(rounded) * unit(half // 2) * unit(half - half // 2)
+        return root if root > tiny else -1.0
+
+    return SimpleNamespace(unit=unit, deposit=deposit, carry=carry, norm=norm)
+
+
+def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
+    """Make the functions that sum the squares of elements, multiplied by a number first.
+
+    Args:
+        dtype: The compute dtype.
+        storage_dtype: The dtype of the elements in memory.
+
+    Returns:
+        ``add(limbs, address, n, own)``, which leaves the limbs uncarried, with at most five
+        additions to one for every ``FEW`` elements. And ``few(scratch, address, n, own)`` for up to
+        ``FEW`` elements, which returns their norm, or -1 if it takes ``add`` to tell it.
+    """
+    tools, known = toolbox(), sum_tools()
+    njit, i64, f64 = tools.njit, np.int64, np.float64
+    unit, deposit, carry, norm = known.unit, known.deposit, known.carry, known.norm
+    if storage_dtype == dtype:
+        at, load, itemsize = tools.at[dtype], tools.inlined(lambda x: x), np.dtype(dtype).itemsize
+    else:
+        at, load, itemsize = tools.shorts, conversions(storage_dtype)[0], 2
+    number, bits_type = getattr(np, dtype), np.uint32 if dtype == "float32" else np.uint64
+    mantissa, special, smallest = FORMATS[dtype]
+    lowest, count = RANGES[dtype]
+    above, size_mask = bits_type(mantissa), bits_type(2 ** (8 * np.dtype(dtype).itemsize - 1) - 1)
+    one, none, hidden = bits_type(1), bits_type(0), i64(1) << mantissa
+    infinite = bits_type(special << mantissa)
+    anchor = 1.5 * 2.0**52
+
+    @njit
+    def bits(x):  # type: ignore[no-untyped-def]
+        """The bits of the magnitude of a number: larger ones for larger numbers."""
+        return bits_type(number(x).view(bits_type) & size_mask)
+
+    @njit
+    def ends(address, n, own):  # type: ignore[no-untyped-def]
+        """The bits of the largest element, and those of the smallest but zero, less one."""
+        g, top, low = at(address), none, bits_type(~none)
+        for j in range(n):
+            b = bits(own * load(g[j]))
+            top, low = max(top, b), min(low, bits_type(b - one))
+        return top, low
+
+    @njit
+    def exponent(b):  # type: ignore[no-untyped-def]
+        """The exponent of the last bit of a number, given its bits."""
+        return max(i64(b >> above), 1) - 1 + smallest
+
+    @njit
+    def singly(limbs, address, n, own):  # type: ignore[no-untyped-def]
+        """Add one square at a time, as an integer."""
+        g = at(address)
+        for j in range(n):
+            b = bits(own * load(g[j]))
+            field = i64(b >> above)
+            m = i64(b) & (hidden - 1)
+            if field == special:
+                limbs[count + (m != 0)] += 1
+                continue
+            if field:
+                m |= hidden
+            place = 2 * exponent(b) - lowest
+            # Halves of at most 27 bits: their products have at most 54.
+            low, high = m & (2**27 - 1), m >> 27
+            deposit(limbs, low * low, place)
+            if high:
+                deposit(limbs, 2 * low * high, place + 27)
+                deposit(limbs, high * high, place + 54)
+        carry(limbs, count)
+
+    if dtype == "float32":
+
+        @njit
+        def pieces(address, n, own, coarse, fine):  # type: ignore[no-untyped-def]
+            """The squares in two pieces: multiples of ``2**coarse``, and the rest of ``2**fine``.
+
+            A square of float32 numbers is exact in float64.
+            """
+            g = at(address)
+            c, d, a, b = anchor * unit(coarse), anchor * unit(fine), i64(0), i64(0)
+            c_bits, d_bits = f64(c).view(i64), f64(d).view(i64)
+            for j in range(n):
+                x = f64(own * load(g[j]))
+                square = x * x
+                upper = square + c
+                rest = (square - (upper - c)) + d
+                a += f64(upper).view(i64)
+                b += f64(rest).view(i64)
+            return a - n * c_bits, b - n * d_bits
+
+        @njit
+        def narrow(limbs, address, n, own, top, low):  # type: ignore[no-untyped-def]
+            """Add squares if their bits are within reach of two pieces of 51 bits."""
+            fine, reach = 2 * exponent(low + one), 2 * (exponent(top) + 24)
+            coarse = max(reach - 51, lowest)
+            if fine < coarse - 51:
+                return False
+            a, b = pieces(address, n, own, coarse, fine)
+            deposit(limbs, a, coarse - lowest)
+            deposit(limbs, b, fine - lowest)
+            return True
+
+        @njit
+        def few(scratch, address, n, own):  # type: ignore[no-untyped-def]
+            top, low = ends(address, n, own)
+            if top == none:
+                return 0.0
+            fine, coarse = 2 * exponent(low + one), 2 * (exponent(top) + 24) - 43
+            if top >= infinite or fine < coarse - 44:
+                return -1.0
+            a, b = pieces(address, n, own, coarse, fine)
+            # Both have at most 53 bits, so their sum is rounded once.
+            return np.sqrt(f64(a) * unit(coarse) + f64(b) * unit(fine))
+
+    else:
+
+        @tools.inlined
+        def piece(x, exponent):  # type: ignore[no-untyped-def]
+            """The units of ``2**exponent`` in a number, rounded, and the rest."""
+            c = anchor * 2.0**exponent
+            upper = x + c
+            # 32 bits, so that the product of two is one instruction.
+            return i64(np.int32(f64(upper).view(i64) - f64(c).view(i64))), x - (upper - c)
+
+        @njit
+        def pieces(address, n, own, reach):  # type: ignore[no-untyped-def]
+            """The sums of the products of three pieces, in units of 2^52, 2^78, ... 2^156 parts.
+
+            Elements are divided by ``2**reach`` first, so that they are below 1.
+            """
+            g = at(address)
+            first, second = unit(-(reach // 2)), unit(-(reach - reach // 2))
+            s0, s1, s2, s3, s4 = i64(0), i64(0), i64(0), i64(0), i64(0)
+            for j in range(n):
+                x = own * load(g[j]) * first * second
+                a, x = piece(x, -26)
+                b, x = piece(x, -52)
+                c, x = piece(x, -78)
+                s0 += a * a
+                s1 += 2 * a * b
+                s2 += 2 * a * c + b * b
+                s3 += 2 * b * c
+                s4 += c * c
+            return s0, s1, s2, s3, s4
+
+        @njit
+        def deposits(limbs, sums, place):  # type: ignore[no-untyped-def]
+            deposit(limbs, sums[0], place + 104)
+            deposit(limbs, sums[1], place + 78)
+            deposit(limbs, sums[2], place + 52)
+            deposit(limbs, sums[3], place + 26)
+            deposit(limbs, sums[4], place)
+
+        @njit
+        def narrow(limbs, address, n, own, top, low):  # type: ignore[no-untyped-def]
+            """Add squares if the elements are within reach of three pieces of 26 bits."""
+            reach = exponent(top) + 53
+            if exponent(low + one) < reach - 78:
+                return False
+            deposits(limbs, pieces(address, n, own, reach), 2 * reach - 156 - lowest)
+            return True
+
+        @njit
+        def few(scratch, address, n, own):  # type: ignore[no-untyped-def]
+            top, low = ends(address, n, own)
+            if top == none:
+                return 0.0
+            reach = exponent(top) + 53
+            if top >= infinite or exponent(low + one) < reach - 78:
+                return -1.0
+            # Six limbs are enough, and have the form of a sum.
+            for k in range(8):
+                scratch[k] = 0
+            deposits(scratch, pieces(address, n, own, reach), 0)
+            carry(scratch, 6)
+            return norm(scratch, 6, 2 * reach - 156)
+
+    @njit
+    def add(limbs, address, n, own):  # type: ignore[no-untyped-def]
+        for first in range(0, n, FEW):
+            begin, some = address + first * itemsize, min(FEW, n - first)
+            top, low = ends(begin, some, own)
+            if top != none and (top >= infinite or not narrow(limbs, begin, some, own, top, low)):
+                singly(limbs, begin, some, own)
+
+    return add, few
