@@ -59,7 +59,7 @@ class _Codes(dict[str, int]):
 
 
 #: The rows of an empty list of names.
-NOTHING = Rows([], np.empty(0, np.int64), [], False, False, None, [])
+NOTHING = Rows([], np.empty(0, np.int64), [], False, False, {}, [])
 
 
 def _are_scheduled(parts: Iterable[RowsOfGroup]) -> bool:

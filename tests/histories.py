@@ -14,7 +14,7 @@ from multiopt import rules as registered
 from tests.cases import options
 from tests.libraries import NUMPY, Library, assert_equal, engine
 
-#: Sizes on both sides of a block of the summation tree, and of several.
+#: Sizes on both sides of a block of the compiled engine, and of several.
 SIZES = [0, 1, 2, 3, 10, 17, 4095, 4096, 4097, 9000, 40_000]
 
 

@@ -1,4 +1,4 @@
-"""Clipping: the bound, the direction, the extremes, the order, and the tree of the norm."""
+"""Clipping: the bound, the direction, the extremes and the order. Norms are in ``test_norms``."""
 
 import math
 
@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multiopt as mo
-from multiopt.rules.arithmetic import sum_of_squares
-from tests.histories import SIZES, fill, laid_out
+from tests.histories import fill
 from tests.libraries import LIBRARIES, NUMPY, Library, assert_equal, engine
 
 #: With this rule a step from zero leaves the negative of the clipped gradient behind.
@@ -220,76 +219,6 @@ def test_each_coefficient_is_rounded_and_multiplied_by_itself() -> None:
     ]
     assert_equal(-params["w"], coefficients[1] * (coefficients[0] * grad))
     assert (coefficients[1] * coefficients[0] * grad != -params["w"]).any()
-
-
-# The tree
-
-
-def tree(x: np.ndarray) -> float:
-    """The sum of squares as spec/arithmetic.md says it, element by element."""
-    squares = [float(v) * float(v) for v in x.ravel()]
-
-    def folded(values: list[float]) -> float:
-        while len(values) > 1:
-            half = len(values) // 2
-            values = [values[i] + values[i + half] for i in range(half)]
-        return values[0]
-
-    blocks = [squares[i : i + 4096] for i in range(0, len(squares), 4096)] or [[]]
-    sums = [folded(block + [0.0] * (4096 - len(block))) for block in blocks]
-    width = 1
-    while width < len(sums):
-        width *= 2
-    return folded(sums + [0.0] * (width - len(sums)))
-
-
-CLIP_BOTH = mo.Clip(norm=1.0, global_norm=1e9)
-
-
-@pytest.mark.parametrize("size", [*SIZES, 4096 * 3 + 1, 4096 * 5])
-@pytest.mark.parametrize("layout", ["plain", "strided", "fortran"])
-def test_the_norm_is_the_tree_of_the_spec(library: Library, size: int, layout: str) -> None:
-    rng = np.random.default_rng(size)
-    shape = (size // 4, 4) if size % 4 == 0 else (size,)
-    # A norm of its own alone is measured in another kernel, from the second step on.
-    opts = [mo.Optimizer(IDENTITY, clip) for clip in (CLIP_BOTH, mo.Clip(norm=1.0))]
-    params = {"w": library.param(np.zeros(shape))}
-    for draw in range(8):
-        values = fill(rng, shape, "float64", "moderate")
-        if draw:
-            # In a sum of thousands the total's rounding hides the order of a few. Here are few, and
-            # they meet in the first folds.
-            values[(np.arange(size) % 256 != rng.integers(256)).reshape(shape)] = 0.0
-        grad = laid_out(values, layout)
-        for opt in opts:
-            params = opt.step(params, {"w": library.grad(grad)})
-            assert opt.last.norms["w"] == math.sqrt(tree(grad))
-
-
-def test_the_tree_is_not_just_any_sum() -> None:
-    # Otherwise the test above could not see a sum taken in another order.
-    arrays = [fill(np.random.default_rng(i), (9000,), "float64", "moderate") for i in range(5)]
-    for other in (lambda x: np.sum(x * x), lambda x: np.dot(x, x), lambda x: sum(v * v for v in x)):
-        assert any(sum_of_squares(np, x) != other(x) for x in arrays)
-    assert all(sum_of_squares(np, x) == tree(x) for x in arrays)
-
-
-def test_the_global_norm_is_folded_in_the_order_of_names() -> None:
-    rng = np.random.default_rng(10)
-    grads = {name: rng.standard_normal(5) for name in ("z", "a", "B", "é", "m")}
-
-    def folded(names: list[str]) -> float:
-        sums = [tree(grads[name]) for name in names]
-        return ((sums[0] + sums[4]) + sums[2]) + (sums[1] + sums[3])
-
-    expected = folded(sorted(grads))
-    assert math.sqrt(expected) != math.sqrt(folded(sorted(grads, key=str.lower)))
-    found = set()
-    for order in (list(grads), sorted(grads), sorted(grads, reverse=True)):
-        opt = mo.Optimizer(IDENTITY, mo.Clip(global_norm=1.0))
-        opt.step({n: np.zeros(5) for n in order}, {n: grads[n] for n in order})
-        found |= set(opt.last.global_norms.values())
-    assert found == {math.sqrt(expected)}
 
 
 def test_norms_span_libraries() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import array_api_strict
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multiopt as mo
-from multiopt.rules.arithmetic import means, root_mean_square, sum_of_squares
+from multiopt.rules.sums import means, norm, root_mean_square
 from spec.check_vectors import exact, ulp
 from tests.cases import TOLERANCE, WHOLE, Case
+from tests.exact_sums import exact_norm, exact_sum, to_float
 from tests.histories import SIZES, laid_out
 from tests.libraries import JAX, NUMPY, STRICT, TORCH, Library, assert_equal
 
@@ -31,30 +33,48 @@ def drawn(seed: int, *shape: int, dtype: Any = "float64") -> np.ndarray:
 # The sums
 
 
-def tree_of_the_spec(x: list[float]) -> float:
-    """Blocks of 4096 filled up with zeros, folded, then their sums: the text of the spec."""
+def exact_mean(x: np.ndarray) -> float:
+    """The mean of numbers >= 0, from their rounded sum."""
+    return to_float(exact_sum([x], squares=False)) * (1 / max(x.size, 1))
 
-    def fold(x: list[float]) -> float:
-        while len(x) > 1:
-            half = len(x) // 2
-            x = [x[i] + x[i + half] for i in range(half)]
-        return x[0]
 
-    blocks = max(1, -(-len(x) // 4096))
-    x = x + [0.0] * (4096 * blocks - len(x))
-    sums = [fold(x[4096 * i : 4096 * (i + 1)]) for i in range(blocks)]
-    return fold(sums + [0.0] * ((1 << (blocks - 1).bit_length()) - blocks))
+def exact_rms(x: np.ndarray) -> Any:
+    return np.sqrt(to_float(exact_sum([x])) * (1 / max(x.size, 1)))
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_means_are_taken_over_the_tree_of_the_spec(size: int) -> None:
-    x = drawn(0, 2, size) * np.exp2(drawn(1, 2, size) * 20)
-    wanted = [tree_of_the_spec(row.tolist()) * (1 / max(size, 1)) for row in x]
+@pytest.mark.parametrize("spread", [1, 20, 300])
+def test_means_are_from_exact_sums(size: int, spread: int) -> None:
+    x = drawn(0, 3, size) ** 2 * np.exp2(np.clip(drawn(1, 3, size) * spread, -1000, 900))
+    x[2] = np.where(np.arange(size) % 7 == 0, x[2], 0.0)
+    wanted = [exact_mean(row) for row in x]
     strided = np.array(x.T, order="C").T
-    assert means(np, x).tolist() == means(np, strided).tolist() == wanted
-    squares = tree_of_the_spec((x[0] * x[0]).tolist())
-    assert float(sum_of_squares(np, x[0])) == squares
-    assert float(root_mean_square(np, x[0])) == np.sqrt(squares * (1 / max(size, 1)))
+    for xp, to in ((np, np.asarray), (array_api_strict, array_api_strict.asarray)):
+        assert np.from_dlpack(means(xp, to(x))).tolist() == wanted
+        assert np.from_dlpack(means(xp, to(strided))).tolist() == wanted
+        assert float(root_mean_square(xp, to(x[0]))) == exact_rms(x[0])
+        assert float(norm(xp, to(x[0]))) == exact_norm(x[0])
+
+
+@given(seed=st.integers(0, 2**32 - 1), low=st.integers(-1074, 1023), high=st.integers(-1074, 1023))
+def test_rows_are_summed_exactly(seed: int, low: int, high: int) -> None:
+    rng = np.random.default_rng(seed)
+    low, high = sorted((low, high))
+    rows, size = int(rng.integers(1, 4)), int(rng.integers(1, 40))
+    exponents = rng.integers(low, high + 1, (rows, size))
+    x = np.ldexp(rng.integers(1, 2**53, (rows, size)) * 2.0**-53, exponents)
+    if rng.random() < 0.5:  # few bits each, so that ties come up
+        x = np.ldexp(np.where(x > 0, rng.choice([0.0, 0.5, 0.75], x.shape), 0.0), exponents)
+    with np.errstate(over="ignore"):
+        assert means(np, x).tolist() == [exact_mean(row) for row in x]
+    ties = np.array([[1.0, 2.0**-53, rest, 0.0] for rest in (2.0**-80, 0.0, 2.0**-52)])
+    assert (4 * means(np, ties)).tolist() == [1 + 2.0**-52, 1.0, 1 + 2.0**-51]
+
+
+def test_means_with_what_is_not_finite() -> None:
+    x = np.array([[1.0, 2.0, 3.0], [1.0, np.inf, 3.0], [np.inf, np.nan, 0.0], [1e308] * 3])
+    with np.errstate(over="ignore"):
+        assert_equal(means(np, x), np.array([2.0, np.inf, np.nan, np.inf]))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -69,9 +89,8 @@ def test_lamb_is_the_text_of_the_spec(dtype: Any) -> None:
         m = c.beta1 * m + c.one_minus_beta1 * g
         v = c.beta2 * v + c.one_minus_beta2 * g * g
         u = (c.first_moment_scale * m) / (c.root_scale * np.sqrt(v) + c.eps) + c.weight_decay * p
-        p64, u64 = p.astype(np.float64), u.astype(np.float64)
-        size, length = (tree_of_the_spec((x * x).ravel().tolist()) ** 0.5 for x in (p64, u64))
-        p = p - (c.lr * (size / length) * u64).astype(dtype)
+        size, length = exact_norm(p), exact_norm(u)
+        p = p - (c.lr * (size / length) * u.astype(np.float64)).astype(dtype)
         opt.step(w, {"w": g})
         assert_equal(w["w"], p)
 
@@ -79,15 +98,9 @@ def test_lamb_is_the_text_of_the_spec(dtype: Any) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(5000, 3), (3, 5000), (2, 30, 40), (9000,)], ids=str)
 def test_adafactor_is_the_text_of_the_spec(shape: tuple[int, ...], dtype: Any) -> None:
-    def mean(x: np.ndarray) -> float:
-        return tree_of_the_spec(x.astype(np.float64).ravel().tolist()) * (1 / x.size)
-
     def along(axis: int, x: np.ndarray) -> Any:
-        found = np.expand_dims(np.apply_along_axis(mean, axis, x.astype(np.float64)), axis)
+        found = np.expand_dims(np.apply_along_axis(exact_mean, axis, x.astype(np.float64)), axis)
         return found.astype(dtype)
-
-    def rms(x: np.ndarray) -> Any:
-        return np.sqrt(mean(x.astype(np.float64) ** 2))
 
     rule = mo.Adafactor(weight_decay=0.1)
     w, opt = {"w": drawn(0, *shape, dtype=dtype)}, mo.Optimizer(rule)
@@ -106,7 +119,9 @@ def test_adafactor_is_the_text_of_the_spec(shape: tuple[int, ...], dtype: Any) -
         else:
             v = c.beta2 * v + c.one_minus_beta2 * g * g
         u = g / np.maximum(np.sqrt(v), eps1)
-        step_size = c.relative_step * max(rms(p), c.eps2) / max(c.inverse_d * rms(u), 1.0)
+        step_size = (
+            c.relative_step * max(exact_rms(p), c.eps2) / max(c.inverse_d * exact_rms(u), 1.0)
+        )
         p = c.shrinkage * p - dtype(step_size) * u
         opt.step(w, {"w": g})
         assert_equal(w["w"], p)
@@ -125,12 +140,12 @@ def exactly(value: Any) -> Any:
     return np.frompyfunc(exact.mpf, 1, 1)(np.asarray(value, np.float64))
 
 
-def norm(x: np.ndarray) -> Any:
+def length(x: np.ndarray) -> Any:
     return exact.sqrt((x * x).sum() + exact.zero)
 
 
 def rms(x: np.ndarray) -> Any:
-    return norm(x) / exact.sqrt(x.size)
+    return length(x) / exact.sqrt(x.size)
 
 
 def lamb(param: Any, grads: list[Any], h: SimpleNamespace) -> Iterator[dict[str, Any]]:
@@ -143,8 +158,8 @@ def lamb(param: Any, grads: list[Any], h: SimpleNamespace) -> Iterator[dict[str,
         v = beta2 * v + (1 - beta2) * grad * grad
         r = (m / (1 - beta1**t)) / (root(v / (1 - beta2**t)) + h.eps)
         u = r + h.weight_decay * param
-        zero = norm(param) == 0 or norm(u) == 0
-        param = param - h.lr * (1 if zero else norm(param) / norm(u)) * u
+        zero = length(param) == 0 or length(u) == 0
+        param = param - h.lr * (1 if zero else length(param) / length(u)) * u
         yield {"param": param, "exp_avg": m, "exp_avg_sq": v}
 
 

@@ -50,7 +50,10 @@ def sum_tools() -> SimpleNamespace:
     is the root of a carried sum in units of ``2**lowest``, rounded before and after; or -1 where it
     may be a subnormal number, which only Python rounds once.
     """
-    njit, i64, f64, u64 = toolbox().njit, np.int64, np.float64, np.uint64
+    njit: Any = toolbox().njit
+    i64: Any = np.int64
+    f64: Any = np.float64
+    u64: Any = np.uint64
     tiny = float(np.finfo(np.float64).smallest_normal)
 
     @njit
@@ -123,7 +126,9 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
         ``FEW`` elements, which returns their norm, or -1 if it takes ``add`` to tell it.
     """
     tools, known = toolbox(), sum_tools()
-    njit, i64, f64 = tools.njit, np.int64, np.float64
+    njit: Any = tools.njit
+    i64: Any = np.int64
+    f64: Any = np.float64
     unit, deposit, carry, norm = known.unit, known.deposit, known.carry, known.norm
     if storage_dtype == dtype:
         at, load, itemsize = tools.at[dtype], tools.inlined(lambda x: x), np.dtype(dtype).itemsize
@@ -133,7 +138,7 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
     mantissa, special, smallest = FORMATS[dtype]
     lowest, count = RANGES[dtype]
     above, size_mask = bits_type(mantissa), bits_type(2 ** (8 * np.dtype(dtype).itemsize - 1) - 1)
-    one, none, hidden = bits_type(1), bits_type(0), i64(1) << mantissa
+    one, none, hidden = bits_type(1), bits_type(0), 1 << mantissa
     infinite = bits_type(special << mantissa)
     anchor = 1.5 * 2.0**52
 
