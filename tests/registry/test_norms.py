@@ -238,3 +238,37 @@ def test_more_squares_than_the_lanes_of_a_kernel_hold() -> None:
         assert step(NUMPY, mo.Clip(norm=1.0), {"w": x}, threads).norms["w"] == want
         wide = x.astype(np.float64)
         assert step(NUMPY, mo.Clip(norm=1.0), {"w": wide}, threads).norms["w"] == want
+
+
+def tied(rng: np.random.Generator, dtype: str) -> np.ndarray:
+    """Numbers whose sum of squares is a tie, but for a last one that decides the norm."""
+    while True:
+        # The sum is between 2^52 and 2^53, so half of its last bit is 0.5.
+        most, size = (2**24, 24) if dtype == "float32" else (2**26, 2)
+        x = rng.integers(most // 2, most, size).astype(dtype)
+        x = np.concatenate([x, np.array([0.5, 0.5], dtype)])
+        more = np.append(x, np.array(2.0**-40, dtype))
+        if exact_norm(x) != exact_norm(more):
+            return more
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_small_number_decides_a_tie(library: Library, dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    grads = {str(k): rng.permutation(tied(rng, dtype)) for k in range(20)}
+    grads |= {f"long {name}": np.append(g, np.zeros(2000, dtype)) for name, g in grads.items()}
+    expected = {name: exact_norm(g) for name, g in grads.items()}
+    assert step(library, mo.Clip(norm=1.0), grads).norms == expected
+    grads["threads"] = np.append(tied(rng, dtype), np.zeros(300_000, dtype))
+    expected["threads"] = exact_norm(grads["threads"])
+    assert step(library, mo.Clip(norm=1.0), grads).norms == expected
+
+
+def test_a_subnormal_norm_is_rounded_once(library: Library) -> None:
+    rng = np.random.default_rng(6)
+    grads = {str(k): rng.integers(2**50, 2**51, 3) * 5e-324 for k in range(20)}
+    expected = {name: exact_norm(g) for name, g in grads.items()}
+    assert step(library, mo.Clip(norm=1.0), grads).norms == expected
+    for name in list(grads):
+        grads[name] = np.append(grads[name], np.zeros(20_000))
+    assert step(library, mo.Clip(norm=1.0), grads).norms == expected
