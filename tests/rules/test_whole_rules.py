@@ -67,8 +67,25 @@ def test_rows_are_summed_exactly(seed: int, low: int, high: int) -> None:
         x = np.ldexp(np.where(x > 0, rng.choice([0.0, 0.5, 0.75], x.shape), 0.0), exponents)
     with np.errstate(over="ignore"):
         assert means(np, x).tolist() == [exact_mean(row) for row in x]
-    ties = np.array([[1.0, 2.0**-53, rest, 0.0] for rest in (2.0**-80, 0.0, 2.0**-52)])
-    assert (4 * means(np, ties)).tolist() == [1 + 2.0**-52, 1.0, 1 + 2.0**-51]
+
+
+def test_rows_that_are_hard_to_sum() -> None:
+    def sums(*rows: list[float]) -> list[float]:
+        return [float(total) for total in 4 * means(np, np.array(rows))]
+
+    # A tie, which the rest decides, however small it is and however many parts that takes.
+    rests = 2.0**-80, 2.0**-200, 2.0**-1000, 5e-324, 0.0, 2.0**-52
+    up = 1 + 2.0**-52
+    ties = [[1.0, 2.0**-53, rest, 0.0] for rest in rests]
+    assert sums(*ties) == [up, up, up, up, 1.0, 1 + 2.0**-51]
+    assert sums([1.0, 2.0**-54, 2.0**-54, 2.0**-300]) == [up]
+    assert sums([1.0, 2.0**-54, 2.0**-55, 2.0**-300]) == [1.0]
+    assert sums([up, 2.0**-53, 2.0**-300, 0.0], [up, 2.0**-53, 0.0, 0.0]) == [1 + 2.0**-51] * 2
+    # Numbers of all bits, as many as go into one sum.
+    for size in (1023, 1024, 1025):
+        x = np.full((2, size), 1 - 2.0**-53)
+        x[1, ::2] = 2.0**-30 - 2.0**-83
+        assert means(np, x).tolist() == [exact_mean(row) for row in x]
 
 
 def test_means_with_what_is_not_finite() -> None:
