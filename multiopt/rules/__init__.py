@@ -1,8 +1,9 @@
 """The mathematics: one file per rule, and what rules share.
 
 Each rule is a frozen dataclass of hyperparameters with a pure update, written against the Array API
-(``rule``). Declarations of fields are in ``declared``, exact arithmetic in ``arithmetic``, weight
-decay in ``decay``, and averages of parameters in ``average``.
+(``rule``). Declarations of fields are in ``declared``, arithmetic that is equal everywhere in
+``arithmetic``, exact sums in ``sums``, weight decay in ``decay``, and averages of parameters in
+``average``.
 """
 
 from multiopt.rules.adabelief import AdaBelief

@@ -2,12 +2,13 @@
 
 IEEE 754 leaves no freedom in the results of ``+ - * / sqrt`` and comparisons, and negation, ``abs``
 and ``where`` do not round. The functions here use only these operations, in a written order. So any
-array library that performs them one by one returns the same bits. The result of a sum depends on
-the order of its additions, so all sums follow one fixed tree:
+array library that performs them one by one returns the same bits. Powers are computed so as well,
+since libm's ``pow`` may differ in the last bit:
 
->>> x = np.asarray([1e16, 1.0, -1e16, 1.0])
->>> float(tree_sum(np, x)), float(x[0] + x[1] + x[2] + x[3])
-(2.0, 1.0)
+>>> power(0.9, 3) == 0.9 * (0.9 * 0.9)
+True
+
+Sums, whose result would depend on their order, are in ``sums``.
 """
 
 from collections.abc import Callable

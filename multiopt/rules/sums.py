@@ -280,9 +280,7 @@ def _row_sums(xp: Any, x: Any) -> Any:
         return xp.reshape(xp.asarray(numbers, dtype=x.dtype, device=device(x)), plain.shape)
     found: list[Any] = []
     while largest > 0:
-        # From the grid of the last bits on, a sum of all that is left is exact.
-        grid = max(frexp(largest)[1] + bits - 53, LAST)
-        upper = _on_grid(left, grid)
+        upper = _on_grid(left, frexp(largest)[1] + bits - 53)
         left = left - upper
         carry = xp.sum(upper, axis=-1)
         for k, part in enumerate(found):

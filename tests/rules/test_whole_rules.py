@@ -97,11 +97,11 @@ def test_means_with_what_is_not_finite() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_lamb_is_the_text_of_the_spec(dtype: Any) -> None:
     # All libraries of the CPU compute in NumPy, so a sum in its order would be equal everywhere.
-    rule = mo.LAMB(weight_decay=0.1)
+    rule = mo.LAMB(lr=0.5, weight_decay=0.1)
     w, opt = {"w": drawn(0, 90, 100, dtype=dtype)}, mo.Optimizer(rule)
     c: Any
     p, m, v = w["w"].copy(), dtype(0), dtype(0)
-    for step in range(1, 4):
+    for step in range(1, 9):
         g, c = drawn(step, 90, 100, dtype=dtype), rule.coefficients(step, dtype.__name__)
         m = c.beta1 * m + c.one_minus_beta1 * g
         v = c.beta2 * v + c.one_minus_beta2 * g * g

@@ -1,7 +1,7 @@
 """Compiled kernels: the only code with addresses, object layouts, threads and machine code.
 
 There are three sorts of kernels. Those of ``update`` are compiled from the printed trace of a rule
-(``source``), those of ``norms`` measure gradients over the summation tree of the spec, and those of
+(``source``), those of ``norms`` measure gradients with exact sums (``sums``), and those of
 ``look`` find out where arrays are. A kernel takes the address of a block of int64 arguments and
 works on a table with one row per parameter (``rows``). It allocates nothing, and calls nothing
 outside itself except for one function of torch (``look``).
