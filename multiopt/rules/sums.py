@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 from array_api_compat import device
 
-__all__ = ["LIMB", "RANGES", "Sum", "means", "norm", "root_mean_square"]
+__all__ = ["LAST", "LIMB", "RANGES", "Sum", "means", "norm", "root_mean_square"]
 
 #: The bits of a limb in the integers that travel. A limb has 23 more, so that 2^23 sums can be
 #: added as arrays of int64 before a limb overflows.

@@ -318,20 +318,18 @@ class CompiledGroup(HostGroup):
 
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """Measure and clip by norm in one compiled call, large gradients on several threads."""
-        left, rows = self._answer, part.rows
+        rows = part.rows
         if self._elements > MANY and self._is_large(rows):
             rows = rows[~np.isnan(self.norm_bound[rows])]
             self.own[rows] = 1.0
             sums, first = self._sum(rows, threads, separate=True)
             columns = (self.norm_bound, self.eps, self.norm, self.own)
             arguments = np.array([address(rows), len(rows), *map(address, (first, sums, *columns))])
-            self._norm_kernels["norms"].alone(address(arguments), left.address)
+            self._norm_kernels["norms"].alone(address(arguments))
         else:
             words = self._measure.values
             words[0], words[1] = part.at[0], len(rows)
-            self._norm_kernels["measure"].alone(self._measure.address, left.address)
-        if left.values[0]:
-            super().clip_by_norm(part, threads)
+            self._norm_kernels["measure"].alone(self._measure.address)
         part.norms = self.norm[part.rows]
 
     # Updating

@@ -96,17 +96,15 @@ def compile_norms(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
 
     @njit
     def clip(r, found, bounds, eps, norms, owns):  # type: ignore[no-untyped-def]
-        """Write the norm of a row and its factor; whether only Python can tell them."""
+        """Write the norm of a row and its factor."""
         norms[r] = found
         owns[r] = number(coefficient(bounds[r], found, eps[r]))
-        return found < 0.0
 
     def norms(arguments_at):  # type: ignore[no-untyped-def]
         """The norms of rows, and their factors, from the sums of their parts."""
         a = words(arguments_at)
         index, n, first, sums_at = words(a[0]), a[1], words(a[2]), a[3]
         bounds, eps, norms, owns = doubles(a[4]), doubles(a[5]), doubles(a[6]), doubles(a[7])
-        left = 0
         for k in range(n):
             limbs = words(sums_at + first[k] * count * 8)
             for other in range(first[k] + 1, first[k + 1]):
@@ -114,15 +112,15 @@ def compile_norms(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
                 for i in range(count):
                     limbs[i] += more[i]
             carry(limbs, limb_count)
-            left += clip(index[k], norm(limbs, limb_count, lowest), bounds, eps, norms, owns)
-        return left
+            clip(index[k], norm(limbs, limb_count, lowest), bounds, eps, norms, owns)
+        return 0
 
     def measure(arguments_at):  # type: ignore[no-untyped-def]
         """The norms of the rows that have a bound, and the factors that bring them down to it."""
         a = words(arguments_at)
         index, n, table_at, width = words(a[0]), a[1], a[2], a[3]
         bounds, eps, norms, owns = doubles(a[4]), doubles(a[5]), doubles(a[6]), doubles(a[7])
-        limbs, left = words(a[8]), 0
+        limbs = words(a[8])
         for k in range(n):
             r = index[k]
             if k + 8 < n:
@@ -138,8 +136,8 @@ def compile_norms(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
                     add(limbs, row, begin, min(BLOCK, row[SIZE] - begin), number(1.0))
                 carry(limbs, limb_count)
                 found = norm(limbs, limb_count, lowest)
-            left += clip(r, found, bounds, eps, norms, owns)
-        return left
+            clip(r, found, bounds, eps, norms, owns)
+        return 0
 
     def finite(arguments_at):  # type: ignore[no-untyped-def]
         """Mark the rows of a share in which an element is infinite or NaN."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.rules.sums import LIMB, RANGES
+from multiopt.rules.sums import LAST, LIMB, RANGES
 from multiopt_kernels.cpu.narrow import conversions
 from multiopt_kernels.cpu.toolbox import toolbox
 
@@ -47,14 +47,14 @@ def sum_tools() -> SimpleNamespace:
 
     ``unit(t)`` is ``2**t``. ``deposit(limbs, m, place)`` adds ``m * 2**place``, a whole number.
     ``carry(limbs, count)`` makes all limbs numbers of 40 bits again. ``norm(limbs, count, lowest)``
-    is the root of a carried sum in units of ``2**lowest``, rounded before and after; or -1 where it
-    may be a subnormal number, which only Python rounds once.
+    is the root of a carried sum in units of ``2**lowest``, rounded before and after.
     """
     njit: Any = toolbox().njit
     i64: Any = np.int64
     f64: Any = np.float64
     u64: Any = np.uint64
-    tiny = float(np.finfo(np.float64).smallest_normal)
+    numbers = np.finfo(np.float64)
+    tiny, smallest = float(numbers.smallest_normal), float(numbers.smallest_subnormal)
 
     @njit
     def unit(t):  # type: ignore[no-untyped-def]
@@ -76,6 +76,24 @@ def sum_tools() -> SimpleNamespace:
         for k in range(count - 1):
             limbs[k + 1] += limbs[k] >> LIMB
             limbs[k] &= MASK
+
+    @njit
+    def subnormal_root(square):  # type: ignore[no-untyped-def]
+        """The root of an integer of 53 bits, rounded to an integer, in units of the smallest number.
+
+        Rounding the root of ``np.sqrt`` again would round twice.
+        """
+        root = np.round(np.sqrt(square))
+        # The exact square of the root, as a product of halves and its error (Veltkamp, Dekker).
+        wide = root * (2.0**27 + 1)
+        high = wide - (wide - root)
+        low = root - high
+        product = root * root
+        error = ((high * high - product) + 2.0 * high * low) + low * low
+        beyond = (square - product) - error
+        # (root + 1/2)^2 is root^2 + root + 1/4, and all numbers here are integers.
+        root += (1.0 if beyond > root else 0.0) - (1.0 if beyond <= -root else 0.0)
+        return root * smallest
 
     @njit
     def norm(limbs, count, lowest):  # type: ignore[no-untyped-def]
@@ -108,7 +126,7 @@ def sum_tools() -> SimpleNamespace:
             exponent -= 1
         half = exponent // 2
         root = np.sqrt(rounded) * unit(half // 2) * unit(half - half // 2)
-        return root if root > tiny else -1.0
+        return root if root > tiny else subnormal_root(rounded * unit(exponent - 2 * LAST))
 
     return SimpleNamespace(unit=unit, deposit=deposit, carry=carry, norm=norm)
 
