@@ -32,9 +32,11 @@ from multiopt.rules import Rule
 from multiopt_kernels.blocks.group import BlockedGroup
 from multiopt_kernels.blocks.tape import Tapes, tapes
 from multiopt_kernels.cpu.group import CompiledGroup, Look
-from multiopt_kernels.cpu.kernels import update_kernel
+from multiopt_kernels.cpu.kernels import update_kernel, whole_kernel
 from multiopt_kernels.cpu.team import Kernel
 from multiopt_kernels.cpu.update import update_source
+from multiopt_kernels.cpu.whole import whole_source
+from multiopt_kernels.cpu.whole_group import WholeGroup
 from multiopt_kernels.forms import coefficient_kinds, traced_scalars
 from multiopt_kernels.operations import NotTraceable
 
@@ -49,10 +51,12 @@ VARIABLE = "MULTIOPT_ENGINE"
 
 
 class _Compiled(NamedTuple):
-    """The kernel of a rule, and whether the host computes its coefficients."""
+    """The kernel of a rule, whether the host computes its coefficients, its passes and sums."""
 
     kernel: Kernel
     host_coefficients: bool
+    passes: int = 1
+    sums: int = 0
 
 
 class _Blocks(NamedTuple):
@@ -96,7 +100,10 @@ def group(
             found, storage_dtype = None, dtype
             engine = _engine_of(rule, dtype, storage_dtype, has_masters)
         assert isinstance(engine, _Compiled)
-        return CompiledGroup(backend, layout, rule, has_masters, *engine, storage_dtype, found)
+        arguments = backend, layout, rule, has_masters, *engine[:2], storage_dtype, found
+        if rule.elementwise:
+            return CompiledGroup(*arguments)
+        return WholeGroup(*arguments, engine.passes, engine.sums)
     if isinstance(engine, _Blocks):
         itself = numpy_arrays and layout.storage_dtype == dtype
         return BlockedGroup(backend, layout, rule, has_masters, *engine, itself)
@@ -120,7 +127,11 @@ def _engine_of(
     kind, asked = kind_of(rule), os.environ.get(VARIABLE, "compiled")
     if asked not in ("compiled", "blocks", "plain"):
         raise ValueError(f"{VARIABLE} is {asked!r}; expected compiled, blocks or plain")
-    if not rule.elementwise or kind is None or asked == "plain":
+    if (
+        kind is None
+        or asked == "plain"
+        or not (rule.elementwise or _is_compiled_whole(rule, asked))
+    ):
         return None
     narrow = storage_dtype != dtype
     key: tuple[Hashable, ...] = asked, kind, dtype, storage_dtype, narrow and has_masters
@@ -136,7 +147,7 @@ def _engine_of(
 
 def _engine(
     asked: str, rule: Rule, dtype: str, storage_dtype: str, masters: bool
-) -> _Compiled | _Blocks:
+) -> _Compiled | _Blocks | None:
     """Make the engine of a rule from its current source; the arguments are as in ``_engine_of``.
 
     Raises:
@@ -144,24 +155,38 @@ def _engine(
     """
     scalars, slots = traced_scalars(rule), len(rule.slots)
     kinds = coefficient_kinds(rule, scalars)
-    text = update_source(rule.update, slots, kinds, scalars, storage_dtype != dtype, masters)
+    arguments = rule.update, slots, kinds, scalars, storage_dtype != dtype, masters
     name = "-".join(type(part).__name__ for part in formulas(rule))
-    dtypes, host_coefficients = (dtype, storage_dtype), scalars is None
-    compiled = _compiled(name, text, dtypes, host_coefficients) if asked == "compiled" else None
+    dtypes, on_host = (dtype, storage_dtype), scalars is None
+    if not rule.elementwise:
+        text, passes, sums = whole_source(*arguments)
+        return _compiled(
+            lambda: _Compiled(whole_kernel(name, text, sums, *dtypes), on_host, passes, sums)
+        )
+    text = update_source(*arguments)
+    compiled = None
+    if asked == "compiled":
+        compiled = _compiled(lambda: _Compiled(update_kernel(name, text, *dtypes), on_host))
     return compiled or _Blocks(tapes(rule.update, slots, kinds, dtype), scalars is not None)
 
 
-def _compiled(
-    name: str, text: str, dtypes: tuple[str, str], host_coefficients: bool
-) -> _Compiled | None:
-    """Compile the kernel of a text; None if Numba is missing, or is there but cannot be imported.
+def _is_compiled_whole(rule: Rule, asked: str) -> bool:
+    """Whether a rule that treats a parameter as a whole may run in a kernel.
+
+    Its slots must have the shape of the parameter.
+    """
+    return asked == "compiled" and type(rule).slot_shapes is Rule.slot_shapes
+
+
+def _compiled(make: Callable[[], _Compiled]) -> _Compiled | None:
+    """Compile a kernel; None if Numba is missing, or is there but cannot be imported.
 
     The latter gives a warning, because steps are slower without a compiler.
     """
     if not (find_spec("numba") and find_spec("llvmlite")):
         return None
     try:
-        return _Compiled(update_kernel(name, text, *dtypes), host_coefficients)
+        return make()
     except ImportError as error:
         warnings.warn(
             f"Numba is installed but cannot be imported ({error}); steps are slower without it",

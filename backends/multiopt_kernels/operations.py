@@ -16,6 +16,7 @@ import numpy as np
 
 __all__ = [
     "EXACT",
+    "SUMS",
     "Kind",
     "Loop",
     "NotTraceable",
@@ -27,6 +28,8 @@ __all__ = [
 
 COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
 LOGICAL = ("logical_and", "logical_or", "logical_not")
+#: Sums over all elements of an array.
+SUMS = ("norm",)
 ARITHMETIC = ("add", "subtract", "multiply", "divide", "sqrt", "negative", "abs")
 
 #: NumPy's functions whose results IEEE 754 fixes, with their names in the Array API. They give an
@@ -55,10 +58,21 @@ class Kind(Enum):
     #: A host number that is combined with arrays and rounded to their dtype: a coefficient, or a
     #: literal in an update.
     NUMBER = "number"
+    #: A float64 number in an update, where that is not the compute dtype or need not be: what
+    #: ``asarray`` converts, and the norms of arrays.
+    WIDE = "wide"
     #: A host integer, such as the step.
     INTEGER = "integer"
     #: The result of a comparison, or a switch.
     BOOL = "bool"
+
+
+#: From what to what each of these converts, or sums.
+CONVERSIONS = {
+    "wide": (Kind.FLOAT, Kind.WIDE),
+    "narrow": (Kind.WIDE, Kind.FLOAT),
+    **dict.fromkeys(SUMS, (Kind.FLOAT, Kind.WIDE)),
+}
 
 
 class Operation(NamedTuple):
@@ -159,10 +173,19 @@ def kind_of(function: str, kinds: list[Kind], is_host: bool) -> Kind:
         return Kind.BOOL
     if Kind.BOOL in kinds:
         raise NotTraceable(f"uses {function} of what a comparison gives: use where")
+    if function in CONVERSIONS:
+        given, made = CONVERSIONS[function]
+        if kinds != [given]:
+            raise NotTraceable(f"uses {function} of a {kinds[0].value}")
+        return made
     if function == "negative" or (function == "abs" and is_host):
         return kinds[0]
+    if Kind.WIDE in kinds and Kind.FLOAT in kinds:
+        raise NotTraceable(
+            f"uses {function} of float64 and the compute dtype: convert with asarray"
+        )
     if not is_host:
-        if Kind.FLOAT not in kinds:
+        if Kind.FLOAT not in kinds and Kind.WIDE not in kinds:
             raise NotTraceable(f"uses {function} of coefficients alone: do it in scalars")
         if function == "divide" and Kind.NUMBER in kinds:
             raise NotTraceable(
@@ -175,7 +198,7 @@ def kind_of(function: str, kinds: list[Kind], is_host: bool) -> Kind:
         if function == "multiply":
             raise NotTraceable("uses multiply of integers, which may overflow: use floats")
         return Kind.INTEGER
-    return Kind.FLOAT
+    return Kind.WIDE if Kind.WIDE in kinds else Kind.FLOAT
 
 
 def _kind_of_choice(condition: Kind, x: Kind, y: Kind) -> Kind:
@@ -185,9 +208,11 @@ def _kind_of_choice(condition: Kind, x: Kind, y: Kind) -> Kind:
         return x
     if Kind.BOOL in (x, y):
         raise NotTraceable("uses where to choose between a number and a comparison")
+    if {x, y} == {Kind.WIDE, Kind.FLOAT}:
+        raise NotTraceable("uses where of float64 and the compute dtype: convert with asarray")
     if x is y:
         raise NotTraceable(
             "uses where to choose between two numbers, which NumPy makes float64: one of "
             "the two must be an array (spec/arithmetic.md, rule 4)"
         )
-    return Kind.FLOAT
+    return Kind.WIDE if Kind.WIDE in (x, y) else Kind.FLOAT

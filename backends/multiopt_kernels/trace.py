@@ -33,6 +33,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from multiopt.rules.arithmetic import by_squaring
 from multiopt.rules.rule import Coefficients, named, namespace
+from multiopt.rules.sums import norm
 from multiopt_kernels.operations import (
     EXACT,
     Kind,
@@ -48,12 +49,18 @@ _T = TypeVar("_T")
 
 __all__ = ["attempt", "trace_function", "trace_scalars", "trace_update"]
 
+#: The dtype of a stand-in for an array: the compute dtype, whichever it is.
+COMPUTE = object()
+
 #: The largest number of switches that may change. Each one doubles how often an update is traced.
 MOST_SWITCHES = 8
 
 
 def trace_update(
-    update: Callable[..., Any], slots: int, coefficients: Mapping[str, bool | Kind]
+    update: Callable[..., Any],
+    slots: int,
+    coefficients: Mapping[str, bool | Kind],
+    is_whole: bool = False,
 ) -> Trace:
     """Trace the update of a rule.
 
@@ -62,6 +69,8 @@ def trace_update(
         slots: The number of slots.
         coefficients: What each coefficient is, by name: True or False for a switch that is the same
             at every step, ``Kind.BOOL`` for a switch that may change, ``Kind.NUMBER`` for a number.
+        is_whole: Whether the update treats a parameter as a whole, so that it may take norms and
+            convert arrays.
 
     Returns:
         The trace. Its inputs are the parameter, the gradient, the slots and all coefficients; its
@@ -79,9 +88,11 @@ def trace_update(
         for name, kind in coefficients.items()
     }
 
+    xp: Any = _Whole() if is_whole else np
+
     def outcome(switches: Mapping[str, bool]) -> list[_StandIn]:
         now = Coefficients(**{**c, **switches})
-        return _checked(update(np, param, grad, tuple(kept), now), slots)
+        return _checked(update(xp, param, grad, tuple(kept), now), slots)
 
     fixed = {name: kind for name, kind in coefficients.items() if isinstance(kind, bool)}
     free = [name for name, kind in coefficients.items() if kind is Kind.BOOL]
@@ -212,6 +223,12 @@ class _StandIn(NDArrayOperatorsMixin):
     def kind(self) -> Kind:
         return self.recorder.values[self.number].kind
 
+    @property
+    def dtype(self) -> Any:
+        if self.kind is Kind.FLOAT and not self.recorder.is_host:
+            return COMPUTE
+        raise NotTraceable("asks for the dtype of a number")
+
     def __repr__(self) -> str:
         return f"a stand-in for a {self.kind.value}"
 
@@ -229,10 +246,28 @@ class _StandIn(NDArrayOperatorsMixin):
     def __array_function__(self, function: Any, types: Any, inputs: Any, options: Any) -> Any:
         if function is np.where and len(inputs) == 3 and not options:
             return self.recorder.record("where", inputs)
+        if function is norm:
+            return self.recorder.record("norm", inputs[1:])
         if function is by_squaring:
             exponent, result, square, combined, squared = inputs
             return self.recorder.loop(exponent, result, square, combined, squared)
         raise NotTraceable(f"uses {function.__module__}.{function.__name__}")
+
+
+class _Whole:
+    """NumPy, with conversions, which it does not dispatch to stand-ins by itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def asarray(self, x: Any, dtype: Any) -> Any:
+        """Convert a stand-in to float64, or to the compute dtype."""
+        if not isinstance(x, _StandIn) or dtype not in (np.float64, COMPUTE):
+            raise NotTraceable(f"converts {x!r} to {dtype!r}")
+        is_wide = dtype is not COMPUTE
+        if x.kind is (Kind.WIDE if is_wide else Kind.FLOAT):
+            return x
+        return x.recorder.record("wide" if is_wide else "narrow", [x])
 
 
 class _Value(NamedTuple):

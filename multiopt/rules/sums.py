@@ -223,9 +223,14 @@ def norm(xp: Any, x: Any) -> Any:
     Returns:
         A 0-d float64 array, 0 for an empty array. NaN and infinity propagate, NaN first.
 
+    A trace of an update records a norm as one operation: if ``x`` is a stand-in, its
+    ``__array_function__`` is called (NEP 18).
+
     >>> float(norm(np, np.asarray([[3.0, 4.0], [0.0, 12.0]])))
     13.0
     """
+    if not isinstance(x, np.ndarray) and hasattr(x, "__array_function__"):
+        return x.__array_function__(norm, (type(x),), (xp, x), {})
     return _scalar(xp, _squares(xp, x).norm(), x)
 
 

@@ -20,7 +20,7 @@ from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels
 from multiopt_kernels.cpu.look import ODD, OVERLAP
 from multiopt_kernels.cpu.narrow import NARROW
 from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, WIDE
-from multiopt_kernels.cpu.shares import SHARES, borders
+from multiopt_kernels.cpu.shares import SHARES, borders, places_of_sums
 from multiopt_kernels.cpu.sums import length
 from multiopt_kernels.cpu.team import Kernel, Shares, thread_count
 from multiopt_kernels.forms import sample_scalars
@@ -102,7 +102,7 @@ class CompiledGroup(HostGroup):
         self._elements = self._scalars = 0
         self._found = np.empty((3, 0), np.int64)
         self._answer = Words(1)
-        self._update, self._measure, self._finite = Words(14), Words(9), Words(8)
+        self._update, self._measure, self._finite = Words(19), Words(9), Words(8)
         self._squares, self._limbs = Words(10), np.zeros(length(layout.compute_dtype), np.int64)
         self._shares: Shares | None = None
         self._seen: Words | None = None
@@ -309,12 +309,9 @@ class CompiledGroup(HostGroup):
         blocks = self._split(rows, used, [address(self.own), separate], 1)
         shares, count = len(blocks), len(self._limbs)
         sums = np.zeros((shares + len(rows) * separate, count), np.int64)
-        # The sum of row k in share s is number s + k: there are then as many as needed.
         blocks[:, -1] = address(sums) + sums.strides[0] * np.arange(shares)
         self._norm_kernels["squares"].shares(blocks, used).run()
-        ends = blocks[:, 3] + (blocks[:, 4] > 0)
-        places = np.arange(len(rows) + 1)
-        return sums, places + np.searchsorted(ends, places, "right")
+        return sums, places_of_sums(blocks[:, 1:5], len(rows))
 
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """Measure and clip by norm in one compiled call, large gradients on several threads."""
@@ -352,11 +349,15 @@ class CompiledGroup(HostGroup):
             self.backend.in_place,
         )
         if self._elements > MANY and self._is_large(rows) and (used := thread_count(threads)) > 1:
-            blocks = self._split(rows, used, self._update.array[7:], 0)
             # A share cannot know whether it is the last one of its row, so the host counts steps.
-            blocks[:, -1] = 0
-            self._shares = self._kernel.shares(blocks, used)
-            self._kept = rows, blocks
+            words[13] = 0
+            self._shares = self._divided(rows, used)
+
+    def _divided(self, rows: np.ndarray, threads: int) -> Shares:
+        """The update of some rows, divided among threads. It keeps what the shares work on."""
+        self._kept: Any = rows
+        blocks = self._split(rows, threads, self._update.array[7:], 0)
+        return self._kernel.shares(blocks, threads)
 
     @np.errstate(all="ignore")
     def _give(self, rows: np.ndarray) -> None:
@@ -375,19 +376,27 @@ class CompiledGroup(HostGroup):
             if len(part.rows):
                 self._kernel.alone(self._update.address)
         else:
-            self._shares.run()
+            self._run_shares(self._shares)
             if self.backend.in_place:
                 self.steps[part.rows] += 1
         if self.clipping:
             part.clipped = self.clipped[part.rows]
 
+    def _run_shares(self, shares: Shares) -> None:
+        shares.run()
+
     # Running kernels
 
     def _split(
-        self, rows: np.ndarray, threads: int, tail: "Sequence[int] | np.ndarray", more: int
+        self,
+        rows: np.ndarray,
+        threads: int,
+        tail: "Sequence[int] | np.ndarray",
+        more: int,
+        whole: bool = False,
     ) -> np.ndarray:
         """The arguments of a kernel over some rows, with one line for each share of the work."""
-        cuts = borders(self.size[rows], threads * SHARES if threads > 1 else 1)
+        cuts = borders(self.size[rows], threads * SHARES if threads > 1 else 1, whole)
         blocks = np.empty((len(cuts), 7 + len(tail) + more), np.int64)
         blocks[:, 0] = address(rows)
         blocks[:, 1:5] = cuts

@@ -13,11 +13,12 @@ from functools import cache, partial
 from types import ModuleType
 
 from multiopt.rules.sums import RANGES
-from multiopt_kernels.cpu import look, narrow, norms, rows, shares, sums, toolbox, update
+from multiopt_kernels.cpu import look, narrow, norms, rows, shares, toolbox, update, whole
+from multiopt_kernels.cpu import sums as sums_module
 from multiopt_kernels.cpu.object_cache import ObjectCode, cached, linked
 from multiopt_kernels.cpu.team import Kernel
 
-__all__ = ["look_kernel", "norm_kernels", "update_kernel"]
+__all__ = ["look_kernel", "norm_kernels", "update_kernel", "whole_kernel"]
 
 
 @cache
@@ -48,6 +49,23 @@ def update_kernel(label: str, text: str, dtype: str, storage_dtype: str) -> Kern
 
 
 @cache
+def whole_kernel(label: str, text: str, sums: int, dtype: str, storage_dtype: str) -> Kernel:
+    """Return the kernel that updates parameters by rules that treat each as a whole.
+
+    Args:
+        label: The beginning of the name of its file, for people.
+        text: The text from ``whole_source``.
+        sums: The number of sums in it.
+        dtype: The compute dtype.
+        storage_dtype: The dtype of parameters and gradients.
+    """
+    made_of = *map(inspect.getsource, (sums_module, update)), str(RANGES)
+    make = partial(whole.compile_whole, text, sums, dtype, storage_dtype)
+    identity = [*made_of, text, str(sums), dtype, storage_dtype]
+    return _loaded(f"{label}-{storage_dtype}", identity, make, whole)["update"]
+
+
+@cache
 def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
     """Return the kernels ``squares``, ``norms``, ``measure`` and ``finite``, by name.
 
@@ -57,7 +75,7 @@ def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
     """
     text = norms.norms_source()
     make = partial(norms.compile_norms, text, dtype, storage_dtype)
-    identity = [text, inspect.getsource(sums), str(RANGES), dtype, storage_dtype]
+    identity = [text, inspect.getsource(sums_module), str(RANGES), dtype, storage_dtype]
     return _loaded(f"norms-{storage_dtype}", identity, make, norms)
 
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["BLOCK", "SHARES", "borders"]
+__all__ = ["BLOCK", "SHARES", "borders", "places_of_sums"]
 
 #: The number of elements of a block: whole lines of the cache, and little enough to stay in it.
 BLOCK = 4096
@@ -28,22 +28,44 @@ SHARES = 16
 OVERHEAD = 64
 
 
-def borders(sizes: np.ndarray, shares: int) -> np.ndarray:
+def borders(sizes: np.ndarray, shares: int, whole: bool = False) -> np.ndarray:
     """Divide rows into shares of about the same work.
 
     Args:
         sizes: The number of elements of each row.
         shares: The number of shares.
+        whole: Whether no row may be divided.
 
     Returns:
         Four numbers for each share: the row and the block in it where it begins, and the row and
         the block before which it ends.
     """
-    if shares == 1:
+    if shares == 1 or not len(sizes):
         return np.array([[0, 0, len(sizes), 0]])
     ends = np.cumsum(sizes + OVERHEAD)
     cuts = np.arange(1, shares) * int(ends[-1]) // shares
     rows = np.searchsorted(ends, cuts, "right")
+    if whole:
+        rows += cuts - (ends - sizes - OVERHEAD)[rows] > 0
+        stops = [0, *rows.tolist(), len(sizes)]
+        return np.array([(a, 0, b, 0) for a, b in pairwise(stops)])
     blocks = np.minimum((cuts - (ends - sizes - OVERHEAD)[rows]) // BLOCK, -(-sizes[rows] // BLOCK))
     stops = [(0, 0), *zip(rows.tolist(), blocks.tolist(), strict=True), (len(sizes), 0)]
     return np.array([(*a, *b) for a, b in pairwise(stops)])
+
+
+def places_of_sums(cuts: np.ndarray, rows: int) -> np.ndarray:
+    """Where the sums of each row begin and end, if that of row k in share s is number s + k.
+
+    With these numbers each share has a sum of its own for each row of which it has a part, and the
+    sums of a row lie side by side.
+
+    Args:
+        cuts: What ``borders`` returned.
+        rows: The number of rows.
+
+    Returns:
+        The place of the first sum of each row, and the end of the last.
+    """
+    ends, places = cuts[:, 2] + (cuts[:, 3] > 0), np.arange(rows + 1)
+    return places + np.searchsorted(ends, places, "right")

@@ -14,7 +14,7 @@ never runs old code.
 from collections.abc import Callable, Sequence
 from textwrap import indent
 
-from multiopt_kernels.operations import Loop, Trace
+from multiopt_kernels.operations import Loop, Operation, Trace
 
 __all__ = ["Source"]
 
@@ -37,6 +37,8 @@ WRITTEN = {
     "logical_or": "{} | {}",
     "logical_not": "not {}",
     "where": "{1} if {0} else {2}",
+    "wide": "double({})",
+    "narrow": "dtype({})",
 }
 
 #: The text of ``by_squaring`` with its two functions written out in it.
@@ -79,16 +81,22 @@ class Source:
             A line for each operation, and how the results are written after these lines.
         """
         names = dict(enumerate(inputs)) | {k: literal(x) for k, x in trace.literals}
-        lines = []
-        for function, values, output, _ in trace.operations:
-            given = [names[value] for value in values]
-            names[output] = f"v{output}"
-            if isinstance(function, Loop):
-                text = f"{self._loop(function)}({', '.join(given)})"
-            else:
-                text = WRITTEN[function].format(*given)
-            lines.append(f"{names[output]} = {text}")
+        lines = [self.line(operation, names) for operation in trace.operations]
         return lines, [names[value] for value in trace.results]
+
+    def line(self, operation: Operation, names: dict[int, str]) -> str:
+        """Print an operation.
+
+        Args:
+            operation: The operation.
+            names: How values are written, by their numbers. The result is added.
+        """
+        function, values, output, _ = operation
+        given = [names[value] for value in values]
+        names[output] = f"v{output}"
+        if isinstance(function, Loop):
+            return f"v{output} = {self._loop(function)}({', '.join(given)})"
+        return f"v{output} = {WRITTEN[function].format(*given)}"
 
     def function(self, trace: Trace) -> str:
         """Print a trace of float64 numbers as a function with the name of its result."""

@@ -23,7 +23,7 @@ The lines between a parameter that is read and the same parameter written are th
 import math
 from collections.abc import Callable, Mapping
 from textwrap import indent
-from typing import Any
+from typing import Any, NamedTuple
 
 from multiopt.rules.arithmetic import clamp
 from multiopt_kernels.cpu.narrow import conversions
@@ -35,21 +35,32 @@ from multiopt_kernels.cpu.toolbox import compiled, object_code, toolbox
 from multiopt_kernels.operations import Kind, Trace
 from multiopt_kernels.trace import trace_function, trace_update
 
-__all__ = ["compile_update", "update_source"]
+__all__ = [
+    "access",
+    "compile_update",
+    "indented",
+    "memory",
+    "update_head",
+    "update_kernel",
+    "update_source",
+]
 
-#: The text of a kernel. ``coefficients`` does what ``Rule.coefficients`` does: it computes them in
-#: float64 and rounds them once to the compute dtype. If the host computes them, they are the
-#: numbers of the row.
-TEXT = """
+#: The beginning of the text of a kernel. ``coefficients`` does what ``Rule.coefficients`` does: it
+#: computes them in float64 and rounds them once to the compute dtype. If the host computes them,
+#: they are the numbers of the row.
+HEAD = """
 FIRST_NUMBER, COUNT = {first_number}, {count}
 
 {functions}
 @njit
 def coefficients(numbers, step):
 {coefficients}
-{loops}
+"""
+
+#: The function that updates some elements of a row.
+UPDATE = """
 @inlined
-def update(row, low, high, c, own, shared, bound, writes):
+def update(row, k, low, high, c, own, shared, bound, writes, sums):
     is_plain = bound == inf and own == 1 and shared == 1
 {choices}
 """
@@ -119,18 +130,7 @@ def update_source(
     Raises:
         NotTraceable: The update has no trace.
     """
-    count = len(kinds) if scalars is None else len(scalars.inputs) - 1
-    numbers = [f"numbers[{k}]" for k in range(count)]
     source = Source()
-    lines: list[str] = []
-    values, switch = numbers, "{} != 0, "
-    if scalars is not None:
-        lines, values = source.lines(scalars, ["step", *numbers])
-        switch = "{}, "
-    rounded = "".join(
-        ("dtype({}), " if kind is Kind.NUMBER else switch).format(value)
-        for value, kind in zip(values, kinds.values(), strict=True)
-    )
     trace = trace_update(update, slots, kinds)
     arrays = ["param", *(f"slot{k}" for k in range(slots))]
     inputs = ["param", "grad", *arrays[1:], *(f"c{k}" for k in range(len(kinds)))]
@@ -140,14 +140,38 @@ def update_source(
     if narrow:
         loops.append(_loops("narrow", len(kinds), body, results, masters))
         choices.insert(0, CHOICE.format(form="narrow", condition=f"row[{WIDE}] == 0"))
+    head = update_head(source, slots + masters, kinds, scalars)
+    return head + "".join(loops) + UPDATE.format(choices=indented(choices, 1))
+
+
+def update_head(
+    source: Source, slots: int, kinds: Mapping[str, bool | Kind], scalars: Trace | None
+) -> str:
+    """Print what any kernel that updates begins with: its functions, and the coefficients.
+
+    Args:
+        source: What has printed the update.
+        slots: The number of slots, master copy included.
+        kinds: What each coefficient is.
+        scalars: The trace of the coefficients, or None.
+    """
+    count = len(kinds) if scalars is None else len(scalars.inputs) - 1
+    numbers = [f"numbers[{k}]" for k in range(count)]
+    lines: list[str] = []
+    values, switch = numbers, "{} != 0, "
+    if scalars is not None:
+        lines, values = source.lines(scalars, ["step", *numbers])
+        switch = "{}, "
+    rounded = "".join(
+        ("dtype({}), " if kind is Kind.NUMBER else switch).format(value)
+        for value, kind in zip(values, kinds.values(), strict=True)
+    )
     clamping = source.function(trace_function(clamp, ["x", "bound"]))
-    return TEXT.format(
-        first_number=FIRST_SLOT + slots + masters,
+    return HEAD.format(
+        first_number=FIRST_SLOT + slots,
         count=count,
         functions=f"{source}{clamping}",
-        coefficients=_indented([*lines, f"return ({rounded})"], 1),
-        loops="".join(loops),
-        choices=_indented(choices, 1),
+        coefficients=indented([*lines, f"return ({rounded})"], 1),
     )
 
 
@@ -163,37 +187,70 @@ def _loops(
         results: The new values of the parameter and of each slot, as they are written.
         masters: Whether there is one more slot, the master copy.
     """
-    at, load, store = "at", "{}", "{}"
-    if form == "narrow":
-        at, load, store = "shorts", "load({})", "store({})"
-    slots = [f"slot{k}" for k in range(len(results) - 1)]
-    kept = [*slots, *(["master"] if masters else [])]
-    before = [f"grads = {at}(row[{GRAD}])", f"params = {at}(row[{PARAM}])"]
-    before += [f"{name}s = at(row[{FIRST_SLOT + k}])" for k, name in enumerate(kept)]
-    before += [f"c{k} = c[{k}]" for k in range(coefficients)]
-    element = [f"param = {load.format('params[i]')}"]
-    if masters:
-        # If the master copy does not round to the parameter, somebody has changed the parameter,
-        # or this is its first step. The parameter itself counts then.
-        element += [
-            "master = masters[i]",
-            "param = master if load(store(master)) == param else param",
-        ]
-    element += [*(f"{name} = {name}s[i]" for name in slots), *body]
-    element += [f"params[i] = {store.format(results[0])}"]
-    element += [f"masters[i] = {results[0]}"] if masters else []
-    element += [f"{name}s[i] = {x}" for name, x in zip(slots, results[1:], strict=True)]
+    memory = access(form, len(results) - 1, masters)
+    reads, writes = memory.reads, memory.writes
+    element = [*reads[0], *(line for lines in reads[2:] for line in lines), *body]
+    for write, result in zip((writes[0], *writes[2:]), results, strict=True):
+        element += [line.format(result) for line in write]
     return LOOPS.format(
         form=form,
-        before=_indented(before, 1),
-        grad=load.format("grads[i]"),
-        left=store.format("grad"),
-        plain=_indented(element, 2),
-        element=_indented(element, 3),
+        before=indented([*memory.before, *(f"c{k} = c[{k}]" for k in range(coefficients))], 1),
+        grad=memory.grad,
+        left=memory.left,
+        plain=indented(element, 2),
+        element=indented(element, 3),
     )
 
 
-def _indented(lines: list[str], depth: int) -> str:
+class Access(NamedTuple):
+    """How printed text reads and writes the element ``i`` of the arrays of a row.
+
+    Attributes:
+        before: The lines before a loop.
+        reads: For the parameter, the gradient and each slot the lines that read it; those of the
+            gradient are up to the loop.
+        writes: For each the lines that write ``{}``.
+        grad: The gradient.
+        left: The number to which a gradient is set where it is left clipped.
+    """
+
+    before: list[str]
+    reads: list[list[str]]
+    writes: list[list[str]]
+    grad: str
+    left: str
+
+
+def access(form: str, slots: int, masters: bool) -> Access:
+    """How text of a form reads and writes; the arguments are those of ``_loops``."""
+    at, load, store = "at", "{}", "{}"
+    if form == "narrow":
+        at, load, store = "shorts", "load({})", "store({})"
+    names = [f"slot{k}" for k in range(slots)]
+    kept = [*names, *(["master"] if masters else [])]
+    before = [f"grads = {at}(row[{GRAD}])", f"params = {at}(row[{PARAM}])"]
+    before += [f"{name}s = at(row[{FIRST_SLOT + k}])" for k, name in enumerate(kept)]
+    read = [f"param = {load.format('params[i]')}"]
+    write = [f"params[i] = {store}"]
+    if masters:
+        # If the master copy does not round to the parameter, somebody has changed the parameter,
+        # or this is its first step. The parameter itself counts then.
+        read += [
+            "master = masters[i]",
+            "param = master if load(store(master)) == param else param",
+        ]
+        write += ["masters[i] = {}"]
+    return Access(
+        before,
+        [read, [], *([f"{name} = {name}s[i]"] for name in names)],
+        [write, [], *([f"{name}s[i] = {{}}"] for name in names)],
+        load.format("grads[i]"),
+        store.format("grad"),
+    )
+
+
+def indented(lines: list[str], depth: int) -> str:
+    """Lines at a depth of blocks."""
     return indent("\n".join(lines), "    " * depth)
 
 
@@ -206,15 +263,20 @@ def compile_update(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
         storage_dtype: The dtype of parameters and gradients. It differs from ``dtype`` if the text
             is for 16 bits.
     """
+    return object_code(update=update_kernel(dtype, compiled(text, **memory(dtype, storage_dtype))))
+
+
+def memory(dtype: str, storage_dtype: str) -> dict[str, Any]:
+    """The names by which printed text reads and writes memory."""
     tools = toolbox()
     names = {"at": tools.at[dtype], "dtype": getattr(tools.types, dtype)}
     if storage_dtype != dtype:
         load, store = conversions(storage_dtype)
         names |= {"shorts": tools.shorts, "load": load, "store": store}
-    return object_code(update=_update_kernel(dtype, compiled(text, **names)))
+    return names
 
 
-def _update_kernel(dtype: str, known: dict[str, Any]) -> Any:
+def update_kernel(dtype: str, known: dict[str, Any]) -> Any:
     """The loop over the rows of a share, as a function to compile."""
     tools = toolbox()
     coefficients, update_elements = known["coefficients"], known["update"]
@@ -226,7 +288,7 @@ def _update_kernel(dtype: str, known: dict[str, Any]) -> Any:
         a = words(arguments_at)
         index, k0, b0, k1, b1, table_at, width = words(a[0]), a[1], a[2], a[3], a[4], a[5], a[6]
         steps, own, shared, bounds = words(a[7]), doubles(a[8]), doubles(a[9]), doubles(a[10])
-        clipped, write, counts = flags(a[11]), a[12], a[13]
+        clipped, write, counts, sums = flags(a[11]), a[12], a[13], words(arguments_at + 14 * 8)
         if k1 == k0 and b1 == 0:
             return 0
         known = doubles(table_at + (index[k0] * width + first_number) * 8)
@@ -256,7 +318,7 @@ def _update_kernel(dtype: str, known: dict[str, Any]) -> Any:
             x, y, z = number(own[r]), number(shared[r]), number(bound)
             scaled = x != 1 or y != 1
             writes = write != 0 and (scaled or bound != math.inf)
-            if update_elements(row, low, high, c, x, y, z, writes) != 0 or scaled:
+            if update_elements(row, k, low, high, c, x, y, z, writes, sums) != 0 or scaled:
                 clipped[r] = 1
             if counts != 0:
                 steps[r] = step

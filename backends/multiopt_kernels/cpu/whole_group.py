@@ -1,0 +1,101 @@
+"""Groups of rules that treat a parameter as a whole, in compiled kernels (``whole``)."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from multiopt.layout import address
+from multiopt_kernels.cpu.group import CompiledGroup, Look
+from multiopt_kernels.cpu.shares import places_of_sums
+from multiopt_kernels.cpu.sums import FEW, length
+from multiopt_kernels.cpu.team import Kernel, Shares
+
+if TYPE_CHECKING:
+    from multiopt.backend import Backend
+    from multiopt.layout import Layout
+    from multiopt.rules import Rule
+
+__all__ = ["WholeGroup"]
+
+#: From how many elements on several threads share a row. Other rows fit into a cache, where one
+#: thread takes all passes over them at once.
+LARGE = 2**16
+
+
+class WholeGroup(CompiledGroup):
+    """Parameters that one compiled kernel updates in several passes.
+
+    Args:
+        backend: The backend of the parameters.
+        layout: Their layout; its shape does not matter.
+        rule: A rule of their kind.
+        has_masters: Whether they have master copies.
+        kernel: The kernel of the update.
+        host_coefficients: Whether the host computes the coefficients; otherwise the kernel does.
+        storage_dtype: The dtype of arrays that the kernel takes as they are.
+        look: How to look at the arrays; None if all are lent.
+        passes: The number of passes.
+        sums: The number of sums that they take.
+    """
+
+    def __init__(
+        self,
+        backend: "Backend",
+        layout: "Layout",
+        rule: "Rule",
+        has_masters: bool,
+        kernel: Kernel,
+        host_coefficients: bool,
+        storage_dtype: str,
+        look: Look | None,
+        passes: int,
+        sums: int,
+    ) -> None:
+        """Create a group without rows."""
+        self._passes, self._turns = passes, list[Shares]()
+        # The words of a row's sums and norms, and of a thread's buffers.
+        self._words = sums * (length(layout.compute_dtype) + 1), sums * FEW
+        self._scratch = np.zeros(sum(self._words), np.int64)
+        super().__init__(
+            backend, layout, rule, has_masters, kernel, host_coefficients, storage_dtype, look
+        )
+        sums_at = address(self._scratch)
+        self._update.array[14:] = [-1, sums_at, sums_at, sums_at + 8 * self._words[0], 0]
+
+    def _divided(self, rows: np.ndarray, threads: int) -> Shares:
+        """Divide large rows, which take one pass after the other; small ones take all at once."""
+        is_large = self.size[rows] >= LARGE
+        large, small = rows[is_large], rows[~is_large]
+        tail = self._update.array[7:]
+        divided = self._split(large, threads, tail, 0)
+        whole = self._split(small, threads, tail, 0, whole=True)
+        words, _ = self._words
+        shares, rooms = (
+            len(divided),
+            np.zeros((len(divided) + len(whole), sum(self._words)), np.int64),
+        )
+        rooms_at = address(rooms) + rooms.strides[0] * np.arange(len(rooms))
+        whole[:, 15] = whole[:, 16] = rooms_at[shares:]
+        whole[:, 17] = rooms_at[shares:] + 8 * words
+        self._known, self._found = np.zeros((2, len(large), words), np.int64)
+        self._adding = np.zeros((shares + len(large), words), np.int64)
+        divided[:, 15], divided[:, 18] = address(self._known), 8 * words
+        divided[:, 16] = address(self._adding) + 8 * words * np.arange(shares)
+        divided[:, 17] = rooms_at[:shares]
+        self._first = places_of_sums(divided[:, 1:5], len(large))[:-1]
+        turns = []
+        for number in range(self._passes):
+            divided[:, 14] = number
+            blocks = np.concatenate([divided, whole]) if not number else divided.copy()
+            turns.append(self._kernel.shares(blocks, threads))
+        self._kept, self._turns = (rows, large, small, rooms), turns
+        return turns[0]
+
+    def _run_shares(self, shares: Shares) -> None:
+        """Take the passes one after the other; add the sums of the shares in between."""
+        for turn in self._turns:
+            turn.run()
+            if len(self._first):
+                np.add.reduceat(self._adding, self._first, axis=0, out=self._found)
+                self._known += self._found
+                self._adding.fill(0)
