@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 
-from multiopt.rules.sums import RANGES
+from multiopt.rules.sums import LIMB, RANGES
 from multiopt_kernels.cpu import look, narrow, norms, rows, shares, sums, toolbox, update
 from multiopt_kernels.cpu.object_cache import ObjectCode, cached, linked
 from multiopt_kernels.cpu.team import Kernel
@@ -57,7 +57,7 @@ def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
     """
     text = norms.norms_source()
     make = partial(norms.compile_norms, text, dtype, storage_dtype)
-    identity = [text, inspect.getsource(sums), str(RANGES), dtype, storage_dtype]
+    identity = [text, inspect.getsource(sums), str((LIMB, RANGES)), dtype, storage_dtype]
     return _loaded(f"norms-{storage_dtype}", identity, make, norms)
 
 
