@@ -85,6 +85,7 @@ BLOCKS = on_numpy("NumPy without fast")
 CLIP = {"clip_norm": 1.0}
 # Every gradient of a work is longer.
 OWN, TOGETHER = mo.Clip(norm=1.0), mo.Clip(global_norm=1.0)
+CLIPPED_IN_TORCH = in_torch("fused", global_norm=1.0)
 
 #: Where a variation of ten arrays has a target of its own.
 VARIATION_TARGETS = {"a gradient missing": 1.2, "two dtypes": 2.1, "two rules": 1.9}
@@ -140,8 +141,10 @@ COMPARISONS = (
     ),
     *(
         Comparison(
-            *("clip", work, on_torch("torch, global norm clipped", TOGETHER)),
-            *(in_torch("fused", global_norm=1.0), target, target, 0.95),
+            *("clip", work, on_torch("torch, global norm clipped", TOGETHER), CLIPPED_IN_TORCH),
+            hot=target,
+            cold=target,
+            one_thread=0.95,
             unit=TIME,
             threaded=True,
         )

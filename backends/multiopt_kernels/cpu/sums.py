@@ -80,7 +80,7 @@ def sum_tools() -> SimpleNamespace:
 
     @njit
     def subnormal_root(square):  # type: ignore[no-untyped-def]
-        """The root of an integer of 53 bits, rounded to an integer, in units of the smallest number.
+        """The root of an integer of 53 bits, rounded to a whole number of smallest numbers.
 
         Rounding the root of ``np.sqrt`` again would round twice.
         """
