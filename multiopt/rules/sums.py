@@ -115,7 +115,8 @@ class Sum:
             return NotImplemented
         if self._squares != other._squares:
             raise TypeError(f"cannot add {self!r} and {other!r}: expected two of one kind")
-        total = type(self)(max(self._dtype, other._dtype), self._squares)
+        dtype = "float64" if "float64" in (self._dtype, other._dtype) else "float32"
+        total = type(self)(dtype, self._squares)
         lowest, _ = RANGES[total._dtype]
         for one in (self, other):
             total._total += one._total << (RANGES[one._dtype][0] - lowest)

@@ -140,9 +140,10 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
         storage_dtype: The dtype of the elements in memory.
 
     Returns:
-        ``add(limbs, address, n, own)``, which leaves the limbs uncarried, with at most five
-        additions to one for every ``FEW`` elements. And ``few(scratch, address, n, own)`` for up to
-        ``FEW`` elements, which returns their norm, or -1 if it takes ``add`` to tell it.
+        ``add(limbs, address, n, own)`` adds to a sum and does not always carry: it adds to a limb
+        at most five times for every ``FEW`` elements, and 2^23 additions are too many.
+        ``few(scratch, address, n, own)`` returns the norm of up to ``FEW`` elements, or -1 if they
+        are too far apart or not finite, and only ``add`` can sum them.
     """
     tools, known = toolbox(), sum_tools()
     njit: Any = tools.njit
@@ -215,7 +216,7 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
 
             @njit
             def pieces(address, n, own, coarse, fine, floor, ceiling):  # type: ignore[no-untyped-def]
-                """The squares in two pieces: multiples of ``2**coarse``, the rest of ``2**fine``.
+                """The sums of two pieces of the squares, in units of ``2**coarse`` and ``2**fine``.
 
                 A square of float32 numbers is exact in float64.
                 """
