@@ -173,9 +173,11 @@ def _engine(
 def _is_compiled_whole(rule: Rule, asked: str) -> bool:
     """Whether a rule that treats a parameter as a whole may run in a kernel.
 
-    Its slots must have the shape of the parameter.
+    Its slots must have the shape of the parameter. A user's own rule of this sort runs as it
+    stands: it is promised arrays in row-major order.
     """
-    return asked == "compiled" and type(rule).slot_shapes is Rule.slot_shapes
+    is_ours = all(type(part).__module__.startswith("multiopt.") for part in formulas(rule))
+    return asked == "compiled" and is_ours and type(rule).slot_shapes is Rule.slot_shapes
 
 
 def _compiled(make: Callable[[], _Compiled]) -> _Compiled | None:

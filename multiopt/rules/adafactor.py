@@ -13,8 +13,9 @@ import numpy as np
 from multiopt.rules.adam import second_moment
 from multiopt.rules.arithmetic import maximum
 from multiopt.rules.decay import descending, descent, shrunk
+from multiopt.rules.means import means
 from multiopt.rules.rule import FINITE, NONNEGATIVE, Hyperparameter, Range, Rule, number, switch
-from multiopt.rules.sums import means, root_mean_square
+from multiopt.rules.sums import root_mean_square
 
 __all__ = ["Adafactor"]
 

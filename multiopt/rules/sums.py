@@ -1,4 +1,4 @@
-"""Exact sums of squares and of numbers, and the norms and means of rules and clipping.
+"""Exact sums of squares and of numbers, and the norms of rules and clipping.
 
 A sum of floating-point numbers depends on the order in which it is added up, so here it is *the
 exact real sum, rounded once*: ``spec/arithmetic.md``. Numbers are split on a grid so coarse that
@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 from array_api_compat import device
 
-__all__ = ["LAST", "LIMB", "RANGES", "Sum", "means", "norm", "root_mean_square"]
+__all__ = ["LAST", "LIMB", "RANGES", "Sum", "extra_bits", "norm", "on_grid", "root_mean_square"]
 
 #: The bits of a limb in the integers that travel. A limb has 23 more, so that 2^23 sums can be
 #: added as arrays of int64 before a limb overflows.
@@ -37,8 +37,8 @@ RANGES = {"float32": (-298, 16), "float64": (-2148, 108)}
 #: other devices enough to keep them busy.
 ON_HOST, ELSEWHERE = 2**13, 2**20
 
-#: The exponents of the last bit and of the largest number of a float64.
-LAST, LARGEST = -1074, 1024
+#: The exponent of the last bit of a float64.
+LAST = -1074
 
 #: float64 numbers smaller than the largest by more than this many powers of two are summed apart,
 #: so that no product of their pieces underflows.
@@ -115,7 +115,8 @@ class Sum:
             return NotImplemented
         if self._squares != other._squares:
             raise TypeError(f"cannot add {self!r} and {other!r}: expected two of one kind")
-        total = type(self)(max(self._dtype, other._dtype), self._squares)
+        dtype = "float64" if "float64" in (self._dtype, other._dtype) else "float32"
+        total = type(self)(dtype, self._squares)
         lowest, _ = RANGES[total._dtype]
         for one in (self, other):
             total._total += one._total << (RANGES[one._dtype][0] - lowest)
@@ -254,73 +255,6 @@ def _scalar(xp: Any, value: float, x: Any) -> Any:
     return xp.asarray(value, dtype=xp.float64, device=device(x))
 
 
-def means(xp: Any, x: Any) -> Any:
-    """The means along the last axis, from the rounded sums; 0 if it has no elements.
-
-    Args:
-        xp: The namespace of ``x``.
-        x: A float64 array of numbers that are not negative.
-
-    >>> means(np, np.asarray([[1.0, 2.0, 6.0], [1e16, 1.0, 1.0]])).tolist()
-    [3.0, 3333333333333334.0]
-    """
-    return (1.0 / max(x.shape[-1], 1)) * _row_sums(xp, x)
-
-
-def _row_sums(xp: Any, x: Any) -> Any:
-    """The exact sums along the last axis of float64 numbers >= 0, each rounded once."""
-    plain = xp.sum(x, axis=-1)
-    if not prod(x.shape):
-        return plain
-    largest, bits = float(xp.max(x)), _bits(x.shape[-1])
-    left = x if largest < inf else xp.where(xp.isfinite(x), x, 0.0)
-    if not largest < inf:
-        largest = float(xp.max(left))
-    if frexp(largest)[1] + bits >= LARGEST - 1:
-        rows = [Sum("float64", squares=False) for _ in range(prod(plain.shape))]
-        flat = xp.reshape(x, (len(rows), -1))
-        for k, row in enumerate(rows):
-            row.add_values(xp, flat[k, :])
-        numbers = [row.rounded() for row in rows]
-        return xp.reshape(xp.asarray(numbers, dtype=x.dtype, device=device(x)), plain.shape)
-    found: list[Any] = []
-    while largest > 0:
-        upper = _on_grid(left, frexp(largest)[1] + bits - 53)
-        left = left - upper
-        carry = xp.sum(upper, axis=-1)
-        for k, part in enumerate(found):
-            carry, found[k] = _two_sum(carry, part)
-        found.append(carry)
-        largest = float(xp.max(xp.abs(left)))
-    sums = _rounded(xp, found) if found else plain
-    return xp.where(xp.isfinite(plain), sums, plain)
-
-
-def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:
-    """The rounded sum and its error (Knuth)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-def _rounded(xp: Any, parts: list[Any]) -> Any:
-    """Round exact sums of parts that do not overlap, smallest first: the end of ``math.fsum``."""
-    total, error, rest = parts[-1], 0.0 * parts[-1], 0.0 * parts[-1]
-    for part in reversed(parts[:-1]):
-        goes_on = error == 0.0
-        longer = total + part
-        rest = xp.where(goes_on | (rest != 0.0), rest, part)
-        total, error = (
-            xp.where(goes_on, longer, total),
-            xp.where(goes_on, part - (longer - total), error),
-        )
-    # A tie that the rest breaks: the error is half of the last bit, and the rest goes on from it.
-    twice = 2.0 * error
-    beyond = total + twice
-    agrees = ((error > 0.0) & (rest > 0.0)) | ((error < 0.0) & (rest < 0.0))
-    return xp.where(agrees & (beyond - total == twice), beyond, total)
-
-
 def _quotient(number: int, exponent: int) -> float:
     """A number times a power of two, rounded once; infinity where that is too large."""
     try:
@@ -370,7 +304,7 @@ def _sum_of_squares(xp: Any, numbers: Any, span: tuple[int, int]) -> tuple[int, 
     The numbers are cut into pieces of so few bits that the scalar product of two is exact in any
     order of additions.
     """
-    pieces = _pieces(numbers, span, (53 - _bits(numbers.shape[0])) // 2)
+    pieces = _pieces(numbers, span, (53 - extra_bits(numbers.shape[0])) // 2)
     total, unit = 0, 2 * span[1]
     for k, (one, exponent) in enumerate(pieces):
         total += _integer(one @ one, 2 * exponent) << (2 * exponent - unit)
@@ -382,7 +316,7 @@ def _sum_of_squares(xp: Any, numbers: Any, span: tuple[int, int]) -> tuple[int, 
 
 def _sum_of_numbers(xp: Any, numbers: Any, span: tuple[int, int]) -> tuple[int, int]:
     """The exact sum, as an integer and the exponent of its unit."""
-    pieces = _pieces(numbers, span, 53 - _bits(numbers.shape[0]))
+    pieces = _pieces(numbers, span, 53 - extra_bits(numbers.shape[0]))
     total = sum(_integer(xp.sum(x), grid) << (grid - span[1]) for x, grid in pieces)
     return total, span[1]
 
@@ -397,7 +331,7 @@ def _pieces(numbers: Any, span: tuple[int, int], width: int) -> list[tuple[Any, 
     """
     pieces, (top, unit) = [], span
     while top - unit > width:
-        upper = _on_grid(numbers, top - width)
+        upper = on_grid(numbers, top - width)
         pieces.append((upper, top - width))
         numbers -= upper
         top -= width + 1
@@ -408,12 +342,12 @@ def _integer(number: Any, unit: int) -> int:
     return int(ldexp(float(number), -unit))
 
 
-def _bits(count: int) -> int:
+def extra_bits(count: int) -> int:
     """By how many bits a sum of so many numbers is longer than the numbers; at least two."""
     return max((count - 1).bit_length(), 2)
 
 
-def _on_grid(numbers: Any, grid: int) -> Any:
+def on_grid(numbers: Any, grid: int) -> Any:
     """Round numbers of up to 51 bits to multiples of 2^grid."""
     anchor = ldexp(1.5, 52 + grid)
     upper = numbers + anchor

@@ -8,6 +8,7 @@ from multiopt.bench.paired import Side
 from multiopt.bench.sides import JAX, OPTAX, TEXTBOOK
 from tests.benchmarks import files, svi, varies
 from tests.benchmarks.memory import stream
+from tests.benchmarks.norms import accumulated, dot
 from tests.benchmarks.ours import distinct, drop_in, on_numpy, on_torch
 from tests.benchmarks.peers import in_pyro, in_sklearn, in_torch
 
@@ -46,6 +47,7 @@ class Comparison:
         hot: The target of hot turns in issue 3, if it has one. It holds for float32 Adam on two
             cores.
         cold: The target of cold turns.
+        one_thread: The target of either with one thread, if that is another.
         unit: What is reported.
         turns: Which turns are taken.
         threaded: Whether to measure with one thread, with two and so on, or just with the most.
@@ -59,6 +61,7 @@ class Comparison:
     against: Side
     hot: float | None = None
     cold: float | None = None
+    one_thread: float | None = None
     unit: str = FASTER
     turns: tuple[str, ...] = ("hot", "cold")
     threaded: bool = False
@@ -70,18 +73,24 @@ class Comparison:
         """The modules without which it cannot be measured."""
         return tuple(dict.fromkeys(self.ours.needs + self.against.needs))
 
-    def target(self, turn: str) -> float | None:
+    def target(self, turn: str, threads: int) -> float | None:
         """The target of hot or of cold turns."""
+        if threads == 1 and self.one_thread is not None:
+            return self.one_thread
         return self.hot if turn == "hot" else self.cold
 
 
 NUMPY, TORCH, FUSED = on_numpy(), on_torch(), in_torch("fused")
 BLOCKS = on_numpy("NumPy without fast")
 CLIP = {"clip_norm": 1.0}
+# Every gradient of a work is longer.
+OWN, TOGETHER = mo.Clip(norm=1.0), mo.Clip(global_norm=1.0)
+CLIPPED_IN_TORCH = in_torch("fused", global_norm=1.0)
 
 #: Where a variation of ten arrays has a target of its own.
 VARIATION_TARGETS = {"a gradient missing": 1.2, "two dtypes": 2.1, "two rules": 1.9}
 
+NORM: Any = {"unit": TIME, "turns": ("hot",), "threaded": True, "alike": False}
 CHECKPOINT: Any = {"unit": TIME, "turns": ("cold",), "alike": False}
 
 COMPARISONS = (
@@ -109,25 +118,37 @@ COMPARISONS = (
     Comparison(
         WITHOUT_FAST, "many small", distinct(), BLOCKS, 1.3, unit=TIME, turns=("hot",), alike=False
     ),
+    *(
+        Comparison(WITHOUT_FAST, work, accumulated(), dot(), 1.2, **NORM)
+        for work in ("a hundredth", "a tenth", "large")
+    ),
     Comparison(
         "distinct", "many small", distinct(), NUMPY, 1.1, unit=TIME, turns=("hot",), alike=False
     ),
     *(
         Comparison(
-            "clip",
-            "large",
-            on_numpy(f"NumPy, {word}", clip),
-            NUMPY,
-            1.4,
+            *("clip", "large", on_numpy(f"NumPy, {word}", clip), NUMPY, 2.0, 2.0, 1.6),
             unit=TIME,
-            turns=("hot",),
             threaded=True,
             alike=False,
         )
-        for word, clip in (
-            ("norm clipped", mo.Clip(norm=10.0)),
-            ("global norm clipped", mo.Clip(global_norm=10.0)),
+        for word, clip in (("norm clipped", OWN), ("global norm clipped", TOGETHER))
+    ),
+    Comparison(
+        *("clip", "many small", on_numpy("NumPy, norm clipped", OWN), NUMPY, 2.0, 2.0),
+        unit=TIME,
+        alike=False,
+    ),
+    *(
+        Comparison(
+            *("clip", work, on_torch("torch, global norm clipped", TOGETHER), CLIPPED_IN_TORCH),
+            hot=target,
+            cold=target,
+            one_thread=0.95,
+            unit=TIME,
+            threaded=True,
         )
+        for work, target in (("forty", 0.8), ("large", 1.1))
     ),
     *(
         Comparison(

@@ -37,23 +37,30 @@ def in_sklearn() -> Side:
     return Side("scikit-learn", begin, ("sklearn",))
 
 
-def in_torch(how: str) -> Side:
+def in_torch(how: str, global_norm: float | None = None) -> Side:
     """``torch.optim.Adam``.
 
     Args:
         how: ``"fused"``, ``"foreach"``, or ``"loop"`` over the parameters.
+        global_norm: The bound that ``clip_grad_norm_`` is called with first. It writes the
+            gradients, so the other side would find nothing left to clip: they are not shared.
     """
 
     def begin(work: Work, threads: int) -> Run:
         import torch
 
-        params = tensors(work)
-        optimizer = torch.optim.Adam(
-            params.values(), lr=LR, foreach=how == "foreach", fused=how == "fused"
-        )
-        return Run(optimizer.step, lambda: torch_values(params))
+        params = tensors(work) if global_norm is None else sides.tensors(work)
+        leaves = list(params.values())
+        optimizer = torch.optim.Adam(leaves, lr=LR, foreach=how == "foreach", fused=how == "fused")
 
-    return Side(f"torch {how}", begin, ("torch",))
+        def step() -> None:
+            if global_norm is not None:
+                torch.nn.utils.clip_grad_norm_(leaves, global_norm)
+            optimizer.step()
+
+        return Run(step, lambda: torch_values(params))
+
+    return Side(f"torch {how}{'' if global_norm is None else ', clipped'}", begin, ("torch",))
 
 
 def in_pyro(clip_args: dict[str, Any] | None = None) -> Side:

@@ -91,10 +91,12 @@ def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]
             blocks = one.row == WITHOUT_FAST and engine() != "blocks"
             for number in threads if one.threaded else threads[-1:]:
                 run: Callable[[], list[Result]] = partial(_compare, place, number, quick)
+                # Read when NumPy is imported.
+                env = {"OPENBLAS_NUM_THREADS": str(number)}
                 if blocks:
-                    run = partial(fresh.alone, run, {"MULTIOPT_ENGINE": "blocks"})
+                    run = partial(fresh.alone, run, {**env, "MULTIOPT_ENGINE": "blocks"})
                 elif not quick:
-                    run = partial(fresh.alone, run)
+                    run = partial(fresh.alone, run, env)
                 yield Job(f"{one.row}: {one.ours.name} and {one.against.name}", run)
     if "memory" in rows and can_measure_peak():
         for library in ("NumPy", *(["torch"] if find_spec("torch") else [])):
@@ -136,7 +138,7 @@ def _compare(place: int, threads: int, quick: bool) -> list[Result]:
                 against_seconds=times.theirs,
                 figure=1 / ratio if one.unit in (FASTER, SHARE) else ratio,
                 unit=one.unit,
-                target=one.target(turn) if has_target else None,
+                target=one.target(turn, threads) if has_target else None,
             )
         )
     return results

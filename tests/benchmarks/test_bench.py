@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.benchmarks import memory
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.comparisons import COMPARISONS, ROWS, Comparison
 from tests.benchmarks.fresh import alone
-from tests.benchmarks.peers import torch_threads
+from tests.benchmarks.peers import shared_tensors, tensors, torch_threads
 from tests.benchmarks.plan import Result, jobs, missing
 from tests.benchmarks.show import table
 from tests.benchmarks.works import works
@@ -88,6 +88,38 @@ def test_names_distinct_have_clocks_and_rates_of_their_own() -> None:
     run.step()
     moved = [abs(x - before[name]).max() for name, x in run.values().items()]
     assert len(set(moved)) == len(moved)
+
+
+def test_what_the_row_of_clips_clips_is_longer_than_its_bound() -> None:
+    known = works(quick=True)
+    for comparison in COMPARISONS:
+        if comparison.row == "clip":
+            work = known[comparison.work]
+            assert all(np.linalg.norm(grad) > 1.0 for grad in work.arrays()[1].values())
+            with shared_tensors():
+                runs = [one.begin(work, 1) for one in (comparison.ours, comparison.against)]
+                for run in runs * 2:
+                    run.step()
+                # Torch's clip writes the gradients, and the next step of ours must clip them again.
+                assert all(leaf.grad.norm() > 1.0 for leaf in tensors(work).values())
+
+
+def test_both_norms_are_the_same() -> None:
+    comparisons = [one for one in COMPARISONS if one.ours.name == "Accumulator"]
+    assert len(comparisons) == 3
+    for one in comparisons:
+        runs = [side.begin(works(quick=True)[one.work], 1) for side in (one.ours, one.against)]
+        for run in runs:
+            run.step()
+        ours, theirs = (run.values()["norm"] for run in runs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+def test_one_thread_may_have_a_target_of_its_own() -> None:
+    one = Comparison("a", "b", COMPARISONS[0].ours, COMPARISONS[0].against, 2.0, 3.0)
+    assert [one.target(turn, n) for turn in ("hot", "cold") for n in (1, 2)] == [2.0, 2.0, 3.0, 3.0]
+    one = replace(one, one_thread=1.6)
+    assert [one.target(turn, n) for turn in ("hot", "cold") for n in (1, 2)] == [1.6, 2.0, 1.6, 3.0]
 
 
 def test_turns_alternate() -> None:

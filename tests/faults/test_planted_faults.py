@@ -61,8 +61,8 @@ FAULTS = [
     Fault(
         "a sum whose parts have too many bits",
         "multiopt/rules/sums.py",
-        "(53 - _bits(numbers.shape[0])) // 2",
-        "(55 - _bits(numbers.shape[0])) // 2",
+        "(53 - extra_bits(numbers.shape[0])) // 2",
+        "(55 - extra_bits(numbers.shape[0])) // 2",
         "rules/test_exact_sums.py",
     ),
     Fault(

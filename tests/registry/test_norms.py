@@ -157,6 +157,19 @@ def test_threads_share_large_gradients(
             assert held(found) == together
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_gradients_without_a_bound_beside_bounded_ones(threads: int) -> None:
+    clips = {"a": mo.Clip(norm=1.0), "b": mo.Clip(value=1.0)}
+    opt = mo.Optimizer(RULE, clips.get, threads=threads)
+    params = {"a": np.zeros(2, np.float32), "b": np.zeros(300_000, np.float32)}
+    grads = {name: np.full_like(x, 3.0) for name, x in params.items()}
+    with engine("compiled"):
+        opt.step(params, grads)
+        assert opt.last.norms == {"a": exact_norm(grads["a"])}
+        opt.step({"b": params["b"]}, {"b": grads["b"]})
+        assert opt.last.norms == {}
+
+
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_a_global_norm_does_not_depend_on_names_or_their_division(
     data: st.DataObject, seed: int

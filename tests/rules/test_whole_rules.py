@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multiopt as mo
-from multiopt.rules.sums import means, norm, root_mean_square
+from multiopt.rules.means import means
+from multiopt.rules.sums import norm, root_mean_square
 from spec.check_vectors import exact, ulp
 from tests.cases import TOLERANCE, WHOLE, Case
 from tests.exact_sums import exact_norm, exact_sum, to_float

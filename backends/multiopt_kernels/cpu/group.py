@@ -316,8 +316,9 @@ class CompiledGroup(HostGroup):
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """Measure and clip by norm in one compiled call, large gradients on several threads."""
         rows = part.rows
-        if self._elements > MANY and self._is_large(rows):
+        if self._elements > MANY:
             rows = rows[~np.isnan(self.norm_bound[rows])]
+        if self._elements > MANY and self._is_large(rows):
             self.own[rows] = 1.0
             sums, first = self._sum(rows, threads, separate=True)
             columns = (self.norm_bound, self.eps, self.norm, self.own)
@@ -325,7 +326,7 @@ class CompiledGroup(HostGroup):
             self._norm_kernels["norms"].alone(address(arguments))
         else:
             words = self._measure.values
-            words[0], words[1] = part.at[0], len(rows)
+            words[0], words[1] = part.at[0], len(part.rows)
             self._norm_kernels["measure"].alone(self._measure.address)
         part.norms = self.norm[part.rows]
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 
-from multiopt.rules.sums import RANGES
-from multiopt_kernels.cpu import look, narrow, norms, rows, shares, toolbox, update, whole
-from multiopt_kernels.cpu import sums as sums_module
+from multiopt.rules.sums import LIMB, RANGES
+from multiopt_kernels.cpu import look, narrow, norms, rows, shares, sums, toolbox, update, whole
 from multiopt_kernels.cpu.object_cache import ObjectCode, cached, linked
 from multiopt_kernels.cpu.team import Kernel
 
@@ -49,19 +48,18 @@ def update_kernel(label: str, text: str, dtype: str, storage_dtype: str) -> Kern
 
 
 @cache
-def whole_kernel(label: str, text: str, sums: int, dtype: str, storage_dtype: str) -> Kernel:
+def whole_kernel(label: str, text: str, count: int, dtype: str, storage_dtype: str) -> Kernel:
     """Return the kernel that updates parameters by rules that treat each as a whole.
 
     Args:
         label: The beginning of the name of its file, for people.
         text: The text from ``whole_source``.
-        sums: The number of sums in it.
+        count: The number of sums in it.
         dtype: The compute dtype.
         storage_dtype: The dtype of parameters and gradients.
     """
-    made_of = *map(inspect.getsource, (sums_module, update)), str(RANGES)
-    make = partial(whole.compile_whole, text, sums, dtype, storage_dtype)
-    identity = [*made_of, text, str(sums), dtype, storage_dtype]
+    make = partial(whole.compile_whole, text, count, dtype, storage_dtype)
+    identity = [*_made_of_sums(), inspect.getsource(update), text, str(count), dtype, storage_dtype]
     return _loaded(f"{label}-{storage_dtype}", identity, make, whole)["update"]
 
 
@@ -75,8 +73,13 @@ def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
     """
     text = norms.norms_source()
     make = partial(norms.compile_norms, text, dtype, storage_dtype)
-    identity = [text, inspect.getsource(sums_module), str(RANGES), dtype, storage_dtype]
+    identity = [*_made_of_sums(), text, dtype, storage_dtype]
     return _loaded(f"norms-{storage_dtype}", identity, make, norms)
+
+
+def _made_of_sums() -> list[str]:
+    """What kernels with exact sums are made of besides."""
+    return [inspect.getsource(sums), str((LIMB, RANGES))]
 
 
 def _loaded(

@@ -4,8 +4,8 @@ A sum is kept in limbs of 40 bits, lowest first, followed by the counts of infin
 A block of elements is summed in two passes. The first finds the largest and the smallest of them,
 and so the bits between which all squares lie. The second cuts each square into pieces of a fixed
 unit, and adds up the pieces as integers, whose sum does not depend on the order, so the compiler
-may use vectors. Only a block whose elements differ by too many powers of two is summed element by
-element.
+may use vectors. A block whose elements differ by too many powers of two is summed band by band, the
+largest elements first.
 
 The pieces come from adding ``1.5 * 2**52`` units to a number: the last bits of the result are then
 the number of units, rounded.
@@ -32,9 +32,10 @@ FEW = 1024
 
 MASK = (1 << LIMB) - 1
 
-#: The mantissa bits of the compute dtype, the largest exponent field, and the exponent of the last
-#: bit of a subnormal number.
-FORMATS = {"float32": (23, 255, -149), "float64": (52, 2047, -1074)}
+#: The mantissa bits of the compute dtype, the largest exponent field, the exponent of the last bit
+#: of a subnormal number, and the most powers of two between elements that are cut into pieces of
+#: the same units: two pieces of 51 bits of a square, or three of 26 bits of a float64 number.
+FORMATS = {"float32": (23, 255, -149, 27), "float64": (52, 2047, -1074, 25)}
 
 
 def length(dtype: str) -> int:
@@ -139,9 +140,10 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
         storage_dtype: The dtype of the elements in memory.
 
     Returns:
-        ``add(limbs, address, n, own)``, which leaves the limbs uncarried, with at most five
-        additions to one for every ``FEW`` elements. And ``few(scratch, address, n, own)`` for up to
-        ``FEW`` elements, which returns their norm, or -1 if it takes ``add`` to tell it.
+        ``add(limbs, address, n, own)`` adds to a sum and does not always carry: it adds to a limb
+        at most five times for every ``FEW`` elements, and 2^23 additions are too many.
+        ``few(scratch, address, n, own)`` returns the norm of up to ``FEW`` elements, or -1 if they
+        are too far apart or not finite, and only ``add`` can sum them.
     """
     tools, known = toolbox(), sum_tools()
     njit: Any = tools.njit
@@ -153,10 +155,10 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
     else:
         at, load, itemsize = tools.shorts, conversions(storage_dtype)[0], 2
     number, bits_type = getattr(np, dtype), np.uint32 if dtype == "float32" else np.uint64
-    mantissa, special, smallest = FORMATS[dtype]
+    mantissa, special, smallest, apart = FORMATS[dtype]
     lowest, count = RANGES[dtype]
     above, size_mask = bits_type(mantissa), bits_type(2 ** (8 * np.dtype(dtype).itemsize - 1) - 1)
-    one, none, hidden = bits_type(1), bits_type(0), 1 << mantissa
+    one, none = bits_type(1), bits_type(0)
     infinite = bits_type(special << mantissa)
     anchor = 1.5 * 2.0**52
 
@@ -166,154 +168,171 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
         return bits_type(number(x).view(bits_type) & size_mask)
 
     @njit
-    def ends(address, n, own):  # type: ignore[no-untyped-def]
-        """The bits of the largest element, and those of the smallest but zero, less one."""
-        g, top, low = at(address), none, bits_type(~none)
-        for j in range(n):
-            b = bits(own * load(g[j]))
-            top, low = max(top, b), min(low, bits_type(b - one))
-        return top, low
-
-    @njit
     def exponent(b):  # type: ignore[no-untyped-def]
         """The exponent of the last bit of a number, given its bits."""
         return max(i64(b >> above), 1) - 1 + smallest
 
+    @tools.inlined
+    def piece(x, exponent):  # type: ignore[no-untyped-def]
+        """The units of ``2**exponent`` in a number, rounded, and the rest."""
+        c = anchor * 2.0**exponent
+        upper = x + c
+        # 32 bits, so that the product of two is one instruction.
+        return i64(np.int32(f64(upper).view(i64) - f64(c).view(i64))), x - (upper - c)
+
     @njit
-    def singly(limbs, address, n, own):  # type: ignore[no-untyped-def]
-        """Add one square at a time, as an integer."""
-        g = at(address)
-        for j in range(n):
-            b = bits(own * load(g[j]))
-            field = i64(b >> above)
-            m = i64(b) & (hidden - 1)
-            if field == special:
-                limbs[count + (m != 0)] += 1
-                continue
-            if field:
-                m |= hidden
-            place = 2 * exponent(b) - lowest
-            # Halves of at most 27 bits: their products have at most 54.
-            low, high = m & (2**27 - 1), m >> 27
-            deposit(limbs, low * low, place)
-            if high:
-                deposit(limbs, 2 * low * high, place + 27)
-                deposit(limbs, high * high, place + 54)
-        carry(limbs, count)
+    def deposits(limbs, sums, place):  # type: ignore[no-untyped-def]
+        deposit(limbs, sums[0], place + 104)
+        deposit(limbs, sums[1], place + 78)
+        deposit(limbs, sums[2], place + 52)
+        deposit(limbs, sums[3], place + 26)
+        deposit(limbs, sums[4], place)
+
+    def readers(is_banded: bool) -> tuple[Any, Any, Any]:
+        """Make the functions that read a block: ``ends``, ``pieces`` and ``add_pieces``.
+
+        Args:
+            is_banded: Whether elements count as zero unless their bits are at least ``floor`` and
+                below ``ceiling``. Otherwise all elements count.
+        """
+
+        @tools.inlined
+        def element(x, floor, ceiling):  # type: ignore[no-untyped-def]
+            if is_banded:
+                b = bits(x)
+                return x if (floor <= b) & (b < ceiling) else number(0.0)
+            return x
+
+        @njit
+        def ends(address, n, own, ceiling):  # type: ignore[no-untyped-def]
+            """The bits of the largest element, and those of the smallest but zero, less one."""
+            g, top, low = at(address), none, bits_type(~none)
+            for j in range(n):
+                b = bits(element(own * load(g[j]), none, ceiling))
+                top, low = max(top, b), min(low, bits_type(b - one))
+            return top, low
+
+        if dtype == "float32":
+
+            @njit
+            def pieces(address, n, own, coarse, fine, floor, ceiling):  # type: ignore[no-untyped-def]
+                """The sums of two pieces of the squares, in units of ``2**coarse`` and ``2**fine``.
+
+                A square of float32 numbers is exact in float64.
+                """
+                g = at(address)
+                c, d, a, b = anchor * unit(coarse), anchor * unit(fine), i64(0), i64(0)
+                c_bits, d_bits = f64(c).view(i64), f64(d).view(i64)
+                for j in range(n):
+                    x = f64(element(own * load(g[j]), floor, ceiling))
+                    square = x * x
+                    upper = square + c
+                    rest = (square - (upper - c)) + d
+                    a += f64(upper).view(i64)
+                    b += f64(rest).view(i64)
+                return a - n * c_bits, b - n * d_bits
+
+            @njit
+            def add_pieces(limbs, address, n, own, top, floor, ceiling):  # type: ignore[no-untyped-def]
+                """Add the squares in two pieces of 51 bits."""
+                fine, coarse = 2 * exponent(floor), max(2 * (exponent(top) + 24) - 51, lowest)
+                a, b = pieces(address, n, own, coarse, fine, floor, ceiling)
+                deposit(limbs, a, coarse - lowest)
+                deposit(limbs, b, fine - lowest)
+
+        else:
+
+            @njit
+            def pieces(address, n, own, reach, floor, ceiling):  # type: ignore[no-untyped-def]
+                """The sums of the products of three pieces, in units of 2^-52, 2^-78 ... 2^-156.
+
+                Elements are divided by ``2**reach`` first, so that they are below 1.
+                """
+                g = at(address)
+                first, second = unit(-(reach // 2)), unit(-(reach - reach // 2))
+                s0, s1, s2, s3, s4 = i64(0), i64(0), i64(0), i64(0), i64(0)
+                for j in range(n):
+                    x = element(own * load(g[j]), floor, ceiling) * first * second
+                    a, x = piece(x, -26)
+                    b, x = piece(x, -52)
+                    c, x = piece(x, -78)
+                    s0 += a * a
+                    s1 += 2 * a * b
+                    s2 += 2 * a * c + b * b
+                    s3 += 2 * b * c
+                    s4 += c * c
+                return s0, s1, s2, s3, s4
+
+            @njit
+            def add_pieces(limbs, address, n, own, top, floor, ceiling):  # type: ignore[no-untyped-def]
+                """Add the squares of elements in three pieces of 26 bits."""
+                reach = exponent(top) + 53
+                sums = pieces(address, n, own, reach, floor, ceiling)
+                deposits(limbs, sums, 2 * reach - 156 - lowest)
+
+        return ends, pieces, add_pieces
+
+    ends, pieces, add_pieces = readers(is_banded=False)
+    ends_of_band, _, add_band = readers(is_banded=True)
 
     if dtype == "float32":
 
         @njit
-        def pieces(address, n, own, coarse, fine):  # type: ignore[no-untyped-def]
-            """The squares in two pieces: multiples of ``2**coarse``, and the rest of ``2**fine``.
-
-            A square of float32 numbers is exact in float64.
-            """
-            g = at(address)
-            c, d, a, b = anchor * unit(coarse), anchor * unit(fine), i64(0), i64(0)
-            c_bits, d_bits = f64(c).view(i64), f64(d).view(i64)
-            for j in range(n):
-                x = f64(own * load(g[j]))
-                square = x * x
-                upper = square + c
-                rest = (square - (upper - c)) + d
-                a += f64(upper).view(i64)
-                b += f64(rest).view(i64)
-            return a - n * c_bits, b - n * d_bits
-
-        @njit
-        def narrow(limbs, address, n, own, top, low):  # type: ignore[no-untyped-def]
-            """Add squares if their bits are within reach of two pieces of 51 bits."""
-            fine, reach = 2 * exponent(low + one), 2 * (exponent(top) + 24)
-            coarse = max(reach - 51, lowest)
-            if fine < coarse - 51:
-                return False
-            a, b = pieces(address, n, own, coarse, fine)
-            deposit(limbs, a, coarse - lowest)
-            deposit(limbs, b, fine - lowest)
-            return True
-
-        @njit
         def few(scratch, address, n, own):  # type: ignore[no-untyped-def]
-            top, low = ends(address, n, own)
+            top, low = ends(address, n, own, none)
             if top == none:
                 return 0.0
             fine, coarse = 2 * exponent(low + one), 2 * (exponent(top) + 24) - 43
             if top >= infinite or fine < coarse - 44:
                 return -1.0
-            a, b = pieces(address, n, own, coarse, fine)
+            a, b = pieces(address, n, own, coarse, fine, none, none)
             # Both have at most 53 bits, so their sum is rounded once.
             return np.sqrt(f64(a) * unit(coarse) + f64(b) * unit(fine))
 
     else:
 
-        @tools.inlined
-        def piece(x, exponent):  # type: ignore[no-untyped-def]
-            """The units of ``2**exponent`` in a number, rounded, and the rest."""
-            c = anchor * 2.0**exponent
-            upper = x + c
-            # 32 bits, so that the product of two is one instruction.
-            return i64(np.int32(f64(upper).view(i64) - f64(c).view(i64))), x - (upper - c)
-
-        @njit
-        def pieces(address, n, own, reach):  # type: ignore[no-untyped-def]
-            """The sums of the products of three pieces, in units of 2^52, 2^78, ... 2^156 parts.
-
-            Elements are divided by ``2**reach`` first, so that they are below 1.
-            """
-            g = at(address)
-            first, second = unit(-(reach // 2)), unit(-(reach - reach // 2))
-            s0, s1, s2, s3, s4 = i64(0), i64(0), i64(0), i64(0), i64(0)
-            for j in range(n):
-                x = own * load(g[j]) * first * second
-                a, x = piece(x, -26)
-                b, x = piece(x, -52)
-                c, x = piece(x, -78)
-                s0 += a * a
-                s1 += 2 * a * b
-                s2 += 2 * a * c + b * b
-                s3 += 2 * b * c
-                s4 += c * c
-            return s0, s1, s2, s3, s4
-
-        @njit
-        def deposits(limbs, sums, place):  # type: ignore[no-untyped-def]
-            deposit(limbs, sums[0], place + 104)
-            deposit(limbs, sums[1], place + 78)
-            deposit(limbs, sums[2], place + 52)
-            deposit(limbs, sums[3], place + 26)
-            deposit(limbs, sums[4], place)
-
-        @njit
-        def narrow(limbs, address, n, own, top, low):  # type: ignore[no-untyped-def]
-            """Add squares if the elements are within reach of three pieces of 26 bits."""
-            reach = exponent(top) + 53
-            if exponent(low + one) < reach - 78:
-                return False
-            deposits(limbs, pieces(address, n, own, reach), 2 * reach - 156 - lowest)
-            return True
-
         @njit
         def few(scratch, address, n, own):  # type: ignore[no-untyped-def]
-            top, low = ends(address, n, own)
+            top, low = ends(address, n, own, none)
             if top == none:
                 return 0.0
             reach = exponent(top) + 53
-            if top >= infinite or exponent(low + one) < reach - 78:
+            if top >= infinite or exponent(low + one) < exponent(top) - apart:
                 return -1.0
             # Six limbs are enough, and have the form of a sum.
             for k in range(8):
                 scratch[k] = 0
-            deposits(scratch, pieces(address, n, own, reach), 0)
+            deposits(scratch, pieces(address, n, own, reach, none, none), 0)
             carry(scratch, 6)
             return norm(scratch, 6, 2 * reach - 156)
+
+    @njit
+    def in_bands(limbs, address, n, own):  # type: ignore[no-untyped-def]
+        """Add the squares of elements that are far apart, and count those that are not finite."""
+        g, ceiling, infinities, nans = at(address), infinite, 0, 0
+        for j in range(n):
+            b = bits(own * load(g[j]))
+            infinities += b == infinite
+            nans += b > infinite
+        limbs[count] += infinities
+        limbs[count + 1] += nans
+        top, _ = ends_of_band(address, n, own, ceiling)
+        while top != none:
+            floor = bits_type(max(i64(top >> above) - apart, 0) << mantissa)
+            add_band(limbs, address, n, own, top, floor, ceiling)
+            ceiling = floor
+            top, _ = ends_of_band(address, n, own, ceiling)
+        carry(limbs, count)
 
     @njit
     def add(limbs, address, n, own):  # type: ignore[no-untyped-def]
         for first in range(0, n, FEW):
             begin, some = address + first * itemsize, min(FEW, n - first)
-            top, low = ends(begin, some, own)
-            if top != none and (top >= infinite or not narrow(limbs, begin, some, own, top, low)):
-                singly(limbs, begin, some, own)
+            top, low = ends(begin, some, own, none)
+            floor = bits_type(low + one)
+            if top >= infinite or exponent(floor) < exponent(top) - apart:
+                in_bands(limbs, begin, some, own)
+            elif top != none:
+                add_pieces(limbs, begin, some, own, top, floor, none)
 
     return add, few
