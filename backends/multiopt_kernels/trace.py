@@ -79,7 +79,7 @@ def trace_update(
     Raises:
         NotTraceable: The update has no trace.
     """
-    recorder = _Recorder(is_host=False)
+    recorder = _Recorder(is_host=False, is_whole=is_whole)
     kept_names = [f"slot{k}" for k in range(slots)]
     arrays = [recorder.input(name, Kind.FLOAT) for name in ("param", "grad", *kept_names)]
     param, grad, *kept = arrays
@@ -225,9 +225,9 @@ class _StandIn(NDArrayOperatorsMixin):
 
     @property
     def dtype(self) -> Any:
-        if self.kind is Kind.FLOAT and not self.recorder.is_host:
+        if self.kind is Kind.FLOAT and self.recorder.is_whole:
             return COMPUTE
-        raise NotTraceable("asks for the dtype of a number")
+        raise AttributeError(f"{self!r} has no attribute 'dtype'")
 
     def __repr__(self) -> str:
         return f"a stand-in for a {self.kind.value}"
@@ -285,10 +285,11 @@ class _Recorder:
     Args:
         is_host: Whether the values are coefficients, computed in float64 on the host. Otherwise
             they are elements of arrays, combined with host numbers.
+        is_whole: Whether the update treats a parameter as a whole.
     """
 
-    def __init__(self, is_host: bool) -> None:
-        self.is_host = is_host
+    def __init__(self, is_host: bool, is_whole: bool = False) -> None:
+        self.is_host, self.is_whole = is_host, is_whole
         self.names: list[str] = []
         self.values: list[_Value] = []
         # The number of each value by how it is made, so that nothing is computed twice.
