@@ -101,7 +101,7 @@ class Printed:
         row = row_of(param, grad, slots)
         kind = np.dtype(self.dtype).type
         numbers = kind(own), kind(shared), kind(bound)
-        passed: int = self.functions["update"](row, 0, param.size, c, *numbers, writes)
+        passed: int = self.functions["update"](row, 0, 0, param.size, c, *numbers, writes, ())
         return passed
 
 
@@ -177,7 +177,7 @@ def test_the_text_of_a_random_update_is_equal(
     row = row_of(param, grad, kept)
     c = functions["coefficients"]([0.25, 3.0], 1)
     new, new_slots = np.array(new), [np.array(slot) for slot in new_slots]
-    functions["update"](row, 0, 30, c, one, one, math.inf, False)
+    functions["update"](row, 0, 0, 30, c, one, one, math.inf, False, ())
     assert_equal(param, new)
     for slot, expected in zip(kept, new_slots, strict=True):
         assert_equal(slot, expected)

@@ -1,5 +1,6 @@
 """Compiled kernels of rules that treat a parameter as a whole: passes around exact sums."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def compare(
             assert_equal(opt.state(name).slots[slot], array, f"{name} {slot}")
 
 
-def drawn(seed: int, shapes: list[tuple[int, ...]], dtype: str, scale: float = 1.0) -> Any:
+def drawn(seed: int, shapes: Sequence[tuple[int, ...]], dtype: str, scale: float = 1.0) -> Any:
     rng = np.random.default_rng(seed)
     return {
         f"{k}": np.asarray(scale * rng.standard_normal(s)).astype(dtype)
