@@ -15,6 +15,9 @@ import torch
 
 import multiopt as mo
 from multiopt import rules
+from multiopt.backend import backend_named
+from multiopt.layout import Layout
+from multiopt.reference import ReferenceGroup
 from multiopt_kernels.forms import traced_scalars
 
 FILE = Path(__file__).parent / "rules.md"
@@ -36,9 +39,10 @@ which they are computed, and the differences from other libraries with their rea
 instead, as it always does in `AdamW`, `Adafactor`, `Lion` and `Muon`. In `LAMB` the decay is a part
 of the direction.
 
-*Runs* is one of three: *compiled*, element by element; *compiled, coefficients by the host*, if a
+*Runs* is one of four: *compiled*, element by element; *compiled, coefficients by the host*, if a
 coefficient needs a function such as `0.96 ** x`, so that results are equal for all libraries on one
-machine, but not between machines; *as a whole*, each parameter by itself, with the code as it is.
+machine, but not between machines; *compiled in passes*, with norms of the whole parameter in between;
+*as a whole*, each parameter by itself, with the code as it is.
 
 """
 
@@ -96,7 +100,8 @@ def _row(rule: type[mo.Rule]) -> str:
 
 def _runs(rule: type[mo.Rule]) -> str:
     if not rule.elementwise:
-        return "as a whole"
+        group = backend_named("numpy").group(rule(), Layout("numpy", (), "float32", "cpu"))
+        return "as a whole" if isinstance(group, ReferenceGroup) else "compiled in passes"
     return (
         "compiled" if traced_scalars(rule()) is not None else "compiled, coefficients by the host"
     )

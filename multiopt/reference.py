@@ -1,6 +1,6 @@
 """The reference engine: calls ``rule.update`` for one parameter at a time, on any library.
 
-It runs whatever no faster engine can: rules that treat a parameter as a whole, arrays on other
+It runs whatever no faster engine can: most rules that treat a parameter as a whole, arrays on other
 devices, array libraries that multiopt has no package for. Faster engines are tested against it.
 Every result is a new array, and all of them are computed before the first is written, so an error
 changes nothing.
