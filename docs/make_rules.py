@@ -41,8 +41,8 @@ of the direction.
 
 *Runs* is one of four: *compiled*, element by element; *compiled, coefficients by the host*, if a
 coefficient needs a function such as `0.96 ** x`, so that results are equal for all libraries on one
-machine, but not between machines; *compiled in passes*, with norms of the whole parameter in between;
-*as a whole*, each parameter by itself, with the code as it is.
+machine, but not between machines; *compiled in passes*, with norms of the whole parameter in
+between; *as a whole*, each parameter by itself, with the code as it is.
 
 """
 
