@@ -29,7 +29,11 @@ __all__ = [
     "rounded",
     "sign",
     "vectorized",
+    "where",
 ]
+
+#: The types of numbers that the loop of powers takes as they are.
+HOST = frozenset({int, float, np.float64})
 
 
 def power(base: Any, exponent: Any) -> Any:
@@ -119,7 +123,7 @@ def by_squaring(
     1024.0
     """
     for number in (exponent, *result, *square):
-        if isinstance(number, int | float):
+        if type(number) in HOST:
             continue
         if isinstance(number, np.ndarray) and number.ndim:
             return _by_squaring_arrays(exponent, result, square, combined, squared)
@@ -131,8 +135,9 @@ def by_squaring(
     while bits:
         if bits & 1:
             result = combined(*result, *square)
-        square = squared(*square)
         bits >>= 1
+        if bits:
+            square = squared(*square)
     return result[0]
 
 
@@ -169,6 +174,17 @@ def vectorized(function: Callable[..., float]) -> Callable[..., Any]:
         return function(*arguments)
 
     return either
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """``numpy.where`` for host numbers: a condition that is a bool chooses without NumPy's 1.5 us.
+
+    >>> where(1 < 2, 3.0, 4.0), where(np.array([True, False]), 3.0, 4.0).tolist()
+    (3.0, [3.0, 4.0])
+    """
+    if condition is True:
+        return x
+    return y if condition is False else np.where(condition, x, y)
 
 
 def rounded(value: Any, dtype: str) -> float:

@@ -58,8 +58,8 @@ Hyperparameter: TypeAlias = float | Callable[[int], float]
 Update: TypeAlias = Callable[[Any, Any, Any, tuple[Any, ...], Any], tuple[Any, tuple[Any, ...]]]
 
 
-#: The types of a switch among the coefficients.
-SWITCH = bool | np.bool_
+#: The types of a switch among the coefficients. Looking a type up takes a third of ``isinstance``.
+SWITCHES = frozenset({bool, np.bool_})
 
 
 class Coefficients:
@@ -192,15 +192,15 @@ class Rule(Declared, ABC):
                 range.
         """
         numbers = named(self.scalars(self.at(step), step))
-        if np.ndim(step):
+        if type(step) is not int and np.ndim(step):
             return Coefficients(**numbers)
-        # Python floats, since an np.float64 would promote a float32 array. This is ``rounded``
-        # written out: finding the dtype takes longer than rounding, so it is found only once.
-        kind = np.dtype(dtype).type
+        # Python floats, since an np.float64 would promote a float32 array. This is ``rounded`` of
+        # all at once, in half the time.
+        values = np.fromiter(numbers.values(), dtype, len(numbers)).tolist()
         return Coefficients(
             **{
-                name: bool(x) if isinstance(x, SWITCH) else float(kind(x))
-                for name, x in numbers.items()
+                name: bool(x) if type(x) in SWITCHES else value
+                for (name, x), value in zip(numbers.items(), values, strict=True)
             }
         )
 
