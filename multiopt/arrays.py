@@ -175,9 +175,9 @@ class Part:
 
     def look_at_all(self, arrays: Arrays) -> None:
         """Drop the rows without a gradient, and have Python examine all others."""
-        has = np.array([grad is not None for grad in arrays.grads[self.places]], bool)
-        if not has.all():
-            self.keep(has)
+        has = [grad is not None for grad in arrays.grads[self.places]]
+        if not all(has):
+            self.keep(np.array(has))
         self.odd = range(len(self.rows))
 
 

@@ -104,8 +104,12 @@ class Places:
 
     def spread(self, scalars: Sequence[Any]) -> list[Any]:
         """Repeat scalars that differ by row for each element of the row."""
-        values = (x[self.order] if np.ndim(x) and self.order is not None else x for x in scalars)
-        return [np.repeat(x, self.sizes) if np.ndim(x) else x for x in values]
+        if np.ndarray not in set(map(type, scalars)):
+            return list(scalars)
+        order = slice(None) if self.order is None else self.order
+        return [
+            np.repeat(x[order], self.sizes) if isinstance(x, np.ndarray) else x for x in scalars
+        ]
 
     def any(self, mask: np.ndarray) -> np.ndarray:
         """Whether any element of each row is marked in a mask as long as the pack."""
