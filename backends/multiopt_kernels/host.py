@@ -230,10 +230,7 @@ class HostGroup(Group):
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """Have Python examine all arrays."""
-        every = len(part.places) == len(arrays.params)
-        part.params, part.grads = (
-            (x if every else x[part.places]).tolist() for x in (arrays.params, arrays.grads)
-        )
+        part.params, part.grads = arrays.at(part.places)
         part.look_at_all(arrays)
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
@@ -280,10 +277,10 @@ class HostGroup(Group):
     def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
         """Sum the squares of each gradient, ``CHUNK`` elements at a time."""
         total = Sum(self.layout.compute_dtype)
-        for k in np.arange(len(part.rows))[which].tolist():
-            scale = self.dtype.type(self.own[part.rows[k]])
+        places = range(len(part.rows)) if isinstance(which, slice) else which.tolist()
+        for k, scale in zip(places, self.own[part.rows[which]].tolist(), strict=True):
             for x in _blocks(part.grads[k]):
-                total.add_values(np, scale * x)
+                total.add_values(np, x if scale == 1 else scale * x)
         return total
 
     @abstractmethod

@@ -12,7 +12,8 @@ Sums, whose result would depend on their order, are in ``sums``.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
+from itertools import accumulate
 from math import inf, sqrt
 from typing import Any
 
@@ -132,13 +133,22 @@ def by_squaring(
             return number.__array_function__(by_squaring, (type(number),), arguments, {})
     result, square = tuple(map(float, result)), tuple(map(float, square))
     bits = int(exponent)
-    while bits:
-        if bits & 1:
-            result = combined(*result, *square)
-        bits >>= 1
-        if bits:
-            square = squared(*square)
+    for k, factor in enumerate(_squares(square, squared, bits.bit_length())):
+        if bits >> k & 1:
+            result = combined(*result, *factor)
     return result[0]
+
+
+@lru_cache(maxsize=256)
+def _squares(
+    square: tuple[float, ...], squared: Callable[..., tuple[float, ...]], count: int
+) -> list[tuple[float, ...]]:
+    """Numbers squared 0, 1, ... times. They are the same at every step, and two thirds of its time.
+
+    >>> _squares((3.0,), _square, 3)
+    [(3.0,), (9.0,), (81.0,)]
+    """
+    return list(accumulate(range(1, count), lambda numbers, _: squared(*numbers), initial=square))
 
 
 def _by_squaring_arrays(

@@ -26,7 +26,7 @@ function, or code that is made from it. A rule of your own is written like the r
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, NoReturn, TypeAlias
@@ -48,6 +48,7 @@ __all__ = [
     "named",
     "namespace",
     "plain_numbers",
+    "rounded_numbers",
     "with_numbers",
 ]
 __all__ += declared.__all__
@@ -194,15 +195,8 @@ class Rule(Declared, ABC):
         numbers = named(self.scalars(self.at(step), step))
         if type(step) is not int and np.ndim(step):
             return Coefficients(**numbers)
-        # Python floats, since an np.float64 would promote a float32 array. This is ``rounded`` of
-        # all at once, in half the time.
-        values = np.fromiter(numbers.values(), dtype, len(numbers)).tolist()
-        return Coefficients(
-            **{
-                name: bool(x) if type(x) in SWITCHES else value
-                for (name, x), value in zip(numbers.items(), values, strict=True)
-            }
-        )
+        values = rounded_numbers(numbers.values(), dtype)
+        return Coefficients(**dict(zip(numbers, values, strict=True)))
 
     def at(self, step: Any, count: int | None = None) -> Any:
         """This rule with every schedule replaced by its number for a step.
@@ -376,6 +370,17 @@ def namespace(
         inner, _, name = label.rpartition(".")
         setattr(vars(h).setdefault(inner, SimpleNamespace()) if inner else h, name, value)
     return h
+
+
+def rounded_numbers(numbers: Collection[Any], dtype: str) -> list[float | bool]:
+    """Round the result of ``scalars`` to a dtype: ``rounded`` of all at once, in half the time.
+
+    Python floats come back, since an np.float64 would promote a float32 array.
+    """
+    values = np.fromiter(numbers, dtype, len(numbers)).tolist()
+    return [
+        bool(x) if type(x) in SWITCHES else value for x, value in zip(numbers, values, strict=True)
+    ]
 
 
 def named(c: Any) -> dict[str, Any]:

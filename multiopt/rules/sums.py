@@ -16,12 +16,22 @@ All passes over arrays are those of the Array API, with a few numbers brought to
 the grids. Compiled kernels compute the same integers.
 """
 
-from collections.abc import Iterator
-from math import frexp, inf, isqrt, ldexp, nan, prod
+from math import frexp, fsum, inf, isqrt, nan, prod, sqrt
 from typing import Any, Self
 
 import numpy as np
 from array_api_compat import device
+
+from multiopt.rules.pieces import (
+    FEW,
+    LARGEST,
+    bands,
+    bits,
+    few_squares,
+    on_grid,
+    sum_of_numbers,
+    sum_of_squares,
+)
 
 __all__ = ["LIMB", "RANGES", "Sum", "means", "norm", "root_mean_square"]
 
@@ -37,12 +47,8 @@ RANGES = {"float32": (-298, 16), "float64": (-2148, 108)}
 #: other devices enough to keep them busy.
 ON_HOST, ELSEWHERE = 2**13, 2**20
 
-#: The exponents of the last bit and of the largest number of a float64.
-LAST, LARGEST = -1074, 1024
-
-#: float64 numbers smaller than the largest by more than this many powers of two are summed apart,
-#: so that no product of their pieces underflows.
-BAND = 200
+#: How many numbers wait to be added together.
+MOST = 2**16
 
 
 class Sum:
@@ -57,7 +63,7 @@ class Sum:
         nans: How many elements that are not a number were added.
     """
 
-    __slots__ = ("_dtype", "_squares", "_total", "infinities", "nans")
+    __slots__ = ("_dtype", "_few", "_squares", "_total", "infinities", "nans")
 
     def __init__(self, dtype: str, squares: bool = True) -> None:
         """Begin with the sum of nothing."""
@@ -66,6 +72,8 @@ class Sum:
         self._dtype, self._squares = dtype, squares
         #: The sum, in units of the last bit of the smallest square.
         self._total = 0
+        #: Numbers that belong to the sum too. Their own sum is rounded once in a tenth of the time.
+        self._few: list[float] = []
         self.infinities = self.nans = 0
 
     def __repr__(self) -> str:
@@ -82,8 +90,15 @@ class Sum:
                 be a float64 array of float32 values.
         """
         flat, size = xp.reshape(x, (-1,)), prod(x.shape)
+        if xp is np and self._squares and size <= FEW[self._dtype]:
+            terms = few_squares(flat, self._dtype)
+            if terms is not None:
+                self._few += terms
+                if len(self._few) > MOST:
+                    self._settle()
+                return
         step = ON_HOST if xp is np else ELSEWHERE
-        summed = _sum_of_squares if self._squares else _sum_of_numbers
+        summed = sum_of_squares if self._squares else sum_of_numbers
         lowest, _ = RANGES[self._dtype]
         total = infinities = nans = 0
         for first in range(0, size, step):
@@ -98,7 +113,7 @@ class Sum:
                 nans += nan_count
                 sizes = xp.where(finite, sizes, 0.0)
                 largest = float(xp.max(sizes))
-            for numbers, unit, exponent in _bands(xp, sizes, largest, self._dtype):
+            for numbers, unit, exponent in bands(xp, sizes, largest, self._dtype):
                 found, last = summed(xp, numbers, unit)
                 total += found << (last + exponent * (1 + self._squares) - lowest)
         self._total += total
@@ -119,6 +134,7 @@ class Sum:
         lowest, _ = RANGES[total._dtype]
         for one in (self, other):
             total._total += one._total << (RANGES[one._dtype][0] - lowest)
+            total._few += one._few
             total.infinities += one.infinities
             total.nans += one.nans
         return total
@@ -127,15 +143,28 @@ class Sum:
         """Whether both are exactly the same sum."""
         if not isinstance(other, Sum):
             return NotImplemented
+        self._settle()
+        other._settle()
         return all(getattr(self, x) == getattr(other, x) for x in Sum.__slots__)
 
     __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def _settle(self) -> None:
+        """Add the few numbers to the integer."""
+        few, (lowest, _) = self._few, RANGES[self._dtype]
+        # The rounded sum, the rounded sum of what is left, and so on until nothing is left.
+        while part := fsum(few):
+            few.append(-part)
+            numerator, denominator = part.as_integer_ratio()
+            self._total += (numerator << -lowest) // denominator
+        self._few = []
 
     def _special(self) -> float | None:
         return nan if self.nans else inf if self.infinities else None
 
     def _significand(self) -> tuple[int, int]:
         """The sum rounded to 53 bits, ties to even: an integer and the exponent of its last bit."""
+        self._settle()
         lowest, _ = RANGES[self._dtype]
         extra = max(self._total.bit_length() - 53, 0)
         kept, rest = self._total >> extra, self._total & ((1 << extra) - 1)
@@ -154,6 +183,8 @@ class Sum:
         special = self._special()
         if special is not None:
             return special
+        if self._few and not self._total:
+            return fsum(self._few)
         significand, exponent = self._significand()
         return _quotient(significand, exponent)
 
@@ -168,6 +199,8 @@ class Sum:
         special = self._special()
         if special is not None:
             return special
+        if self._few and not self._total:
+            return sqrt(fsum(self._few))
         significand, exponent = self._significand()
         if exponent % 2:
             significand, exponent = 2 * significand, exponent - 1
@@ -185,6 +218,7 @@ class Sum:
             numbers for float32, 110 for float64. The sum of up to 2^23 such arrays, by NumPy or by
             an ``all_reduce``, is what ``from_integers`` takes.
         """
+        self._settle()
         _, count = RANGES[self._dtype]
         mask = (1 << LIMB) - 1
         limbs = [(self._total >> (LIMB * k)) & mask for k in range(count)]
@@ -267,11 +301,11 @@ def _row_sums(xp: Any, x: Any) -> Any:
     plain = xp.sum(x, axis=-1)
     if not prod(x.shape):
         return plain
-    largest, bits = float(xp.max(x)), _bits(x.shape[-1])
+    largest, more = float(xp.max(x)), bits(x.shape[-1])
     left = x if largest < inf else xp.where(xp.isfinite(x), x, 0.0)
     if not largest < inf:
         largest = float(xp.max(left))
-    if frexp(largest)[1] + bits >= LARGEST - 1:
+    if frexp(largest)[1] + more >= LARGEST - 1:
         rows = [Sum("float64", squares=False) for _ in range(prod(plain.shape))]
         flat = xp.reshape(x, (len(rows), -1))
         for k, row in enumerate(rows):
@@ -280,7 +314,7 @@ def _row_sums(xp: Any, x: Any) -> Any:
         return xp.reshape(xp.asarray(numbers, dtype=x.dtype, device=device(x)), plain.shape)
     found: list[Any] = []
     while largest > 0:
-        upper = _on_grid(left, frexp(largest)[1] + bits - 53)
+        upper = on_grid(left, frexp(largest)[1] + more - 53)
         left = left - upper
         carry = xp.sum(upper, axis=-1)
         for k, part in enumerate(found):
@@ -327,90 +361,3 @@ def _quotient(number: int, exponent: int) -> float:
 
 def _count(xp: Any, flags: Any) -> int:
     return int(xp.sum(xp.astype(flags, xp.int64)))
-
-
-def _bands(
-    xp: Any, sizes: Any, largest: float, dtype: str
-) -> Iterator[tuple[Any, tuple[int, int], int]]:
-    """Numbers >= 0 as float64 arrays, of which products neither overflow nor underflow.
-
-    Yields:
-        The numbers divided by 2^exponent, those outside of the band as zeros; the exponents
-        between which their bits are: they are below 2^top and multiples of 2^unit; the exponent.
-    """
-    while largest > 0:
-        top = frexp(largest)[1]
-        if dtype == "float32":
-            unit = max(frexp(_smallest(xp, sizes))[1] - 24, -149)
-            yield xp.astype(sizes, xp.float64), (top, unit), 0
-            return
-        is_near = sizes >= ldexp(1.0, max(top - BAND, LAST))
-        # Two factors, since 2^-top may be out of range. Exact: it makes numbers of 2^-200 and more.
-        near = xp.where(is_near, sizes, 0.0) * 2.0 ** (-top // 2) * 2.0 ** (-top - -top // 2)
-        # A number has 53 bits, of which the last is not below that of the subnormal ones.
-        yield near, (0, max(frexp(_smallest(xp, near))[1] - 53, LAST - top)), top
-        sizes = xp.where(is_near, 0.0, sizes)
-        largest = float(xp.max(sizes))
-
-
-def _smallest(xp: Any, numbers: Any) -> float:
-    """The smallest of numbers >= 0 that is not zero; there must be one."""
-    smallest = float(xp.min(numbers))
-    return smallest or float(xp.min(xp.where(numbers > 0.0, numbers, inf)))
-
-
-def _sum_of_squares(xp: Any, numbers: Any, span: tuple[int, int]) -> tuple[int, int]:
-    """The exact sum of squares, as an integer and the exponent of its unit.
-
-    The numbers are cut into pieces of so few bits that the scalar product of two is exact in any
-    order of additions.
-    """
-    pieces = _pieces(numbers, span, (53 - _bits(numbers.shape[0])) // 2)
-    total, unit = 0, 2 * span[1]
-    for k, (one, exponent) in enumerate(pieces):
-        total += _integer(one @ one, 2 * exponent) << (2 * exponent - unit)
-        for other, more in pieces[:k]:
-            product = _integer(one @ other, exponent + more)
-            total += product << (exponent + more + 1 - unit)
-    return total, unit
-
-
-def _sum_of_numbers(xp: Any, numbers: Any, span: tuple[int, int]) -> tuple[int, int]:
-    """The exact sum, as an integer and the exponent of its unit."""
-    pieces = _pieces(numbers, span, 53 - _bits(numbers.shape[0]))
-    total = sum(_integer(xp.sum(x), grid) << (grid - span[1]) for x, grid in pieces)
-    return total, span[1]
-
-
-def _pieces(numbers: Any, span: tuple[int, int], width: int) -> list[tuple[Any, int]]:
-    """Cut numbers into pieces, each with the exponent of the unit of which it is a multiple.
-
-    Args:
-        numbers: The numbers, which may be overwritten.
-        span: Two exponents: the numbers are at most 2^top in size, and multiples of 2^unit.
-        width: The number of bits of a piece: it has at most 2^width units.
-    """
-    pieces, (top, unit) = [], span
-    while top - unit > width:
-        upper = _on_grid(numbers, top - width)
-        pieces.append((upper, top - width))
-        numbers -= upper
-        top -= width + 1
-    return [*pieces, (numbers, unit)]
-
-
-def _integer(number: Any, unit: int) -> int:
-    return int(ldexp(float(number), -unit))
-
-
-def _bits(count: int) -> int:
-    """By how many bits a sum of so many numbers is longer than the numbers; at least two."""
-    return max((count - 1).bit_length(), 2)
-
-
-def _on_grid(numbers: Any, grid: int) -> Any:
-    """Round numbers of up to 51 bits to multiples of 2^grid."""
-    anchor = ldexp(1.5, 52 + grid)
-    upper = numbers + anchor
-    upper -= anchor
-    return upper

@@ -31,7 +31,7 @@ import numpy as np
 from multiopt.arrays import Arrays, Part
 from multiopt.kinds import other_fields
 from multiopt.rules.arithmetic import rounded
-from multiopt.rules.rule import named, namespace
+from multiopt.rules.rule import named, namespace, rounded_numbers
 from multiopt_kernels.blocks.runs import ClippedRun, Places, Run, clip, joined
 from multiopt_kernels.blocks.tape import Tape, Tapes
 from multiopt_kernels.chunks import LARGE
@@ -174,7 +174,9 @@ class BlockedGroup(HostGroup):
             key = numbers[:1].tobytes()
             if key != self._now[0]:
                 self._now = key, self.rule_now(int(rows[0]))
-            alike = list(self._now[1].coefficients(steps.item(0) + 1, self.layout.compute_dtype))
+            # ``Rule.coefficients`` would look for schedules, and give names to the numbers.
+            found = named(self._now[1].scalars(self._now[1], steps.item(0) + 1))
+            alike = rounded_numbers(found.values(), self.layout.compute_dtype)
             return [(everything, self._tape(alike), alike)]
         numbers, counts = self.numbers[rows], self.steps[rows] + 1
         # ``Rule.scalars`` is called once, on arrays with the numbers of all rows.
