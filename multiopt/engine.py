@@ -199,16 +199,20 @@ class Group(Columns, ABC):
             threads: The largest number of threads, or None.
         """
 
+    def norms(self, part: Part, which: np.ndarray, threads: int | None) -> list[float]:
+        """The norms of gradients of which ``own`` is 1; the arguments are as for ``squares``."""
+        places = range(len(which))
+        return [self.squares(part, which[k : k + 1], threads).norm() for k in places]
+
     @np.errstate(all="ignore")
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """Fill the columns ``norm`` and ``own`` of the rows whose clip bounds their own norm."""
         bounds, eps = self.norm_bound[part.rows].tolist(), self.eps[part.rows].tolist()
         has = [bound == bound for bound in bounds]  # NaN stands for none
-        which = np.flatnonzero(has)
+        which = np.arange(len(has)) if all(has) else np.flatnonzero(has)
         rows = part.rows[which]
         self.own[rows] = 1.0
-        norms = [self.squares(part, which[k : k + 1], threads).norm() for k in range(len(rows))]
-        self.norm[rows] = norms
+        self.norm[rows] = norms = self.norms(part, which, threads)
         limits = zip(compress(bounds, has), norms, compress(eps, has), strict=True)
         self.own[rows] = np.array([clip_coefficient(Host, *x) for x in limits], self.dtype)
         part.norms = self.norm[part.rows]

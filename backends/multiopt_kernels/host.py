@@ -275,11 +275,17 @@ class HostGroup(Group):
 
     @np.errstate(all="ignore")
     def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
-        """Sum the squares of each gradient, ``CHUNK`` elements at a time."""
-        total = Sum(self.layout.compute_dtype)
-        places = range(len(part.rows)) if isinstance(which, slice) else which.tolist()
-        for k, scale in zip(places, self.own[part.rows[which]].tolist(), strict=True):
-            for x in _blocks(part.grads[k]):
+        """Sum the squares of small gradients together, of large ones ``CHUNK`` at a time."""
+        total, rows = Sum(self.layout.compute_dtype), part.rows[which]
+        grads = part.grads if isinstance(which, slice) else [part.grads[k] for k in which.tolist()]
+        if grads and not self.large:
+            flat = np.concatenate(grads, axis=None)
+            if self.bounded:  # otherwise all factors are 1
+                flat *= np.repeat(self.own[rows].astype(self.dtype), self.size[rows])
+            total.add_values(np, flat)
+            return total
+        for grad, scale in zip(grads, self.own[rows].tolist(), strict=True):
+            for x in _blocks(grad):
                 total.add_values(np, x if scale == 1 else scale * x)
         return total
 

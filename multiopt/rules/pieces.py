@@ -5,9 +5,11 @@ and so is the sum of numbers that are multiples of one unit and not too large. M
 on such grids (``sum_of_squares``). Few are faster one by one (``few_squares``):
 
 >>> from math import fsum
->>> terms = few_squares(np.asarray([1.0 + 2.0**-52]), "float64")
->>> [term.hex() for term in terms]
-['0x1.0000000000000p+0', '0x1.0000000000000p-51', '0x1.0000000000000p-104']
+>>> for terms in few_squares(np.asarray([3.0, 1.0 + 2.0**-52]), "float64"):
+...     print([term.hex() for term in terms])
+['0x1.2000000000000p+3', '0x1.0000000000000p+0']
+['0x0.0p+0', '0x1.0000000000000p-51']
+['0x0.0p+0', '0x1.0000000000000p-104']
 """
 
 from collections.abc import Iterator
@@ -38,32 +40,32 @@ BAND = 200
 FEW = {"float32": 2048, "float64": 512}
 
 #: A float64 times this, minus what that is more than itself, has 26 bits (Veltkamp).
-SPLIT = 2.0**27 + 1.0
+SPLIT = np.full(1, 2.0**27 + 1.0)
 
 #: Between these, and if it is zero, the square of a float64 is the sum of three float64 products.
 SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-900, 2.0**1000
 
 
-def few_squares(x: np.ndarray, dtype: str) -> list[float] | None:
-    """Numbers of which the exact sum is that of the squares of a few numbers.
+def few_squares(x: np.ndarray, dtype: str) -> list[list[float]] | None:
+    """The squares of a few numbers, each as the exact sum of one or three numbers.
 
     Args:
         x: The numbers, as a one-dimensional array.
         dtype: Its dtype, ``"float32"`` or ``"float64"``.
 
     Returns:
-        The numbers, of which 2^20 and more add up without overflow; None if an element is not
-        finite, too large or too small.
+        The first numbers of the sums, the second ones and so on, of which 2^20 and more add up
+        without overflow; None if an element is not finite, too large or too small.
     """
     if dtype == "float32":
         squares: list[float] = np.square(x, dtype=np.float64).tolist()
-        return squares if sum(squares) < inf else None
+        return [squares] if sum(squares) < inf else None
     with np.errstate(all="ignore"):
         wide = SPLIT * x
         high = wide - (wide - x)
         low = x - high
-        squares = (high * high).tolist()
-        others = (2.0 * high * low).tolist() + (low * low).tolist()
+        products = high * high, (high + high) * low, low * low
+    squares, *_ = terms = [product.tolist() for product in products]
     # NaN is not below a bound. Of an infinity or a number that is too large, ``high`` is NaN.
     if not sum(squares) < LARGEST_SQUARE:
         return None
@@ -71,7 +73,7 @@ def few_squares(x: np.ndarray, dtype: str) -> list[float] | None:
         pairs = zip(squares, x.tolist(), strict=True)
         if not all(square >= SMALLEST_SQUARE or number == 0.0 for square, number in pairs):
             return None
-    return squares + others
+    return terms
 
 
 def bands(

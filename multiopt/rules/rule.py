@@ -315,11 +315,13 @@ def with_numbers(
         values: The values.
     """
     made = _copied(rule)
-    for inner in rule.nested:
-        object.__setattr__(made, inner, _copied(getattr(made, inner)))
+    owners = {"": made}
     for (label, place), value in zip(fields, values, strict=True):
         inner, _, name = label.rpartition(".")
-        owner = getattr(made, inner) if inner else made
+        if inner not in owners:
+            owners[inner] = _copied(getattr(made, inner))
+            object.__setattr__(made, inner, owners[inner])
+        owner = owners[inner]
         if place is not None:
             parts = getattr(owner, name)
             value = (*parts[:place], value, *parts[place + 1 :])

@@ -13,9 +13,12 @@ result as an integer, so it may be put together from parts, in any order:
 True
 
 All passes over arrays are those of the Array API, with a few numbers brought to the host to choose
-the grids. Compiled kernels compute the same integers.
+the grids. Compiled kernels compute the same integers. Small arrays of NumPy are added up by
+``math.fsum``, which rounds once too, and become part of the integer only if that is asked for.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate, chain
 from math import frexp, fsum, inf, isqrt, nan, prod, sqrt
 from typing import Any, Self
 
@@ -33,7 +36,7 @@ from multiopt.rules.pieces import (
     sum_of_squares,
 )
 
-__all__ = ["LIMB", "RANGES", "Sum", "means", "norm", "root_mean_square"]
+__all__ = ["LIMB", "RANGES", "Sum", "few_norms", "means", "norm", "root_mean_square"]
 
 #: The bits of a limb in the integers that travel. A limb has 23 more, so that 2^23 sums can be
 #: added as arrays of int64 before a limb overflows.
@@ -89,11 +92,13 @@ class Sum:
             x: An array of the dtype of the sum and of any shape. If numbers are summed, it may also
                 be a float64 array of float32 values.
         """
-        flat, size = xp.reshape(x, (-1,)), prod(x.shape)
+        # NumPy's function takes three times as long as the method.
+        flat = x.reshape(-1) if xp is np else xp.reshape(x, (-1,))
+        size = prod(x.shape)
         if xp is np and self._squares and size <= FEW[self._dtype]:
             terms = few_squares(flat, self._dtype)
             if terms is not None:
-                self._few += terms
+                self._few += chain.from_iterable(terms)
                 if len(self._few) > MOST:
                     self._settle()
                 return
@@ -245,6 +250,28 @@ class Sum:
         for limb in reversed(limbs):
             made._total = (made._total << LIMB) + limb
         return made
+
+
+def few_norms(arrays: Sequence[np.ndarray], dtype: str) -> list[float] | None:
+    """The norms of small arrays, in a quarter of the time of a ``Sum`` for each.
+
+    Args:
+        arrays: The arrays, at least one.
+        dtype: Their dtype, ``"float32"`` or ``"float64"``.
+
+    Returns:
+        The norms; None if there are too many elements, or elements that ``few_squares`` does not
+        take.
+
+    >>> few_norms([np.asarray([3.0, 4.0]), np.zeros((0, 2)), np.asarray(2.0)], "float64")
+    [5.0, 0.0, 2.0]
+    """
+    ends = list(accumulate(array.size for array in arrays))
+    terms = few_squares(np.concatenate(arrays, axis=None), dtype) if ends[-1] <= MOST else None
+    if terms is None:
+        return None
+    spans = list(map(slice, [0, *ends], ends))
+    return [sqrt(fsum(chain.from_iterable([x[span] for x in terms]))) for span in spans]
 
 
 def norm(xp: Any, x: Any) -> Any:

@@ -32,6 +32,7 @@ from multiopt.arrays import Arrays, Part
 from multiopt.kinds import other_fields
 from multiopt.rules.arithmetic import rounded
 from multiopt.rules.rule import named, namespace, rounded_numbers
+from multiopt.rules.sums import few_norms
 from multiopt_kernels.blocks.runs import ClippedRun, Places, Run, clip, joined
 from multiopt_kernels.blocks.tape import Tape, Tapes
 from multiopt_kernels.chunks import LARGE
@@ -136,6 +137,16 @@ class BlockedGroup(HostGroup):
                     starts[where] = low = array.ctypes.data
                     ends[where] = low + size
 
+    # Measuring
+
+    def norms(self, part: Part, which: np.ndarray, threads: int | None) -> list[float]:
+        """The norms of small gradients, all at once if that is possible."""
+        found = None
+        if not self.large and len(which):
+            grads = [part.grads[k] for k in which.tolist()]
+            found = few_norms(grads, self.layout.compute_dtype)
+        return super().norms(part, which, threads) if found is None else found
+
     # Updating
 
     @np.errstate(all="ignore")
@@ -228,10 +239,12 @@ class BlockedGroup(HostGroup):
         pack, parts = places.packed(params, self.dtype)
         pairs = [(parts, params)]
         if part.clipped is not None:
-            numbers = [x[rows].astype(self.dtype) for x in (self.own, self.shared, self.bound)]
-            beyond, below = np.empty((2, places.total), bool)
-            clip(grad, places.spread(numbers), grad, beyond, below)
-            part.clipped[which] = (numbers[0] != 1) | (numbers[1] != 1) | places.any(beyond)
+            columns = [x[rows] for x in (self.own, self.shared, self.bound)]
+            numbers = [x.item(0) if self.are_equal(x) else x.astype(self.dtype) for x in columns]
+            masks = np.empty((2, places.total), bool)
+            is_bounded = clip(grad, places.spread(numbers), grad, masks)
+            beyond = places.any(masks[0]) if is_bounded else False
+            part.clipped[which] = (numbers[0] != 1) | (numbers[1] != 1) | beyond
             if leave_clipped:
                 pairs.append((places.parts(grad), grads))
         segments, count = places.segments, len(self.rule.slots)
