@@ -37,7 +37,7 @@ LAST, LARGEST = -1074, 1024
 BAND = 200
 
 #: Up to so many numbers of float32 and float64, Python adds faster than NumPy cuts and adds.
-FEW = {"float32": 2048, "float64": 512}
+FEW = {"float32": 256, "float64": 128}
 
 #: A float64 times this, minus what that is more than itself, has 26 bits (Veltkamp).
 SPLIT = np.full(1, 2.0**27 + 1.0)

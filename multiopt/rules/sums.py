@@ -267,7 +267,9 @@ def few_norms(arrays: Sequence[np.ndarray], dtype: str) -> list[float] | None:
     [5.0, 0.0, 2.0]
     """
     ends = list(accumulate(array.size for array in arrays))
-    terms = few_squares(np.concatenate(arrays, axis=None), dtype) if ends[-1] <= MOST else None
+    if ends[-1] > min(MOST, FEW[dtype] * len(arrays)):
+        return None
+    terms = few_squares(np.concatenate(arrays, axis=None), dtype)
     if terms is None:
         return None
     spans = list(map(slice, [0, *ends], ends))
