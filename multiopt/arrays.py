@@ -104,6 +104,13 @@ class Arrays:
         """Release the arrays at the end of a step."""
         self.params = self.grads = NO_ARRAYS
 
+    def at(self, places: np.ndarray) -> tuple[list[Array], list[Array]]:
+        """The parameters and the gradients at some places, which go up."""
+        both = self.params, self.grads
+        if len(places) < len(self.params):
+            both = self.params[places], self.grads[places]
+        return both[0].tolist(), both[1].tolist()
+
     def set_order(self, order: np.ndarray) -> None:
         """Remember the order in which the spans begin."""
         self.order, self.words.values[5] = order, address(order)
@@ -175,9 +182,10 @@ class Part:
 
     def look_at_all(self, arrays: Arrays) -> None:
         """Drop the rows without a gradient, and have Python examine all others."""
-        has = np.array([grad is not None for grad in arrays.grads[self.places]], bool)
-        if not has.all():
-            self.keep(has)
+        _, grads = arrays.at(self.places)
+        has = [grad is not None for grad in grads]
+        if not all(has):
+            self.keep(np.array(has))
         self.odd = range(len(self.rows))
 
 

@@ -26,6 +26,7 @@ A new engine is a subclass; ``docs/backends.md`` shows one.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import numpy as np
@@ -33,7 +34,7 @@ import numpy as np
 from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.columns import Columns
 from multiopt.layout import Layout
-from multiopt.rules.arithmetic import clip_coefficient
+from multiopt.rules.arithmetic import Host, clip_coefficient
 from multiopt.rules.rule import Rule
 from multiopt.rules.sums import Sum
 
@@ -198,15 +199,22 @@ class Group(Columns, ABC):
             threads: The largest number of threads, or None.
         """
 
+    def norms(self, part: Part, which: np.ndarray, threads: int | None) -> list[float]:
+        """The norms of gradients of which ``own`` is 1; the arguments are as for ``squares``."""
+        places = range(len(which))
+        return [self.squares(part, which[k : k + 1], threads).norm() for k in places]
+
     @np.errstate(all="ignore")
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """Fill the columns ``norm`` and ``own`` of the rows whose clip bounds their own norm."""
-        which = np.flatnonzero(~np.isnan(self.norm_bound[part.rows]))
+        bounds, eps = self.norm_bound[part.rows].tolist(), self.eps[part.rows].tolist()
+        has = [bound == bound for bound in bounds]  # NaN stands for none
+        which = np.arange(len(has)) if all(has) else np.flatnonzero(has)
         rows = part.rows[which]
         self.own[rows] = 1.0
-        self.norm[rows] = [self.squares(part, which[[k]], threads).norm() for k in range(len(rows))]
-        factors = clip_coefficient(np, self.norm_bound[rows], self.norm[rows], self.eps[rows])
-        self.own[rows] = factors.astype(self.dtype)
+        self.norm[rows] = norms = self.norms(part, which, threads)
+        limits = zip(compress(bounds, has), norms, compress(eps, has), strict=True)
+        self.own[rows] = np.array([clip_coefficient(Host, *x) for x in limits], self.dtype)
         part.norms = self.norm[part.rows]
 
     @abstractmethod

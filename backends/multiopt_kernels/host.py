@@ -97,6 +97,8 @@ class HostGroup(Group):
         # many of them are taken, and the number of the next chunk.
         self._open: Chunk | None = None
         self._length = self._taken = self._next = 0
+        #: How many rows are large.
+        self.large = 0
         self._loans: dict[int, Loan] = {}
         self._clipped_grads: np.ndarray | None = None
         super().__init__(backend, layout, rule, has_masters)
@@ -113,6 +115,7 @@ class HostGroup(Group):
             # Given slots of this size are taken over, not copied into a chunk.
             size, given = int(sizes[k]), [None] * self.slot_count if slots is None else slots[k]
             self.chunk[rows[k]] = self._new_chunk([self._owned(x, size) for x in given], 1)
+            self.large += 1
         small = np.flatnonzero(sizes < LARGE) if large.size else np.arange(len(rows))
         self._make_small(rows[small], sizes[small])
         if slots is not None and small.size:
@@ -183,6 +186,7 @@ class HostGroup(Group):
     def _drop_slots(self, row: int) -> None:
         number = int(self.chunk[row])
         chunk = self._chunks[number]
+        self.large -= int(self.size[row] >= LARGE)
         chunk.live -= 1
         if not chunk.live:
             del self._chunks[number]
@@ -226,9 +230,8 @@ class HostGroup(Group):
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """Have Python examine all arrays."""
+        part.params, part.grads = arrays.at(part.places)
         part.look_at_all(arrays)
-        part.params = arrays.params[part.places].tolist()
-        part.grads = arrays.grads[part.places].tolist()
 
     def lend(self, part: Part, position: int, member: Member, copy: bool, arrays: Arrays) -> None:
         """Use the memory of a parameter and its gradient, or copies of what cannot be used."""
@@ -272,12 +275,18 @@ class HostGroup(Group):
 
     @np.errstate(all="ignore")
     def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
-        """Sum the squares of each gradient, ``CHUNK`` elements at a time."""
-        total = Sum(self.layout.compute_dtype)
-        for k in np.arange(len(part.rows))[which].tolist():
-            scale = self.dtype.type(self.own[part.rows[k]])
-            for x in _blocks(part.grads[k]):
-                total.add_values(np, scale * x)
+        """Sum the squares of small gradients together, of large ones ``CHUNK`` at a time."""
+        total, rows = Sum(self.layout.compute_dtype), part.rows[which]
+        grads = part.grads if isinstance(which, slice) else [part.grads[k] for k in which.tolist()]
+        if grads and not self.large:
+            flat = np.concatenate(grads, axis=None)
+            if self.bounded:  # otherwise all factors are 1
+                flat *= np.repeat(self.own[rows].astype(self.dtype), self.size[rows])
+            total.add_values(np, flat)
+            return total
+        for grad, scale in zip(grads, self.own[rows].tolist(), strict=True):
+            for x in _blocks(grad):
+                total.add_values(np, x if scale == 1 else scale * x)
         return total
 
     @abstractmethod

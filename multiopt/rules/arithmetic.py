@@ -12,7 +12,8 @@ Sums, whose result would depend on their order, are in ``sums``.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
+from itertools import accumulate
 from math import inf, sqrt
 from typing import Any
 
@@ -29,7 +30,11 @@ __all__ = [
     "rounded",
     "sign",
     "vectorized",
+    "where",
 ]
+
+#: The types of numbers that the loop of powers takes as they are.
+HOST = frozenset({int, float, np.float64})
 
 
 def power(base: Any, exponent: Any) -> Any:
@@ -119,7 +124,7 @@ def by_squaring(
     1024.0
     """
     for number in (exponent, *result, *square):
-        if isinstance(number, int | float):
+        if type(number) in HOST:
             continue
         if isinstance(number, np.ndarray) and number.ndim:
             return _by_squaring_arrays(exponent, result, square, combined, squared)
@@ -128,12 +133,22 @@ def by_squaring(
             return number.__array_function__(by_squaring, (type(number),), arguments, {})
     result, square = tuple(map(float, result)), tuple(map(float, square))
     bits = int(exponent)
-    while bits:
-        if bits & 1:
-            result = combined(*result, *square)
-        square = squared(*square)
-        bits >>= 1
+    for k, factor in enumerate(_squares(square, squared, bits.bit_length())):
+        if bits >> k & 1:
+            result = combined(*result, *factor)
     return result[0]
+
+
+@lru_cache(maxsize=256)
+def _squares(
+    square: tuple[float, ...], squared: Callable[..., tuple[float, ...]], count: int
+) -> list[tuple[float, ...]]:
+    """Numbers squared 0, 1, ... times. They are the same at every step, and two thirds of its time.
+
+    >>> _squares((3.0,), _square, 3)
+    [(3.0,), (9.0,), (81.0,)]
+    """
+    return list(accumulate(range(1, count), lambda numbers, _: squared(*numbers), initial=square))
 
 
 def _by_squaring_arrays(
@@ -169,6 +184,17 @@ def vectorized(function: Callable[..., float]) -> Callable[..., Any]:
         return function(*arguments)
 
     return either
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """``numpy.where`` for host numbers: a condition that is a bool chooses without NumPy's 1.5 us.
+
+    >>> where(1 < 2, 3.0, 4.0), where(np.array([True, False]), 3.0, 4.0).tolist()
+    (3.0, [3.0, 4.0])
+    """
+    if condition is True:
+        return x
+    return y if condition is False else np.where(condition, x, y)
 
 
 def rounded(value: Any, dtype: str) -> float:

@@ -21,9 +21,7 @@ from dataclasses import dataclass
 from math import ulp
 from typing import Any, ClassVar
 
-import numpy as np
-
-from multiopt.rules.arithmetic import one_minus_power
+from multiopt.rules.arithmetic import one_minus_power, where
 from multiopt.rules.rule import (
     FINITE,
     SHARE,
@@ -94,11 +92,11 @@ class Average(Rule):
     @classmethod
     def scalars(cls, h: Any, step: Any) -> dict[str, Any]:
         """Compute the weight of the newest value in an average of ``count`` values."""
-        count = np.where(step < h.start, 1.0, step - h.start + 1.0)
+        count = where(step < h.start, 1.0, step - h.start + 1.0)
         plain = h.decay == 1.0
-        total = np.where(plain, count, one_minus_power(h.decay, count))
+        total = where(plain, count, one_minus_power(h.decay, count))
         return dict(
-            share=np.where(plain, 1.0, 1.0 - h.decay) / total,
+            share=where(plain, 1.0, 1.0 - h.decay) / total,
             follows=count == 1.0,
         )
 

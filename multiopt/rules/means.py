@@ -1,8 +1,8 @@
 """Means of many rows at once, from exact sums: ``spec/arithmetic.md``.
 
 A ``Sum`` is one integer. Here every row has a sum of its own, so the sums stay arrays: numbers are
-split on grids, as in ``sums``, and what each grid holds is added up without an error. That leaves a
-few numbers for each row, whose exact sum is rounded once.
+split on grids, as in ``pieces``, and what each grid holds is added up without an error. That leaves
+a few numbers for each row, whose exact sum is rounded once.
 """
 
 from math import frexp, prod
@@ -10,12 +10,10 @@ from typing import Any
 
 from array_api_compat import device
 
-from multiopt.rules.sums import Sum, extra_bits, on_grid
+from multiopt.rules.pieces import LARGEST, bits, on_grid
+from multiopt.rules.sums import Sum
 
 __all__ = ["means"]
-
-#: The exponent of the largest number of a float64.
-LARGEST = 1024
 
 
 def means(xp: Any, x: Any) -> Any:
@@ -38,8 +36,8 @@ def _row_sums(xp: Any, x: Any) -> Any:
     if not prod(x.shape):
         return plain
     left = xp.where(xp.isfinite(x), x, 0.0)
-    largest, bits = float(xp.max(left)), extra_bits(x.shape[-1])
-    if frexp(largest)[1] + bits >= LARGEST - 1:
+    largest, more = float(xp.max(left)), bits(x.shape[-1])
+    if frexp(largest)[1] + more >= LARGEST - 1:
         rows = [Sum("float64", squares=False) for _ in range(prod(plain.shape))]
         flat = xp.reshape(x, (len(rows), -1))
         for k, row in enumerate(rows):
@@ -48,7 +46,7 @@ def _row_sums(xp: Any, x: Any) -> Any:
         return xp.reshape(xp.asarray(numbers, dtype=x.dtype, device=device(x)), plain.shape)
     found: list[Any] = []
     while largest > 0:
-        upper = on_grid(left, frexp(largest)[1] + bits - 53)
+        upper = on_grid(left, frexp(largest)[1] + more - 53)
         left = left - upper
         carry = xp.sum(upper, axis=-1)
         for k, part in enumerate(found):

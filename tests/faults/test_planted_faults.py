@@ -60,9 +60,9 @@ FAULTS = [
     ),
     Fault(
         "a sum whose parts have too many bits",
-        "multiopt/rules/sums.py",
-        "(53 - extra_bits(numbers.shape[0])) // 2",
-        "(55 - extra_bits(numbers.shape[0])) // 2",
+        "multiopt/rules/pieces.py",
+        "(53 - bits(numbers.shape[0])) // 2",
+        "(55 - bits(numbers.shape[0])) // 2",
         "rules/test_exact_sums.py",
     ),
     Fault(

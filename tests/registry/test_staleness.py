@@ -613,6 +613,42 @@ def test_after_a_step_that_failed_all_goes_on(name: str, how: str) -> None:
 
 
 @on_engines
+@pytest.mark.parametrize("average", [None, mo.Average(0.5)], ids=["alone", "averaged"])
+def test_rows_that_are_alike_may_come_to_differ(name: str, average: Any) -> None:
+    pair = Pair(name, mo.Adam(lr=0.1, weight_decay=0.1), average=average)
+    params, rng = arrays(), np.random.default_rng(0)
+
+    def check() -> None:
+        for _ in range(2):
+            pair.step(params, arrays(int(rng.integers(100))))
+
+    check()
+    changes: list[dict[str, Any]] = [
+        {"lr": 0.2},
+        {"names": "b", "lr": 0.3},  # one that is not the first
+        {"names": "b", "lr": 0.2},
+        {"names": "a", "betas": (0.5, 0.9)},
+        {"betas": (0.5, lambda step: 0.75 if step % 2 else 0.5)},
+        {"names": "c", "lr": lambda step: 1.0 / step},
+        {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.0},
+        {"names": ["c"], "weight_decay": 0.5},
+    ]
+    for change in changes:
+        pair.both(partial(lambda change, opt: opt.set_hyperparameters(**change), change))
+        check()
+    pair.step({"b": params["b"]}, {"b": arrays(5)["b"]})  # another clock
+    check()
+    pair.both(lambda opt: opt.forget("c"))  # and another shape in its row
+    params["c"] = np.ones(5000, np.float32)
+    for _ in range(2):
+        pair.step(params, {**arrays(6), "c": np.full(5000, 0.5, np.float32)})
+    pair.both(lambda opt: opt.forget("c"))
+    params["c"] = np.ones(3, np.float32)
+    for _ in range(2):
+        pair.step(params, {**arrays(7), "c": np.full(3, 0.5, np.float32)})
+
+
+@on_engines
 def test_a_schedule_that_fails_changes_nothing(name: str) -> None:
     rates = {2: -1.0}
     failing = mo.Adam(lr=lambda t: rates.get(t, 0.1))

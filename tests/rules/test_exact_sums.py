@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multiopt.exact import Accumulator
+from multiopt.rules.sums import few_norms
 from tests.exact_sums import exact_norm, exact_sum, to_float
 from tests.libraries import LIBRARIES, Library, missing
 
@@ -87,6 +88,54 @@ def test_planted_ties_go_to_even(dtype: str) -> None:
     more = Accumulator(dtype, squares=False)
     more.add(np.array([1.0, 2.0**-53, 2.0**-120], dtype))
     assert more.rounded() == 1.0 + 2.0**-52
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_and_many_numbers_make_one_sum(dtype: str) -> None:
+    rng = np.random.default_rng(3)
+    parts = [rng.standard_normal(n).astype(dtype) for n in (3, 5000, 7, 1)]
+    total = Accumulator(dtype)
+    for k, part in enumerate(parts):
+        total.add(part)
+        assert total.norm() == exact_norm(*parts[: k + 1])
+    assert held(total) == exact_sum(parts)
+    # So many that they do not wait any longer; what comes after them waits again.
+    small = [rng.standard_normal(100).astype(dtype) for _ in range(700)]
+    total = Accumulator(dtype)
+    for part in small:
+        total.add(part)
+    assert len(total._few) < 2**16
+    assert total.norm() == exact_norm(*small)
+    assert held(total) == exact_sum(small)
+
+
+@pytest.mark.parametrize(
+    "exponent", [-1074, -540, -538, -512, -485, -451, -450, -449, 490, 499, 500]
+)
+@pytest.mark.parametrize("more", [0, 1, 3, 500, 511, 512, 900])
+def test_numbers_at_the_borders_of_what_is_added_one_by_one(exponent: int, more: int) -> None:
+    rng = np.random.default_rng(4)
+    # All bits, and others that are larger or zero among them.
+    x = np.ldexp(rng.uniform(1, 2, 5), exponent)
+    for others in ([], [0.0], [0.0, math.ldexp(1.1, min(exponent + more, 1023))]):
+        grad = rng.permutation([*x, *others])
+        assert held(summed(grad)) == exact(grad)
+        assert summed(grad).norm() == exact_norm(grad)
+        assert summed(grad).rounded() == to_float(exact(grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_small_arrays_at_once(dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    grads = [rng.standard_normal(shape).astype(dtype) for shape in ((3,), (), (0, 2), (7, 9))]
+    assert few_norms(grads, dtype) == list(map(exact_norm, grads))
+    assert few_norms([*grads, np.full(2, np.inf, dtype)], dtype) is None
+    assert few_norms([*grads, np.full(2, np.nan, dtype)], dtype) is None
+    assert few_norms([*grads, np.zeros(2**12, dtype)], dtype) is None
+    assert few_norms([np.zeros(100, dtype)] * 1000, dtype) is None
+    if dtype == "float64":
+        assert few_norms([*grads, np.full(2, 1e-200)], dtype) is None
+        assert few_norms([*grads, np.full(2, 1e200)], dtype) is None
 
 
 def test_extreme_magnitudes() -> None:

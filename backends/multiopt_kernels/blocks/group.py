@@ -31,7 +31,8 @@ import numpy as np
 from multiopt.arrays import Arrays, Part
 from multiopt.kinds import other_fields
 from multiopt.rules.arithmetic import rounded
-from multiopt.rules.rule import named, namespace
+from multiopt.rules.rule import named, namespace, rounded_numbers
+from multiopt.rules.sums import few_norms
 from multiopt_kernels.blocks.runs import ClippedRun, Places, Run, clip, joined
 from multiopt_kernels.blocks.tape import Tape, Tapes
 from multiopt_kernels.chunks import LARGE
@@ -82,6 +83,8 @@ class BlockedGroup(HostGroup):
         # From the last step: its rows with their shapes, and the places of its small rows.
         self._known: tuple[np.ndarray, list[tuple[int, ...]]] = NO_ROWS, []
         self._places: Places | None = None
+        # A rule with the numbers that all rows had in the last step, which are its key.
+        self._now: tuple[bytes, Rule] = b"", rule
 
     def _drop_slots(self, row: int) -> None:
         # A row that is used again has another shape and another place.
@@ -134,6 +137,16 @@ class BlockedGroup(HostGroup):
                     starts[where] = low = array.ctypes.data
                     ends[where] = low + size
 
+    # Measuring
+
+    def norms(self, part: Part, which: np.ndarray, threads: int | None) -> list[float]:
+        """The norms of small gradients, all at once if that is possible."""
+        found = None
+        if not self.large and len(which):
+            grads = [part.grads[k] for k in which.tolist()]
+            found = few_norms(grads, self.layout.compute_dtype)
+        return super().norms(part, which, threads) if found is None else found
+
     # Updating
 
     @np.errstate(all="ignore")
@@ -143,13 +156,17 @@ class BlockedGroup(HostGroup):
             part.clipped = np.zeros(len(rows), bool)
         self._runs = []
         for which, tape, scalars in self._scalars_now(rows):
-            small = self.size[rows[which]] < LARGE
+            if not self.large:
+                self._runs.append(self._packed(part, which, tape, scalars, leave_clipped))
+                continue
+            sizes = self.size[rows[which]]
+            small = sizes < LARGE
             if small.any():
-                values = [x[small] if np.ndim(x) else x for x in scalars]
+                values = [x[small] if isinstance(x, np.ndarray) else x for x in scalars]
                 self._runs.append(self._packed(part, which[small], tape, values, leave_clipped))
-            room = tape.room(int(self.size[rows[which]].max())) if len(which) else []
+            room = tape.room(int(sizes.max()))
             for k in np.flatnonzero(~small).tolist():
-                values = [x if np.ndim(x) == 0 else float(x[k]) for x in scalars]
+                values = [float(x[k]) if isinstance(x, np.ndarray) else x for x in scalars]
                 run = self._alone(part, int(which[k]), tape, values, room, leave_clipped)
                 self._runs.append(run)
 
@@ -162,11 +179,17 @@ class BlockedGroup(HostGroup):
         """
         if not rows.size:
             return []
-        numbers, counts, everything = self.numbers[rows], self.steps[rows] + 1, np.arange(len(rows))
-        if (counts == counts[0]).all() and (numbers == numbers[0]).all():
-            rule = self.rule_now(int(rows[0]))
-            alike = list(rule.coefficients(int(counts[0]), self.dtype.name))
+        everything, mine = np.arange(len(rows)), self.all_or(rows)
+        numbers, steps = self.numbers[mine], self.steps[mine]
+        if self.are_equal(steps) and self.are_equal(numbers):
+            key = numbers[:1].tobytes()
+            if key != self._now[0]:
+                self._now = key, self.rule_now(int(rows[0]))
+            # ``Rule.coefficients`` would look for schedules, and give names to the numbers.
+            found = named(self._now[1].scalars(self._now[1], steps.item(0) + 1))
+            alike = rounded_numbers(found.values(), self.layout.compute_dtype)
             return [(everything, self._tape(alike), alike)]
+        numbers, counts = self.numbers[rows], self.steps[rows] + 1
         # ``Rule.scalars`` is called once, on arrays with the numbers of all rows.
         scalars = self._scalars_of(rows, numbers, counts)
         columns = [np.asarray(x) for x in scalars]
@@ -198,7 +221,7 @@ class BlockedGroup(HostGroup):
         return list(map(np.array, zip(*each, strict=True)))
 
     def _tape(self, scalars: Iterable[Any]) -> Tape:
-        return self._tapes[tuple(x for x in scalars if isinstance(x, bool))]
+        return self._tapes[tuple([x for x in scalars if type(x) is bool])]
 
     def _packed(
         self, part: Part, which: np.ndarray, tape: Tape, scalars: list[Any], leave_clipped: bool
@@ -216,10 +239,12 @@ class BlockedGroup(HostGroup):
         pack, parts = places.packed(params, self.dtype)
         pairs = [(parts, params)]
         if part.clipped is not None:
-            numbers = [x[rows].astype(self.dtype) for x in (self.own, self.shared, self.bound)]
-            beyond, below = np.empty((2, places.total), bool)
-            clip(grad, places.spread(numbers), grad, beyond, below)
-            part.clipped[which] = (numbers[0] != 1) | (numbers[1] != 1) | places.any(beyond)
+            columns = [x[rows] for x in (self.own, self.shared, self.bound)]
+            numbers = [x.item(0) if self.are_equal(x) else x.astype(self.dtype) for x in columns]
+            masks = np.empty((2, places.total), bool)
+            is_bounded = clip(grad, places.spread(numbers), grad, masks)
+            beyond = places.any(masks[0]) if is_bounded else False
+            part.clipped[which] = (numbers[0] != 1) | (numbers[1] != 1) | beyond
             if leave_clipped:
                 pairs.append((places.parts(grad), grads))
         segments, count = places.segments, len(self.rule.slots)

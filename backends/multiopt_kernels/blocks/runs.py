@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -104,8 +105,12 @@ class Places:
 
     def spread(self, scalars: Sequence[Any]) -> list[Any]:
         """Repeat scalars that differ by row for each element of the row."""
-        values = (x[self.order] if np.ndim(x) and self.order is not None else x for x in scalars)
-        return [np.repeat(x, self.sizes) if np.ndim(x) else x for x in values]
+        if np.ndarray not in set(map(type, scalars)):
+            return list(scalars)
+        order = slice(None) if self.order is None else self.order
+        return [
+            np.repeat(x[order], self.sizes) if isinstance(x, np.ndarray) else x for x in scalars
+        ]
 
     def any(self, mask: np.ndarray) -> np.ndarray:
         """Whether any element of each row is marked in a mask as long as the pack."""
@@ -175,35 +180,44 @@ class ClippedRun(Run):
         for low in range(0, len(self.param), len(self.block)):
             part = slice(low, low + len(self.block))
             grad = self.grad[part]
-            clipped, (beyond, below) = self.block[: len(grad)], self.masks[:, : len(grad)]
-            clip(grad, self.numbers, clipped, beyond, below)
-            self.told[0] |= beyond.any()
+            clipped, masks = self.block[: len(grad)], self.masks[:, : len(grad)]
+            if clip(grad, self.numbers, clipped, masks):
+                self.told[0] |= masks[0].any()
             slots = [slot[part] for slot in self.slots]
             self.tape.run(self.param[part], clipped, slots, self.scalars, self.room)
             if self.leave:
                 grad[...] = clipped
 
 
-def clip(
-    grad: np.ndarray, numbers: Sequence[Any], out: np.ndarray, beyond: np.ndarray, below: np.ndarray
-) -> None:
+def clip(grad: np.ndarray, numbers: Sequence[Any], out: np.ndarray, masks: np.ndarray) -> bool:
     """Scale a gradient and bound its elements. If the numbers are scalars, no array is allocated.
+
+    A factor of 1 and an infinite bound change nothing, so they are not applied.
 
     Args:
         grad: The gradient.
         numbers: Two factors and the bound: each a number for all elements, or an array.
         out: Receives the result; may be the gradient itself.
-        beyond: Receives which elements the bound changed.
-        below: Receives which of them are below its negative.
+        masks: Receives which elements the bound changed, and which of them are below its negative.
+
+    Returns:
+        Whether there is a bound; otherwise nothing is written into the masks.
     """
-    own, shared, bound = numbers
-    np.multiply(grad, own, out=out)
-    np.multiply(out, shared, out=out)
+    *factors, bound = numbers
+    for factor in factors:
+        if isinstance(factor, np.ndarray) or factor != 1:
+            grad = np.multiply(grad, factor, out=out)
+    if grad is not out:
+        np.copyto(out, grad)
+    if not isinstance(bound, np.ndarray) and bound == inf:
+        return False
+    beyond, below = masks
     np.greater(out, bound, out=beyond)
     np.less(out, -bound, out=below)
     np.copyto(out, bound, where=beyond)
     np.copyto(out, -bound, where=below)
     np.logical_or(beyond, below, out=beyond)
+    return True
 
 
 def joined(arrays: list[np.ndarray], total: int, dtype: np.dtype) -> np.ndarray:

@@ -134,8 +134,10 @@ class Tape:
         inputs = (param, grad, *slots, *scalars)
         scratch = self.room(size) if room is None else room
         for start in range(0, size, max(length, 1)):
-            block = slice(start, start + length)
-            registers: list[Any] = [x[block] if isinstance(x, np.ndarray) else x for x in inputs]
+            registers: list[Any] = list(inputs)
+            if size > length:
+                block = slice(start, start + length)
+                registers = [x[block] if isinstance(x, np.ndarray) else x for x in inputs]
             registers += self._literals
             for source in self._negatives:
                 registers.append(-registers[source])

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from multiopt.rules.sums import LAST, LIMB, RANGES
+from multiopt.rules.sums import LIMB, RANGES
 from multiopt_kernels.cpu.narrow import conversions
 from multiopt_kernels.cpu.toolbox import toolbox
 
@@ -127,7 +127,9 @@ def sum_tools() -> SimpleNamespace:
             exponent -= 1
         half = exponent // 2
         root = np.sqrt(rounded) * unit(half // 2) * unit(half - half // 2)
-        return root if root > tiny else subnormal_root(rounded * unit(exponent - 2 * LAST))
+        return (
+            root if root > tiny else subnormal_root(rounded * unit(exponent - RANGES["float64"][0]))
+        )
 
     return SimpleNamespace(unit=unit, deposit=deposit, carry=carry, norm=norm)
 

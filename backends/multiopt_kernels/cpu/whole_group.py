@@ -82,7 +82,7 @@ class WholeGroup(CompiledGroup):
         divided[:, 15], divided[:, 18] = address(self._known), 8 * words
         divided[:, 16] = address(self._adding) + 8 * words * np.arange(shares)
         divided[:, 17] = rooms_at[:shares]
-        self._first = places_of_sums(divided[:, 1:5], len(large))[:-1]
+        self._starts = places_of_sums(divided[:, 1:5], len(large))[:-1]
         turns = []
         for number in range(self._passes):
             divided[:, 14] = number
@@ -95,7 +95,7 @@ class WholeGroup(CompiledGroup):
         """Take the passes one after the other; add the sums of the shares in between."""
         for turn in self._turns:
             turn.run()
-            if len(self._first):
-                np.add.reduceat(self._adding, self._first, axis=0, out=self._found)
+            if len(self._starts):
+                np.add.reduceat(self._adding, self._starts, axis=0, out=self._found)
                 self._known += self._found
                 self._adding.fill(0)
