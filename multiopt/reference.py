@@ -151,9 +151,11 @@ class ReferenceGroup(Group):
         for row in part.rows[which].tolist():
             member = self._members[row]
             member.scales = [float(self.own[row])]
+            grad = _scaled(member)
+            self.backend.to_host(xp.reshape(grad, (-1,))[:0])  # refuses what has no values
             what = f"the norm of the gradient of {member.name!r} is a float64, which "
             what += f"{layout.library} does not compute on the device {layout.device}"
-            answer(what, total.add_values, xp, _scaled(member))
+            answer(what, total.add_values, xp, grad)
         return total
 
     @np.errstate(all="ignore")

@@ -56,6 +56,7 @@ def sum_tools() -> SimpleNamespace:
     u64: Any = np.uint64
     numbers = np.finfo(np.float64)
     tiny, smallest = float(numbers.smallest_normal), float(numbers.smallest_subnormal)
+    least, _ = RANGES["float64"]
 
     @njit
     def unit(t):  # type: ignore[no-untyped-def]
@@ -127,9 +128,7 @@ def sum_tools() -> SimpleNamespace:
             exponent -= 1
         half = exponent // 2
         root = np.sqrt(rounded) * unit(half // 2) * unit(half - half // 2)
-        return (
-            root if root > tiny else subnormal_root(rounded * unit(exponent - RANGES["float64"][0]))
-        )
+        return root if root > tiny else subnormal_root(rounded * unit(exponent - least))
 
     return SimpleNamespace(unit=unit, deposit=deposit, carry=carry, norm=norm)
 

@@ -77,7 +77,7 @@ class WholeGroup(CompiledGroup):
         rooms_at = address(rooms) + rooms.strides[0] * np.arange(len(rooms))
         whole[:, 15] = whole[:, 16] = rooms_at[shares:]
         whole[:, 17] = rooms_at[shares:] + 8 * words
-        self._known, self._found = np.zeros((2, len(large), words), np.int64)
+        self._known, self._of_pass = np.zeros((2, len(large), words), np.int64)
         self._adding = np.zeros((shares + len(large), words), np.int64)
         divided[:, 15], divided[:, 18] = address(self._known), 8 * words
         divided[:, 16] = address(self._adding) + 8 * words * np.arange(shares)
@@ -96,6 +96,6 @@ class WholeGroup(CompiledGroup):
         for turn in self._turns:
             turn.run()
             if len(self._starts):
-                np.add.reduceat(self._adding, self._starts, axis=0, out=self._found)
-                self._known += self._found
+                np.add.reduceat(self._adding, self._starts, axis=0, out=self._of_pass)
+                self._known += self._of_pass
                 self._adding.fill(0)
