@@ -31,8 +31,9 @@ from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
 from multiopt_kernels.blocks.group import BlockedGroup
 from multiopt_kernels.blocks.tape import Tapes, tapes
-from multiopt_kernels.cpu.group import CompiledGroup, Look
+from multiopt_kernels.cpu.group import CompiledGroup
 from multiopt_kernels.cpu.kernels import update_kernel, whole_kernel
+from multiopt_kernels.cpu.look import Look
 from multiopt_kernels.cpu.team import Kernel
 from multiopt_kernels.cpu.update import update_source
 from multiopt_kernels.cpu.whole import whole_source

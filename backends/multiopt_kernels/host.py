@@ -6,6 +6,10 @@ one with gaps or one of a library without addressable memory, by a copy for one 
 engines only see contiguous memory in the dtype that they expect. Each engine is a subclass that
 finds arrays (``look``) and updates them (``_prepare``, ``_run``).
 
+Slots lie in C order, or in the memory order of their parameter (``orders``). If an engine
+``follows`` orders, a parameter in another order than its slots is lent copies of them in its own
+order, and keeps these when the step has been taken.
+
 The slots of these two parameters lie in chunk 0, one after the other:
 
 >>> from multiopt.backend import backend_named
@@ -21,19 +25,17 @@ The slots of these two parameters lie in chunk 0, one after the other:
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from multiopt.arrays import Array, Arrays, Member, Part
-from multiopt.engine import Group, Slots
 from multiopt.reference import resumed
 from multiopt.rules.sums import Sum
-from multiopt_kernels.chunks import LARGE, LARGEST, SMALLEST, Chunk, stretches
+from multiopt_kernels.chunks import ChunkedGroup
+from multiopt_kernels.orders import memory_order, turned, turned_back
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -55,9 +57,11 @@ class Loan:
 
     Attributes:
         member: The parameter.
+        axes: The memory order of the arrays below, whose axes are in this order.
         param: The parameter's own memory, or a copy.
         grad: The gradient's own memory, or a copy.
-        slots: Copies of the slots if the step may still fail after it has updated them, else None.
+        slots: Copies of the slots if the step may still fail after it has updated them, or if they
+            are in another order; else None.
         in_place: Whether ``param`` is the parameter's own memory.
         grad_is_copy: Whether ``grad`` is a copy.
         ready: The array from which the result is written to the parameter. It shares memory with
@@ -65,6 +69,7 @@ class Loan:
     """
 
     member: Member
+    axes: tuple[int, ...]
     param: np.ndarray
     grad: np.ndarray
     slots: tuple[np.ndarray, ...] | None
@@ -73,160 +78,27 @@ class Loan:
     ready: Array = None
 
 
-class HostGroup(Group):
-    """A group whose slots are in the host's memory."""
+class HostGroup(ChunkedGroup):
+    """A group whose slots are in the host's memory, and which lends copies of odd arrays."""
 
-    FRESH: ClassVar = {
-        **Group.FRESH,
-        "size": (np.int64, 0),
-        "chunk": (np.int32, -1),
-        "offset": (np.int64, 0),
-    }
-
-    size: np.ndarray
-    chunk: np.ndarray
-    offset: np.ndarray
+    #: Whether the engine takes arrays in any memory order, if it is that of the slots too.
+    follows: ClassVar = False
 
     def __init__(
         self, backend: "Backend", layout: "Layout", rule: "Rule", has_masters: bool = False
     ) -> None:
         """Create a group without rows."""
-        self.slot_count = len(rule.slots) + has_masters
-        self._chunks: dict[int, Chunk] = {}
-        # The chunk that has room for more small parameters. Below, how many elements it has, how
-        # many of them are taken, and the number of the next chunk.
-        self._open: Chunk | None = None
-        self._length = self._taken = self._next = 0
-        #: How many rows are large.
-        self.large = 0
         self._loans: dict[int, Loan] = {}
         self._clipped_grads: np.ndarray | None = None
         super().__init__(backend, layout, rule, has_masters)
 
-    # Slots
-
-    def _make_slots(
-        self, rows: np.ndarray, shapes: Sequence[tuple[int, ...]], slots: Slots | None
-    ) -> None:
-        sizes = np.fromiter(map(prod, shapes), np.int64, len(shapes))
-        self.size[rows] = sizes
-        large = np.flatnonzero(sizes >= LARGE)
-        for k in large.tolist():
-            # Given slots of this size are taken over, not copied into a chunk.
-            size, given = int(sizes[k]), [None] * self.slot_count if slots is None else slots[k]
-            self.chunk[rows[k]] = self._new_chunk([self._owned(x, size) for x in given], 1)
-            self.large += 1
-        small = np.flatnonzero(sizes < LARGE) if large.size else np.arange(len(rows))
-        self._make_small(rows[small], sizes[small])
-        if slots is not None and small.size:
-            self._fill(rows, small, slots)
-
-    @np.errstate(all="ignore")
-    def _fill(self, rows: np.ndarray, which: np.ndarray, slots: Slots) -> None:
-        """Copy given values into the slots of small new rows.
-
-        Args:
-            rows: All new rows.
-            which: The positions of the small ones, whose slots lie in chunks in this order.
-            slots: The given slots of all new rows.
-        """
-        chunk = self.chunk[rows[which]]
-        for first, end in stretches(chunk):
-            mine = which[first:end].tolist()
-            begin, last = int(self.offset[rows[mine[0]]]), rows[mine[-1]]
-            part = slice(begin, int(self.offset[last] + self.size[last]))
-            into = self._chunks[int(chunk[first])].arrays
-            for j, array in enumerate(into):
-                parts = [
-                    np.zeros(int(self.size[rows[k]])) if slots[k][j] is None else slots[k][j]
-                    for k in mine
-                ]
-                array[part] = np.concatenate(parts, axis=None)
-
-    def _make_small(self, rows: np.ndarray, sizes: np.ndarray) -> None:
-        """Give small new rows slots of zeros, side by side."""
-        if not rows.size:
-            return
-        ends = np.cumsum(sizes)
-        begins = ends - sizes
-        cuts = np.flatnonzero(np.diff(begins // LARGEST, prepend=-1))
-        for first, end in pairwise((*cuts, len(rows))):
-            mine, base = rows[first:end], int(begins[first])
-            need = int(ends[end - 1]) - base
-            if self._open is None or self._taken + need > self._length:
-                length = 0 if self._open is None else self._length
-                self._length = max(need, min(max(2 * length, SMALLEST), LARGEST))
-                self._open_number, self._taken = self._new_chunk(self._zeros(self._length)), 0
-                self._open = self._chunks[self._open_number]
-            self.chunk[mine] = self._open_number
-            self.offset[mine] = begins[first:end] + (self._taken - base)
-            self._open.live += len(mine)
-            self._taken += need
-
-    def _zeros(self, length: int) -> list[np.ndarray]:
-        """Allocate all slots for a number of elements at once."""
-        return list(np.zeros((self.slot_count, length), self.dtype))
-
-    @np.errstate(all="ignore")
-    def _owned(self, slot: Array | None, size: int) -> np.ndarray:
-        """Return a slot as a writable one-dimensional array, without a copy if that is possible.
-
-        None stands for a slot of zeros.
-        """
-        if slot is None:
-            return np.zeros(size, self.dtype)
-        flat = np.asarray(slot).reshape(-1)
-        return flat if flat.flags.carray and flat.dtype == self.dtype else flat.astype(self.dtype)
-
-    def _new_chunk(self, arrays: Sequence[np.ndarray], live: int = 0) -> int:
-        number, self._next = self._next, self._next + 1
-        self._chunks[number] = Chunk(arrays, live)
-        return number
-
-    def _drop_slots(self, row: int) -> None:
-        number = int(self.chunk[row])
-        chunk = self._chunks[number]
-        self.large -= int(self.size[row] >= LARGE)
-        chunk.live -= 1
-        if not chunk.live:
-            del self._chunks[number]
-            if chunk is self._open:
-                self._open = None
-
-    def chunk_arrays(self, number: int) -> Sequence[np.ndarray]:
-        """The arrays of a chunk, one-dimensional and one for each slot."""
-        return self._chunks[number].arrays
-
-    def _views(self, row: int) -> tuple[np.ndarray, ...]:
-        """The slots of a row, as views in its shape."""
-        arrays, begin = self._chunks[int(self.chunk[row])].arrays, int(self.offset[row])
-        end, shape = begin + int(self.size[row]), self.shapes[row]
-        return tuple(slots[begin:end].reshape(shape) for slots in arrays)
-
-    def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
-        """Yield one slot of some rows, as views of rows that lie side by side."""
-        chunk, offset, size = self.chunk[rows], self.offset[rows], int(self.size[rows[0]])
-        for first, end in stretches(chunk):
-            array, begins = self._chunks[int(chunk[first])].arrays[number], offset[first:end]
-            if (np.diff(begins) == size).all():
-                begin = int(begins[0])
-                yield array[begin : begin + (end - first) * size].reshape(end - first, size)
-            else:
-                # This copies at most one chunk at a time.
-                yield array[begins[:, np.newaxis] + np.arange(size)]
-
-    def slots_at(self, row: int) -> dict[str, Array]:
-        """Return the slots of a row by name, as arrays of the library that share their memory."""
-        slots = self.backend.to_slots(self._views(row), self.layout)
-        return dict(zip(self.slot_names(self.shapes[row]), slots, strict=True))
+    # A step
 
     def _slots_in_use(self, row: int) -> tuple[np.ndarray, ...]:
         """The slots of the rule that a step updates: those of the row, or lent copies of them."""
         loan = self._loans.get(row)
-        slots = self._views(row) if loan is None or loan.slots is None else loan.slots
+        slots = self._memory(row) if loan is None or loan.slots is None else loan.slots
         return slots[: len(self.rule.slots)]
-
-    # A step
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """Have Python examine all arrays."""
@@ -238,31 +110,42 @@ class HostGroup(Group):
         row = int(part.rows[position])
         views = self._views(row)
         member.slots = views[:-1] if self.has_masters else views
-        param = None if self.has_masters else self._own(member, member.param)
+        axes = self._axes_for(member)
+        param = None if self.has_masters else self._own(member, member.param, axes)
         in_place = self.backend.in_place and param is not None and param.flags.writeable
         if param is None or not in_place:
             param = member.backend.to_compute(member.param, member.layout)
             if self.has_masters:
                 param = resumed(member, param, views[-1])
-            param = np.array(param, order="C")
-        grad = None if copy else self._own(member, member.grad)
+            param = turned(param, axes)
+        grad = None if copy else self._own(member, member.grad, axes)
         grad_is_copy = grad is None
         if grad is None:
-            grad = np.array(member.backend.to_compute(member.grad, member.layout), order="C")
+            grad = turned(member.backend.to_compute(member.grad, member.layout), axes)
         copies = None
-        if not self.backend.in_place:
-            copies = tuple(slot.copy() for slot in member.slots)
-        loan = Loan(member, param, grad, copies, in_place, grad_is_copy)
+        if not self.backend.in_place or axes != self.axes_at(row):
+            copies = tuple(turned(slot, axes) for slot in member.slots)
+        loan = Loan(member, axes, param, grad, copies, in_place, grad_is_copy)
         self._loans[row] = loan
         bounds = (0, 0) if grad_is_copy else _bounds(grad)
         arrays.spans[:, len(arrays.params) + member.place] = bounds
         self._take(part, position, loan)
 
-    def _own(self, member: Member, array: Array) -> np.ndarray | None:
+    def _axes_for(self, member: Member) -> tuple[int, ...]:
+        """The memory order for a loan: that of the parameter if it is dense, else of its slots."""
+        memory = member.backend.memory(member.param) if self.follows else None
+        # The conjugates of a complex tensor do not come as parts.
+        if memory is None or memory.shape != self.shapes[member.row] or not self.backend.in_place:
+            return self.axes_at(member.row)
+        axes = memory_order(memory)
+        return self.axes_at(member.row) if axes is None else axes
+
+    def _own(self, member: Member, array: Array, axes: tuple[int, ...]) -> np.ndarray | None:
         """The array's own memory if an engine can use it as it is, else None."""
         memory = member.backend.memory(array)
         if memory is None or memory.dtype != self.dtype:
             return None
+        memory = memory.transpose(axes)
         return memory if memory.flags.c_contiguous and memory.flags.aligned else None
 
     def _take(self, part: Part, position: int, loan: Loan) -> None:
@@ -319,7 +202,8 @@ class HostGroup(Group):
     def _made_ready(self) -> list[int]:
         """Set ``ready`` in the loans whose result is written back; return their places."""
         copied = [loan for loan in self._loans.values() if not loan.in_place]
-        ready = self.backend.to_slots([loan.param for loan in copied], self.layout)
+        params = [turned_back(loan.param, loan.axes) for loan in copied]
+        ready = self.backend.to_slots(params, self.layout)
         for loan, array in zip(copied, ready, strict=True):
             loan.ready = array
         return [loan.member.place for loan in copied]
@@ -357,12 +241,14 @@ class HostGroup(Group):
     @np.errstate(all="ignore")
     def _return_loans(self) -> None:
         """Write the results that were computed in copies to the slots and parameters."""
-        for loan in self._loans.values():
-            if loan.slots is not None:
-                for view, slot in zip(loan.member.slots, loan.slots, strict=True):
-                    view[...] = slot
-            if self.has_masters:
-                self._views(loan.member.row)[-1][...] = loan.param
+        for row, loan in self._loans.items():
+            new = [*(loan.slots or ()), loan.param] if self.has_masters else (loan.slots or ())
+            if loan.axes != self.axes_at(row):
+                self._turn(row, loan.axes, new)
+            else:
+                own = self._memory(row)
+                for slot, values in zip(own[len(own) - len(new) :], new, strict=True):
+                    slot[...] = values
             if self.backend.in_place and not loan.in_place:
                 self.backend.write(loan.member.param, loan.ready)
 
@@ -372,7 +258,7 @@ class HostGroup(Group):
             return []
         clipped = set(part.rows[part.clipped].tolist())
         return [
-            (loan.member, loan.grad)
+            (loan.member, turned_back(loan.grad, loan.axes))
             for row, loan in self._loans.items()
             if loan.grad_is_copy and row in clipped
         ]
@@ -380,9 +266,8 @@ class HostGroup(Group):
     def forget(self, part: Part) -> None:
         """Release the loans of the step."""
         self._clipped_grads, part.params, part.grads = None, (), ()
-        if self._loans:
-            self._take_back()
-            self._loans = {}
+        self._take_back()
+        self._loans = {}
 
     def _take_back(self) -> None:
         """Have the engine work on the group's own memory again, not on loans."""

@@ -11,8 +11,8 @@ from multiopt.engine import Group
 from multiopt.layout import Layout, as_real, require_dtype
 from multiopt.rules import Rule
 from multiopt_kernels import engines
-from multiopt_kernels.cpu.group import Look
 from multiopt_kernels.cpu.kernels import look_kernel
+from multiopt_kernels.cpu.look import Look
 
 __all__ = ["NumpyBackend"]
 

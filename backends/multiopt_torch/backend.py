@@ -22,8 +22,8 @@ from multiopt.errors import brief
 from multiopt.layout import Layout, require_dtype
 from multiopt.rules import Rule
 from multiopt_kernels import engines
-from multiopt_kernels.cpu.group import Look
 from multiopt_kernels.cpu.kernels import look_kernel
+from multiopt_kernels.cpu.look import Look
 from multiopt_numpy.backend import check_places, read_only
 
 __all__ = ["TorchBackend"]

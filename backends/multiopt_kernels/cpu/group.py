@@ -6,9 +6,9 @@ every step, so that in a regular step Python does nothing for a single parameter
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -17,41 +17,25 @@ from multiopt.engine import Slots
 from multiopt.layout import Words, address
 from multiopt.rules.sums import Sum
 from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels
-from multiopt_kernels.cpu.look import ODD, OVERLAP
+from multiopt_kernels.cpu.look import ODD, OVERLAP, Look
 from multiopt_kernels.cpu.narrow import NARROW
-from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, WIDE
+from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, STRIDES, WIDE
 from multiopt_kernels.cpu.shares import SHARES, borders, places_of_sums
 from multiopt_kernels.cpu.sums import length
-from multiopt_kernels.cpu.team import Kernel, Shares, thread_count
+from multiopt_kernels.cpu.team import Kernel, Runnable, thread_count
 from multiopt_kernels.forms import sample_scalars
 from multiopt_kernels.host import HostGroup, Loan
+from multiopt_kernels.orders import element_strides
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
     from multiopt.layout import Layout
     from multiopt.rules import Rule
 
-__all__ = ["CompiledGroup", "Look"]
+__all__ = ["CompiledGroup"]
 
 #: The number of elements up to which threads cost more than they gain.
 MANY = 2**18
-
-
-class Look(NamedTuple):
-    """How a group looks at the arrays of a library.
-
-    Attributes:
-        kernel: The compiled function.
-        facts: From a dtype to the arguments by which the function recognizes arrays of this dtype;
-            None if it takes none.
-        holds: Whether arrays that the function takes also pass the checks that only Python can
-            make. It is given the parameters, the gradients, and whether all are known to be leaves
-            with gradients of their own; then only those without dimensions are passed.
-    """
-
-    kernel: Kernel
-    facts: Callable[[str], Sequence[int] | None]
-    holds: Callable[[np.ndarray, np.ndarray, bool], bool] | None = None
 
 
 class CompiledGroup(HostGroup):
@@ -72,6 +56,8 @@ class CompiledGroup(HostGroup):
     FRESH: ClassVar = {**HostGroup.FRESH, "clipped": (bool, 0), "bad": (np.uint8, 0)}
 
     fills_spans: ClassVar = True
+
+    follows: ClassVar = True
 
     clipped: np.ndarray
     bad: np.ndarray
@@ -104,12 +90,14 @@ class CompiledGroup(HostGroup):
         self._answer = Words(1)
         self._update, self._measure, self._finite = Words(19), Words(9), Words(8)
         self._squares, self._limbs = Words(10), np.zeros(length(layout.compute_dtype), np.int64)
-        self._shares: Shares | None = None
+        self._shares: Runnable | None = None
         self._seen: Words | None = None
         #: The addresses of the rows and places that ``_seen`` has now.
         self._at: tuple[int, int] | None = None
-        #: For each row with a loan the addresses of its own slots.
-        self._moved: dict[int, list[int]] = {}
+        #: For each row whose slots have been turned their strides, in elements.
+        self._strides: dict[int, np.ndarray] = {}
+        #: The rows that work on a loan.
+        self._lent: set[int] = set()
         super().__init__(backend, layout, rule, has_masters)
         facts = None if look is None else look.facts(storage_dtype)
         if facts is not None:
@@ -152,6 +140,7 @@ class CompiledGroup(HostGroup):
             place[shape] = address(array)
             self._scalars += 0 if shape else count
         table[rows, SIZE] = self.size[rows]
+        table[rows, STRIDES] = table[rows, WIDE] = 0
         table[rows, NDIM] = [len(shape) for shape in shapes]
         table[rows, SHAPE] = [place[shape] for shape in shapes]
         self._elements += int(self.size[rows].sum())
@@ -167,8 +156,16 @@ class CompiledGroup(HostGroup):
             for j, array in enumerate(arrays):
                 self._table[mine, FIRST_SLOT + j] = address(array) + begins
 
+    def _turn(self, row: int, axes: tuple[int, ...], slots: Sequence[np.ndarray]) -> None:
+        super()._turn(row, axes, slots)
+        strides = np.array(element_strides(self.shapes[row], axes), np.int64)
+        self._table[row, STRIDES] = address(strides) if row in self._axes else 0
+        self._strides[row] = strides
+
     def _drop_slots(self, row: int) -> None:
         super()._drop_slots(row)
+        self._strides.pop(row, None)
+        self._lent.discard(row)
         self._elements -= int(self.size[row])
         shape = self.shapes[row]
         array, (used,) = self._shapes[shape]
@@ -181,6 +178,7 @@ class CompiledGroup(HostGroup):
 
     def look(self, part: Part, arrays: Arrays, last: bool) -> None:
         """Find the memory of all arrays in one compiled call."""
+        self._take_back()  # an interrupt may have come when the last step did this
         look, seen, count = self._look, self._seen, len(part.rows)
         if look is None or seen is None:
             part.look_at_all(arrays)
@@ -248,17 +246,18 @@ class CompiledGroup(HostGroup):
 
     def _take(self, part: Part, position: int, loan: Loan) -> None:
         number = loan.member.row
+        self._lent.add(number)
         row = self._table[number]
         row[PARAM], row[GRAD], row[WIDE] = address(loan.param), address(loan.grad), 1
-        self._moved[number] = row[FIRST_SLOT : self._first_number].tolist()
         if loan.slots is not None:
-            row[FIRST_SLOT : self._first_number] = [address(slot) for slot in loan.slots]
+            row[FIRST_SLOT : FIRST_SLOT + len(loan.slots)] = list(map(address, loan.slots))
 
     def _take_back(self) -> None:
-        for row, places in self._moved.items():
-            self._table[row, WIDE] = 0
-            self._table[row, FIRST_SLOT : self._first_number] = places
-        self._moved = {}
+        if self._lent:
+            rows = np.fromiter(self._lent, np.int64)
+            self._table[rows, WIDE] = 0
+            self._point(rows)
+            self._lent = set()
 
     # Measuring
 
@@ -270,7 +269,7 @@ class CompiledGroup(HostGroup):
         """Check all gradients in one compiled call, large ones on several threads."""
         rows, kernel = part.rows, self._norm_kernels["finite"]
         self.bad[rows] = 0
-        if self._elements > MANY and self._is_large(rows):
+        if self._is_large(rows):
             used = thread_count(threads)
             kernel.shares(self._split(rows, used, [address(self.bad)], 0), used).run()
         elif len(rows):
@@ -283,7 +282,7 @@ class CompiledGroup(HostGroup):
     def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
         """Sum the squares in one compiled call, large gradients on several threads."""
         rows, limbs = part.rows[which], self._limbs
-        if self._elements > MANY and self._is_large(rows):
+        if self._is_large(rows):
             sums, _ = self._sum(rows, threads, separate=False)
             return Sum.from_integers(sums.sum(axis=0), self.layout.compute_dtype)
         words = self._squares.values
@@ -318,7 +317,7 @@ class CompiledGroup(HostGroup):
         rows = part.rows
         if self._elements > MANY:
             rows = rows[~np.isnan(self.norm_bound[rows])]
-        if self._elements > MANY and self._is_large(rows):
+        if self._is_large(rows):
             self.own[rows] = 1.0
             sums, first = self._sum(rows, threads, separate=True)
             columns = (self.norm_bound, self.eps, self.norm, self.own)
@@ -334,7 +333,7 @@ class CompiledGroup(HostGroup):
 
     def _is_large(self, rows: np.ndarray) -> bool:
         """Whether rows have so many elements together that threads are worth their cost."""
-        return bool(self.size[rows].sum() > MANY)
+        return self._elements > MANY and bool(self.size[rows].sum() > MANY)
 
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:
         rows, self._shares = part.rows, None
@@ -343,18 +342,14 @@ class CompiledGroup(HostGroup):
         if self.clipping:
             self.clipped[rows] = 0
         words = self._update.values
-        words[0], words[3], words[12], words[13] = (
-            part.at[0],
-            len(rows),
-            leave_clipped,
-            self.backend.in_place,
-        )
-        if self._elements > MANY and self._is_large(rows) and (used := thread_count(threads)) > 1:
+        words[0], words[3] = part.at[0], len(rows)
+        words[12], words[13] = leave_clipped, self.backend.in_place
+        if self._is_large(rows) and (used := thread_count(threads)) > 1:
             # A share cannot know whether it is the last one of its row, so the host counts steps.
             words[13] = 0
             self._shares = self._divided(rows, used)
 
-    def _divided(self, rows: np.ndarray, threads: int) -> Shares:
+    def _divided(self, rows: np.ndarray, threads: int) -> Runnable:
         """The update of some rows, divided among threads. It keeps what the shares work on."""
         self._kept: Any = rows
         blocks = self._split(rows, threads, self._update.array[7:], 0)
@@ -377,14 +372,11 @@ class CompiledGroup(HostGroup):
             if len(part.rows):
                 self._kernel.alone(self._update.address)
         else:
-            self._run_shares(self._shares)
+            self._shares.run()
             if self.backend.in_place:
                 self.steps[part.rows] += 1
         if self.clipping:
             part.clipped = self.clipped[part.rows]
-
-    def _run_shares(self, shares: Shares) -> None:
-        shares.run()
 
     # Running kernels
 

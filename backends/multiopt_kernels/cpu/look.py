@@ -5,17 +5,38 @@ it at any time. So each array is checked at each step: its type, dtype, shape, a
 An array that does not pass is left to Python, which says what is wrong or lends a copy.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from multiopt_kernels.cpu.object_cache import ObjectCode
-from multiopt_kernels.cpu.rows import GRAD, NDIM, PARAM, SHAPE, SIZE
+from multiopt_kernels.cpu.rows import GRAD, NDIM, PARAM, SHAPE, SIZE, STRIDES
+from multiopt_kernels.cpu.team import Kernel
 from multiopt_kernels.cpu.toolbox import object_code, toolbox
 
-__all__ = ["ODD", "OVERLAP", "compile_look"]
+__all__ = ["ODD", "OVERLAP", "Look", "compile_look"]
 
 #: An answer is three numbers packed into one: the second is multiplied by ``ODD``, the third by
 #: ``OVERLAP``.
 ODD, OVERLAP = 1 << 28, 1 << 56
+
+
+class Look(NamedTuple):
+    """How a group looks at the arrays of a library.
+
+    Attributes:
+        kernel: The compiled function.
+        facts: From a dtype to the arguments by which the function recognizes arrays of this dtype;
+            None if it takes none.
+        holds: Whether arrays that the function takes also pass the checks that only Python can
+            make. It is given the parameters, the gradients, and whether all are known to be leaves
+            with gradients of their own; then only those without dimensions are passed.
+    """
+
+    kernel: Kernel
+    facts: Callable[[str], Sequence[int] | None]
+    holds: Callable[[np.ndarray, np.ndarray, bool], bool] | None = None
 
 
 def compile_look() -> ObjectCode:
@@ -39,11 +60,11 @@ def compile_look() -> ObjectCode:
     call, prefetch = tools.call, tools.prefetch
 
     @njit
-    def numpy_address(o, row, writes, facts):  # type: ignore[no-untyped-def]
+    def numpy_address(o, row, writes, facts, itemsize):  # type: ignore[no-untyped-def]
         """The address of the elements, or -1 if the array is odd."""
-        kind, descr = facts[0], facts[1]
-        # Flags: C-contiguous and aligned; for a parameter also writeable.
-        needed = 0x501 if writes else 0x101
+        kind, descr, in_c_order = facts[0], facts[1], row[STRIDES] == 0
+        # Flags: aligned; for a parameter also writeable; C-contiguous, unless the order is another.
+        needed = (0x500 if writes else 0x100) + in_c_order
         if words(o + 8)[0] != kind:
             return -1
         # The fields: data, number of dimensions (an int), dimensions, strides, base, descr, flags
@@ -56,10 +77,15 @@ def compile_look() -> ObjectCode:
         for d in range(ndim):
             if dims[d] != shape[d]:
                 return -1
+        if not in_c_order:
+            strides, expected = words(a[3]), words(row[STRIDES])
+            for d in range(ndim):
+                if dims[d] > 1 and strides[d] != expected[d] * itemsize:
+                    return -1
         return a[0]
 
     @njit
-    def torch_address(o, row, writes, facts):  # type: ignore[no-untyped-def]
+    def torch_address(o, row, writes, facts, itemsize):  # type: ignore[no-untyped-def]
         """The address of the elements, or -1 if the tensor is odd."""
         kind, other, dtype, call_at, tensor_at = facts[0], facts[1], facts[2], facts[3], facts[4]
         if words(o + 8)[0] != kind and words(o + 8)[0] != other:
@@ -73,10 +99,18 @@ def compile_look() -> ObjectCode:
         if device != 1 or ndim != row[NDIM] or t[2] >> 32 != dtype:
             return -1
         dims, strides, shape, expected = words(t[3]), words(t[4]), words(row[SHAPE]), 1
+        if row[STRIDES] != 0:
+            ordered = words(row[STRIDES])
+            for d in range(ndim):
+                if dims[d] != shape[d] or (dims[d] > 1 and strides[d] != ordered[d]):
+                    return -1
+            return t[0] + t[5]
         for d in range(ndim - 1, -1, -1):
-            # The stride of an axis of length 1 does not matter for memory, but it reveals a view
-            # such as ``x.conj().imag``, whose values are the negatives of what is in its memory.
-            if dims[d] != shape[d] or (strides[d] != expected and row[SIZE] > 0):
+            # A view such as ``x.conj().imag``, whose values are the negatives of what is in its
+            # memory, has even strides, and so is not dense. The stride of an axis of length 1 does
+            # not matter for memory, but if there is no other axis, it reveals such a view.
+            matters = dims[d] > 1 or row[SIZE] == 1
+            if dims[d] != shape[d] or (matters and strides[d] != expected and row[SIZE] > 0):
                 return -1
             expected *= dims[d]
         if t[0] == 0 and row[SIZE] > 0:
@@ -137,7 +171,8 @@ def compile_look() -> ObjectCode:
                 if grads[i] == nothing:
                     starts[i] = ends[i] = starts[total + i] = ends[total + i] = 0
                     continue
-                p, g = address(params[i], row, True, facts), address(grads[i], row, False, facts)
+                p = address(params[i], row, True, facts, itemsize)
+                g = address(grads[i], row, False, facts, itemsize)
                 found[count], found_places[count] = rows[k], i
                 if p == -1 or g == -1:
                     odd[odds] = count

@@ -16,10 +16,11 @@ Here Python does what a kernel does to read the parameter in row 1:
 [0.5, 2.0]
 """
 
-__all__ = ["FIRST_SLOT", "GRAD", "NDIM", "PARAM", "SHAPE", "SIZE", "WIDE"]
+__all__ = ["FIRST_SLOT", "GRAD", "NDIM", "PARAM", "SHAPE", "SIZE", "STRIDES", "WIDE"]
 
 #: The addresses of the parameter and of the gradient, the number of elements, the number of
-#: dimensions, the address of the shape, whether the arrays of a 16-bit parameter are lent as
-#: float32 copies, the address of the first slot. The addresses of the other slots follow, and then
-#: float64 numbers: the hyperparameters, or the coefficients if the host computes them.
-PARAM, GRAD, SIZE, NDIM, SHAPE, WIDE, FIRST_SLOT = range(7)
+#: dimensions, the address of the shape, the address of the strides in elements or 0 for C order,
+#: whether the arrays of a 16-bit parameter are lent as float32 copies, the address of the first
+#: slot. The addresses of the other slots follow, and then float64 numbers: the hyperparameters, or
+#: the coefficients if the host computes them.
+PARAM, GRAD, SIZE, NDIM, SHAPE, STRIDES, WIDE, FIRST_SLOT = range(8)

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from multiopt_kernels.cpu.object_cache import ObjectCode, linked
 
-__all__ = ["Kernel", "thread_count"]
+__all__ = ["Kernel", "Runnable", "Shares", "thread_count"]
 
 #: The environment variable that limits the threads of a process, for users who cannot reach the
 #: argument ``threads``.
@@ -117,6 +117,13 @@ class Kernel:
     def shares(self, blocks: np.ndarray, threads: int) -> "Shares":
         """Prepare a call of ``shared``: everything that can fail before the kernel runs is done."""
         return Shares(self._address, blocks, threads)
+
+
+class Runnable(Protocol):
+    """Work that is divided and only has to be run."""
+
+    def run(self) -> Any:
+        """Do it."""
 
 
 class Shares:

@@ -1,14 +1,16 @@
 """Groups of rules that treat a parameter as a whole, in compiled kernels (``whole``)."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from multiopt.layout import address
-from multiopt_kernels.cpu.group import CompiledGroup, Look
+from multiopt_kernels.cpu.group import CompiledGroup
+from multiopt_kernels.cpu.look import Look
 from multiopt_kernels.cpu.shares import places_of_sums
 from multiopt_kernels.cpu.sums import FEW, length
-from multiopt_kernels.cpu.team import Kernel, Shares
+from multiopt_kernels.cpu.team import Kernel, Runnable, Shares
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -52,7 +54,7 @@ class WholeGroup(CompiledGroup):
         sums: int,
     ) -> None:
         """Create a group without rows."""
-        self._passes, self._turns = passes, list[Shares]()
+        self._passes = passes
         # The words of a row's sums and norms, and of a thread's buffers.
         self._words = sums * (length(layout.compute_dtype) + 1), sums * FEW
         self._scratch = np.zeros(sum(self._words), np.int64)
@@ -62,37 +64,58 @@ class WholeGroup(CompiledGroup):
         sums_at = address(self._scratch)
         self._update.array[14:] = [-1, sums_at, sums_at, sums_at + 8 * self._words[0], 0]
 
-    def _divided(self, rows: np.ndarray, threads: int) -> Shares:
+    def _divided(self, rows: np.ndarray, threads: int) -> Runnable:
         """Divide large rows, which take one pass after the other; small ones take all at once."""
         is_large = self.size[rows] >= LARGE
         large, small = rows[is_large], rows[~is_large]
         tail = self._update.array[7:]
         divided = self._split(large, threads, tail, 0)
         whole = self._split(small, threads, tail, 0, whole=True)
-        words, _ = self._words
-        shares, rooms = (
-            len(divided),
-            np.zeros((len(divided) + len(whole), sum(self._words)), np.int64),
-        )
+        words, buffer = self._words
+        shares = len(divided)
+        rooms = np.zeros((shares + len(whole), words + buffer), np.int64)
         rooms_at = address(rooms) + rooms.strides[0] * np.arange(len(rooms))
         whole[:, 15] = whole[:, 16] = rooms_at[shares:]
         whole[:, 17] = rooms_at[shares:] + 8 * words
-        self._known, self._of_pass = np.zeros((2, len(large), words), np.int64)
-        self._adding = np.zeros((shares + len(large), words), np.int64)
-        divided[:, 15], divided[:, 18] = address(self._known), 8 * words
-        divided[:, 16] = address(self._adding) + 8 * words * np.arange(shares)
+        known = np.zeros((len(large), words), np.int64)
+        adding = np.zeros((shares + len(large), words), np.int64)
+        divided[:, 15], divided[:, 18] = address(known), 8 * words
+        divided[:, 16] = address(adding) + 8 * words * np.arange(shares)
         divided[:, 17] = rooms_at[:shares]
-        self._starts = places_of_sums(divided[:, 1:5], len(large))[:-1]
         turns = []
         for number in range(self._passes):
             divided[:, 14] = number
-            blocks = np.concatenate([divided, whole]) if not number else divided.copy()
+            blocks = divided.copy() if number else np.concatenate([divided, whole])
             turns.append(self._kernel.shares(blocks, threads))
-        self._kept, self._turns = (rows, large, small, rooms), turns
-        return turns[0]
+        starts = places_of_sums(divided[:, 1:5], len(large))[:-1]
+        return Passes(turns, known, adding, starts, (large, small, rooms))
 
-    def _run_shares(self, shares: Shares) -> None:
-        """Take the passes one after the other; add the sums of the shares in between."""
+
+class Passes:
+    """Passes that several threads take one after the other.
+
+    Args:
+        turns: The shares of each pass.
+        known: The sums of each row that are complete.
+        adding: Those that the shares of a pass add to.
+        starts: Where the sums of each row begin in ``adding``.
+        kept: Memory that the shares use besides.
+    """
+
+    def __init__(
+        self,
+        turns: Sequence[Shares],
+        known: np.ndarray,
+        adding: np.ndarray,
+        starts: np.ndarray,
+        kept: tuple[np.ndarray, ...],
+    ) -> None:
+        """Do everything that can fail."""
+        self._turns, self._known, self._adding = turns, known, adding
+        self._starts, self._kept, self._of_pass = starts, kept, np.empty_like(known)
+
+    def run(self) -> None:
+        """Take the passes, and add up the sums of the shares in between."""
         for turn in self._turns:
             turn.run()
             if len(self._starts):
