@@ -16,6 +16,7 @@ from multiopt.arrays import APART, UNKNOWN, Arrays, Part
 from multiopt.engine import Slots
 from multiopt.layout import Words, address
 from multiopt.rules.sums import Sum
+from multiopt_kernels.chunks import LARGE
 from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels
 from multiopt_kernels.cpu.look import ODD, OVERLAP, Look
 from multiopt_kernels.cpu.narrow import NARROW
@@ -56,7 +57,6 @@ class CompiledGroup(HostGroup):
     FRESH: ClassVar = {**HostGroup.FRESH, "clipped": (bool, 0), "bad": (np.uint8, 0)}
 
     fills_spans: ClassVar = True
-
     follows: ClassVar = True
 
     clipped: np.ndarray
@@ -96,8 +96,8 @@ class CompiledGroup(HostGroup):
         self._at: tuple[int, int] | None = None
         #: For each row whose slots have been turned their strides, in elements.
         self._strides: dict[int, np.ndarray] = {}
-        #: The rows that work on a loan.
-        self._lent: set[int] = set()
+        #: For each row that works on a loan, where its own slots are, and the strides of the loan.
+        self._lent: dict[int, tuple[list[int], np.ndarray]] = {}
         super().__init__(backend, layout, rule, has_masters)
         facts = None if look is None else look.facts(storage_dtype)
         if facts is not None:
@@ -158,14 +158,16 @@ class CompiledGroup(HostGroup):
 
     def _turn(self, row: int, axes: tuple[int, ...], slots: Sequence[np.ndarray]) -> None:
         super()._turn(row, axes, slots)
-        strides = np.array(element_strides(self.shapes[row], axes), np.int64)
+        places, strides = self._lent[row]
+        if self.size[row] >= LARGE:
+            places[:] = map(address, slots[: len(places)])
         self._table[row, STRIDES] = address(strides) if row in self._axes else 0
         self._strides[row] = strides
 
     def _drop_slots(self, row: int) -> None:
         super()._drop_slots(row)
         self._strides.pop(row, None)
-        self._lent.discard(row)
+        self._lent.pop(row, None)
         self._elements -= int(self.size[row])
         shape = self.shapes[row]
         array, (used,) = self._shapes[shape]
@@ -246,18 +248,18 @@ class CompiledGroup(HostGroup):
 
     def _take(self, part: Part, position: int, loan: Loan) -> None:
         number = loan.member.row
-        self._lent.add(number)
         row = self._table[number]
+        strides = np.array(element_strides(self.shapes[number], loan.axes), np.int64)
+        self._lent[number] = row[FIRST_SLOT : self._first_number].tolist(), strides
         row[PARAM], row[GRAD], row[WIDE] = address(loan.param), address(loan.grad), 1
         if loan.slots is not None:
             row[FIRST_SLOT : FIRST_SLOT + len(loan.slots)] = list(map(address, loan.slots))
 
     def _take_back(self) -> None:
-        if self._lent:
-            rows = np.fromiter(self._lent, np.int64)
-            self._table[rows, WIDE] = 0
-            self._point(rows)
-            self._lent = set()
+        for row, (places, _) in self._lent.items():
+            self._table[row, WIDE] = 0
+            self._table[row, FIRST_SLOT : self._first_number] = places
+        self._lent = {}
 
     # Measuring
 
