@@ -8,7 +8,7 @@ One thread takes all passes over a row at once, while the row is in its cache. S
 one pass after the other over all rows, and their sums are added in between.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import indent
 from typing import Any
 
@@ -118,7 +118,7 @@ def whole_source(
     source = Source()
     parts, calls, norms = [], [], list[int]()
     for number, one in enumerate(passes):
-        printed = _Printed(trace, arrays, list(kinds), norms)
+        printed = _Printed(trace, arrays, kinds, norms)
         parts.append(printed.scalars(source, number, one))
         forms = ["wide", *(["narrow"] if narrow else [])]
         parts += [
@@ -171,28 +171,31 @@ class _Printed:
     Args:
         trace: The trace.
         arrays: The number of inputs that are arrays.
-        coefficients: The names of the coefficients.
+        kinds: What each coefficient is.
         norms: The values that earlier passes have summed.
     """
 
     def __init__(
-        self, trace: Trace, arrays: int, coefficients: list[str], norms: list[int]
+        self,
+        trace: Trace,
+        arrays: int,
+        kinds: Mapping[str, bool | Kind],
+        norms: Sequence[int],
     ) -> None:
-        self.numbers = {arrays + k: f"c{k}" for k in range(len(coefficients))}
-        self.kinds = {x.output: x.kind for x in trace.operations}
-        self.kinds |= dict.fromkeys(range(arrays), Kind.FLOAT)
+        self.coefficients = {arrays + k: f"c{k}" for k in range(len(kinds))}
+        self.numbers = [arrays + k for k, x in enumerate(kinds.values()) if x is Kind.NUMBER]
+        self.wide = {x.output for x in trace.operations if x.kind is Kind.WIDE}
         self.literals = dict(trace.literals)
-        self.before = [f"c{k} = c[{k}]" for k in range(len(coefficients))]
+        self.before = [f"{name} = c[{k}]" for k, name in enumerate(self.coefficients.values())]
         self.norms = norms
 
     def line(self, source: Source, operation: Operation, names: dict[int, str]) -> str:
         """Print an operation; numbers take the precision of what they are combined with."""
-        values = (*operation.inputs, operation.output)
-        is_wide = any(self.kinds.get(value) is Kind.WIDE for value in values)
-        to = "double({})" if is_wide else "dtype({})"
-        given = {k: to.format(repr(x)) for k, x in self.literals.items()}
-        given |= {k: to.format(x) if is_wide else x for k, x in self.numbers.items()}
-        given |= {k: x for k, x in self.numbers.items() if self.kinds.get(k) is Kind.BOOL}
+        is_wide = not self.wide.isdisjoint((*operation.inputs, operation.output))
+        to = "double" if is_wide else "dtype"
+        given = {k: f"{to}({x!r})" for k, x in self.literals.items()} | self.coefficients
+        if is_wide:
+            given |= {k: f"double({self.coefficients[k]})" for k in self.numbers}
         given |= names
         line = source.line(operation, given)
         names[operation.output] = given[operation.output]
