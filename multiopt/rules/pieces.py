@@ -24,6 +24,7 @@ __all__ = [
     "bands",
     "bits",
     "few_squares",
+    "highest",
     "on_grid",
     "sum_of_numbers",
     "sum_of_squares",
@@ -97,12 +98,18 @@ def bands(
         # A number has 53 bits, of which the last is not below that of the subnormal ones.
         yield near, (0, max(frexp(_smallest(xp, near))[1] - 53, LAST - top)), top
         sizes = xp.where(is_near, 0.0, sizes)
-        largest = float(xp.max(sizes))
+        largest = highest(xp, sizes)
+
+
+def highest(xp: Any, numbers: Any) -> float:
+    """The largest of some numbers; NaN if one is NaN."""
+    # NumPy's ``max`` calls this function, and takes 2 us more for a chunk that takes 25.
+    return float(np.maximum.reduce(numbers) if xp is np else xp.max(numbers))
 
 
 def _smallest(xp: Any, numbers: Any) -> float:
     """The smallest of numbers >= 0 that is not zero; there must be one."""
-    smallest = float(xp.min(numbers))
+    smallest = float(np.minimum.reduce(numbers) if xp is np else xp.min(numbers))
     return smallest or float(xp.min(xp.where(numbers > 0.0, numbers, inf)))
 
 

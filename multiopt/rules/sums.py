@@ -25,7 +25,14 @@ from typing import Any, Self
 import numpy as np
 from array_api_compat import device
 
-from multiopt.rules.pieces import FEW, bands, few_squares, sum_of_numbers, sum_of_squares
+from multiopt.rules.pieces import (
+    FEW,
+    bands,
+    few_squares,
+    highest,
+    sum_of_numbers,
+    sum_of_squares,
+)
 
 __all__ = ["LIMB", "RANGES", "Sum", "few_norms", "norm", "root_mean_square"]
 
@@ -101,14 +108,14 @@ class Sum:
             chunk = flat[first : min(first + step, size)]
             sizes = xp.abs(chunk)
             # NaN and infinity propagate, so one of them shows in the largest.
-            largest = float(xp.max(sizes))
+            largest = highest(xp, sizes)
             if not largest < inf:
                 nan_count = _count(xp, xp.isnan(chunk))
                 finite = xp.isfinite(chunk)
                 infinities += chunk.shape[0] - _count(xp, finite) - nan_count
                 nans += nan_count
                 sizes = xp.where(finite, sizes, 0.0)
-                largest = float(xp.max(sizes))
+                largest = highest(xp, sizes)
             for numbers, unit, exponent in bands(xp, sizes, largest, self._dtype):
                 found, last = summed(xp, numbers, unit)
                 total += found << (last + exponent * (1 + self._squares) - lowest)
