@@ -101,10 +101,11 @@ def group(
             found, storage_dtype = None, dtype
             engine = _engine_of(rule, dtype, storage_dtype, has_masters)
         assert isinstance(engine, _Compiled)
-        arguments = backend, layout, rule, has_masters, *engine[:2], storage_dtype, found
+        kernel, on_host, passes, sums = engine
+        arguments = backend, layout, rule, has_masters, kernel, on_host, storage_dtype, found
         if rule.elementwise:
             return CompiledGroup(*arguments)
-        return WholeGroup(*arguments, engine.passes, engine.sums)
+        return WholeGroup(*arguments, passes=passes, sums=sums)
     if isinstance(engine, _Blocks):
         itself = numpy_arrays and layout.storage_dtype == dtype
         return BlockedGroup(backend, layout, rule, has_masters, *engine, itself)
@@ -136,8 +137,7 @@ def _engine_of(
         return None
     narrow = storage_dtype != dtype
     key: tuple[Hashable, ...] = asked, kind, dtype, storage_dtype, narrow and has_masters
-    kinds = list(map(type, formulas(rule)))
-    if key not in _engines or not all(kind.__module__.startswith("multiopt.") for kind in kinds):
+    if key not in _engines or not _is_ours(rule):
         # A user's formula, or something that it uses, may have been edited since the last time.
         try:
             _engines[key] = _engine(asked, rule, dtype, storage_dtype, narrow and has_masters)
@@ -177,8 +177,13 @@ def _is_compiled_whole(rule: Rule, asked: str) -> bool:
     Its slots must have the shape of the parameter. A user's own rule of this sort runs as it
     stands: it is promised arrays in row-major order.
     """
-    is_ours = all(type(part).__module__.startswith("multiopt.") for part in formulas(rule))
-    return asked == "compiled" and is_ours and type(rule).slot_shapes is Rule.slot_shapes
+    has_its_shape = type(rule).slot_shapes is Rule.slot_shapes
+    return asked == "compiled" and has_its_shape and _is_ours(rule)
+
+
+def _is_ours(rule: Rule) -> bool:
+    """Whether all formulas of a rule are those of this package."""
+    return all(type(part).__module__.startswith("multiopt.") for part in formulas(rule))
 
 
 def _compiled(make: Callable[[], _Compiled]) -> _Compiled | None:

@@ -2,8 +2,8 @@
 
 Each rule is a frozen dataclass of hyperparameters with a pure update, written against the Array API
 (``rule``). Declarations of fields are in ``declared``, arithmetic that is equal everywhere in
-``arithmetic``, exact sums in ``sums``, weight decay in ``decay``, and averages of parameters in
-``average``.
+``arithmetic``, exact sums in ``sums`` and ``means``, made of ``pieces``, weight decay in ``decay``,
+and averages of parameters in ``average``.
 """
 
 from multiopt.rules.adabelief import AdaBelief

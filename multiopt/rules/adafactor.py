@@ -1,7 +1,7 @@
 """Adafactor: the second moment of a matrix is kept as the means of its rows and of its columns.
 
-Sums are exact. The rule is not elementwise. ``spec/rules/adafactor.md`` gives the
-formulas in the order in which they are computed.
+Sums are exact. The rule is not elementwise. ``spec/rules/adafactor.md`` gives the formulas in the
+order in which they are computed.
 """
 
 from dataclasses import dataclass

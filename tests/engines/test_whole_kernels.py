@@ -10,7 +10,7 @@ import multiopt as mo
 from multiopt.backend import backend_named
 from multiopt.layout import Layout
 from multiopt.rules.sums import norm
-from multiopt_kernels.cpu.whole_group import LARGE
+from multiopt_kernels.cpu.whole_group import SHARED
 from multiopt_kernels.operations import Kind, NotTraceable
 from multiopt_kernels.passes import cut
 from multiopt_kernels.trace import trace_update
@@ -18,7 +18,7 @@ from tests.libraries import assert_equal, engine
 
 #: On both sides of what is summed at once, and of what several threads share.
 SHAPES = [(), (0,), (1,), (10,), (1023,), (1024,), (1025,), (70, 80), (9000,)]
-SHARED = [*SHAPES, (LARGE - 1,), (LARGE,), (300_001,), (200, 1000), (5,)]
+DIVIDED = [*SHAPES, (SHARED - 1,), (SHARED,), (300_001,), (200, 1000), (5,)]
 
 
 def run(
@@ -58,7 +58,7 @@ def drawn(seed: int, shapes: Sequence[tuple[int, ...]], dtype: str, scale: float
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("clip", [None, mo.Clip(norm=3.0, value=0.02), mo.Clip(global_norm=1.0)])
 def test_lamb_is_the_rule_as_it_stands(dtype: str, threads: int, clip: mo.Clip | None) -> None:
-    shapes = SHAPES if threads == 1 else SHARED
+    shapes = SHAPES if threads == 1 else DIVIDED
     start, grads = drawn(0, shapes, dtype), [drawn(k, shapes, dtype) for k in range(3)]
     for decay in (0.0, 0.1):
         rule = mo.LAMB(lr=0.1, weight_decay=decay)

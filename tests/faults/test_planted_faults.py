@@ -180,7 +180,7 @@ FAULTS = [
     Fault(
         "somebody's rule traced once and for all",
         "backends/multiopt_kernels/engines.py",
-        ' or not all(kind.__module__.startswith("multiopt.") for kind in kinds)',
+        " or not _is_ours(rule)",
         "",
         "engines/test_trace.py::test_an_edited_rule_is_a_new_one_for_the_next_optimizer[SCALE-3.0-compiled]",
     ),

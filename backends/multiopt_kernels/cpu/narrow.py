@@ -18,10 +18,27 @@ import numpy as np
 
 from multiopt_kernels.cpu.toolbox import toolbox
 
-__all__ = ["NARROW", "conversions"]
+__all__ = ["NARROW", "conversions", "reader"]
 
 #: The dtypes that kernels convert.
 NARROW = "float16", "bfloat16"
+
+
+def reader(dtype: str, storage_dtype: str) -> tuple[Any, Any, int]:
+    """How kernels read elements in memory as numbers of the compute dtype.
+
+    Args:
+        dtype: The compute dtype.
+        storage_dtype: The dtype of the elements in memory.
+
+    Returns:
+        A function from an address to a pointer, one from what it points to to a number, and the
+        size of an element.
+    """
+    tools = toolbox()
+    if storage_dtype == dtype:
+        return tools.at[dtype], tools.inlined(lambda x: x), np.dtype(dtype).itemsize
+    return tools.shorts, conversions(storage_dtype)[0], 2
 
 
 def conversions(dtype: str) -> tuple[Any, Any]:

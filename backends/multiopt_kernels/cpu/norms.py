@@ -11,7 +11,7 @@ import numpy as np
 
 from multiopt.rules.arithmetic import clip_coefficient
 from multiopt.rules.sums import RANGES
-from multiopt_kernels.cpu.narrow import conversions
+from multiopt_kernels.cpu.narrow import reader
 from multiopt_kernels.cpu.object_cache import ObjectCode
 from multiopt_kernels.cpu.rows import GRAD, SIZE, WIDE
 from multiopt_kernels.cpu.shares import BLOCK
@@ -165,13 +165,9 @@ def _readers(dtype: str, storage_dtype: str) -> tuple[Any, Any, Any]:
         dtype: The compute dtype.
         storage_dtype: The dtype of the gradient in memory.
     """
-    tools = toolbox()
-    if storage_dtype == dtype:
-        at, load = tools.at[dtype], tools.inlined(lambda x: x)
-    else:
-        at, load = tools.shorts, conversions(storage_dtype)[0]
+    at, load, _ = reader(dtype, storage_dtype)
 
-    @tools.njit
+    @toolbox().njit
     def is_bad(address, low, high):  # type: ignore[no-untyped-def]
         """Whether some of a range of elements are infinite or NaN."""
         g, found = at(address), 0

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from multiopt.rules.sums import LIMB, RANGES
-from multiopt_kernels.cpu.narrow import conversions
+from multiopt_kernels.cpu.narrow import reader
 from multiopt_kernels.cpu.toolbox import toolbox
 
 __all__ = ["FEW", "adder", "length", "sum_tools"]
@@ -151,10 +151,7 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
     i64: Any = np.int64
     f64: Any = np.float64
     unit, deposit, carry, norm = known.unit, known.deposit, known.carry, known.norm
-    if storage_dtype == dtype:
-        at, load, itemsize = tools.at[dtype], tools.inlined(lambda x: x), np.dtype(dtype).itemsize
-    else:
-        at, load, itemsize = tools.shorts, conversions(storage_dtype)[0], 2
+    at, load, itemsize = reader(dtype, storage_dtype)
     number, bits_type = getattr(np, dtype), np.uint32 if dtype == "float32" else np.uint64
     mantissa, special, smallest, apart = FORMATS[dtype]
     lowest, count = RANGES[dtype]

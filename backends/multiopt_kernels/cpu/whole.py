@@ -98,13 +98,7 @@ def whole_source(
 ) -> tuple[str, int, int]:
     """Print the text that the update of a rule is compiled from.
 
-    Args:
-        update: The update.
-        slots: The number of slots.
-        kinds: What each coefficient is, as ``trace_update`` takes it.
-        scalars: The trace of the coefficients, or None.
-        narrow: Whether parameters and gradients have 16 bits, except in rows that are ``WIDE``.
-        masters: Whether there is one more slot, the master copy of a 16-bit parameter.
+    The arguments are those of ``update_source``.
 
     Returns:
         The text, the number of passes and the number of sums.

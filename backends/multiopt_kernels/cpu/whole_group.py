@@ -1,72 +1,45 @@
 """Groups of rules that treat a parameter as a whole, in compiled kernels (``whole``)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from multiopt.layout import address
 from multiopt_kernels.cpu.group import CompiledGroup
-from multiopt_kernels.cpu.look import Look
 from multiopt_kernels.cpu.shares import places_of_sums
 from multiopt_kernels.cpu.sums import FEW, length
-from multiopt_kernels.cpu.team import Kernel, Runnable, Shares
-
-if TYPE_CHECKING:
-    from multiopt.backend import Backend
-    from multiopt.layout import Layout
-    from multiopt.rules import Rule
+from multiopt_kernels.cpu.team import Runnable, Shares
 
 __all__ = ["WholeGroup"]
 
 #: From how many elements on several threads share a row. Other rows fit into a cache, where one
 #: thread takes all passes over them at once.
-LARGE = 2**16
+SHARED = 2**16
 
 
 class WholeGroup(CompiledGroup):
     """Parameters that one compiled kernel updates in several passes.
 
     Args:
-        backend: The backend of the parameters.
-        layout: Their layout; its shape does not matter.
-        rule: A rule of their kind.
-        has_masters: Whether they have master copies.
-        kernel: The kernel of the update.
-        host_coefficients: Whether the host computes the coefficients; otherwise the kernel does.
-        storage_dtype: The dtype of arrays that the kernel takes as they are.
-        look: How to look at the arrays; None if all are lent.
+        arguments: Those of ``CompiledGroup``.
         passes: The number of passes.
         sums: The number of sums that they take.
     """
 
-    def __init__(
-        self,
-        backend: "Backend",
-        layout: "Layout",
-        rule: "Rule",
-        has_masters: bool,
-        kernel: Kernel,
-        host_coefficients: bool,
-        storage_dtype: str,
-        look: Look | None,
-        passes: int,
-        sums: int,
-    ) -> None:
+    def __init__(self, *arguments: Any, passes: int, sums: int) -> None:
         """Create a group without rows."""
+        super().__init__(*arguments)
         self._passes = passes
         # The words of a row's sums and norms, and of a thread's buffers.
-        self._words = sums * (length(layout.compute_dtype) + 1), sums * FEW
+        self._words = sums * (length(self.layout.compute_dtype) + 1), sums * FEW
         self._scratch = np.zeros(sum(self._words), np.int64)
-        super().__init__(
-            backend, layout, rule, has_masters, kernel, host_coefficients, storage_dtype, look
-        )
         sums_at = address(self._scratch)
         self._update.array[14:] = [-1, sums_at, sums_at, sums_at + 8 * self._words[0], 0]
 
     def _divided(self, rows: np.ndarray, threads: int) -> Runnable:
         """Divide large rows, which take one pass after the other; small ones take all at once."""
-        is_large = self.size[rows] >= LARGE
+        is_large = self.size[rows] >= SHARED
         large, small = rows[is_large], rows[~is_large]
         tail = self._update.array[7:]
         divided = self._split(large, threads, tail, 0)
