@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import multiopt as mo
+from multiopt_kernels.cpu.narrow import conversions
+from multiopt_kernels.cpu.toolbox import toolbox
 from tests.cases import CASES
 from tests.libraries import NUMPY, Library, assert_equal, engine
 
@@ -171,15 +173,50 @@ def test_every_value_of_parameter_and_gradient(dtype: str, options: dict[str, An
             assert_equal(slots[name], values, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_rounding(dtype: str) -> None:
-    # What is right between two neighbours, and next to that; twice as much is halved by the step.
+def near_roundings(dtype: str) -> np.ndarray:
+    """What is right between two neighbours of a 16-bit dtype, and next to that, as float32."""
     wide = every(dtype).astype(np.float32).view(np.uint32)
     tie = np.uint32(0x8000 if dtype == "bfloat16" else 0x1000)
     offsets = np.array([0, 1, tie - 1, tie, tie + 1, 2 * tie - 1], np.uint32)
-    target = (wide[:, None] + offsets).ravel().view(np.float32)
+    between = (wide[:, None] + offsets).ravel().view(np.float32)
     # Halves of the least float16, too: what is subnormal there is not in float32.
-    target = np.concatenate([target, np.arange(0, 4096, 0.5, dtype=np.float32) * 2.0**-25])
+    return np.concatenate([between, np.arange(0, 4096, 0.5, dtype=np.float32) * 2.0**-25])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "by_instruction"), [("bfloat16", None), ("float16", True), ("float16", False)]
+)
+def test_conversions_are_those_of_numpy(dtype: str, by_instruction: bool | None) -> None:
+    njit = pytest.importorskip("numba").njit
+    if by_instruction and not toolbox().has_half:
+        pytest.skip("the processor does not convert float16")
+    load, store = conversions(dtype, by_instruction)
+
+    def widen(bits: np.ndarray, out: np.ndarray) -> None:
+        for i in range(bits.size):
+            out[i] = load(bits[i])
+
+    def narrow(numbers: np.ndarray, out: np.ndarray) -> None:
+        for i in range(numbers.size):
+            out[i] = store(numbers[i])
+
+    with np.errstate(all="ignore"):
+        wide, expected = np.empty(2**16, np.float32), every(dtype).astype(np.float32)
+        njit(widen)(every(dtype).view(np.uint16), wide)
+        assert_equal(wide, expected)
+        assert (np.signbit(wide) == np.signbit(expected)).all()
+        numbers = near_roundings(dtype)
+        rounded, expected = np.empty(numbers.size, np.uint16), numbers.astype(dtype)
+        njit(narrow)(numbers, rounded)
+        assert_equal(rounded.view(dtype), expected)
+        is_number = ~np.isnan(numbers)
+        assert (rounded == expected.view(np.uint16))[is_number].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_rounding(dtype: str) -> None:
+    # Twice what is to be rounded is halved by the step.
+    target = near_roundings(dtype)
     with np.errstate(all="ignore"):
         start = np.float32(2.0) * target
         is_exact = np.isfinite(start) & (start * np.float32(0.5) == target)

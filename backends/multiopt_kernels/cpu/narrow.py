@@ -1,10 +1,14 @@
 """Conversions between 16-bit numbers in memory and the float32 numbers that kernels compute with.
 
 The way to float32 is exact. The way back rounds once, to nearest, ties to even; numbers that are
-too large become infinite, and NaN stays NaN. The conversions are integer arithmetic on the bits,
-except for two operations in float32: a product that is exact, and a sum that rounds as needed.
+too large become infinite, and NaN stays NaN.
 
->>> load, store = (function.py_func for function in conversions("float16"))  # not compiled
+Processors convert float16 by an instruction, which makes a step of 1e7 elements 1.25 times as fast
+as integer arithmetic does. Where there is none, and for bfloat16, whose instruction takes subnormal
+numbers for zeros, the conversions are integer arithmetic on the bits, except for two operations in
+float32: a product that is exact, and a sum that rounds as needed.
+
+>>> load, store = (function.py_func for function in conversions("float16", False))  # not compiled
 >>> hex(store(1.0)), float(load(0x3C00))
 ('0x3c00', 1.0)
 >>> numbers = 0.1, 1 + 2**-11, 1 + 3 * 2**-11, 1e5  # after 1.0 comes 1 + 2**-10
@@ -41,12 +45,18 @@ def reader(dtype: str, storage_dtype: str) -> tuple[Any, Any, int]:
     return tools.shorts, conversions(storage_dtype)[0], 2
 
 
-def conversions(dtype: str) -> tuple[Any, Any]:
+def conversions(dtype: str, by_instruction: bool | None = None) -> tuple[Any, Any]:
     """Numba functions from the bits of a 16-bit number, as uint16, to float32, and back.
 
     Args:
         dtype: One of ``NARROW``.
+        by_instruction: Whether to use the instructions for float16. None asks the processor.
     """
+    if dtype == "float16":
+        if by_instruction is None:
+            by_instruction = toolbox().has_half
+        if by_instruction:
+            return toolbox().from_half, toolbox().to_half
     u32, u16, f32, njit = np.uint32, np.uint16, np.float32, toolbox().njit
     infinity = u32(0x7F800000)
 

@@ -6,6 +6,7 @@ the first kernel is built, so a process that finds all its kernels in the cache 
 
 import math
 from functools import cache, partial
+from platform import machine
 from types import ModuleType
 from typing import Any
 
@@ -23,10 +24,12 @@ def toolbox() -> Any:
     ``njit`` compiles a function, and ``inlined`` one that is inlined where it is called. ``words``,
     ``doubles``, ``halves``, ``bytes`` and ``shorts`` turn an address into a pointer to int64,
     float64, int32, uint8 and uint16; ``at`` has such functions for float32 and float64 by name.
+    ``from_half`` and ``to_half`` convert float16, where ``has_half`` says that the processor can.
     """
     import numba
     from llvmlite import ir
     from numba import types
+    from numba.core.registry import cpu_target
     from numba.extending import intrinsic
 
     def njit(function: Any, inline: str = "never") -> Any:
@@ -77,12 +80,37 @@ def toolbox() -> Any:
 
         return types.void(types.int64), generate
 
+    @intrinsic
+    def from_half(context: Any, bits: Any) -> Any:
+        """The float32 number with the value of a float16 number."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            half = builder.bitcast(arguments[0], ir.HalfType())
+            return builder.fpext(half, ir.FloatType())
+
+        return types.float32(types.uint16), generate
+
+    @intrinsic
+    def to_half(context: Any, x: Any) -> Any:
+        """The bits of a float32 number, rounded to float16."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            half = builder.fptrunc(arguments[0], ir.HalfType())
+            return builder.bitcast(half, ir.IntType(16))
+
+        return types.uint16(types.float32), generate
+
+    # Those of the processor, unless a variable of Numba's says otherwise.
+    features = set(cpu_target.target_context.codegen()._get_host_cpu_features().split(","))
     tools = ModuleType("tools")
     tools.__dict__.update(
         njit=njit,
         inlined=partial(njit, inline="always"),
         call=call,
         prefetch=prefetch,
+        has_half=machine() in ("arm64", "aarch64") or {"+avx", "+f16c"} <= features,
+        from_half=from_half,
+        to_half=to_half,
         types=types,
         words=pointer(types.int64),
         doubles=pointer(types.float64),
