@@ -6,7 +6,7 @@ from typing import Any
 import multiopt as mo
 from multiopt.bench.paired import Side
 from multiopt.bench.sides import JAX, OPTAX, TEXTBOOK
-from tests.benchmarks import files, svi, varies
+from tests.benchmarks import files, low_precision, svi, varies
 from tests.benchmarks.memory import stream
 from tests.benchmarks.norms import accumulated, dot
 from tests.benchmarks.ours import distinct, drop_in, on_numpy, on_torch
@@ -149,6 +149,36 @@ COMPARISONS = (
             threaded=True,
         )
         for work, target in (("forty", 0.8), ("large", 1.1))
+    ),
+    *(
+        Comparison(
+            *("16 bits", "large", low_precision.ours(dtype, **options), low_precision.fused(dtype)),
+            hot=target,
+            cold=target,
+            unit=TIME,
+            threaded=True,
+            alike=False,
+        )
+        for dtype, plain, with_masters in (("bfloat16", 0.7, 0.8), ("float16", 1.0, 1.3))
+        for options, target in (({}, plain), ({"master_weights": True}, with_masters))
+    ),
+    *(
+        Comparison(
+            *("16 bits", "large", low_precision.ours(dtype), low_precision.ours("float32"), 0.9),
+            unit=TIME,
+            turns=("hot",),
+            threaded=True,
+            alike=False,
+        )
+        for dtype in ("bfloat16", "float16")
+    ),
+    *(
+        Comparison(
+            *("16 bits", "many small", low_precision.ours(dtype), low_precision.fused(dtype), 12),
+            turns=("hot",),
+            alike=False,
+        )
+        for dtype in ("bfloat16", "float16")
     ),
     *(
         Comparison(
