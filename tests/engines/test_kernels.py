@@ -217,6 +217,36 @@ def test_threads_change_nothing(threads: int) -> None:
         assert_equal(param, expected[name], name)
 
 
+@pytest.mark.parametrize("rule", [mo.Adam(), mo.LAMB()], ids=lambda rule: type(rule).__name__)
+def test_work_is_divided_again_when_it_is_other_work(rule: mo.Rule) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"a": (200_001,), "b": (70_000,), "c": (300, 300), "d": (10,), "e": (100_000,)}
+    start = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    everything, some = list(shapes), ["a", "c", "d"]
+    # The same names twice, in another order, some of them, and as many others.
+    turns = [everything, everything, everything[::-1], some, some, ["b", "c", "e"], everything]
+
+    def run(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        rng = np.random.default_rng(1)
+        params = {name: x.copy() for name, x in start.items()}
+        with engine(name):
+            opt = mo.Optimizer(rule, mo.Clip(value=1.0), threads=2)
+            for names in turns:
+                grads = {n: rng.standard_normal(shapes[n]).astype("f4") for n in names}
+                opt.step({n: params[n] for n in names}, grads)
+            # A name that comes back with another size, in the row that it had.
+            opt.forget("a")
+            params["a"] = rng.standard_normal(400_000).astype("f4")
+            grads = {n: rng.standard_normal(x.shape).astype("f4") for n, x in params.items()}
+            opt.step(params, grads)
+            opt.step(params, grads)
+        return params, grads
+
+    for got, expected in zip(run("compiled"), run("plain"), strict=True):
+        for name, x in got.items():
+            assert_equal(x, expected[name], name)
+
+
 @pytest.mark.parametrize("threads", [0, -1, True, 1.5, "2"])
 def test_a_number_of_threads_is_an_integer_from_one(threads: Any) -> None:
     with pytest.raises(ValueError, match="threads must be an integer >= 1 or None"):

@@ -91,6 +91,9 @@ class CompiledGroup(HostGroup):
         self._update, self._measure, self._finite = Words(19), Words(9), Words(8)
         self._squares, self._limbs = Words(10), np.zeros(length(layout.compute_dtype), np.int64)
         self._shares: Runnable | None = None
+        #: What was divided last: the addresses of the rows and places, with what they were divided
+        #: for, and the shares.
+        self._division: tuple[tuple[int, int] | None, Any, Runnable | None] = (None, None, None)
         self._seen: Words | None = None
         #: The addresses of the rows and places that ``_seen`` has now.
         self._at: tuple[int, int] | None = None
@@ -349,11 +352,14 @@ class CompiledGroup(HostGroup):
         if self._is_large(rows) and (used := thread_count(threads)) > 1:
             # A share cannot know whether it is the last one of its row, so the host counts steps.
             words[13] = 0
-            self._shares = self._divided(rows, used)
+            # Dividing takes 30 us, a fifth of a step of a VAE: it is done again only for others.
+            key = used, self._update.array[5:].tobytes()
+            if part.at is not self._division[0] or key != self._division[1]:
+                self._division = part.at, key, self._divided(rows, used)
+            self._shares = self._division[2]
 
     def _divided(self, rows: np.ndarray, threads: int) -> Runnable:
-        """The update of some rows, divided among threads. It keeps what the shares work on."""
-        self._kept: Any = rows
+        """The update of some rows, divided among threads; the caller keeps the rows."""
         blocks = self._split(rows, threads, self._update.array[7:], 0)
         return self._kernel.shares(blocks, threads)
 

@@ -127,7 +127,7 @@ class Runnable(Protocol):
 
 
 class Shares:
-    """Argument blocks for which a kernel is to be run once, by some threads.
+    """Argument blocks for which a kernel is to be run by some threads, as often as asked for.
 
     Args:
         kernel: The address of the kernel.
@@ -149,14 +149,15 @@ class Shares:
         self._work = np.array([0, 0, count, kernel, first, stride, result], np.int64)
         self._threads = min(threads, count)
         self._share = _share()
-        self._parallel = _openmp() if self._threads > 1 else None
 
     def run(self) -> np.ndarray:
-        """Run the kernel for every block, and return the result for each."""
+        """Run the kernel for every block, and return the results, which the next run overwrites."""
+        self._work[: WORK.index("count")] = 0
         if self._threads <= 1:
             self._share(self._work.ctypes.data)
-        elif self._parallel is not None:
-            self._parallel(self._share, self._work.ctypes.data, self._threads, 0)
+        # Asked for each time, because a forked child that runs this again has no such threads.
+        elif (parallel := _openmp()) is not None:
+            parallel(self._share, self._work.ctypes.data, self._threads, 0)
         else:
             _with_helpers(self._work, self._threads - 1)
         if status := self._work[WORK.index("status")]:

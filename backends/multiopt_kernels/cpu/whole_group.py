@@ -89,6 +89,9 @@ class Passes:
 
     def run(self) -> None:
         """Take the passes, and add up the sums of the shares in between."""
+        # An interrupt may have left something in them.
+        self._known.fill(0)
+        self._adding.fill(0)
         for turn in self._turns:
             turn.run()
             if len(self._starts):
