@@ -182,6 +182,19 @@ def test_a_step_needs_next_to_no_memory() -> None:
                 assert peak < 4e6, (name, clip)
 
 
+def test_norms_of_many_small_gradients_need_next_to_no_memory() -> None:
+    params, grads = ({f"w{k}": np.ones(10) for k in range(30_000)} for _ in range(2))
+    opt = mo.Optimizer(mo.SGD(), mo.Clip(norm=1.0), threads=2)
+    for _ in range(2):
+        opt.step(params, grads)
+    tracemalloc.start()
+    opt.step(params, grads)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # An exact sum for each would be 26 MB.
+    assert peak < 8e6
+
+
 def test_shares_of_the_work_cover_every_block_once() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):

@@ -10,7 +10,7 @@ import multiopt as mo
 from multiopt.backend import backend_named
 from multiopt.layout import Layout
 from multiopt.rules.sums import norm
-from multiopt_kernels.cpu.whole_group import SHARED
+from multiopt_kernels.cpu.shares import SHARED
 from multiopt_kernels.operations import Kind, NotTraceable
 from multiopt_kernels.passes import cut
 from multiopt_kernels.trace import trace_update

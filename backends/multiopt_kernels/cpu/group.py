@@ -21,7 +21,7 @@ from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels
 from multiopt_kernels.cpu.look import ODD, OVERLAP, Look
 from multiopt_kernels.cpu.narrow import NARROW
 from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, STRIDES, WIDE
-from multiopt_kernels.cpu.shares import SHARES, borders, places_of_sums
+from multiopt_kernels.cpu.shares import SHARED, SHARES, borders, places_of_sums
 from multiopt_kernels.cpu.sums import length
 from multiopt_kernels.cpu.team import Kernel, Runnable, thread_count
 from multiopt_kernels.forms import sample_scalars
@@ -323,16 +323,33 @@ class CompiledGroup(HostGroup):
         if self._elements > MANY:
             rows = rows[~np.isnan(self.norm_bound[rows])]
         if self._is_large(rows):
-            self.own[rows] = 1.0
-            sums, first = self._sum(rows, threads, separate=True)
-            columns = (self.norm_bound, self.eps, self.norm, self.own)
-            arguments = np.array([address(rows), len(rows), *map(address, (first, sums, *columns))])
-            self._norm_kernels["norms"].alone(address(arguments))
+            is_shared = self.size[rows] >= SHARED
+            self._measure_in_parts(rows[is_shared], threads)
+            self._measure_whole(rows[~is_shared], threads)
         else:
             words = self._measure.values
             words[0], words[1] = part.at[0], len(part.rows)
             self._norm_kernels["measure"].alone(self._measure.address)
         part.norms = self.norm[part.rows]
+
+    def _measure_in_parts(self, rows: np.ndarray, threads: int | None) -> None:
+        """Measure and clip rows that several threads share."""
+        self.own[rows] = 1.0
+        sums, first = self._sum(rows, threads, separate=True)
+        columns = (self.norm_bound, self.eps, self.norm, self.own)
+        arguments = np.array([address(rows), len(rows), *map(address, (first, sums, *columns))])
+        self._norm_kernels["norms"].alone(address(arguments))
+
+    def _measure_whole(self, rows: np.ndarray, threads: int | None) -> None:
+        """Measure and clip rows that are divided among threads, but not themselves."""
+        used = thread_count(threads)
+        cuts = borders(self.size[rows], used * SHARES if used > 1 else 1, whole=True)
+        limbs = np.zeros((len(cuts), len(self._limbs)), np.int64)
+        blocks = np.tile(self._measure.array, (len(cuts), 1))
+        blocks[:, 0] = address(rows) + rows.itemsize * cuts[:, 0]
+        blocks[:, 1] = cuts[:, 2] - cuts[:, 0]
+        blocks[:, -1] = address(limbs) + limbs.strides[0] * np.arange(len(cuts))
+        self._norm_kernels["measure"].shares(blocks, used).run()
 
     # Updating
 

@@ -15,10 +15,14 @@ from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["BLOCK", "SHARES", "borders", "places_of_sums"]
+__all__ = ["BLOCK", "SHARED", "SHARES", "borders", "places_of_sums"]
 
 #: The number of elements of a block: whole lines of the cache, and little enough to stay in it.
 BLOCK = 4096
+
+#: From how many elements on several threads share what takes more than one pass over a row. Other
+#: rows fit into a cache, where one thread takes all passes over them at once.
+SHARED = 2**16
 
 #: The number of shares for each thread. With many small shares, a thread that the system interrupts
 #: does not make the others wait for long.

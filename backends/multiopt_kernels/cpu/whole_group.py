@@ -7,15 +7,11 @@ import numpy as np
 
 from multiopt.layout import address
 from multiopt_kernels.cpu.group import CompiledGroup
-from multiopt_kernels.cpu.shares import places_of_sums
+from multiopt_kernels.cpu.shares import SHARED, places_of_sums
 from multiopt_kernels.cpu.sums import FEW, length
 from multiopt_kernels.cpu.team import Runnable, Shares
 
 __all__ = ["WholeGroup"]
-
-#: From how many elements on several threads share a row. Other rows fit into a cache, where one
-#: thread takes all passes over them at once.
-SHARED = 2**16
 
 
 class WholeGroup(CompiledGroup):
