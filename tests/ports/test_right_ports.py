@@ -78,6 +78,17 @@ def test_a_converged_model_is_not_accused() -> None:
     assert found is None
 
 
+def test_terms_that_cancel_in_one_library_need_not_in_another() -> None:
+    def prototype(params: dict[str, Any], step: int) -> dict[str, Any]:
+        return {"w": params["w"] - 3.0, "shift": np.zeros(2)}
+
+    def port(params: dict[str, Any], step: int) -> dict[str, Any]:
+        return {"w": params["w"] - 3.0, "shift": np.full(2, 0.1 + 0.2 - 0.3)}
+
+    start = {"w": np.ones(3), "shift": np.ones(2)}
+    assert compare_training(prototype, port, start, to_port=np.copy, rule=mo.Adam()) is None
+
+
 def test_names_may_be_left_out_of_a_step() -> None:
     def some(params: dict[str, Any], step: int) -> dict[str, Any]:
         grads = FACTORS.prototype(params, step)
