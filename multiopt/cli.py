@@ -1,9 +1,11 @@
-"""The command line: ``multiopt demo``, ``multiopt bench`` and ``multiopt show``."""
+"""The command line: ``multiopt demo``, ``bench``, ``verify`` and ``show``."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,6 +15,7 @@ from multiopt.bench.show import bench
 from multiopt.demo.show import demo
 from multiopt.errors import CheckpointError
 from multiopt.state.show import show
+from multiopt.verify.show import verify
 
 __all__ = ["main", "run", "unwritable"]
 
@@ -28,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 1 if the demo's fits on NumPy and torch differ, if two libraries that
-        the bench compares compute different numbers, if a slot in a file that is shown is damaged,
-        or if nobody reads what is printed, or 130 after Ctrl-C. Wrong arguments and a file that
-        cannot be shown end the program with status 2.
+        the bench compares compute different numbers, if a promise is not kept, if a slot in a file
+        that is shown is damaged, or if nobody reads what is printed, or 130 after Ctrl-C. Wrong
+        arguments and a file that cannot be shown end the program with status 2.
     """
     return run(_parser(), argv)
 
@@ -83,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command")
     _add_demo(commands)
     _add_bench(commands)
+    _add_verify(commands)
     _add_show(commands)
     return parser
 
@@ -135,6 +139,37 @@ def unwritable(path: str | None) -> str | None:
     except OSError as error:
         return f"--json must be a file that can be written: {error}"
     return None
+
+
+def _add_verify(commands: "Commands") -> None:
+    command = commands.add_parser(
+        "verify",
+        help="check that this machine and its libraries keep what multiopt promises",
+        description="Performs the operations that equal results rest on with every library that is "
+        "installed, and holds them to IEEE 754; runs every rule on every engine, and compares the "
+        "results to the last bit; writes files and reads them. Takes about a minute. Exit status: "
+        "0; 1 if a promise is not kept here, and then the report says what to do.",
+    )
+    command.add_argument(
+        "--library",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="also check the arrays of another Array API library; may be repeated",
+    )
+    command.add_argument("--json", metavar="FILE", help="also as JSON; - for JSON alone, printed")
+
+    def run(arguments: argparse.Namespace) -> int:
+        if problem := unwritable(arguments.json):
+            command.error(problem)
+        for name in arguments.library:
+            if not find_spec(name) or not hasattr(import_module(name), "asarray"):
+                command.error(
+                    f"--library must be an Array API library that is installed; got {name!r}"
+                )
+        return 0 if verify(arguments.json, arguments.library) else 1
+
+    command.set_defaults(run=run)
 
 
 def _add_show(commands: "Commands") -> None:

@@ -146,3 +146,8 @@ def test_it_works_in_a_bare_environment(bare: Path, tmp_path: Path) -> None:
     assert run(command, "--version", cwd=tmp_path).startswith("multiopt ")
     assert "1 names seen" in run(command, "show", "run.safetensors", cwd=tmp_path)
     assert run(command, cwd=tmp_path).startswith("usage: multiopt")
+    # Numba, torch and JAX are not there.
+    verified = run(command, "verify", cwd=tmp_path)
+    assert "NumPy, blocks" in verified
+    assert "torch" not in verified
+    assert "Every promise is kept here." in verified
