@@ -24,6 +24,7 @@ that is missing in a factor?
 """
 
 from multiopt.testing.departure import Departure
+from multiopt.testing.rules import check_rule
 from multiopt.testing.training import assert_same_training, compare_training
 
-__all__ = ["Departure", "assert_same_training", "compare_training"]
+__all__ = ["Departure", "assert_same_training", "check_rule", "compare_training"]

@@ -1,12 +1,9 @@
 """What is checked: operations, every rule on every engine, and files."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +14,7 @@ from multiopt import rules as registered
 from multiopt.optimizer import Optimizer
 from multiopt.step.clip import Clip
 from multiopt.verify.operations import FORMATS, OPERATIONS, cases, differ, nearest_bits, wrong
-from multiopt.verify.places import NUMPY, Place
+from multiopt.verify.places import ENGINE, NUMPY, Place, engine, engines
 
 __all__ = ["Check", "checks"]
 
@@ -26,9 +23,6 @@ COUNT = 10_000
 
 #: The rules whose results are equal everywhere.
 EQUAL = [name for name in registered.__all__ if name not in ("Rule", "Muon")]
-
-#: The environment variable that chooses the engine.
-ENGINE = "MULTIOPT_ENGINE"
 
 SUBNORMAL = (
     "This process takes subnormal numbers for zeros: somebody has set the flags of the processor, "
@@ -73,9 +67,9 @@ def checks(there: Sequence[Place]) -> list[tuple[str, Callable[[], Iterator[Chec
     for place in there:
         todo.append((f"operations of {place.name}", partial(_operations, place)))
     for place in there:
-        for engine in _engines(place):
-            title = f"rules on {place.name}, {engine}"
-            todo.append((title, partial(_rules, place, engine, expected)))
+        for name in engines(place):
+            title = f"rules on {place.name}, {name}"
+            todo.append((title, partial(_rules, place, name, expected)))
     todo += [(f"files of {place.name}", partial(_files, place)) for place in there]
     return todo
 
@@ -136,29 +130,8 @@ def _converted(xp: Any, x: Any, dtype: Any) -> Any:
     return xp.astype(x, dtype) if hasattr(xp, "astype") else x.to(dtype)
 
 
-def _engines(place: Place) -> list[str]:
-    """The engines that update arrays of a library, besides the rule as it stands."""
-    if place.name not in ("NumPy", "torch", "JAX"):
-        return ["plain"]
-    compiled = ["compiled"] if find_spec("numba") and find_spec("llvmlite") else []
-    return [*compiled, "blocks"] if place.name == "NumPy" else compiled or ["blocks"]
-
-
-@contextmanager
-def _engine(name: str) -> Iterator[None]:
-    before = os.environ.get(ENGINE)
-    os.environ[ENGINE] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ENGINE]
-        else:
-            os.environ[ENGINE] = before
-
-
 def _rules(
-    place: Place, engine: str, expected: dict[tuple[str, str], dict[str, np.ndarray]]
+    place: Place, engine_name: str, expected: dict[tuple[str, str], dict[str, np.ndarray]]
 ) -> Iterator[Check]:
     """Hold rules on an engine to the rules as they stand on NumPy, which are run when needed."""
     dtypes = [dtype for dtype in ("float16", "float32", "float64") if place.has(dtype)]
@@ -167,20 +140,20 @@ def _rules(
         for dtype in dtypes:
             key = name, dtype
             if key not in expected:
-                with _engine("plain"):
+                with engine("plain"):
                     expected[key] = _run(NUMPY, name, dtype)
-            with _engine(engine):
+            with engine(engine_name):
                 found = _run(place, name, dtype)
             pairs = zip(found.values(), expected[key].values(), strict=True)
             if not all(_same(a, b) for a, b in pairs):
                 off[name] = off.get(name, 0) + 1
     remedy = (
-        f"The engine {engine!r} gives other bits than the rules as they stand: set "
-        f"{ENGINE}={'blocks' if engine == 'compiled' else 'plain'}, and please report it."
+        f"The engine {engine_name!r} gives other bits than the rules as they stand: set "
+        f"{ENGINE}={'blocks' if engine_name == 'compiled' else 'plain'}, and please report it."
     )
-    if engine == "plain":
+    if engine_name == "plain":
         remedy = f"Rules give other bits on {place.name} than on NumPy: see its operations."
-    where = f"{place.name}, {engine}" if engine != "plain" else place.name
+    where = f"{place.name}, {engine_name}" if engine_name != "plain" else place.name
     yield Check("rules", where, len(EQUAL) * len(dtypes), off, remedy=remedy)
 
 

@@ -1,6 +1,8 @@
 """The libraries whose arrays are checked, and the devices that they are on."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,7 +13,10 @@ import numpy as np
 from multiopt.backend import Backend, backend_for
 from multiopt.layout import Layout
 
-__all__ = ["NUMPY", "Place", "places"]
+__all__ = ["ENGINE", "NUMPY", "Place", "engine", "engines", "places"]
+
+#: The environment variable that chooses the engine.
+ENGINE = "MULTIOPT_ENGINE"
 
 
 class Place(NamedTuple):
@@ -73,6 +78,28 @@ def _place(name: str, make: Callable[[np.ndarray], Any]) -> Place:
     sample = make(np.zeros(2, np.float32))
     backend = backend_for(sample, f"an array of {name}")
     return Place(name, make, backend, backend.layout(sample, name).device)
+
+
+def engines(place: Place) -> list[str]:
+    """The engines that update arrays of a library, besides the rule as it stands."""
+    if place.name not in ("NumPy", "torch", "JAX"):
+        return ["plain"]
+    compiled = ["compiled"] if find_spec("numba") and find_spec("llvmlite") else []
+    return [*compiled, "blocks"] if place.name == "NumPy" else compiled or ["blocks"]
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Let new groups run on an engine."""
+    before = os.environ.get(ENGINE)
+    os.environ[ENGINE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENGINE]
+        else:
+            os.environ[ENGINE] = before
 
 
 NUMPY = _place("NumPy", np.array)
