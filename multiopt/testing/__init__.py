@@ -23,8 +23,15 @@ that is missing in a factor?
 ``multiopt.testing.strategies`` draws parameters and data for property tests with hypothesis.
 """
 
+from multiopt.testing.backends import check_backend
 from multiopt.testing.departure import Departure
 from multiopt.testing.rules import check_rule
 from multiopt.testing.training import assert_same_training, compare_training
 
-__all__ = ["Departure", "assert_same_training", "check_rule", "compare_training"]
+__all__ = [
+    "Departure",
+    "assert_same_training",
+    "check_backend",
+    "check_rule",
+    "compare_training",
+]

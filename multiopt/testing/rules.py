@@ -10,6 +10,7 @@ import numpy as np
 from multiopt.errors import brief
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
+from multiopt.testing.same import same
 from multiopt.verify.places import NUMPY, Place, engine, engines, places
 
 __all__ = ["check_rule"]
@@ -129,7 +130,7 @@ class _RuleCheck:
                     ) from error
                 results.append([np.asarray(x) for x in (new, *slots)])
             for a, b in zip(*results, strict=True):
-                if not _same(a, b):
+                if not same(a, b):
                     raise self._broken(
                         "its update gives another result for the same arguments: nothing but the "
                         "arguments may count",
@@ -169,7 +170,7 @@ class _RuleCheck:
                 alone, _ = self._update(
                     param.reshape(-1)[k : k + 1], grad.reshape(-1)[k : k + 1], own, 2
                 )
-                if not _same(np.asarray(alone), np.asarray(new).reshape(-1)[k : k + 1]):
+                if not same(np.asarray(alone), np.asarray(new).reshape(-1)[k : k + 1]):
                     raise self._broken(
                         f"element {k} depends on others: a rule whose update sums, sorts or looks "
                         "at positions must say elementwise = False",
@@ -218,7 +219,7 @@ class _RuleCheck:
                     grads["w"] = grad
                     alone.step(its, {"w": grad})
                 both.step(params, grads)
-            if not _same(late["w"], its["w"]):
+            if not same(late["w"], its["w"]):
                 raise self._broken(
                     "a name that appears late is not updated as if it were alone",
                     *(param, grad, late["w"], its["w"]),
@@ -239,7 +240,7 @@ class _RuleCheck:
             for _ in range(STEPS):
                 through.step(one, {"w": grad})
                 after.step(other, {"w": grad})
-        if not _same(one["w"], other["w"]):
+        if not same(one["w"], other["w"]):
             raise self._broken(
                 "a run that is saved and resumed goes on otherwise",
                 *(param, grad, other["w"], one["w"]),
@@ -247,7 +248,7 @@ class _RuleCheck:
 
     def _near(self, a: np.ndarray, b: np.ndarray) -> bool:
         if self._rtol is None:
-            return _same(a, b)
+            return same(a, b)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             return True
         return bool((np.abs(a - b) <= self._rtol * np.abs(b).max(initial=0.0)).all())
@@ -268,10 +269,6 @@ class _RuleCheck:
             index = tuple(map(int, np.argwhere(where)[0])) if found.shape == expected.shape else ()
             lines.append(f"at {list(index)}: {found[index]!r}; expected {expected[index]!r}")
         return AssertionError("\n".join(lines))
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _shown(x: np.ndarray) -> str:

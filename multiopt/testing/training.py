@@ -15,6 +15,7 @@ from multiopt.step.clip import Clip
 from multiopt.testing.case import Case
 from multiopt.testing.causes import cause_of
 from multiopt.testing.departure import Departure
+from multiopt.testing.same import same
 
 __all__ = ["assert_same_training", "compare_training"]
 
@@ -179,7 +180,7 @@ class _Comparison:
 
     def _unchanged(self, before: dict[str, np.ndarray], params: dict[str, Array], who: str) -> None:
         for name, x in before.items():
-            if not _same(x, _on_host(params[name], f"parameter {name!r}")):
+            if not same(x, _on_host(params[name], f"parameter {name!r}")):
                 raise ValueError(
                     f"{who} changed parameter {name!r}, which must stay as it is: have it work "
                     "on a copy"
@@ -212,8 +213,8 @@ class _Comparison:
         for name in before:
             given, its = grads.get(name), found.get(name)
             shares = given is not None and its is not None and _share(given, its)
-            changed = not _same(before[name], _on_host(params[name], name)) or (
-                name in grads and not _same(expected[name], _on_host(grads[name], name))
+            changed = not same(before[name], _on_host(params[name], name)) or (
+                name in grads and not same(expected[name], _on_host(grads[name], name))
             )
             if changed or shares:
                 advice = (
@@ -310,7 +311,7 @@ class _Comparison:
         """Compare the parameters that multiopt has updated on both sides: to the last bit."""
         for name, x in ours.items():
             a, b = _on_host(x, name), _on_host(its[name], name)
-            if a.dtype == b.dtype and not _same(a, b):
+            if a.dtype == b.dtype and not same(a, b):
                 advice = (
                     "both were given the same gradient, so the port's library does not compute as "
                     "IEEE 754 says, or to_port rounds"
@@ -355,10 +356,6 @@ def _real(x: np.ndarray) -> np.ndarray:
     if np.iscomplexobj(x):
         x = np.stack([x.real, x.imag], axis=-1)
     return x.astype(np.float64)
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _worst(a: np.ndarray, b: np.ndarray) -> tuple[int, ...]:

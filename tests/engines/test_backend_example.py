@@ -32,7 +32,7 @@ RULES = [case for case in CASES if case.rule_class in (mo.SGD, mo.AdamW, mo.NAda
 @pytest.fixture
 def vectors(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module that the page shows, known to the library."""
-    code, _, engine_ = blocks()
+    code, _, _, engine_ = blocks()
     module = ModuleType("vectors")
     monkeypatch.setitem(sys.modules, "vectors", module)
     monkeypatch.setattr(backend, "PACKAGES", {**backend.PACKAGES})
@@ -58,6 +58,10 @@ def test_what_the_page_does_with_it(vectors: Any, capsys: pytest.CaptureFixture[
     code = blocks()[1]
     exec(compile(code, str(PAGE), "exec"), vectors.__dict__)
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", code)
+
+
+def test_it_keeps_the_promises_that_the_page_checks(vectors: Any) -> None:
+    exec(compile(blocks()[2], str(PAGE), "exec"), vectors.__dict__)
 
 
 @pytest.mark.parametrize("name", ["compiled", "blocks", "plain", "the page's"])
