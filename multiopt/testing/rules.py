@@ -1,6 +1,7 @@
 """Holds a rule to what multiopt promises of every rule."""
 
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +12,7 @@ from multiopt.errors import brief
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
 from multiopt.testing.same import same
+from multiopt.testing.vectors import departure_from
 from multiopt.verify.places import NUMPY, Place, engine, engines, places
 
 __all__ = ["check_rule"]
@@ -26,14 +28,20 @@ DTYPES = ("float32", "float64")
 
 STEPS = 3
 
+#: As many units in the last place may a float32 parameter be off, and one more for each step.
+ULPS = 8
 
-def check_rule(rule: Rule, *, rtol: float | None = None) -> None:
+
+def check_rule(
+    rule: Rule, *, rtol: float | None = None, vectors: str | PathLike[str] | None = None
+) -> None:
     """Hold a rule to what multiopt promises of every rule; the first promise that fails is named.
 
     - The update is pure: it leaves its arguments alone, and gives the same again for the same.
     - It returns a parameter and as many slots as the rule names, of the shapes that the rule says,
       in the dtype that it was given.
-    - An elementwise rule treats each element as if it were alone.
+    - An elementwise rule treats each element as if it were alone, and its rounding errors stay
+      small: some units in the last place of the largest number that there was.
     - Results are equal, to the last bit, on all libraries that are installed and on all engines.
     - A name that appears late is updated as if it were alone.
     - A run that is saved and resumed goes on as if it had not been.
@@ -42,6 +50,8 @@ def check_rule(rule: Rule, *, rtol: float | None = None) -> None:
         rule: The rule. Shapes that it refuses are left out.
         rtol: For rules that cannot be equal to the last bit, such as one that multiplies matrices:
             how far results may be off, relative to the largest element. None asks for equal bits.
+        vectors: A file of steps that the class of the rule must reproduce to the last bit, in the
+            format of ``spec/vectors``. This alone shows that a formula is the one that is meant.
 
     Raises:
         AssertionError: A promise does not hold. The message says which, and shows the smallest
@@ -58,11 +68,18 @@ def check_rule(rule: Rule, *, rtol: float | None = None) -> None:
         check.is_pure,
         check.keeps_shapes_and_dtypes,
         check.is_elementwise,
+        check.is_accurate,
         check.is_equal_everywhere,
         check.treats_late_names_as_if_alone,
         check.can_be_resumed,
     ):
         promise()
+    if vectors is not None:
+        # As it stands: to compile a rule for every case would take minutes.
+        with engine("plain"):
+            departure = departure_from(vectors, type(rule))
+        if departure is not None:
+            raise AssertionError(f"{brief(rule)}: {departure}")
 
 
 class _RuleCheck:
@@ -175,6 +192,31 @@ class _RuleCheck:
                         f"element {k} depends on others: a rule whose update sums, sorts or looks "
                         "at positions must say elementwise = False",
                         *(param, grad, np.asarray(new).reshape(-1)[k : k + 1], np.asarray(alone)),
+                    )
+
+    def is_accurate(self) -> None:
+        """Rounding errors stay small: float32 is held to the same steps in float64."""
+        if not self._rule.elementwise:
+            return
+        for param, grad in self._examples():
+            if param.dtype != np.float32 or not np.isfinite(grad).all():
+                continue
+            low, high = param, param.astype(np.float64)
+            slots, wide = self._fresh(low), self._fresh(high)
+            largest = np.abs(high)
+            for step in range(1, STEPS + 1):
+                c = self._rule.coefficients(step, "float32")
+                with np.errstate(all="ignore"):
+                    low, slots = self._rule.update(np, low, grad, slots, c)
+                    high, wide = self._rule.update(np, high, grad.astype(np.float64), wide, c)
+                    largest = np.maximum(largest, np.abs(high))
+                    off = np.abs(np.asarray(low, np.float64) - high)
+                    bound = (step + ULPS) * np.spacing(largest.astype(np.float32))
+                if not (off <= bound).all():
+                    raise self._broken(
+                        f"after {step} steps float32 is off by more than {step + ULPS} units in "
+                        "the last place: are numbers subtracted that are nearly equal?",
+                        *(param, grad, np.asarray(low), np.asarray(high, np.float32)),
                     )
 
     def is_equal_everywhere(self) -> None:

@@ -1,6 +1,7 @@
 """``check_rule``: every rule of ours passes; faulty ones fail by the promise that they break."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,12 +11,34 @@ import multiopt as mo
 from multiopt import rules as registered
 from multiopt.testing import check_rule
 
+VECTORS = Path(__file__).parents[2] / "spec" / "vectors"
+
 OURS = [name for name in registered.__all__ if name not in ("Rule", "Muon")]
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_every_rule_of_ours_passes(name: str) -> None:
-    check_rule(getattr(mo, name)())
+    rule = getattr(mo, name)()
+    path = VECTORS / f"{type(rule).__module__.rpartition('.')[2]}.json"
+    check_rule(rule, vectors=path if path.exists() else None)
+
+
+def test_another_formula_fails_by_its_vectors() -> None:
+    class EpsInsideTheRoot(mo.Adam):
+        @property
+        def update(self) -> Any:
+            def update(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+                exp_avg, exp_avg_sq = slots
+                exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * grad
+                exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * (grad * grad)
+                root = xp.sqrt(c.root_scale * c.root_scale * exp_avg_sq + c.eps)
+                return param - c.step_size * (exp_avg / root), (exp_avg, exp_avg_sq)
+
+            return update
+
+    check_rule(EpsInsideTheRoot())
+    with pytest.raises(AssertionError, match="param after step 1 of the case 'defaults'"):
+        check_rule(EpsInsideTheRoot(), vectors=VECTORS / "adam.json")
 
 
 def test_one_that_multiplies_matrices_passes_within_a_tolerance() -> None:
@@ -126,6 +149,14 @@ class OneClock(Plain):
         return {"lr": h.lr / calls, "keep": 0.5}
 
 
+class Cancels(Plain):
+    """Its sum loses all digits of a small gradient."""
+
+    @staticmethod
+    def update(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+        return param - c.lr * ((grad + 1e6) - 1e6), slots
+
+
 class Refuses(Plain):
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         raise ValueError("never")
@@ -144,6 +175,7 @@ FAULTS = [
     (Positions, "element 0 depends on others"),
     (LooksAtItsArrays, "the parameter differs on NumPy with the engine 'compiled'"),
     (OneClock, "another result for the same arguments|is not updated as if it were alone"),
+    (Cancels, "float32 is off by more than 9 units in the last place"),
     (Refuses, "refuses all shapes that were tried"),
 ]
 
