@@ -6,11 +6,11 @@ other, small enough for a cache, and put its elements side by side first (``walk
 number of elements along each axis. Its elements lie side by side in the slots, unless the gradient
 lies across: then the box has whole lines of the cache of the gradient.
 
-The left half of a matrix, whose gradient has no gaps, is taken in boxes of 2 of its 4 rows:
+The left half of a matrix, whose gradient has no gaps, is taken in boxes of 8 of its 40 rows:
 
->>> plan = boxes((4, 500), param=(1000, 1), grad=(500, 1), itemsize=4)
+>>> plan = boxes((40, 500), param=(1000, 1), grad=(500, 1), itemsize=4)
 >>> plan[[AXES, BOXES]].tolist(), plan[FIRST_AXIS:].reshape(-1, AXIS_WORDS).tolist()
-([2, 2], [[4, 2, 2, 1000, 500, 500], [500, 500, 1, 1, 1, 1]])
+([2, 5], [[40, 8, 5, 1000, 500, 500], [500, 500, 1, 1, 1, 1]])
 
 If a gradient is in Fortran order, a box has 16 rows, whose numbers fill a line of the cache:
 
@@ -35,6 +35,7 @@ __all__ = [
     "GRAD_STEP",
     "IN_PLACE",
     "LENGTH",
+    "LINE",
     "PARAM_ALONG",
     "PARAM_STEP",
     "ROOM",
@@ -56,7 +57,7 @@ IN_PLACE = -1
 
 #: The bytes of a box whose elements lie side by side in the slots. With four times as many, every
 #: second element took 1.15 times as long.
-SMALL = 4096
+SMALL = 2**14
 
 #: The bytes of a line of the cache, and the number of such lines in a box of a gradient that lies
 #: across. With half of them, a matrix of 3000 rows took 1.15 times as long.
@@ -64,6 +65,10 @@ LINE, LINES = 64, 512
 
 #: The bytes of the largest box.
 ROOM = LINE * LINES
+
+#: How many elements of the smallest size the loop of an update may take at once. The rest of a box
+#: is taken one by one, which takes 5 ns an element.
+AT_ONCE = 64
 
 #: If axes lie between the fast axes of slots and gradient, boxes across have no adjacent lines, and
 #: shorter ones than these elements are not worth their calls.
@@ -122,22 +127,23 @@ def _fast(grads: Sequence[int]) -> int:
 
 def _extents(lengths: Sequence[int], grads: Sequence[int], itemsize: int) -> list[int]:
     """How many elements a box has along each axis."""
-    extents, room, last = [1] * len(lengths), SMALL // itemsize, len(lengths) - 1
+    last, fast, line = len(lengths) - 1, _fast(grads), LINE // itemsize
+    extents = [1] * len(lengths)
+    if fast == last - 1 or (fast != last and lengths[last] >= SHORT):
+        extents[last] = _part(lengths[last], LINES)
+        room = ROOM // itemsize // extents[last]
+        extents[fast] = max(min(room - room % line, lengths[fast]), 1)
+        return extents
+    room = SMALL // itemsize
     for k in range(last, -1, -1):
         extents[k] = _part(lengths[k], room)
-        room //= max(extents[k], 1)
-    fast, line = _fast(grads), LINE // itemsize
-    if extents[fast] < min(line, lengths[fast]) and (
-        fast == last - 1 or (fast != last and lengths[last] >= SHORT)
-    ):
-        extents = [1] * len(lengths)
-        extents[fast], extents[last] = min(line, lengths[fast]), _part(lengths[last], LINES)
+        room //= extents[k]
     return extents
 
 
 def _part(length: int, most: int) -> int:
-    """The length of equal parts, of a multiple of eight elements if they are many."""
+    """The length of equal parts, a multiple of what the loops of an update take at once."""
     if length <= most:
         return max(length, 1)
     parts = -(-length // most)
-    return min(-(-length // (8 * parts)) * 8, most) if most >= 8 else most
+    return min(-(-length // (AT_ONCE * parts)) * AT_ONCE, most)

@@ -22,6 +22,7 @@ from multiopt_kernels.cpu.boxes import (
     GRAD_STEP,
     IN_PLACE,
     LENGTH,
+    LINE,
     PARAM_ALONG,
     PARAM_STEP,
     ROOM,
@@ -30,7 +31,7 @@ from multiopt_kernels.cpu.boxes import (
 from multiopt_kernels.cpu.object_cache import ObjectCode
 from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, PARAM, SIZE, WALK
 from multiopt_kernels.cpu.shares import BLOCK
-from multiopt_kernels.cpu.toolbox import TURNED, object_code, toolbox
+from multiopt_kernels.cpu.toolbox import TAKEN, TURNED, object_code, toolbox
 
 __all__ = ["ARGUMENTS", "compile_walk"]
 
@@ -38,6 +39,10 @@ __all__ = ["ARGUMENTS", "compile_walk"]
 #: whether it works on parameters, whether it writes gradients, and the address of memory of which
 #: it needs one word for each word of a row and each axis.
 ARGUMENTS = 5
+
+#: How far ahead memory is fetched where every second element is taken, in bytes. Without that, a
+#: step over every second of 1e7 elements took 1.15 times as long.
+AHEAD = 2**13
 
 
 def compile_walk(itemsize: int, slot_itemsize: int) -> ObjectCode:
@@ -50,15 +55,63 @@ def compile_walk(itemsize: int, slot_itemsize: int) -> ObjectCode:
     tools = toolbox()
     njit, words, turn, run = tools.njit, tools.words, tools.turn[itemsize], tools.run
     elements = {2: tools.shorts, 4: tools.halves, 8: tools.words}[itemsize]
+    up, down = tools.every_second[itemsize, False], tools.every_second[itemsize, True]
+    into_up = tools.into_every_second[itemsize, False]
+    into_down = tools.into_every_second[itemsize, True]
+    prefetch = tools.prefetch
     reserve = tools.reserve(2 * ROOM)
 
-    @njit
-    def gather(source, step, target, pitch, n):  # type: ignore[no-untyped-def]
-        x, y = elements(source), elements(target)
-        if pitch == 1:
+    @tools.inlined
+    def gather(source, step, target, n):  # type: ignore[no-untyped-def]
+        """Put the elements of a line side by side."""
+        x, y, first = elements(source), elements(target), 0
+        if step == -1:
             for i in range(n):
-                y[i] = x[i * step]
+                y[i] = x[-i]
+            first = n
+        elif step == 2:
+            while first + TAKEN < n:
+                here = source + 2 * first * itemsize
+                for line in range(0, 2 * TAKEN * itemsize, LINE):
+                    prefetch(here + AHEAD + line)
+                up(here, target + first * itemsize)
+                first += TAKEN
+        elif step == -2:
+            while first + TAKEN < n:
+                here = source - 2 * first * itemsize
+                for line in range(0, 2 * TAKEN * itemsize, LINE):
+                    prefetch(here - AHEAD - line)
+                down(here, target + first * itemsize)
+                first += TAKEN
+        for i in range(first, n):
+            y[i] = x[i * step]
+
+    @tools.inlined
+    def scatter(source, target, step, n):  # type: ignore[no-untyped-def]
+        x, y, first = elements(source), elements(target), 0
+        if step == -1:
+            for i in range(n):
+                y[-i] = x[i]
+            first = n
+        elif step == 2:
+            while first + TAKEN <= n:
+                into_up(source + first * itemsize, target + 2 * first * itemsize)
+                first += TAKEN
+        elif step == -2:
+            while first + TAKEN <= n:
+                into_down(source + first * itemsize, target - 2 * first * itemsize)
+                first += TAKEN
+        for i in range(first, n):
+            y[i * step] = x[i]
+
+    @tools.inlined
+    def move(source, step, target, pitch, n):  # type: ignore[no-untyped-def]
+        if pitch == 1:
+            gather(source, step, target, n)
+        elif step == 1:
+            scatter(source, target, pitch, n)
         else:
+            x, y = elements(source), elements(target)
             for i in range(n):
                 y[i * pitch] = x[i * step]
 
@@ -77,7 +130,7 @@ def compile_walk(itemsize: int, slot_itemsize: int) -> ObjectCode:
         for j in range(m):
             first = squares if j < m - m % TURNED else 0
             place = target + (first * pitch + j) * itemsize
-            gather(source + (j * step + first) * itemsize, 1, place, pitch, n - first)
+            move(source + (j * step + first) * itemsize, 1, place, pitch, n - first)
 
     @njit
     def copy(plan, extents, n, which, array, buffer, back):  # type: ignore[no-untyped-def]
@@ -106,9 +159,9 @@ def compile_walk(itemsize: int, slot_itemsize: int) -> ObjectCode:
                 far = plan[steps + last * AXIS_WORDS]
                 turned(first, far, second, pitch, extents[along], extents[last])
             elif back:
-                gather(second, pitch, first, step, extents[along])
+                move(second, pitch, first, step, extents[along])
             else:
-                gather(first, step, second, pitch, extents[along])
+                move(first, step, second, pitch, extents[along])
 
     @njit
     def walk_row(a, b, block_at, k, row_at, low, high):  # type: ignore[no-untyped-def]
