@@ -153,8 +153,11 @@ class HostGroup(ChunkedGroup):
         if memory is None or memory.shape != self.shapes[member.row] or not memory.flags.aligned:
             return None
         dtype = memory.dtype
-        is_known = dtype.name == name and dtype.isnative
-        return memory if is_known or (name == "bfloat16" and dtype == np.int16) else None
+        if name == self.dtype.name:
+            return memory if dtype == self.dtype else None
+        if name == "bfloat16" and dtype == np.int16:
+            return memory
+        return memory if dtype.name == name and dtype.isnative else None
 
     def _copied(self, member: Member, copy: bool, views: Sequence[np.ndarray]) -> Loan:
         """A loan of contiguous arrays, which are copies where they must be."""
@@ -298,6 +301,8 @@ class HostGroup(ChunkedGroup):
             new = list(loan.slots or ())
             if self.has_masters and not loan.strided:
                 new.append(loan.param)
+            if loan.in_place and loan.slots is None and not new:
+                continue  # all of it is the row's own memory
             if loan.axes != self.axes_at(row):
                 self._turn(row, loan.axes, new)
             else:

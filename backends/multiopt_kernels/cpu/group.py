@@ -273,9 +273,9 @@ class CompiledGroup(HostGroup):
         self._plans.pop(number, None)
         if loan.slots is not None:
             row[FIRST_SLOT : FIRST_SLOT + len(loan.slots)] = list(map(address, loan.slots))
-        if loan.strided:
+        if loan.strided and loan.param.size:
             plan = _plan(loan.param, loan.grad)
-            if not (plan[[PARAM_ALONG, GRAD_ALONG]] == IN_PLACE).all():
+            if not plan[PARAM_ALONG] == plan[GRAD_ALONG] == IN_PLACE:
                 self._plans[number], row[WALK] = plan, address(plan)
 
     def _take_back(self) -> None:
@@ -462,5 +462,5 @@ class CompiledGroup(HostGroup):
 
 def _plan(param: np.ndarray, grad: np.ndarray) -> np.ndarray:
     """How kernels walk through a parameter and a gradient, whose axes are in the order of slots."""
-    strides = ([stride // x.itemsize for stride in x.strides] for x in (param, grad))
+    strides = (tuple(stride // x.itemsize for stride in x.strides) for x in (param, grad))
     return boxes(param.shape, *strides, param.itemsize)

@@ -122,9 +122,7 @@ def toolbox() -> Any:
                 source, target = arguments
                 lowest = 1 - 2 * TAKEN if back else 0
                 which = [2 * TAKEN - 1 - 2 * k if back else 2 * k for k in places]
-                both = [
-                    builder.load(at(source, lowest + k), align=itemsize) for k in (0, TAKEN)
-                ]
+                both = [builder.load(at(source, lowest + k), align=itemsize) for k in (0, TAKEN)]
                 mask = ir.Constant(ir.VectorType(ir.IntType(32), TAKEN), which)
                 picked = builder.shuffle_vector(*both, mask)
                 builder.store(picked, at(target, 0), align=itemsize)
@@ -133,28 +131,6 @@ def toolbox() -> Any:
             return types.void(types.int64, types.int64), generate
 
         return gather
-
-    def into_every_second(itemsize: int, back: bool) -> Any:
-        @intrinsic
-        def scatter(context: Any, source: Any, target: Any) -> Any:
-            """Copy ``TAKEN`` elements to every second place, going up or going down."""
-
-            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-                integer, element = ir.IntType(64), ir.IntType(8 * itemsize)
-
-                def at(first: Any, elements: int) -> Any:
-                    place = builder.add(first, integer(elements * itemsize))
-                    return builder.inttoptr(place, element.as_pointer())
-
-                source, target = arguments
-                values = [builder.load(at(source, k), align=itemsize) for k in range(TAKEN)]
-                for k, value in enumerate(values):
-                    builder.store(value, at(target, -2 * k if back else 2 * k), align=itemsize)
-                return context.get_dummy_value()
-
-            return types.void(types.int64, types.int64), generate
-
-        return scatter
 
     def turn(itemsize: int) -> Any:
         @intrinsic
@@ -217,11 +193,6 @@ def toolbox() -> Any:
         reserve=reserve,
         every_second={
             (size, back): every_second(size, back) for size in (2, 4, 8) for back in (False, True)
-        },
-        into_every_second={
-            (size, back): into_every_second(size, back)
-            for size in (2, 4, 8)
-            for back in (False, True)
         },
         turn={size: turn(size) for size in (2, 4, 8)},
         prefetch=prefetch,
