@@ -344,7 +344,8 @@ def test_boxes_fit_into_their_buffers(sizes: list[int], order: Any, itemsize: in
     assert extents.prod() * itemsize <= boxes_module.ROOM
 
 
-#: An array at either end of a page between two that cannot be read.
+#: An array at either end of a page between two that cannot be read. As a gradient it cannot be
+#: written.
 AT_THE_EDGE = """
 import ctypes, mmap, sys
 import numpy as np
@@ -353,9 +354,13 @@ import multiopt as mo
 page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
 memory = mmap.mmap(-1, 3 * page)
 whole = np.frombuffer(memory, np.uint8)
-for number in (0, 2):
+def protect(number, protection):
     start = ctypes.c_void_p(whole.ctypes.data + number * page)
-    assert libc.mprotect(start, ctypes.c_size_t(page), 0) == 0
+    assert libc.mprotect(start, ctypes.c_size_t(page), protection) == 0
+
+nothing, to_read, to_write = 0, 1, 3
+protect(0, nothing)
+protect(2, nothing)
 for dtype in ("float16", "float32", "float64"):
     middle = whole[page : 2 * page].view(dtype)
     for n in (1, 15, 16, 17, 31, 32, 33, 64, 200):
@@ -365,7 +370,9 @@ for dtype in ("float16", "float32", "float64"):
             opt = mo.Optimizer(mo.SGD(lr=1.0), mo.Clip(norm=1e9), on_nonfinite="raise")
             opt.step({"w": param}, {"w": np.ones(n, dtype)})
             assert (param == 0).all()
+            protect(1, to_read)
             opt.step({"w": np.ones(n, dtype)}, {"w": param})
+            protect(1, to_write)
 """
 
 
