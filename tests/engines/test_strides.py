@@ -42,16 +42,21 @@ class Strides:
     def lay(self, x: np.ndarray) -> "Lying":
         """The same numbers in memory of their own, with other numbers around them."""
         # With a step of zero the first element stands for all.
-        x = x[tuple(slice(1) if step == 0 else slice(None) for step in self.steps)]
+        one: tuple[Any, ...] = tuple(slice(None if step else 1) for step in self.steps)
+        x = x[one]
         room = [x.shape[k] * max(abs(self.steps[k]), 1) + 1 for k in self.axes]
         memory = np.full(room, 7, x.dtype)
-        every: tuple[Any, ...] = tuple(slice(None, None, step or 1) for step in self.steps)
-        view = memory.transpose(np.argsort(self.axes))[..., *every]
-        view = view[..., *(slice(n) for n in x.shape)]
-        view[...] = x
         between = np.ones(room, bool)
-        between.transpose(np.argsort(self.axes))[..., *every][..., *map(slice, x.shape)] = False
+        view, own = (self._part(whole, x.shape) for whole in (memory, between))
+        view[...], own[...] = x, False
         return Lying(memory, view, between)
+
+    def _part(self, whole: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The elements of a memory that belong to an array."""
+        every: Any = (*(slice(None, None, step or 1) for step in self.steps), ...)
+        first: Any = (*map(slice, shape), ...)
+        view: np.ndarray = whole.transpose(np.argsort(self.axes))[every][first]
+        return view
 
 
 @dataclass(frozen=True)
