@@ -133,7 +133,8 @@ class Backend:
         """A NumPy array that shares memory with an array, for the engines of the CPU.
 
         It is read-only if the array must not be written. Its dtype is int16 for a bfloat16 that
-        NumPy does not have, and a void type such as ``V4`` if only addresses are known. None if the memory cannot be reached from the host.
+        NumPy does not have, and a void type such as ``V4`` if only addresses are known. None if the
+        memory cannot be reached from the host.
         """
         return None
 

@@ -374,11 +374,12 @@ class CompiledGroup(HostGroup):
         words = self._update.values
         words[0], words[3] = part.at[0], len(rows)
         words[12], words[13] = leave_clipped, self.backend.in_place
-        used = self._threads(rows, threads)
-        if used > 1 or self._plans:
-            # A share cannot know whether it is the last one of its row, so the host counts steps.
-            words[13] = 0
-            self._shares = self._divided(rows, used, leave_clipped)
+        if self._plans or self._is_large(rows):
+            used = self._threads(rows, threads)
+            if self._plans or used > 1:
+                # A share cannot know if it is the last one of its row, so the host counts steps.
+                words[13] = 0
+                self._shares = self._divided(rows, used, leave_clipped)
 
     def _divided(self, rows: np.ndarray, threads: int, leave_clipped: bool) -> Runnable:
         """The update of some rows, divided among threads. It keeps what the shares work on."""
