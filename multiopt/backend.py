@@ -132,8 +132,9 @@ class Backend:
     def memory(self, array: Array) -> np.ndarray | None:
         """A NumPy array that shares memory with an array, for the engines of the CPU.
 
-        It is read-only if the array must not be written. Its dtype is a void type such as ``V4`` if
-        only addresses are known. None if the memory cannot be reached from the host.
+        It is read-only if the array must not be written. Its dtype is int16 for a bfloat16 that
+        NumPy does not have, and a void type such as ``V4`` if only addresses are known. None if the
+        memory cannot be reached from the host.
         """
         return None
 

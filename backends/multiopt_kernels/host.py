@@ -8,7 +8,8 @@ finds arrays (``look``) and updates them (``_prepare``, ``_run``).
 
 Slots lie in C order, or in the memory order of their parameter (``orders``). If an engine
 ``follows`` orders, a parameter in another order than its slots is lent copies of them in its own
-order, and keeps these when the step has been taken.
+order, and keeps these when the step has been taken. If an engine ``walks``, a loan is the memory of
+the user's arrays, whatever their strides, wherever it can be reached and written.
 
 The slots of these two parameters lie in chunk 0, one after the other:
 
@@ -35,7 +36,13 @@ from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.reference import resumed
 from multiopt.rules.sums import Sum
 from multiopt_kernels.chunks import ChunkedGroup
-from multiopt_kernels.orders import memory_order, turned, turned_back
+from multiopt_kernels.orders import (
+    is_apart,
+    memory_order,
+    order_of_strides,
+    turned,
+    turned_back,
+)
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -64,6 +71,8 @@ class Loan:
             are in another order; else None.
         in_place: Whether ``param`` is the parameter's own memory.
         grad_is_copy: Whether ``grad`` is a copy.
+        strided: Whether ``param`` and ``grad`` are the user's own memory, in any order and with
+            gaps. Otherwise they are contiguous.
         ready: The array from which the result is written to the parameter. It shares memory with
             ``param``.
     """
@@ -75,6 +84,7 @@ class Loan:
     slots: tuple[np.ndarray, ...] | None
     in_place: bool
     grad_is_copy: bool
+    strided: bool = False
     ready: Array = None
 
 
@@ -83,6 +93,9 @@ class HostGroup(ChunkedGroup):
 
     #: Whether the engine takes arrays in any memory order, if it is that of the slots too.
     follows: ClassVar = False
+
+    #: Whether the engine takes parameters and gradients with any strides, in their own dtype.
+    walks = False
 
     def __init__(
         self, backend: "Backend", layout: "Layout", rule: "Rule", has_masters: bool = False
@@ -110,6 +123,44 @@ class HostGroup(ChunkedGroup):
         row = int(part.rows[position])
         views = self._views(row)
         member.slots = views[:-1] if self.has_masters else views
+        loan = None if copy else self._strided(member, views)
+        if loan is None:
+            loan = self._copied(member, copy, views)
+        self._loans[row] = loan
+        bounds = (0, 0) if loan.grad_is_copy else _bounds(loan.grad)
+        arrays.spans[:, len(arrays.params) + member.place] = bounds
+        self._take(part, position, loan)
+
+    def _strided(self, member: Member, views: Sequence[np.ndarray]) -> Loan | None:
+        """A loan of the arrays as they lie in memory, if the engine walks through them."""
+        if not (self.walks and self.backend.in_place):
+            return None
+        param, grad = (self._as_it_lies(member, x) for x in (member.param, member.grad))
+        if param is None or grad is None or not param.flags.writeable:
+            return None
+        # The slots lie in the order of the parameter, which is written too.
+        axes = order_of_strides(param)
+        slots = None
+        if axes != self.axes_at(member.row):
+            slots = tuple(turned(slot, axes) for slot in views)
+        arrays = param.transpose(axes), grad.transpose(axes)
+        return Loan(member, axes, *arrays, slots, in_place=True, grad_is_copy=False, strided=True)
+
+    def _as_it_lies(self, member: Member, array: Array) -> np.ndarray | None:
+        """The array's own memory, with any strides; None if it does not hold its values."""
+        memory, name = member.backend.memory(array), self.layout.storage_dtype
+        # The conjugates of a complex tensor do not come as parts.
+        if memory is None or memory.shape != self.shapes[member.row] or not memory.flags.aligned:
+            return None
+        dtype = memory.dtype
+        if name == self.dtype.name:
+            return memory if dtype == self.dtype else None
+        if name == "bfloat16" and dtype == np.int16:
+            return memory
+        return memory if dtype.name == name and dtype.isnative else None
+
+    def _copied(self, member: Member, copy: bool, views: Sequence[np.ndarray]) -> Loan:
+        """A loan of contiguous arrays, which are copies where they must be."""
         axes = self._axes_for(member)
         param = None if self.has_masters else self._own(member, member.param, axes)
         in_place = self.backend.in_place and param is not None and param.flags.writeable
@@ -123,13 +174,9 @@ class HostGroup(ChunkedGroup):
         if grad is None:
             grad = turned(member.backend.to_compute(member.grad, member.layout), axes)
         copies = None
-        if not self.backend.in_place or axes != self.axes_at(row):
+        if not self.backend.in_place or axes != self.axes_at(member.row):
             copies = tuple(turned(slot, axes) for slot in member.slots)
-        loan = Loan(member, axes, param, grad, copies, in_place, grad_is_copy)
-        self._loans[row] = loan
-        bounds = (0, 0) if grad_is_copy else _bounds(grad)
-        arrays.spans[:, len(arrays.params) + member.place] = bounds
-        self._take(part, position, loan)
+        return Loan(member, axes, param, grad, copies, in_place, grad_is_copy)
 
     def _axes_for(self, member: Member) -> tuple[int, ...]:
         """The memory order for a loan: that of the parameter if it is dense, else of its slots."""
@@ -190,6 +237,8 @@ class HostGroup(ChunkedGroup):
         if self._loans:
             kept = set(part.rows.tolist())
             self._loans = {row: loan for row, loan in self._loans.items() if row in kept}
+            if leave_clipped and self.clipping:
+                self._lend_overlapping(part, arrays)
         self._prepare(part, leave_clipped, threads)
         if leave_clipped and self.clipping:
             self._clipped_grads = arrays.grads
@@ -198,6 +247,13 @@ class HostGroup(ChunkedGroup):
         copied = self._made_ready() if self._loans else ()
         self._touch(arrays.params, part.places, copied)
         return NONE_REPLACED
+
+    def _lend_overlapping(self, part: Part, arrays: Arrays) -> None:
+        """Lend copies of gradients that cannot be written, since elements may share a place."""
+        for position, row in enumerate(part.rows.tolist()):
+            loan = self._loans.get(row)
+            if loan is not None and loan.strided and not is_apart(loan.grad):
+                self.lend(part, position, loan.member, copy=True, arrays=arrays)
 
     def _made_ready(self) -> list[int]:
         """Set ``ready`` in the loans whose result is written back; return their places."""
@@ -242,7 +298,11 @@ class HostGroup(ChunkedGroup):
     def _return_loans(self) -> None:
         """Write the results that were computed in copies to the slots and parameters."""
         for row, loan in self._loans.items():
-            new = [*(loan.slots or ()), loan.param] if self.has_masters else (loan.slots or ())
+            new = list(loan.slots or ())
+            if self.has_masters and not loan.strided:
+                new.append(loan.param)
+            if loan.in_place and loan.slots is None and not new:
+                continue  # all of it is the row's own memory
             if loan.axes != self.axes_at(row):
                 self._turn(row, loan.axes, new)
             else:

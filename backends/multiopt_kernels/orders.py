@@ -24,7 +24,15 @@ from math import prod
 
 import numpy as np
 
-__all__ = ["c_order", "element_strides", "memory_order", "turned", "turned_back"]
+__all__ = [
+    "c_order",
+    "element_strides",
+    "is_apart",
+    "memory_order",
+    "order_of_strides",
+    "turned",
+    "turned_back",
+]
 
 
 def c_order(shape: Sequence[int]) -> tuple[int, ...]:
@@ -33,16 +41,39 @@ def c_order(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def memory_order(array: np.ndarray) -> tuple[int, ...] | None:
-    """The axes in the order of memory; None if the array is not dense.
+    """The axes in the order of memory; None if the array is not dense."""
+    axes = order_of_strides(array)
+    return axes if array.transpose(axes).flags.c_contiguous else None
+
+
+def order_of_strides(array: np.ndarray) -> tuple[int, ...]:
+    """The axes in the order of memory, of an array that may have gaps or run backwards.
 
     It is the same for all arrays of a shape in the same order: axes of length 1, whose strides do
     not matter, come first, and an array that is in C order too counts as such.
+
+    >>> order_of_strides(np.zeros((4, 4))[::2, ::-1]), order_of_strides(np.zeros((4, 4)).T[::2])
+    ((0, 1), (1, 0))
     """
-    if array.flags.c_contiguous:
-        return c_order(array.shape)
     sizes, strides = array.shape, array.strides
-    axes = tuple(sorted(c_order(sizes), key=lambda k: (sizes[k] > 1, -strides[k])))
-    return axes if array.transpose(axes).flags.c_contiguous else None
+    axes = sorted(c_order(sizes), key=lambda k: (sizes[k] > 1, -abs(strides[k])))
+    long = [k for k in axes if sizes[k] > 1]
+    return c_order(sizes) if not array.size or long == sorted(long) else tuple(axes)
+
+
+def is_apart(array: np.ndarray) -> bool:
+    """Whether strides show that every element has a place of its own.
+
+    >>> is_apart(np.zeros((4, 6))[::2, ::-1]), is_apart(np.broadcast_to(0.0, 3))
+    (True, False)
+    """
+    reach = 0
+    for stride, n in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True)):
+        if n > 1:
+            if stride < reach + array.itemsize:
+                return False
+            reach += stride * (n - 1)
+    return True
 
 
 def element_strides(shape: Sequence[int], axes: Sequence[int]) -> list[int]:

@@ -31,7 +31,7 @@ __all__ = ["TorchBackend"]
 Answer = TypeVar("Answer")
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64")}
-
+_READABLE = (*_DTYPES.values(), torch.float16, torch.bfloat16)
 
 #: The types of tensors that are not subclasses with a ``__torch_function__`` of their own.
 PLAIN = torch.Tensor, torch.nn.Parameter
@@ -138,9 +138,15 @@ class TorchBackend(Backend):
             )
 
     def memory(self, array: Array) -> np.ndarray | None:
-        """The tensor as NumPy has it, or its addresses, on whatever device; those are not read."""
-        if array.device.type == "cpu" and array.dtype in _DTYPES.values() and not array.is_neg():
-            memory: np.ndarray = array.detach().numpy()
+        """The tensor as NumPy has it, bfloat16 as int16.
+
+        For other dtypes and devices its addresses, which are not read.
+        """
+        if array.device.type == "cpu" and array.dtype in _READABLE and not array.is_neg():
+            tensor = array.detach()
+            if tensor.dtype == torch.bfloat16:
+                tensor = tensor.view(torch.int16)
+            memory: np.ndarray = tensor.numpy()
             return memory
         return np.asarray(_Footprint(array))
 

@@ -9,6 +9,7 @@ from multiopt.bench.sides import JAX, OPTAX, TEXTBOOK
 from tests.benchmarks import files, low_precision, svi, varies
 from tests.benchmarks.memory import stream
 from tests.benchmarks.norms import accumulated, dot
+from tests.benchmarks.orders import every_second, fortran, last_channels, lying, reverse, rows
 from tests.benchmarks.ours import distinct, drop_in, on_numpy, on_torch
 from tests.benchmarks.peers import in_pyro, in_sklearn, in_torch
 
@@ -179,6 +180,22 @@ COMPARISONS = (
             alike=False,
         )
         for dtype in ("bfloat16", "float16")
+    ),
+    *(
+        Comparison(
+            *("orders", work, lying(name, param, grad), NUMPY, target, target),
+            unit=TIME,
+            threaded=True,
+        )
+        for work, target, name, param, grad in (
+            ("matrix", None, "Fortran order", fortran, fortran),
+            ("images", None, "channels_last", last_channels, last_channels),
+            ("large", 3.0, "[::2]", every_second, every_second),
+            ("matrix", 3.0, "[::2, ::2]", every_second, every_second),
+            ("matrix", 3.0, "reversed", reverse, reverse),
+            ("matrix", 3.5, "parameter Fortran, gradient C", fortran, rows),
+            ("matrix", 3.5, "parameter C, gradient Fortran", rows, fortran),
+        )
     ),
     *(
         Comparison(

@@ -52,11 +52,14 @@ def works(quick: bool) -> dict[str, Work]:
         quick: Whether to make fewer parameters, for a look or a test.
     """
     large, many, most = (300_000, 20, 200) if quick else (10_000_000, 1000, 100_000)
+    side, channels = (550, 200) if quick else (3160, 1050)
     forty = transformer(32, 100) if quick else transformer(384, 12_000)
     # Parameter, gradient and two slots of float32. No more than 2 GiB of them.
     beyond = 1_000_000 if quick else min(4 * last_level_cache(), 2**31) // 16
     return {
         "large": one_array(large),
+        "matrix": Work(f"a matrix of {side} rows", ((side, side),)),
+        "images": Work(f"{channels} x {channels} x 3 x 3", ((channels, channels, 3, 3),)),
         "a tenth": one_array(large // 10),
         "a hundredth": one_array(large // 100),
         "beyond": Work(f"one array of {beyond / 1e6:.0f} million", ((beyond,),)),

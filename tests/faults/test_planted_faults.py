@@ -136,6 +136,13 @@ FAULTS = [
         "engines/test_tape.py::test_every_rule_is_traced_and_equal",
     ),
     Fault(
+        "a stride taken for another",
+        "backends/multiopt_kernels/cpu/walk.py",
+        "steps = FIRST_AXIS + PARAM_STEP + which",
+        "steps = FIRST_AXIS + PARAM_STEP",
+        "engines/test_strides.py::test_large_arrays_are_walked_by_all_threads",
+    ),
+    Fault(
         "flags and dtypes not looked at again",
         "backends/multiopt_kernels/cpu/look.py",
         "if ndim != row[NDIM] or (halves(o + 64)[0] & needed) != needed or a[5] != descr:",

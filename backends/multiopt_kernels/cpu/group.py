@@ -17,13 +17,25 @@ from multiopt.engine import Slots
 from multiopt.layout import Words, address
 from multiopt.rules.sums import Sum
 from multiopt_kernels.chunks import LARGE
-from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels
+from multiopt_kernels.cpu.boxes import AXES, GRAD_ALONG, IN_PLACE, PARAM_ALONG, boxes
+from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels, walk_kernel
 from multiopt_kernels.cpu.look import ODD, OVERLAP, Look
 from multiopt_kernels.cpu.narrow import NARROW
-from multiopt_kernels.cpu.rows import FIRST_SLOT, GRAD, NDIM, PARAM, SHAPE, SIZE, STRIDES, WIDE
+from multiopt_kernels.cpu.rows import (
+    FIRST_SLOT,
+    GRAD,
+    NDIM,
+    PARAM,
+    SHAPE,
+    SIZE,
+    STRIDES,
+    WALK,
+    WIDE,
+)
 from multiopt_kernels.cpu.shares import SHARED, SHARES, borders, places_of_sums
 from multiopt_kernels.cpu.sums import length
 from multiopt_kernels.cpu.team import Kernel, Runnable, thread_count
+from multiopt_kernels.cpu.walk import ARGUMENTS
 from multiopt_kernels.forms import sample_scalars
 from multiopt_kernels.host import HostGroup, Loan
 from multiopt_kernels.orders import element_strides
@@ -76,6 +88,7 @@ class CompiledGroup(HostGroup):
         """Create a group without rows."""
         self._kernel, self._look = kernel, look
         self._host_coefficients, self._storage_dtype = host_coefficients, storage_dtype
+        self.walks = storage_dtype == layout.storage_dtype
         # If copies are lent of all arrays, ``lend`` takes their values from the master copy.
         self._has_own_masters = has_masters and storage_dtype in NARROW
         self._first_number = FIRST_SLOT + len(rule.slots) + self._has_own_masters
@@ -101,6 +114,8 @@ class CompiledGroup(HostGroup):
         self._strides: dict[int, np.ndarray] = {}
         #: For each row that works on a loan, where its own slots are, and the strides of the loan.
         self._lent: dict[int, tuple[list[int], np.ndarray]] = {}
+        #: For each row through which kernels walk in this step its plan.
+        self._plans: dict[int, np.ndarray] = {}
         super().__init__(backend, layout, rule, has_masters)
         facts = None if look is None else look.facts(storage_dtype)
         if facts is not None:
@@ -143,7 +158,7 @@ class CompiledGroup(HostGroup):
             place[shape] = address(array)
             self._scalars += 0 if shape else count
         table[rows, SIZE] = self.size[rows]
-        table[rows, STRIDES] = table[rows, WIDE] = 0
+        table[rows, STRIDES] = table[rows, WIDE] = table[rows, WALK] = 0
         table[rows, NDIM] = [len(shape) for shape in shapes]
         table[rows, SHAPE] = [place[shape] for shape in shapes]
         self._elements += int(self.size[rows].sum())
@@ -253,16 +268,24 @@ class CompiledGroup(HostGroup):
         number = loan.member.row
         row = self._table[number]
         strides = np.array(element_strides(self.shapes[number], loan.axes), np.int64)
+        if number in self._lent:  # the second loan of a step replaces the first
+            row[FIRST_SLOT : self._first_number] = self._lent[number][0]
         self._lent[number] = row[FIRST_SLOT : self._first_number].tolist(), strides
-        row[PARAM], row[GRAD], row[WIDE] = address(loan.param), address(loan.grad), 1
+        row[PARAM], row[GRAD] = address(loan.param), address(loan.grad)
+        row[WIDE], row[WALK] = not loan.strided, 0
+        self._plans.pop(number, None)
         if loan.slots is not None:
             row[FIRST_SLOT : FIRST_SLOT + len(loan.slots)] = list(map(address, loan.slots))
+        if loan.strided and loan.param.size:
+            plan = _plan(loan.param, loan.grad)
+            if not plan[PARAM_ALONG] == plan[GRAD_ALONG] == IN_PLACE:
+                self._plans[number], row[WALK] = plan, address(plan)
 
     def _take_back(self) -> None:
         for row, (places, _) in self._lent.items():
-            self._table[row, WIDE] = 0
+            self._table[row, WIDE] = self._table[row, WALK] = 0
             self._table[row, FIRST_SLOT : self._first_number] = places
-        self._lent = {}
+        self._lent, self._plans = {}, {}
 
     # Measuring
 
@@ -274,9 +297,10 @@ class CompiledGroup(HostGroup):
         """Check all gradients in one compiled call, large ones on several threads."""
         rows, kernel = part.rows, self._norm_kernels["finite"]
         self.bad[rows] = 0
-        if self._is_large(rows):
-            used = thread_count(threads)
-            kernel.shares(self._split(rows, used, [address(self.bad)], 0), used).run()
+        if self._plans or self._is_large(rows):
+            used = self._threads(rows, threads)
+            blocks = self._split(rows, used, [address(self.bad)], 0)
+            self._shared(kernel, blocks, used).run()
         elif len(rows):
             words = self._finite.values
             words[0], words[3] = part.at[0], len(rows)
@@ -287,7 +311,7 @@ class CompiledGroup(HostGroup):
     def squares(self, part: Part, which: np.ndarray | slice, threads: int | None) -> Sum:
         """Sum the squares in one compiled call, large gradients on several threads."""
         rows, limbs = part.rows[which], self._limbs
-        if self._is_large(rows):
+        if self._plans or self._is_large(rows):
             sums, _ = self._sum(rows, threads, separate=False)
             return Sum.from_integers(sums.sum(axis=0), self.layout.compute_dtype)
         words = self._squares.values
@@ -309,21 +333,22 @@ class CompiledGroup(HostGroup):
         Returns:
             The sums, and where those of each row begin and end.
         """
-        used = thread_count(threads)
+        used = self._threads(rows, threads)
         blocks = self._split(rows, used, [address(self.own), separate], 1)
         shares, count = len(blocks), len(self._limbs)
         sums = np.zeros((shares + len(rows) * separate, count), np.int64)
         blocks[:, -1] = address(sums) + sums.strides[0] * np.arange(shares)
-        self._norm_kernels["squares"].shares(blocks, used).run()
+        self._shared(self._norm_kernels["squares"], blocks, used).run()
         return sums, places_of_sums(blocks[:, 1:5], len(rows))
 
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """Measure and clip by norm in one compiled call, large gradients on several threads."""
         rows = part.rows
-        if self._elements > MANY:
+        if self._plans or self._elements > MANY:
             rows = rows[~np.isnan(self.norm_bound[rows])]
-        if self._is_large(rows):
-            is_shared = self.size[rows] >= SHARED
+        if self._plans or self._is_large(rows):
+            # Rows that are walked through come in boxes, each a part of its row.
+            is_shared = (self.size[rows] >= SHARED) | (self._table[rows, WALK] != 0)
             self._measure_in_parts(rows[is_shared], threads)
             self._measure_whole(rows[~is_shared], threads)
         else:
@@ -357,6 +382,10 @@ class CompiledGroup(HostGroup):
         """Whether rows have so many elements together that threads are worth their cost."""
         return self._elements > MANY and bool(self.size[rows].sum() > MANY)
 
+    def _threads(self, rows: np.ndarray, limit: int | None) -> int:
+        """How many threads rows are worth."""
+        return thread_count(limit) if self._is_large(rows) else 1
+
     def _prepare(self, part: Part, leave_clipped: bool, threads: int | None) -> None:
         rows, self._shares = part.rows, None
         if self._host_coefficients:
@@ -366,19 +395,29 @@ class CompiledGroup(HostGroup):
         words = self._update.values
         words[0], words[3] = part.at[0], len(rows)
         words[12], words[13] = leave_clipped, self.backend.in_place
-        if self._is_large(rows) and (used := thread_count(threads)) > 1:
-            # A share cannot know whether it is the last one of its row, so the host counts steps.
-            words[13] = 0
-            # Dividing takes 30 us, a fifth of a step of a VAE: it is done again only for others.
-            key = used, self._update.array[5:].tobytes()
-            if part.at is not self._division[0] or key != self._division[1]:
-                self._division = part.at, key, self._divided(rows, used)
-            self._shares = self._division[2]
+        if self._plans or self._is_large(rows):
+            used = self._threads(rows, threads)
+            if self._plans or used > 1:
+                # A share cannot know if it is the last one of its row, so the host counts steps.
+                words[13] = 0
+                self._shares = self._divided_once(part, used, leave_clipped)
 
-    def _divided(self, rows: np.ndarray, threads: int) -> Runnable:
+    def _divided_once(self, part: Part, threads: int, leave_clipped: bool) -> Runnable:
+        """The update of the rows of a part, divided among threads, as the last time if it may be.
+
+        Dividing takes 30 us, a fifth of a step of a VAE.
+        """
+        key = threads, self._update.array[5:].tobytes()
+        at, before, shares = self._division
+        if self._plans or shares is None or part.at is not at or key != before:
+            shares = self._divided(part.rows, threads, leave_clipped)
+            self._division = part.at, None if self._plans else key, shares
+        return shares
+
+    def _divided(self, rows: np.ndarray, threads: int, leave_clipped: bool) -> Runnable:
         """The update of some rows, divided among threads; the caller keeps the rows."""
         blocks = self._split(rows, threads, self._update.array[7:], 0)
-        return self._kernel.shares(blocks, threads)
+        return self._shared(self._kernel, blocks, threads, updates=True, writes_grads=leave_clipped)
 
     @np.errstate(all="ignore")
     def _give(self, rows: np.ndarray) -> None:
@@ -405,6 +444,37 @@ class CompiledGroup(HostGroup):
 
     # Running kernels
 
+    def _shared(
+        self,
+        kernel: Kernel,
+        blocks: np.ndarray,
+        threads: int,
+        updates: bool = False,
+        writes_grads: bool = False,
+    ) -> Runnable:
+        """A kernel for some shares. If rows need it, it walks through their arrays.
+
+        Args:
+            kernel: The kernel.
+            blocks: Its arguments, one line for each share.
+            threads: The number of threads.
+            updates: Whether it works on parameters and slots.
+            writes_grads: Whether it overwrites gradients.
+        """
+        if not self._plans:
+            return kernel.shares(blocks, threads)
+        # Each share needs memory for a row, and for one word an axis.
+        count, width = blocks.shape
+        room = self._place[1] + max(int(plan[AXES]) for plan in self._plans.values())
+        walks = np.zeros((count, ARGUMENTS + width + room), np.int64)
+        slots = self._first_number - FIRST_SLOT
+        walks[:, : ARGUMENTS - 1] = kernel.address, slots, updates, writes_grads
+        rooms_at = address(walks) + 8 * (ARGUMENTS + width)
+        walks[:, ARGUMENTS - 1] = rooms_at + walks.strides[0] * np.arange(count)
+        walks[:, ARGUMENTS : ARGUMENTS + width] = blocks
+        sizes = 2 if self._storage_dtype in NARROW else self.dtype.itemsize, self.dtype.itemsize
+        return walk_kernel(*sizes).shares(walks, threads)
+
     def _split(
         self,
         rows: np.ndarray,
@@ -421,3 +491,9 @@ class CompiledGroup(HostGroup):
         blocks[:, 5:7] = self._place
         blocks[:, 7 : 7 + len(tail)] = tail
         return blocks
+
+
+def _plan(param: np.ndarray, grad: np.ndarray) -> np.ndarray:
+    """How kernels walk through a parameter and a gradient, whose axes are in the order of slots."""
+    strides = (tuple(stride // x.itemsize for stride in x.strides) for x in (param, grad))
+    return boxes(param.shape, *strides, param.itemsize)

@@ -13,11 +13,23 @@ from functools import cache, partial
 from types import ModuleType
 
 from multiopt.rules.sums import LIMB, RANGES
-from multiopt_kernels.cpu import look, narrow, norms, rows, shares, sums, toolbox, update, whole
+from multiopt_kernels.cpu import (
+    boxes,
+    look,
+    narrow,
+    norms,
+    rows,
+    shares,
+    sums,
+    toolbox,
+    update,
+    walk,
+    whole,
+)
 from multiopt_kernels.cpu.object_cache import ObjectCode, cached, linked
 from multiopt_kernels.cpu.team import Kernel
 
-__all__ = ["look_kernel", "norm_kernels", "update_kernel", "whole_kernel"]
+__all__ = ["look_kernel", "norm_kernels", "update_kernel", "walk_kernel", "whole_kernel"]
 
 
 @cache
@@ -75,6 +87,19 @@ def norm_kernels(dtype: str, storage_dtype: str) -> dict[str, Kernel]:
     make = partial(norms.compile_norms, text, dtype, storage_dtype)
     identity = [*_made_of_sums(), text, dtype, storage_dtype]
     return _loaded(f"norms-{storage_dtype}", identity, make, norms)
+
+
+@cache
+def walk_kernel(itemsize: int, slot_itemsize: int) -> Kernel:
+    """Return the kernel that walks through arrays and runs another kernel.
+
+    Args:
+        itemsize: The size of an element of a parameter or gradient.
+        slot_itemsize: The size of an element of a slot.
+    """
+    sizes = itemsize, slot_itemsize
+    identity = [inspect.getsource(boxes), *map(str, sizes)]
+    return _loaded("walk", identity, partial(walk.compile_walk, *sizes), walk)["walk"]
 
 
 def _made_of_sums() -> list[str]:

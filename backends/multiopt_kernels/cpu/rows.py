@@ -16,11 +16,12 @@ Here Python does what a kernel does to read the parameter in row 1:
 [0.5, 2.0]
 """
 
-__all__ = ["FIRST_SLOT", "GRAD", "NDIM", "PARAM", "SHAPE", "SIZE", "STRIDES", "WIDE"]
+__all__ = ["FIRST_SLOT", "GRAD", "NDIM", "PARAM", "SHAPE", "SIZE", "STRIDES", "WALK", "WIDE"]
 
 #: The addresses of the parameter and of the gradient, the number of elements, the number of
 #: dimensions, the address of the shape, the address of the strides in elements or 0 for C order,
-#: whether the arrays of a 16-bit parameter are lent as float32 copies, the address of the first
+#: whether the arrays of a 16-bit parameter are lent as float32 copies, the address of a plan if the
+#: parameter or the gradient does not lie as the slots do (``boxes``) or 0, the address of the first
 #: slot. The addresses of the other slots follow, and then float64 numbers: the hyperparameters, or
 #: the coefficients if the host computes them.
-PARAM, GRAD, SIZE, NDIM, SHAPE, STRIDES, WIDE, FIRST_SLOT = range(8)
+PARAM, GRAD, SIZE, NDIM, SHAPE, STRIDES, WIDE, WALK, FIRST_SLOT = range(9)

@@ -75,7 +75,11 @@ _NOWHERE = ctypes.addressof(_nobodys)
 
 
 class Kernel:
-    """A compiled function that can be called."""
+    """A compiled function that can be called.
+
+    Attributes:
+        address: The address of its code.
+    """
 
     def __init__(self, address: int) -> None:
         """Make a compiled function callable.
@@ -83,7 +87,7 @@ class Kernel:
         Args:
             address: The address of its code, which must stay valid.
         """
-        self._address = address
+        self.address = address
         # With PYFUNCTYPE, the call keeps the GIL. Releasing it would take no time, but getting it
         # back from a busy Python thread takes a switch interval: 5 ms for a kernel of some 30 us.
         kind = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
@@ -116,7 +120,7 @@ class Kernel:
 
     def shares(self, blocks: np.ndarray, threads: int) -> "Shares":
         """Prepare a call of ``shared``: everything that can fail before the kernel runs is done."""
-        return Shares(self._address, blocks, threads)
+        return Shares(self.address, blocks, threads)
 
 
 class Runnable(Protocol):

@@ -26,14 +26,14 @@ class WholeGroup(CompiledGroup):
     def __init__(self, *arguments: Any, passes: int, sums: int) -> None:
         """Create a group without rows."""
         super().__init__(*arguments)
-        self._passes = passes
+        self._passes, self.walks = passes, False
         # The words of a row's sums and norms, and of a thread's buffers.
         self._words = sums * (length(self.layout.compute_dtype) + 1), sums * FEW
         self._scratch = np.zeros(sum(self._words), np.int64)
         sums_at = address(self._scratch)
         self._update.array[14:] = [-1, sums_at, sums_at, sums_at + 8 * self._words[0], 0]
 
-    def _divided(self, rows: np.ndarray, threads: int) -> Runnable:
+    def _divided(self, rows: np.ndarray, threads: int, leave_clipped: bool) -> Runnable:
         """Divide large rows, which take one pass after the other; small ones take all at once."""
         is_large = self.size[rows] >= SHARED
         large, small = rows[is_large], rows[~is_large]
