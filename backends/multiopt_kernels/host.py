@@ -82,7 +82,7 @@ class HostGroup(ChunkedGroup):
     """A group whose slots are in the host's memory, and which lends copies of odd arrays."""
 
     #: Whether the engine takes arrays in any memory order, if it is that of the slots too.
-    follows: ClassVar = False
+    follows: bool = False
 
     def __init__(
         self, backend: "Backend", layout: "Layout", rule: "Rule", has_masters: bool = False
