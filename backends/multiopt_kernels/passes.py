@@ -93,6 +93,14 @@ class Pass(NamedTuple):
     columns: Means | None
     totals: tuple[tuple[Operation, Lines], ...]
 
+    @property
+    def every(self) -> list[Operation]:
+        """All operations on values that are not single numbers; some may occur twice."""
+        means = [one for one in (self.rows, self.columns) if one is not None]
+        lines = [lines for _, lines in self.totals]
+        lines += [lines for one in means for lines in (one.summed, one.then)]
+        return [*self.operations, *(x for some in lines for x in some.operations)]
+
 
 def cut(trace: Trace, arrays: Iterable[Extent]) -> list[Pass]:
     """Cut the trace of an update into passes.

@@ -66,6 +66,154 @@ def test_lamb_is_the_rule_as_it_stands(dtype: str, threads: int, clip: mo.Clip |
         compare(rule, start, grads, clip=clip, threads=threads, master_weights=decay == 0)
 
 
+#: Numbers without and with one dimension, and matrices on both sides of what is summed at once and
+#: of the width of a strip of columns; stacks of matrices; and what has no elements.
+MATRICES = [(1, 1), (1, 7), (7, 1), (30, 40), (40, 300), (1500, 30), (30, 1500), (2100, 70)]
+EMPTY = [(0,), (0, 5), (5, 0), (0, 2, 3), (2, 0, 3), (2, 3, 0)]
+STACKS = [(2, 3, 4), (3, 2, 40, 5), (2, 1100, 9), (50, 3, 3), (1, 1, 1, 1)]
+OF_ALL_SORTS = [(), (1,), (10,), (1025,), (9000,), *MATRICES, *EMPTY, *STACKS]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("clip", [None, mo.Clip(norm=3.0, value=0.02), mo.Clip(global_norm=1.0)])
+def test_adafactor_is_the_rule_as_it_stands(
+    dtype: str, threads: int, clip: mo.Clip | None
+) -> None:
+    shapes = [*OF_ALL_SORTS, *([(600, 500)] if threads > 1 else [])]
+    start, grads = drawn(0, shapes, dtype), [drawn(k, shapes, dtype) for k in range(3)]
+    for decay in (0.0, 0.1):
+        rule = mo.Adafactor(lr=0.1, weight_decay=decay, maximize=decay > 0)
+        compare(rule, start, grads, clip=clip, threads=threads, master_weights=decay == 0)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        mo.Adafactor(eps=(1e-3, 0.0), d=2.0),
+        mo.Adafactor(eps=(0.0, 1e-3), d=float("inf"), beta2_decay=0.0),
+        mo.Adafactor(lr=mo.schedules.Cosine(0.1, 10), beta2_decay=lambda step: -0.5 - 0.1 * step),
+        mo.Adafactor(eps=(lambda step: 0.1 / step, 1e-3), weight_decay=lambda step: step % 2),
+    ],
+    ids=["eps", "extremes", "schedules", "switches"],
+)
+def test_hyperparameters_of_adafactor(rule: mo.Rule) -> None:
+    shapes = [(), (10,), (30, 40), (2, 3, 4)]
+    compare(rule, drawn(0, shapes, "float32"), [drawn(k, shapes, "float32") for k in range(4)])
+
+
+def test_adafactor_with_an_average() -> None:
+    shapes = [(), (10,), (30, 40), (2, 3, 4), (5, 0)]
+    start, grads = drawn(0, shapes, "float32"), [drawn(k, shapes, "float32") for k in range(4)]
+    compare(mo.Adafactor(), start, grads, average=mo.Average(0.5, start=2))
+
+
+def spread(rng: np.random.Generator, shape: tuple[int, ...], powers: tuple[int, int]) -> Any:
+    """Numbers of which any two may be any powers of ten apart."""
+    return rng.standard_normal(shape) * 10.0 ** rng.integers(*powers, shape)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "powers"), [("float32", (-46, 38)), ("float64", (-320, 300)), ("float64", (-20, 5))]
+)
+def test_columns_and_rows_of_numbers_far_apart(dtype: str, powers: tuple[int, int]) -> None:
+    rng, shapes = np.random.default_rng(0), [(70, 90), (1500, 70), (70, 1500), (3, 20, 10), (50,)]
+    start = drawn(0, shapes, dtype)
+    with np.errstate(over="ignore"):
+        wide = [
+            {key: spread(rng, x.shape, powers).astype(dtype) for key, x in start.items()}
+            for _ in range(2)
+        ]
+    # Of some columns, of some rows, and of a few elements in each.
+    for grads in wide:
+        for key, grad in grads.items():
+            plain = rng.standard_normal(grad.shape).astype(dtype)
+            chosen = rng.random(grad.shape[-1]) < 0.5
+            if key == "1":
+                chosen = chosen & (rng.random(grad.shape) < 0.01)
+            if key == "2":
+                chosen = rng.random((grad.shape[0], 1)) < 0.5
+            grads[key] = np.where(chosen, grad, plain).astype(dtype)
+            grads[key][..., rng.random(grad.shape[-1]) < 0.2] = 0.0
+    compare(mo.Adafactor(), start, wide)
+    compare(mo.Adafactor(eps=(1e-30, 1e-3)), start, wide)
+
+
+def test_sums_of_equal_numbers_and_ties() -> None:
+    # Sums that lie half way between two numbers, or just beyond.
+    rng, shapes = np.random.default_rng(0), [(3, 64), (64, 3), (2049, 3)]
+    for exponent in (-12, -13, -26, -27):
+        grads = {
+            str(k): np.where(rng.random(shape) < 0.5, 1.0, 2.0**exponent).astype("float32")
+            for k, shape in enumerate(shapes)
+        }
+        compare(mo.Adafactor(), drawn(0, shapes, "float32"), [grads])
+
+
+@pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan, 0.0, 3e38])
+@pytest.mark.parametrize("shape", [(7,), (7, 9), (1030, 5), (5, 1030), (2, 6, 7)])
+def test_special_numbers_in_some_rows_and_columns(special: float, shape: tuple[int, ...]) -> None:
+    start, grads = drawn(0, [shape], "float32"), drawn(1, [shape], "float32")
+    grads["0"][..., 2] = special
+    grads["0"].reshape(-1)[-1] = special
+    compare(mo.Adafactor(eps=(1e-3, 1e-3)), start, [grads, drawn(2, [shape], "float32")])
+    start["0"][..., 1] = special
+    compare(mo.Adafactor(), start, [drawn(2, [shape], "float32")])
+
+
+def test_state_of_adafactor_goes_from_one_engine_to_the_other() -> None:
+    shapes = [(), (10,), (30, 40), (2, 3, 4), (5, 0), (1500, 3)]
+    start, grads = drawn(0, shapes, "float32"), [drawn(k, shapes, "float32") for k in range(4)]
+    expected, _, reference = run("plain", mo.Adafactor(), start, grads)
+    for first, second in (("plain", "compiled"), ("compiled", "plain"), ("compiled", "compiled")):
+        params, _, before = run(first, mo.Adafactor(), start, grads[:2])
+        with engine(second):
+            opt = mo.Optimizer(mo.Adafactor())
+            opt.load_state_dict(before.state_dict())
+            for some in grads[2:]:
+                opt.step(params, some)
+        for name, param in params.items():
+            assert_equal(param, expected[name], name)
+            slots = opt.state(name).slots
+            assert slots.keys() == reference.state(name).slots.keys()
+            for slot, array in reference.state(name).slots.items():
+                assert_equal(slots[slot], array, f"{name} {slot}")
+
+
+def test_names_of_adafactor_come_and_go() -> None:
+    shapes = [(10,), (30, 40), (2, 3, 4), (70, 80)]
+    start, grads = drawn(0, shapes, "float32"), drawn(1, shapes, "float32")
+    results = []
+    for name in ("compiled", "plain"):
+        params = {key: x.copy() for key, x in start.items()}
+        with engine(name):
+            opt = mo.Optimizer(mo.Adafactor())
+            opt.step(params, grads)
+            opt.forget("1")
+            opt.step({key: params[key] for key in "02"}, {key: grads[key] for key in "02"})
+            opt.step(params, grads)
+        results.append(params | {f"{k} {s}": x for k in params for s, x in opt.state(k).slots.items()})
+    for key, array in results[0].items():
+        assert_equal(array, results[1][key], key)
+
+
+def test_arrays_of_adafactor_with_gaps_and_in_other_orders() -> None:
+    rng = np.random.default_rng(0)
+    results = []
+    big, big_grad = rng.standard_normal((2, 60, 50)), rng.standard_normal((2, 60, 50))
+    for name in ("compiled", "plain"):
+        x, g = big.copy(), big_grad.copy()
+        params = {"gaps": x[0, ::2, ::3], "fortran": np.asfortranarray(x[1]), "flat": x[0, 1, ::3]}
+        grads = {"gaps": g[0, ::2, ::3], "fortran": np.asfortranarray(g[1]), "flat": g[0, 1, ::3]}
+        with engine(name):
+            opt = mo.Optimizer(mo.Adafactor())
+            for _ in range(2):
+                opt.step(params, grads)
+        results.append(params | {f"{k} {s}": y for k in params for s, y in opt.state(k).slots.items()})
+    for key, array in results[0].items():
+        assert_equal(array, results[1][key], key)
+
+
 def test_extremes() -> None:
     shapes = [(4,), (2000,)]
     for dtype, scales in (("float32", (1e-44, 1e30)), ("float64", (5e-324, 1e200, 1e-200))):

@@ -19,7 +19,7 @@ from multiopt_kernels.cpu.numbers import (
     TALL_STRIP,
     number_tools,
 )
-from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, roots
+from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, needed, roots
 from multiopt_kernels.cpu.rows import NDIM, SHAPE, SIZE, WIDE
 from multiopt_kernels.cpu.source import Source
 from multiopt_kernels.cpu.sums import FEW
@@ -344,7 +344,7 @@ class _MatrixPass:
             names[operation.output] = f"v{operation.output}"
         return TOTALS.format(
             number=self.number,
-            before=indented([*arrays.before, *before], 1),
+            before=indented(needed([*arrays.before, *before], totals), 1),
             limbs=LIMBS_AT,
             column=COLUMN_AT,
             totals=indented(totals, 1),
@@ -362,7 +362,7 @@ class _MatrixPass:
             name=name,
             number=self.number,
             index=index,
-            before=indented([*arrays.before, *before], 1),
+            before=indented(needed([*arrays.before, *before], lines), 1),
             lines=indented(lines, 1),
         )
 
@@ -394,7 +394,7 @@ class _MatrixPass:
             element += [x.format(names[value]) for x in arrays.writes[array]]
         return TILE.format(
             name=name,
-            before=indented(before, 1),
+            before=indented(needed(before, line, element), 1),
             line=indented(line, 2),
             element=indented(element, 3),
         )
@@ -425,7 +425,7 @@ class _MatrixPass:
                 self._tile(f"{place}_column{number}", one.columns.summed, column, {}),
                 COLUMNS.format(
                     name=f"{place}_columns{number}",
-                    before=indented(before, 1),
+                    before=indented(needed(before, line, element), 1),
                     line=indented(line, 2),
                     element=indented(element, 3),
                     value=names[value],

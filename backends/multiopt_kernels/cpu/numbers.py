@@ -14,8 +14,10 @@ each column (``ends``), and the second adds up the pieces.
 >>> anchor = np.float64(1.5 * 2.0**2)  # for numbers below 2: the coarse unit is 2^-50
 >>> number = 1.0 + 2.0**-52
 >>> coarse = number + anchor
->>> int(coarse.view(np.int64) - anchor.view(np.int64)) == 2**50, number - (coarse - anchor) == 2**-52
-(True, True)
+>>> int(coarse.view(np.int64) - anchor.view(np.int64)) == 2**50
+True
+>>> float(number - (coarse - anchor)) == 2.0**-52
+True
 """
 
 from types import SimpleNamespace

@@ -19,10 +19,11 @@ def scalars(c, norms):
     n0 = norms[0]
     v4 = double(c0) * n0
     v5 = dtype(v4)
-    return (n0, v4, v5, )
+    return (v5, )
 <BLANKLINE>
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from multiopt_kernels.cpu.rows import SIZE
@@ -32,7 +33,7 @@ from multiopt_kernels.extents import Form, extents_of
 from multiopt_kernels.operations import Kind, Operation, Trace
 from multiopt_kernels.passes import Pass
 
-__all__ = ["PassText", "by_form", "known_sums", "roots"]
+__all__ = ["PassText", "by_form", "known_sums", "needed", "roots"]
 
 SCALARS = """
 @njit
@@ -90,17 +91,28 @@ class PassText:
     def scalars(self, source: Source, name: str, one: Pass) -> str:
         """Print the function that computes the single numbers of a pass from the sums."""
         names = {value: f"n{k}" for k, value in enumerate(self._sums)}
-        lines = [*self._unpacked, *(f"{x} = norms[{k}]" for k, x in enumerate(names.values()))]
-        lines += self.lines(source, one.scalars, names)
-        self._singles = list(names)
-        results = "".join(f"{x}, " for x in names.values())
+        before = [*self._unpacked, *(f"{x} = norms[{k}]" for k, x in enumerate(names.values()))]
+        lines = self.lines(source, one.scalars, names)
+        used = {value for operation in one.every for value in operation.inputs}
+        self._singles = [value for value in names if value in used]
+        results = "".join(f"{names[value]}, " for value in self._singles)
         lines.append(f"return ({results or '0.0, '})")
-        return SCALARS.format(name=name, lines=indented(lines, 1))
+        return SCALARS.format(name=name, lines=indented([*needed(before, lines), *lines], 1))
 
     def known(self) -> tuple[dict[int, str], list[str]]:
         """The names of the single numbers, and the lines that unpack them and the coefficients."""
         names = {value: f"s{k}" for k, value in enumerate(self._singles)}
         return names, [*self._unpacked, *(f"s{k} = s[{k}]" for k in range(len(names)))]
+
+
+def needed(before: Iterable[str], *after: Iterable[str]) -> list[str]:
+    """The assignments whose name occurs in other lines: compiling the rest takes its time too.
+
+    >>> needed(["c1 = c[1]", "c10 = c[10]"], ["v2 = c10 * grad"])
+    ['c10 = c[10]']
+    """
+    words = set(re.findall(r"\w+", " ".join(line for lines in after for line in lines)))
+    return [line for line in before if line.split(" = ")[0] in words]
 
 
 def by_form(call: str, narrow: bool, wide: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from multiopt.rules.sums import RANGES
 from multiopt_kernels.cpu.matrices import matrix_tools, matrix_words, printed_matrices
 from multiopt_kernels.cpu.object_cache import ObjectCode
-from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, roots
+from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, needed, roots
 from multiopt_kernels.cpu.rows import NDIM, SIZE, WIDE
 from multiopt_kernels.cpu.source import Source
 from multiopt_kernels.cpu.sums import FEW, adder, length, sum_tools
@@ -202,7 +202,10 @@ def _elements(
     for array, value in one.writes.items():
         element += [line.format(names[value]) for line in arrays.writes[array]]
     return PASS.format(
-        form=form, number=number, before=indented(before, 1), element=indented(element, 2)
+        form=form,
+        number=number,
+        before=indented(needed(before, element), 1),
+        element=indented(element, 2),
     )
 
 
