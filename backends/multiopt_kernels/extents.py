@@ -77,7 +77,11 @@ KEPT = {
 
 #: A shape of each sort, and which of its slots have which extent.
 VECTOR, MATRIX = (7,), (2, 3, 5)
-EXTENTS = {(2, 3, 1): Extent.ROWS, (2, 1, 5): Extent.COLUMNS, MATRIX: Extent.ELEMENTS}
+EXTENTS: dict[tuple[int, ...], Extent] = {
+    (2, 3, 1): Extent.ROWS,
+    (2, 1, 5): Extent.COLUMNS,
+    MATRIX: Extent.ELEMENTS,
+}
 
 
 def plain_form(slots: int, dtype: str) -> Form:

@@ -224,9 +224,7 @@ class _Cutter:
         reads = {value: self._held[value] for value in needed if value in self._held}
         return Lines(tuple(self._made[value] for value in sorted(needed - reads.keys())), reads)
 
-    def means(
-        self, due: list[Operation], writes: dict[int, int], known: set[int]
-    ) -> Means | None:
+    def means(self, due: list[Operation], writes: dict[int, int], known: set[int]) -> Means | None:
         """The means of the rows or columns in a pass, of which there may be one.
 
         Args:

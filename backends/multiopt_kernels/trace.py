@@ -32,8 +32,8 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from multiopt.rules.arithmetic import by_squaring
-from multiopt.rules.rule import Coefficients, named, namespace
 from multiopt.rules.means import means
+from multiopt.rules.rule import Coefficients, named, namespace
 from multiopt.rules.sums import norm, root_mean_square
 from multiopt_kernels.extents import Form
 from multiopt_kernels.operations import (
@@ -74,8 +74,8 @@ def trace_update(
         slots: The number of slots.
         coefficients: What each coefficient is, by name: True or False for a switch that is the same
             at every step, ``Kind.BOOL`` for a switch that may change, ``Kind.NUMBER`` for a number.
-        form: The form of the parameter if the update treats it as a whole, so that it may take norms
-            and means and convert arrays. Of an elementwise update there is none.
+        form: The form of the parameter if the update treats it as a whole, so that it may take
+            norms and means and convert arrays. Of an elementwise update there is none.
 
     Returns:
         The trace. Its inputs are the parameter, the gradient, the slots and all coefficients; its
@@ -133,8 +133,8 @@ def _checked(new: Any, old: "Sequence[_StandIn]") -> "list[_StandIn]":
         old: The old parameter and slots.
 
     Raises:
-        NotTraceable: It is not a parameter and a tuple of as many slots, all arrays of the dtype and
-            of the shapes of the old ones.
+        NotTraceable: It is not a parameter and a tuple of as many slots, all arrays of the dtype
+            and of the shapes of the old ones.
     """
     slots = len(old) - 1
     if not (isinstance(new, tuple) and len(new) == 2):
@@ -357,9 +357,7 @@ class _Recorder:
         self.values.append(_Value(kind))
         return _StandIn(self, len(self.values) - 1, axes)
 
-    def record(
-        self, function: str, inputs: Sequence[Any], axes: Axes | None = None
-    ) -> _StandIn:
+    def record(self, function: str, inputs: Sequence[Any], axes: Axes | None = None) -> _StandIn:
         """Record an operation and return a stand-in for its result.
 
         Args:

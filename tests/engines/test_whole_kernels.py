@@ -77,9 +77,7 @@ OF_ALL_SORTS = [(), (1,), (10,), (1025,), (9000,), *MATRICES, *EMPTY, *STACKS]
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("clip", [None, mo.Clip(norm=3.0, value=0.02), mo.Clip(global_norm=1.0)])
-def test_adafactor_is_the_rule_as_it_stands(
-    dtype: str, threads: int, clip: mo.Clip | None
-) -> None:
+def test_adafactor_is_the_rule_as_it_stands(dtype: str, threads: int, clip: mo.Clip | None) -> None:
     shapes = [*OF_ALL_SORTS, *([(600, 500)] if threads > 1 else [])]
     start, grads = drawn(0, shapes, dtype), [drawn(k, shapes, dtype) for k in range(3)]
     for decay in (0.0, 0.1):
@@ -192,7 +190,9 @@ def test_names_of_adafactor_come_and_go() -> None:
             opt.forget("1")
             opt.step({key: params[key] for key in "02"}, {key: grads[key] for key in "02"})
             opt.step(params, grads)
-        results.append(params | {f"{k} {s}": x for k in params for s, x in opt.state(k).slots.items()})
+        results.append(
+            params | {f"{k} {s}": x for k in params for s, x in opt.state(k).slots.items()}
+        )
     for key, array in results[0].items():
         assert_equal(array, results[1][key], key)
 
@@ -209,7 +209,9 @@ def test_arrays_of_adafactor_with_gaps_and_in_other_orders() -> None:
             opt = mo.Optimizer(mo.Adafactor())
             for _ in range(2):
                 opt.step(params, grads)
-        results.append(params | {f"{k} {s}": y for k in params for s, y in opt.state(k).slots.items()})
+        results.append(
+            params | {f"{k} {s}": y for k in params for s, y in opt.state(k).slots.items()}
+        )
     for key, array in results[0].items():
         assert_equal(array, results[1][key], key)
 

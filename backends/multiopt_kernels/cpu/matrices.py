@@ -1,7 +1,7 @@
-"""The text of passes over matrices, of a rule with slots for rows and for columns, such as Adafactor.
+"""The text of passes over matrices, for rules with slots for rows and columns, such as Adafactor.
 
-A parameter is a stack of matrices. A pass goes through each matrix tile by tile: some rows of it, or
-a part of one row, of up to ``FEW`` elements. What is summed over all elements or over a row goes
+A parameter is a stack of matrices. A pass goes through each matrix tile by tile: some rows of it,
+or a part of one row, of up to ``FEW`` elements. What is summed over all elements or over a row goes
 through buffers of a tile. Means of columns take a way of their own, down strips of columns
 (``numbers``). What follows from the mean of a row or column is computed right after it.
 
@@ -412,9 +412,7 @@ class _MatrixPass:
         row_means = column_means = ""
         if one.rows is not None:
             buffers[f"doubles(buffers + {8 * FEW * len(one.sums)})"] = one.rows.mean.inputs[0]
-            row_means = ROW_MEANS.format(
-                buffer=FEW * len(one.sums), limbs=LIMBS_AT, number=number
-            )
+            row_means = ROW_MEANS.format(buffer=FEW * len(one.sums), limbs=LIMBS_AT, number=number)
         lines = Lines(one.operations, one.reads)
         parts = [self._tile(f"{place}_tile{number}", lines, buffers, one.writes)]
         if one.columns is not None:
@@ -479,7 +477,7 @@ def matrix_tools() -> dict[str, Any]:
 
     @njit
     def mean(limbs, address, first, n, count):  # type: ignore[no-untyped-def]
-        """The mean of ``count`` numbers when the last ``n`` of them come, after ``first`` others."""
+        """The mean of ``count`` numbers, when the last ``n`` of them come after ``first``."""
         if n == count:
             return inverse(count) * few(limbs, address, n)
         if first == 0:

@@ -4,8 +4,8 @@
 negative. Most are cut into two pieces: a number is a whole number of coarse units, rounded, and a
 rest of so many fine units. The pieces of up to ``FEW`` numbers add up as integers of 64 bits. The
 coarse unit is 2^-51 of the first power of two above the largest number, and the fine unit 2^-51 of
-that, so no bit of a number is lost unless it is less than 2^-49 of the largest. Otherwise, and where
-a number is not finite, numbers are deposited in limbs, one by one.
+that, so no bit of a number is lost unless it is less than 2^-49 of the largest. Otherwise, and
+where a number is not finite, numbers are deposited in limbs, one by one.
 
 The columns of a matrix share the loop over a row, which the compiler turns into vectors. Each has
 units of its own, so there are two loops: the first finds the largest and the smallest number of
@@ -59,8 +59,8 @@ def number_tools() -> SimpleNamespace:
     uses the limbs if it must.
 
     Of columns, whose arrays are at ``room``: ``begin(room, n)``; ``seen(state, k, x)`` looks at a
-    number of column k; ``anchored(room, n)`` chooses the units; ``added(state, numbers, k, x)`` adds
-    a number; ``few_of_column(room, k, n)`` is the sum of the n numbers, or -1 if it needs limbs;
+    number of column k; ``anchored(room, n)`` chooses the units; ``added(state, numbers, k, x)``
+    adds a number; ``few_of_column(room, k, n)`` is the sum of the n numbers, or -1 if it needs limbs;
     ``add_column(limbs, room, k, n)`` adds them to limbs, unless it returns False.
     """
     tools, known = toolbox(), sum_tools()

@@ -236,9 +236,7 @@ class Access(NamedTuple):
         ]
 
 
-def access(
-    form: str, slots: int, masters: bool, places: Mapping[int, str] | None = None
-) -> Access:
+def access(form: str, slots: int, masters: bool, places: Mapping[int, str] | None = None) -> Access:
     """How text of a form reads and writes.
 
     Args:
