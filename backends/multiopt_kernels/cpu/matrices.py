@@ -63,7 +63,8 @@ def {name}(
     row, m, first, last, low, high, rows, columns, c, s, t, own, shared, bound, buffers, filled
 ):
 {before}
-    passed, width, column = 0, high - low, m * columns + low
+    passed, clips = 0, (bound != inf) | (own != 1) | (shared != 1)
+    width, column = high - low, m * columns + low
     for r in range(first, last):
         start, k = (m * rows + r) * columns + low, filled + (r - first) * width
 {line}
@@ -86,7 +87,8 @@ COLUMNS = """
 @njit
 def {name}(row, m, first, last, low, high, rows, columns, c, s, t, own, shared, bound, room):
 {before}
-    passed, width, column = 0, high - low, m * columns + low
+    passed, clips = 0, (bound != inf) | (own != 1) | (shared != 1)
+    width, column = high - low, m * columns + low
     state, numbers = words(room), doubles(room)
     begin(room, width)
     for r in range(first, last):

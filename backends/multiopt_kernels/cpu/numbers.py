@@ -60,8 +60,8 @@ def number_tools() -> SimpleNamespace:
 
     Of columns, whose arrays are at ``room``: ``begin(room, n)``; ``seen(state, k, x)`` looks at a
     number of column k; ``anchored(room, n)`` chooses the units; ``added(state, numbers, k, x)``
-    adds a number; ``few_of_column(room, k, n)`` is the sum of the n numbers, or -1 if it needs limbs;
-    ``add_column(limbs, room, k, n)`` adds them to limbs, unless it returns False.
+    adds a number; ``few_of_column(room, k, n)`` is the sum of the n numbers, or -1 if it needs
+    limbs; ``add_column(limbs, room, k, n)`` adds them to limbs, unless it returns False.
     """
     tools, known = toolbox(), sum_tools()
     njit, inlined, words, doubles = tools.njit, tools.inlined, tools.words, tools.doubles

@@ -230,9 +230,11 @@ class Access(NamedTuple):
         if array != 1:
             return self.reads[array]
         return [
-            f"grad = own * {self.grad} * shared",
-            "passed |= (grad > bound) | (grad < -bound)",
-            "grad = clamp(grad, bound)",
+            f"grad = {self.grad}",
+            "if clips:",
+            "    grad = own * grad * shared",
+            "    passed |= (grad > bound) | (grad < -bound)",
+            "    grad = clamp(grad, bound)",
         ]
 
 

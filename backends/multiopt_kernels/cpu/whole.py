@@ -45,7 +45,7 @@ PASS = """
 @njit
 def {form}{number}(row, low, high, c, s, own, shared, bound, buffers):
 {before}
-    passed = 0
+    passed, clips = 0, (bound != inf) | (own != 1) | (shared != 1)
     for i in range(low, high):
 {element}
     return passed

@@ -45,6 +45,8 @@ class WholeGroup(CompiledGroup):
         tail = self._update.array[7:]
         divided = self._split(large, threads, tail, 0)
         whole = self._split(small, threads, tail, 0, whole=True)
+        # A share without rows needs no room.
+        whole = whole[whole[:, 1] < whole[:, 3]]
         words, buffer = self._words
         shares = len(divided)
         rooms = np.zeros((shares + len(whole), words + buffer), np.int64)
