@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import multiopt as mo
 from multiopt.backend import backend_named
 from multiopt.layout import Layout
+from multiopt.rules.means import means
 from multiopt.rules.sums import norm
 from multiopt_kernels.cpu.whole_group import SHARED
-from multiopt_kernels.extents import plain_form
+from multiopt_kernels.extents import Extent, Form, forms_of, plain_form
 from multiopt_kernels.operations import Kind, NotTraceable
 from multiopt_kernels.passes import cut
 from multiopt_kernels.trace import trace_update
@@ -45,6 +47,12 @@ def compare(
         assert_equal(param, expected[name], name)
         for slot, array in reference.state(name).slots.items():
             assert_equal(opt.state(name).slots[slot], array, f"{name} {slot}")
+
+
+def everything(opt: mo.Optimizer, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, and their slots by name."""
+    slots = {f"{key} {slot}": x for key in params for slot, x in opt.state(key).slots.items()}
+    return params | slots
 
 
 def drawn(seed: int, shapes: Sequence[tuple[int, ...]], dtype: str, scale: float = 1.0) -> Any:
@@ -83,6 +91,23 @@ def test_adafactor_is_the_rule_as_it_stands(dtype: str, threads: int, clip: mo.C
     for decay in (0.0, 0.1):
         rule = mo.Adafactor(lr=0.1, weight_decay=decay, maximize=decay > 0)
         compare(rule, start, grads, clip=clip, threads=threads, master_weights=decay == 0)
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_adafactor_on_bfloat16_is_the_rule_as_it_stands(masters: bool) -> None:
+    shapes = [(), (10,), (1025,), (30, 40), (2, 3, 4), (1500, 3)]
+    start = {key: torch.tensor(x) for key, x in drawn(0, shapes, "float32").items()}
+    results = []
+    for name in ("compiled", "plain"):
+        params = {key: x.to(torch.bfloat16) for key, x in start.items()}
+        with engine(name):
+            opt = mo.Optimizer(mo.Adafactor(lr=0.1), master_weights=masters)
+            for seed in range(3):
+                grads = drawn(seed, shapes, "float32")
+                opt.step(params, {k: torch.tensor(x).to(torch.bfloat16) for k, x in grads.items()})
+        results.append(everything(opt, params))
+    for key, array in results[0].items():
+        assert_equal(array, results[1][key], key)
 
 
 @pytest.mark.parametrize(
@@ -284,13 +309,105 @@ def test_what_cannot_be_cut_is_not_traceable() -> None:
         length = xp.asarray(norm(xp, grad), dtype=grad.dtype)
         return unit(xp, param, norm(xp, length)), slots
 
+    def mean_of_one(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+        return param - unit(xp, grad, means(xp, xp.asarray(grad, dtype=xp.float64))), slots
+
     def mixed(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
         return param - grad / norm(xp, grad), slots
 
     for update, message in (
         (forgotten, "after it has changed"),
         (single, "not an array"),
+        (mean_of_one, "means"),
         (mixed, "float64 and the compute dtype"),
     ):
         with pytest.raises(NotTraceable, match=message):
             passes(update)
+
+
+#: A slot with a number for each row, and one with a number for each column.
+FACTORED = Form(("rows", "columns"), (Extent.ROWS, Extent.COLUMNS), "float32")
+
+
+def along(xp: Any, x: Any, axis: int) -> Any:
+    """The means along one of the last two axes, which is kept."""
+    x = xp.asarray(x, dtype=xp.float64)
+    found = means(xp, x if axis == -1 else xp.matrix_transpose(x))
+    return xp.expand_dims(found, axis=axis)
+
+
+def factored_passes(formula: Any) -> list[Any]:
+    def update(xp: Any, param: Any, grad: Any, slots: Any, c: Any) -> Any:
+        param, rows, columns = formula(xp, param, grad, *slots)
+        return param, (rows, columns)
+
+    return cut(trace_update(update, 2, {}, FACTORED), FACTORED.extents)
+
+
+def test_means_of_rows_and_columns_change_slots_at_the_end_of_a_pass() -> None:
+    def formula(xp: Any, param: Any, grad: Any, rows: Any, columns: Any) -> Any:
+        rows = rows + xp.asarray(along(xp, grad, -1), dtype=param.dtype)
+        columns = columns + xp.asarray(along(xp, grad, -2), dtype=param.dtype)
+        total = xp.asarray(along(xp, rows, -2), dtype=param.dtype)
+        return param - grad * rows * columns / total, rows, columns
+
+    first, second = factored_passes(formula)
+    assert (first.writes, first.sums, first.totals) == ({}, (), ())
+    assert (first.rows.writes.keys(), first.columns.writes.keys()) == ({2}, {3})
+    assert (second.rows, second.columns, second.writes.keys()) == (None, None, {0})
+    assert [operation.function for operation, _ in second.totals] == ["column_means"]
+
+
+def test_what_cannot_be_computed_with_means_is_not_traceable() -> None:
+    def narrow(xp: Any, param: Any, x: Any) -> Any:
+        return xp.asarray(x, dtype=param.dtype)
+
+    def gone(xp: Any, param: Any, grad: Any, rows: Any, columns: Any) -> Any:
+        mean = narrow(xp, param, along(xp, grad, -1))
+        return param - grad * mean, rows, columns
+
+    def twice(xp: Any, param: Any, grad: Any, rows: Any, columns: Any) -> Any:
+        both = along(xp, grad, -1) + along(xp, param, -1)
+        return param - grad, rows + narrow(xp, param, both), columns
+
+    def late(xp: Any, param: Any, grad: Any, rows: Any, columns: Any) -> Any:
+        length = narrow(xp, param, norm(xp, grad) * along(xp, grad, -1))
+        return param - grad, rows + length, columns
+
+    def by_itself(xp: Any, param: Any, grad: Any, rows: Any, columns: Any) -> Any:
+        return param - grad, rows + rows, columns
+
+    def changing(xp: Any, param: Any, grad: Any, rows: Any, columns: Any) -> Any:
+        mean = narrow(xp, param, along(xp, grad * rows, -2))
+        return param - grad, rows + narrow(xp, param, along(xp, grad, -1)), columns + mean
+
+    def crossed(xp: Any, param: Any, grad: Any, rows: Any, columns: Any) -> Any:
+        return param - xp.matrix_transpose(grad), rows, columns
+
+    def misplaced(xp: Any, param: Any, grad: Any, rows: Any, columns: Any) -> Any:
+        return param - grad, columns, rows
+
+    for formula, message in (
+        (gone, "no slot holds"),
+        (twice, "more than one mean"),
+        (late, "needs a norm"),
+        (by_itself, "otherwise than after"),
+        (changing, "changes in the same pass"),
+        (crossed, "combines arrays"),
+        (misplaced, "not its shape"),
+    ):
+        with pytest.raises(NotTraceable, match=message):
+            factored_passes(formula)
+
+
+def test_rules_with_slots_of_other_shapes_have_no_form() -> None:
+    def shapes(form: Any) -> Any:
+        return lambda self, shape: {"exp_avg": shape, "exp_avg_sq": form(shape)}
+
+    def refusing(self: Any, shape: tuple[int, ...]) -> Any:
+        raise ValueError("no shape at all")
+
+    for function in (shapes(lambda shape: shape[:1]), shapes(lambda shape: ()), refusing):
+        own: Any = type("Own", (mo.LAMB,), {"slot_shapes": function})
+        with pytest.raises(NotTraceable, match=r"shapes|no shape"):
+            forms_of(own(), "float32")
