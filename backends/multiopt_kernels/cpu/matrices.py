@@ -473,7 +473,7 @@ def matrix_tools() -> dict[str, Any]:
             stack *= shape[d]
         return shape[ndim - 2], shape[ndim - 1], stack
 
-    @tools.inlined
+    @njit
     def inverse(count):  # type: ignore[no-untyped-def]
         return 1.0 / max(count, 1)
 

@@ -64,14 +64,14 @@ def number_tools() -> SimpleNamespace:
     limbs; ``add_column(limbs, room, k, n)`` adds them to limbs, unless it returns False.
     """
     tools, known = toolbox(), sum_tools()
-    njit, inlined, words, doubles = tools.njit, tools.inlined, tools.words, tools.doubles
+    njit, words, doubles = tools.njit, tools.words, tools.doubles
     unit, deposit, carry, total = known.unit, known.deposit, known.carry, known.total
     i64: Any = np.int64
     f64: Any = np.float64
     hidden, field, (least, most) = 1 << FRACTION, 2047, RANGE
     half, mask = 1 << (FRACTION - 1), (1 << BITS) - 1
 
-    @inlined
+    @njit
     def magnitude(x):  # type: ignore[no-untyped-def]
         return f64(x).view(i64) & LARGEST
 
@@ -80,14 +80,14 @@ def number_tools() -> SimpleNamespace:
         for i in range(NUMBER_WORDS):
             limbs[i] = 0
 
-    @inlined
+    @njit
     def fits(top, low):  # type: ignore[no-untyped-def]
         """Whether two pieces hold all bits of numbers between these."""
         exponent = top >> FRACTION
         near = exponent - ((low + 1) >> FRACTION) <= 2 * BITS - FRACTION - 1
         return (least <= exponent) & (exponent <= most) & near
 
-    @inlined
+    @njit
     def anchors(top):  # type: ignore[no-untyped-def]
         """The numbers that are added for the coarse and for the fine pieces."""
         exponent = (top >> FRACTION) + 2
@@ -95,7 +95,7 @@ def number_tools() -> SimpleNamespace:
         fine = i64(((exponent - BITS) << FRACTION) | half)
         return coarse, fine
 
-    @inlined
+    @njit
     def exponent_of(top):  # type: ignore[no-untyped-def]
         """The exponent of the fine unit."""
         return (top >> FRACTION) - 1023 + 1 - 2 * BITS
@@ -189,7 +189,7 @@ def number_tools() -> SimpleNamespace:
             state[TOP + k] = state[UPPER + k] = state[LOWER + k] = 0
             state[LOW + k] = LARGEST
 
-    @inlined
+    @njit
     def seen(state, k, x):  # type: ignore[no-untyped-def]
         b = magnitude(x)
         state[TOP + k] = max(state[TOP + k], b)
@@ -204,14 +204,14 @@ def number_tools() -> SimpleNamespace:
             coarse, fine = anchors(top if fits(top, state[LOW + k]) else i64(1023) << FRACTION)
             state[COARSE + k], state[FINE + k] = coarse, fine
 
-    @inlined
+    @njit
     def added(state, numbers, k, x):  # type: ignore[no-untyped-def]
         c, d = numbers[COARSE + k], numbers[FINE + k]
         near = x + c
         state[UPPER + k] += f64(near).view(i64)
         state[LOWER + k] += f64((x - (near - c)) + d).view(i64)
 
-    @inlined
+    @njit
     def column(state, k, n):  # type: ignore[no-untyped-def]
         upper = state[UPPER + k] - n * state[COARSE + k]
         return upper, state[LOWER + k] - n * state[FINE + k]
