@@ -88,7 +88,7 @@ class ChunkedGroup(Group):
         # many of them are taken, and the number of the next chunk.
         self._open: Chunk | None = None
         self._length = self._taken = self._next = 0
-        #: How many rows have a chunk of their own.
+        #: How many rows are large.
         self.large = 0
         super().__init__(backend, layout, rule, has_masters)
 
@@ -98,15 +98,15 @@ class ChunkedGroup(Group):
         sizes = np.fromiter(map(prod, shapes), np.int64, len(shapes))
         self.size[rows] = sizes
         is_alone = (sizes >= LARGE) | (not self.side_by_side)
-        large = np.flatnonzero(is_alone)
-        for k in large.tolist():
+        alone = np.flatnonzero(is_alone)
+        for k in alone.tolist():
             # Given slots of this size are taken over, not copied into a chunk.
             forms = self._slot_shapes(shapes[k])
             given = [None] * len(forms) if slots is None else slots[k]
             own = [self._owned(x, prod(form)) for x, form in zip(given, forms, strict=True)]
             self.chunk[rows[k]] = self._new_chunk(own, 1)
-            self.large += 1
-        small = np.flatnonzero(~is_alone) if large.size else np.arange(len(rows))
+            self.large += int(sizes[k] >= LARGE)
+        small = np.flatnonzero(~is_alone) if alone.size else np.arange(len(rows))
         self._make_small(rows[small], sizes[small])
         if slots is not None and small.size:
             self._fill(rows, small, slots)
@@ -159,10 +159,6 @@ class ChunkedGroup(Group):
             return [shape] * self.slot_count
         return [*self.rule.slot_shapes(shape).values(), *([shape] * self.has_masters)]
 
-    def is_alone(self, row: int) -> bool:
-        """Whether a row has a chunk of its own."""
-        return not self.side_by_side or bool(self.size[row] >= LARGE)
-
     def _zeros(self, length: int) -> list[np.ndarray]:
         """Allocate all slots for a number of elements at once."""
         return list(np.zeros((self.slot_count, length), self.dtype))
@@ -188,7 +184,7 @@ class ChunkedGroup(Group):
         self._axes.pop(row, None)
         if axes != c_order(axes):
             self._axes[row] = axes
-        if self.is_alone(row):
+        if self.size[row] >= LARGE:
             self._chunks[int(self.chunk[row])].arrays = [slot.reshape(-1) for slot in slots]
             return
         for own, new in zip(self._memory(row), slots, strict=True):
@@ -197,7 +193,7 @@ class ChunkedGroup(Group):
     def _drop_slots(self, row: int) -> None:
         number = int(self.chunk[row])
         chunk = self._chunks[number]
-        self.large -= self.is_alone(row)
+        self.large -= int(self.size[row] >= LARGE)
         chunk.live -= 1
         if not chunk.live:
             del self._chunks[number]

@@ -1,6 +1,6 @@
 """Compiled kernels of rules that treat a parameter as a whole: passes around exact sums."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,11 @@ DIVIDED = [*SHAPES, (SHARED - 1,), (SHARED,), (300_001,), (200, 1000), (5,)]
 
 
 def run(
-    name: str, rule: mo.Rule, start: dict[str, Any], grads: list[dict[str, Any]], **options: Any
+    name: str,
+    rule: mo.Rule | Callable[[str], mo.Rule],
+    start: dict[str, Any],
+    grads: list[dict[str, Any]],
+    **options: Any,
 ) -> tuple[dict[str, Any], list[tuple[str, ...]], mo.Optimizer]:
     params = {key: np.array(x) for key, x in start.items()}
     with engine(name):
@@ -37,7 +41,10 @@ def run(
 
 
 def compare(
-    rule: mo.Rule, start: dict[str, Any], grads: list[dict[str, Any]], **options: Any
+    rule: mo.Rule | Callable[[str], mo.Rule],
+    start: dict[str, Any],
+    grads: list[dict[str, Any]],
+    **options: Any,
 ) -> None:
     """Compiled, and as the rule stands."""
     params, clipped, opt = run("compiled", rule, start, grads, **options)
@@ -201,6 +208,33 @@ def test_state_of_adafactor_goes_from_one_engine_to_the_other() -> None:
             assert slots.keys() == reference.state(name).slots.keys()
             for slot, array in reference.state(name).slots.items():
                 assert_equal(slots[slot], array, f"{name} {slot}")
+
+
+def test_slots_of_what_has_no_elements_change_too() -> None:
+    shapes = [(5, 0), (0, 5), (2, 3, 0), (2, 0, 3), (0,)]
+    start, grads = drawn(0, shapes, "float32"), drawn(1, shapes, "float32")
+    results = []
+    for name in ("compiled", "plain"):
+        params = {key: x.copy() for key, x in start.items()}
+        with engine(name):
+            opt = mo.Optimizer(mo.Adafactor())
+            opt.step(params, grads)
+            state = opt.state_dict()
+            for entry in state["entries"].values():
+                entry["slots"] = {slot: x + np.float32(1) for slot, x in entry["slots"].items()}
+            opt.load_state_dict(state)
+            opt.step(params, grads)
+        results.append(everything(opt, params))
+    assert 0.0 < results[0]["0 row_var"][0, 0] < 1.0
+    for key, array in results[0].items():
+        assert_equal(array, results[1][key], key)
+
+
+def test_every_name_has_its_own_numbers() -> None:
+    rates = {"0": 0.1, "1": 0.2, "2": 0.1, "3": 0.3}
+    shapes = [(10,), (30, 40), (2, 3, 4), (5,)]
+    start, grads = drawn(0, shapes, "float32"), [drawn(k, shapes, "float32") for k in range(2)]
+    compare(lambda name: mo.Adafactor(lr=rates[name], d=1.0 + rates[name]), start, grads)
 
 
 def test_names_of_adafactor_come_and_go() -> None:

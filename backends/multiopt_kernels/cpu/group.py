@@ -16,6 +16,7 @@ from multiopt.arrays import APART, UNKNOWN, Arrays, Part
 from multiopt.engine import Slots
 from multiopt.layout import Words, address
 from multiopt.rules.sums import Sum
+from multiopt_kernels.chunks import LARGE
 from multiopt_kernels.cpu.kernels import look_kernel, norm_kernels
 from multiopt_kernels.cpu.look import ODD, OVERLAP, Look
 from multiopt_kernels.cpu.narrow import NARROW
@@ -158,7 +159,7 @@ class CompiledGroup(HostGroup):
     def _turn(self, row: int, axes: tuple[int, ...], slots: Sequence[np.ndarray]) -> None:
         super()._turn(row, axes, slots)
         places, strides = self._lent[row]
-        if self.is_alone(row):
+        if self.size[row] >= LARGE:
             places[:] = map(address, slots[: len(places)])
         self._table[row, STRIDES] = address(strides) if row in self._axes else 0
         self._strides[row] = strides
