@@ -180,6 +180,21 @@ def test_sums_of_equal_numbers_and_ties() -> None:
         compare(mo.Adafactor(), drawn(0, shapes, "float32"), [grads])
 
 
+@pytest.mark.parametrize("smallest", [0.0, 2.0**-40, 2.0**-51, 2.0**-60, 2.0**-500])
+def test_a_tie_that_the_smallest_number_breaks(smallest: float) -> None:
+    # 1 + 2^-53 lies half way. 2^-102 is the largest square that two pieces do not hold.
+    numbers = np.array([1.0, 2.0**-27, 2.0**-27, smallest])
+    wide = np.tile(numbers, (3, 1))
+    tall = np.zeros((2048, 3))
+    tall[[0, 5, 1500, 2047]] = wide.T
+    grads = {"wide": wide, "tall": tall, "narrow": wide.T.copy()}
+    compare(mo.Adafactor(), {key: np.ones_like(x) for key, x in grads.items()}, [grads])
+    _, _, opt = run("compiled", mo.Adafactor(), dict(grads), [grads])
+    expected = 1.0 if smallest == 0.0 else 1.0 + 2.0**-52
+    assert (opt.state("wide").slots["row_var"] == expected / 4).all()
+    assert (opt.state("tall").slots["col_var"] == expected / 2048).all()
+
+
 @pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan, 0.0, 3e38])
 @pytest.mark.parametrize("shape", [(7,), (7, 9), (1030, 5), (5, 1030), (2, 6, 7)])
 def test_special_numbers_in_some_rows_and_columns(special: float, shape: tuple[int, ...]) -> None:
