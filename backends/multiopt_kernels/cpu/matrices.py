@@ -12,13 +12,7 @@ from collections.abc import Mapping
 from textwrap import indent
 from typing import Any, NamedTuple
 
-from multiopt_kernels.cpu.numbers import (
-    NUMBER_WORDS,
-    ROOM,
-    STRIP,
-    TALL_STRIP,
-    number_tools,
-)
+from multiopt_kernels.cpu.numbers import COLUMN, LIMBS, ROOM, STRIP, TALL_STRIP, number_tools
 from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, needed, roots
 from multiopt_kernels.cpu.rows import NDIM, SHAPE, SIZE, WIDE
 from multiopt_kernels.cpu.source import Source
@@ -30,9 +24,6 @@ from multiopt_kernels.operations import SUMS, Kind, Operation, Trace
 from multiopt_kernels.passes import Lines, Means, Pass, cut
 
 __all__ = ["Printed", "matrix_tools", "matrix_words", "printed_matrices"]
-
-#: Where the limbs are in the room, and where the numbers of a column, in bytes.
-LIMBS_AT, COLUMN_AT = 8 * 6 * STRIP, 8 * (6 * STRIP + TALL_STRIP * NUMBER_WORDS)
 
 #: What begins a matrix: the means of what has a number for each row.
 TOTALS = """
@@ -90,7 +81,7 @@ def {name}(row, m, first, last, low, high, rows, columns, c, s, t, own, shared, 
     passed, clips = 0, (bound != inf) | (own != 1) | (shared != 1)
     width, column = high - low, m * columns + low
     state, numbers = words(room), doubles(room)
-    begin(room, width)
+    begin_rows(room, width)
     for r in range(first, last):
         start = (m * rows + r) * columns + low
 {line}
@@ -150,35 +141,22 @@ is_tall = rows > {few}
 strip = {tall} if is_tall else {strip}
 for low in range(0, columns, strip):
     high = min(low + strip, columns)
-    for j in range(high - low if is_tall else 0):
-        clear(words(room + {limbs} + 8 * {words} * j))
+    begin_strip(room, high - low, is_tall)
     for r in range(0, max(rows, 1), {few}):
         last = min(r + {few}, rows)
         {form}_columns{number}(
             row, m, r, last, low, high, rows, columns, c, s, t, own, shared, bound, room
         )
         for j in range(high - low):
-            limbs = words(room + {limbs} + 8 * {words} * (j if is_tall else 0))
-            found = 0.0
-            if is_tall:
-                if add_column(limbs, room, j, last - r):
-                    continue
-            else:
-                found = few_of_column(room, j, rows)
-            if is_tall or found < 0.0:
+            if not settled(room, j, last - r, is_tall):
                 {form}_column{number}(
                     row, m, r, last, low + j, low + j + 1, rows, columns, c, s, t, own, shared,
                     bound, room + {column}, 0,
                 )
-                if is_tall:
-                    add(limbs, room + {column}, last - r)
-                else:
-                    found = few(limbs, room + {column}, rows)
-            if not is_tall:
-                column{number}(row, m, low + j, rows, columns, c, s, t, inverse(rows) * found)
-    for j in range(high - low if is_tall else 0):
-        found = rounded(words(room + {limbs} + 8 * {words} * j))
-        column{number}(row, m, low + j, rows, columns, c, s, t, inverse(rows) * found)
+                settle(room, j, last - r, is_tall)
+    for j in range(high - low):
+        found = inverse(rows) * sum_of_column(room, j, is_tall)
+        column{number}(row, m, low + j, rows, columns, c, s, t, found)
 """
 
 CALL = """
@@ -347,8 +325,8 @@ class _MatrixPass:
         return TOTALS.format(
             number=self.number,
             before=indented(needed([*arrays.before, *before], totals), 1),
-            limbs=LIMBS_AT,
-            column=COLUMN_AT,
+            limbs=8 * LIMBS,
+            column=8 * COLUMN,
             totals=indented(totals, 1),
             results="".join(f"{names[x.output]}, " for x in self.begins) or "0.0, ",
         )
@@ -414,7 +392,7 @@ class _MatrixPass:
         row_means = column_means = ""
         if one.rows is not None:
             buffers[f"doubles(buffers + {8 * FEW * len(one.sums)})"] = one.rows.mean.inputs[0]
-            row_means = ROW_MEANS.format(buffer=FEW * len(one.sums), limbs=LIMBS_AT, number=number)
+            row_means = ROW_MEANS.format(buffer=FEW * len(one.sums), limbs=8 * LIMBS, number=number)
         lines = Lines(one.operations, one.reads)
         parts = [self._tile(f"{place}_tile{number}", lines, buffers, one.writes)]
         if one.columns is not None:
@@ -435,9 +413,8 @@ class _MatrixPass:
                 few=FEW,
                 tall=TALL_STRIP,
                 strip=STRIP,
-                limbs=LIMBS_AT,
-                words=NUMBER_WORDS,
-                column=COLUMN_AT,
+                limbs=8 * LIMBS,
+                column=8 * COLUMN,
                 number=number,
                 form=place,
             )

@@ -28,7 +28,7 @@ import numpy as np
 from multiopt_kernels.cpu.sums import FEW, sum_tools
 from multiopt_kernels.cpu.toolbox import toolbox
 
-__all__ = ["NUMBER_WORDS", "ROOM", "STRIP", "TALL_STRIP", "number_tools"]
+__all__ = ["COLUMN", "LIMBS", "ROOM", "STRIP", "TALL_STRIP", "number_tools"]
 
 #: How many columns are summed side by side, and how many if there are more than ``FEW`` rows. Then
 #: each needs limbs of its own.
@@ -36,15 +36,15 @@ STRIP, TALL_STRIP = 256, 64
 
 #: The exponent of the last bit of the smallest number; the limbs up to the largest sum of 2^63
 #: numbers, and one to carry into; and the words of a sum, which counts infinities and NaN as well.
-LOWEST, LIMBS = -1074, 56
-NUMBER_WORDS = LIMBS + 2
+LOWEST, COUNT = -1074, 56
+LENGTH = COUNT + 2
 
-#: The arrays of ``STRIP`` words for columns: the bits of the largest and of the smallest number,
-#: the anchors of the coarse and of the fine pieces, and the sums of both.
-TOP, LOW, COARSE, FINE, UPPER, LOWER = range(0, 6 * STRIP, STRIP)
-
-#: The words that sums of a matrix need: those of the columns, limbs, and the numbers of a column.
-ROOM = 6 * STRIP + TALL_STRIP * NUMBER_WORDS + FEW
+#: Where the arrays for columns are, in words: the bits of the largest and of the smallest number,
+#: the anchors of the coarse and of the fine pieces, and the sums of both. Then come the limbs of a
+#: sum, of ``TALL_STRIP`` sums if need be, and the numbers of one column; and what all have room in.
+TOP, LOW, COARSE, FINE, UPPER, LOWER, LIMBS = range(0, 7 * STRIP, STRIP)
+COLUMN = LIMBS + TALL_STRIP * LENGTH
+ROOM = COLUMN + FEW
 
 #: The bits of a fraction and of the largest finite number; the bits between the two units; the
 #: exponent fields between which both units are normal numbers, with room for a sum.
@@ -58,10 +58,13 @@ def number_tools() -> SimpleNamespace:
     ``rounded(limbs)`` is the sum; ``few(limbs, address, n)`` is that of up to ``FEW`` numbers, and
     uses the limbs if it must.
 
-    Of columns, whose arrays are at ``room``: ``begin(room, n)``; ``seen(state, k, x)`` looks at a
-    number of column k; ``anchored(room, n)`` chooses the units; ``added(state, numbers, k, x)``
-    adds a number; ``few_of_column(room, k, n)`` is the sum of the n numbers, or -1 if it needs
-    limbs; ``add_column(limbs, room, k, n)`` adds them to limbs, unless it returns False.
+    Of a strip of columns, whose arrays are at ``room``: ``begin_strip(room, n, is_tall)`` begins n
+    sums, which are in limbs if there are more than ``FEW`` rows. For some rows of them,
+    ``begin_rows(room, n)``; ``seen(state, k, x)`` looks at a number of column k;
+    ``anchored(room, n)`` chooses the units; ``added(state, numbers, k, x)`` adds a number;
+    ``settled(room, k, rows, is_tall)`` adds all of them to the sum, unless it returns False, and
+    then ``settle(room, k, rows, is_tall)`` adds those at ``COLUMN``. Last,
+    ``sum_of_column(room, k, is_tall)``.
     """
     tools, known = toolbox(), sum_tools()
     njit, words, doubles = tools.njit, tools.words, tools.doubles
@@ -77,7 +80,7 @@ def number_tools() -> SimpleNamespace:
 
     @njit
     def clear(limbs):  # type: ignore[no-untyped-def]
-        for i in range(NUMBER_WORDS):
+        for i in range(LENGTH):
             limbs[i] = 0
 
     @njit
@@ -148,7 +151,7 @@ def number_tools() -> SimpleNamespace:
             b = x[j] & LARGEST
             exponent, fraction = b >> FRACTION, b & (hidden - 1)
             if exponent == field:
-                limbs[LIMBS + (fraction != 0)] += 1
+                limbs[COUNT + (fraction != 0)] += 1
             else:
                 place = max(exponent, 1) - 1
                 deposit(limbs, fraction | (hidden if exponent else 0), place)
@@ -163,11 +166,11 @@ def number_tools() -> SimpleNamespace:
             deposit_both(limbs, upper, lower, exponent_of(top))
         else:
             one_by_one(limbs, address, n)
-        carry(limbs, LIMBS)
+        carry(limbs, COUNT)
 
     @njit
     def rounded(limbs):  # type: ignore[no-untyped-def]
-        return total(limbs, LIMBS, LOWEST)
+        return total(limbs, COUNT, LOWEST)
 
     @njit
     def few(limbs, address, n):  # type: ignore[no-untyped-def]
@@ -179,11 +182,11 @@ def number_tools() -> SimpleNamespace:
             return together(upper, lower, exponent_of(top))
         clear(limbs)
         one_by_one(limbs, address, n)
-        carry(limbs, LIMBS)
+        carry(limbs, COUNT)
         return rounded(limbs)
 
     @njit
-    def begin(room, n):  # type: ignore[no-untyped-def]
+    def begin_rows(room, n):  # type: ignore[no-untyped-def]
         state = words(room)
         for k in range(n):
             state[TOP + k] = state[UPPER + k] = state[LOWER + k] = 0
@@ -212,43 +215,45 @@ def number_tools() -> SimpleNamespace:
         state[LOWER + k] += f64((x - (near - c)) + d).view(i64)
 
     @njit
-    def column(state, k, n):  # type: ignore[no-untyped-def]
-        upper = state[UPPER + k] - n * state[COARSE + k]
-        return upper, state[LOWER + k] - n * state[FINE + k]
+    def limbs_of(room, k):  # type: ignore[no-untyped-def]
+        return words(room + 8 * (LIMBS + k * LENGTH))
 
     @njit
-    def few_of_column(room, k, n):  # type: ignore[no-untyped-def]
-        state = words(room)
-        top = state[TOP + k]
-        if top == 0:
-            return 0.0
-        if not fits(top, state[LOW + k]):
-            return -1.0
-        upper, lower = column(state, k, n)
-        return together(upper, lower, exponent_of(top))
+    def begin_strip(room, n, is_tall):  # type: ignore[no-untyped-def]
+        for k in range(n if is_tall else 0):
+            clear(limbs_of(room, k))
 
     @njit
-    def add_column(limbs, room, k, n):  # type: ignore[no-untyped-def]
-        state = words(room)
-        top = state[TOP + k]
-        if top == 0:
-            return True
-        if not fits(top, state[LOW + k]):
+    def settled(room, k, rows, is_tall):  # type: ignore[no-untyped-def]
+        state, sums = words(room), doubles(room + 8 * COARSE)
+        top, upper, lower = state[TOP + k], state[UPPER + k], state[LOWER + k]
+        if top != 0 and not fits(top, state[LOW + k]):
             return False
-        upper, lower = column(state, k, n)
-        deposit_both(limbs, upper, lower, exponent_of(top))
-        carry(limbs, LIMBS)
+        upper -= rows * state[COARSE + k]
+        lower -= rows * state[FINE + k]
+        if is_tall and top != 0:
+            limbs = limbs_of(room, k)
+            deposit_both(limbs, upper, lower, exponent_of(top))
+            carry(limbs, COUNT)
+        elif not is_tall:
+            # The anchor is not needed any more.
+            sums[k] = together(upper, lower, exponent_of(top)) if top != 0 else 0.0
         return True
 
-    return SimpleNamespace(
-        clear=clear,
-        add=add,
-        rounded=rounded,
-        few=few,
-        begin=begin,
-        seen=seen,
-        anchored=anchored,
-        added=added,
-        few_of_column=few_of_column,
-        add_column=add_column,
+    @njit
+    def settle(room, k, rows, is_tall):  # type: ignore[no-untyped-def]
+        sums, numbers_at = doubles(room + 8 * COARSE), room + 8 * COLUMN
+        if is_tall:
+            add(limbs_of(room, k), numbers_at, rows)
+        else:
+            sums[k] = few(limbs_of(room, 0), numbers_at, rows)
+
+    @njit
+    def sum_of_column(room, k, is_tall):  # type: ignore[no-untyped-def]
+        return rounded(limbs_of(room, k)) if is_tall else doubles(room + 8 * COARSE)[k]
+
+    functions = (
+        *(clear, add, rounded, few, begin_strip, begin_rows, seen, anchored, added),
+        *(settled, settle, sum_of_column),
     )
+    return SimpleNamespace(**{function.__name__: function for function in functions})
