@@ -1,5 +1,6 @@
 """Compiled kernels of rules that treat a parameter as a whole: passes around exact sums."""
 
+import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -250,6 +251,22 @@ def test_every_name_has_its_own_numbers() -> None:
     shapes = [(10,), (30, 40), (2, 3, 4), (5,)]
     start, grads = drawn(0, shapes, "float32"), [drawn(k, shapes, "float32") for k in range(2)]
     compare(lambda name: mo.Adafactor(lr=rates[name], d=1.0 + rates[name]), start, grads)
+
+
+@pytest.mark.parametrize("rule", [mo.LAMB(), mo.Adafactor()], ids=repr)
+def test_a_step_needs_next_to_no_memory(rule: mo.Rule) -> None:
+    for threads in (1, 2):
+        with engine("compiled"):
+            opt = mo.Optimizer(rule, threads=threads)
+            params, grads = {"w": np.ones((1200, 1000))}, {"w": np.ones((1200, 1000))}
+            for _ in range(2):
+                opt.step(params, grads)
+            tracemalloc.start()
+            opt.step(params, grads)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        # A copy of the parameter would be 9.6 MB.
+        assert peak < 4e6, threads
 
 
 def test_names_of_adafactor_come_and_go() -> None:
