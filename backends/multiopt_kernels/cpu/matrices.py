@@ -6,13 +6,34 @@ through buffers of a tile. Means of columns take a way of their own, down strips
 (``numbers``). What follows from the mean of a row or column is computed right after it.
 
 One thread takes all passes over a parameter.
+
+This rule keeps an average of the means of the rows. When the mean of row ``r`` of matrix ``m`` is
+known, this is done:
+
+>>> from multiopt.rules.means import means
+>>> from multiopt_kernels.trace import trace_update
+>>> def update(xp, param, grad, slots, c):
+...     mean = xp.expand_dims(means(xp, xp.asarray(grad, dtype=xp.float64)), axis=-1)
+...     rows = 0.5 * slots[0] + xp.asarray(mean, dtype=param.dtype)
+...     return param - grad / rows, (rows,)
+>>> form = Form(("rows", "columns"), (Extent.ROWS,), "float32")
+>>> trace = trace_update(update, 1, {}, form)
+>>> text = printed_matrices(Source(), trace, form, {}, narrow=False, masters=False).text
+>>> print(next(part.strip() for part in text.split("@njit") if "def row0" in part))
+def row0(row, m, r, rows, columns, c, s, t, mean):
+    slot0s = at(row[7])
+    slot0 = slot0s[m * rows + r]
+    v4 = dtype(0.5) * slot0
+    v7 = dtype(mean)
+    v8 = v4 + v7
+    slot0s[m * rows + r] = v8
 """
 
 from collections.abc import Mapping
 from textwrap import indent
 from typing import Any, NamedTuple
 
-from multiopt_kernels.cpu.numbers import COLUMN, LIMBS, ROOM, STRIP, TALL_STRIP, number_tools
+from multiopt_kernels.cpu.numbers import COLUMN, LIMBS, STRIP, TALL_STRIP, number_tools
 from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, needed, roots
 from multiopt_kernels.cpu.rows import NDIM, SHAPE, SIZE, WIDE
 from multiopt_kernels.cpu.source import Source
@@ -23,7 +44,7 @@ from multiopt_kernels.extents import Extent, Form
 from multiopt_kernels.operations import SUMS, Kind, Operation, Trace
 from multiopt_kernels.passes import Lines, Means, Pass, cut
 
-__all__ = ["Printed", "matrix_tools", "matrix_words", "printed_matrices"]
+__all__ = ["Printed", "matrix_tools", "printed_matrices"]
 
 #: What begins a matrix: the means of what has a number for each row.
 TOTALS = """
@@ -172,18 +193,13 @@ class Printed(NamedTuple):
         text: The functions.
         calls: The lines that call them, for a row.
         sums: The number of sums over all elements.
-        buffers: The words of the buffers.
+        buffers: The words of the buffers. Sums need ``ROOM`` besides.
     """
 
     text: str
     calls: str
     sums: int
     buffers: int
-
-
-def matrix_words() -> int:
-    """The words that passes over matrices need besides buffers."""
-    return ROOM
 
 
 def printed_matrices(

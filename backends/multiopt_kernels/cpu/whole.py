@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multiopt.rules.sums import RANGES
-from multiopt_kernels.cpu.matrices import matrix_tools, matrix_words, printed_matrices
+from multiopt_kernels.cpu.matrices import matrix_tools, printed_matrices
+from multiopt_kernels.cpu.numbers import ROOM
 from multiopt_kernels.cpu.object_cache import ObjectCode
 from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, needed, roots
 from multiopt_kernels.cpu.rows import NDIM, SIZE, WIDE
@@ -162,13 +163,13 @@ def whole_source(
     if others:
         (matrix,) = others
         trace = trace_update(update, len(matrix.slots), kinds, matrix)
-        text_of_matrices = printed_matrices(source, trace, matrix, kinds, narrow, masters)
-        parts.append(text_of_matrices.text)
-        count = max(count, text_of_matrices.sums)
-        words = max(words, text_of_matrices.buffers) + matrix_words()
+        printed = printed_matrices(source, trace, matrix, kinds, narrow, masters)
+        parts.append(printed.text)
+        count = max(count, printed.sums)
+        words = max(words, printed.buffers) + ROOM
         choice = f"if row[{NDIM}] < 2:\n{indent(choice, '    ')}\nelse:\n"
-        choice += f"    room = buffers + {8 * (words - matrix_words())}\n"
-        choice += indent(text_of_matrices.calls, "    ")
+        choice += f"    room = buffers + {8 * (words - ROOM)}\n"
+        choice += indent(printed.calls, "    ")
     leaving = by_form("{form}_leave(row, low, high, own, shared, bound)", narrow, f"row[{WIDE}]")
     for form in _forms(narrow):
         arrays_of = access(form, 0, masters=False)
