@@ -41,8 +41,9 @@ of the direction.
 
 *Runs* is one of four: *compiled*, element by element; *compiled, coefficients by the host*, if a
 coefficient needs a function such as `0.96 ** x`, so that results are equal for all libraries on one
-machine, but not between machines; *compiled in passes*, with norms of the whole parameter in
-between; *as a whole*, each parameter by itself, with the code as it is.
+machine, but not between machines; *compiled in passes*, with norms of the whole parameter, or
+means of its rows and columns, in between, and by the host too if a coefficient needs it; *as a
+whole*, each parameter by itself, with the code as it is.
 
 """
 
@@ -101,10 +102,10 @@ def _row(rule: type[mo.Rule]) -> str:
 def _runs(rule: type[mo.Rule]) -> str:
     if not rule.elementwise:
         group = backend_named("numpy").group(rule(), Layout("numpy", (), "float32", "cpu"))
-        return "as a whole" if isinstance(group, ReferenceGroup) else "compiled in passes"
-    return (
-        "compiled" if traced_scalars(rule()) is not None else "compiled, coefficients by the host"
-    )
+        if isinstance(group, ReferenceGroup):
+            return "as a whole"
+    how = "compiled" if rule.elementwise else "compiled in passes"
+    return how if traced_scalars(rule()) is not None else f"{how}, coefficients by the host"
 
 
 def _page(rule: type[mo.Rule]) -> str:

@@ -5,7 +5,8 @@ parts of these arrays, so the slots of many parameters can be updated or read as
 is freed when its last parameter is removed. The memory of a removed parameter is never given to
 another one, so a view of a slot always shows that slot.
 
-Slots lie in C order, or in the memory order of their parameter (``orders``).
+Slots lie in C order, or in the memory order of their parameter (``orders``). Slots of other shapes
+than their parameter lie in C order, and each parameter has a chunk of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,9 @@ class ChunkedGroup(Group):
         "offset": (np.int64, 0),
     }
 
+    #: Whether all slots have the shape of their parameter, and those of small ones share chunks.
+    side_by_side: bool = True
+
     size: np.ndarray
     chunk: np.ndarray
     offset: np.ndarray
@@ -93,13 +97,16 @@ class ChunkedGroup(Group):
     ) -> None:
         sizes = np.fromiter(map(prod, shapes), np.int64, len(shapes))
         self.size[rows] = sizes
-        large = np.flatnonzero(sizes >= LARGE)
-        for k in large.tolist():
+        is_alone = (sizes >= LARGE) | (not self.side_by_side)
+        alone = np.flatnonzero(is_alone)
+        for k in alone.tolist():
             # Given slots of this size are taken over, not copied into a chunk.
-            size, given = int(sizes[k]), [None] * self.slot_count if slots is None else slots[k]
-            self.chunk[rows[k]] = self._new_chunk([self._owned(x, size) for x in given], 1)
-            self.large += 1
-        small = np.flatnonzero(sizes < LARGE) if large.size else np.arange(len(rows))
+            forms = self._slot_shapes(shapes[k])
+            given = [None] * len(forms) if slots is None else slots[k]
+            own = [self._owned(x, prod(form)) for x, form in zip(given, forms, strict=True)]
+            self.chunk[rows[k]] = self._new_chunk(own, 1)
+            self.large += int(sizes[k] >= LARGE)
+        small = np.flatnonzero(~is_alone) if alone.size else np.arange(len(rows))
         self._make_small(rows[small], sizes[small])
         if slots is not None and small.size:
             self._fill(rows, small, slots)
@@ -145,6 +152,12 @@ class ChunkedGroup(Group):
             self.offset[mine] = begins[first:end] + (self._taken - base)
             self._open.live += len(mine)
             self._taken += need
+
+    def _slot_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes of all slots of a parameter of this shape, master copy included."""
+        if self.side_by_side:
+            return [shape] * self.slot_count
+        return [*self.rule.slot_shapes(shape).values(), *([shape] * self.has_masters)]
 
     def _zeros(self, length: int) -> list[np.ndarray]:
         """Allocate all slots for a number of elements at once."""
@@ -199,6 +212,9 @@ class ChunkedGroup(Group):
     def _memory(self, row: int) -> tuple[np.ndarray, ...]:
         """The slots of a row, as contiguous views with their axes in the order of memory."""
         arrays, begin = self._chunks[int(self.chunk[row])].arrays, int(self.offset[row])
+        if not self.side_by_side:
+            shapes = self._slot_shapes(self.shapes[row])
+            return tuple(map(np.reshape, arrays, shapes))
         end, shape = begin + int(self.size[row]), [self.shapes[row][k] for k in self.axes_at(row)]
         return tuple(slots[begin:end].reshape(shape) for slots in arrays)
 
@@ -210,7 +226,7 @@ class ChunkedGroup(Group):
 
     def slots_on_host(self, rows: np.ndarray, number: int) -> Iterator[np.ndarray]:
         """Yield one slot of some rows, as views of rows that lie side by side in C order."""
-        if not self._axes.keys().isdisjoint(rows.tolist()):
+        if not self.side_by_side or not self._axes.keys().isdisjoint(rows.tolist()):
             for row in rows.tolist():
                 yield self._views(row)[number].reshape(1, -1)
             return

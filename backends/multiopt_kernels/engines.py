@@ -36,8 +36,9 @@ from multiopt_kernels.cpu.kernels import update_kernel, whole_kernel
 from multiopt_kernels.cpu.look import Look
 from multiopt_kernels.cpu.team import Kernel
 from multiopt_kernels.cpu.update import update_source
-from multiopt_kernels.cpu.whole import whole_source
+from multiopt_kernels.cpu.whole import Whole, whole_source
 from multiopt_kernels.cpu.whole_group import WholeGroup
+from multiopt_kernels.extents import forms_of
 from multiopt_kernels.forms import coefficient_kinds, traced_scalars
 from multiopt_kernels.operations import NotTraceable
 
@@ -52,12 +53,11 @@ VARIABLE = "MULTIOPT_ENGINE"
 
 
 class _Compiled(NamedTuple):
-    """The kernel of a rule, whether the host computes its coefficients, its passes and sums."""
+    """The kernel of a rule, whether the host computes its coefficients, and its passes if any."""
 
     kernel: Kernel
     host_coefficients: bool
-    passes: int = 1
-    sums: int = 0
+    whole: Whole | None = None
 
 
 class _Blocks(NamedTuple):
@@ -101,11 +101,9 @@ def group(
             found, storage_dtype = None, dtype
             engine = _engine_of(rule, dtype, storage_dtype, has_masters)
         assert isinstance(engine, _Compiled)
-        kernel, on_host, passes, sums = engine
+        kernel, on_host, whole = engine
         arguments = backend, layout, rule, has_masters, kernel, on_host, storage_dtype, found
-        if rule.elementwise:
-            return CompiledGroup(*arguments)
-        return WholeGroup(*arguments, passes=passes, sums=sums)
+        return CompiledGroup(*arguments) if whole is None else WholeGroup(*arguments, whole=whole)
     if isinstance(engine, _Blocks):
         itself = numpy_arrays and layout.storage_dtype == dtype
         return BlockedGroup(backend, layout, rule, has_masters, *engine, itself)
@@ -156,15 +154,15 @@ def _engine(
     """
     scalars, slots = traced_scalars(rule), len(rule.slots)
     kinds = coefficient_kinds(rule, scalars)
-    arguments = rule.update, slots, kinds, scalars, storage_dtype != dtype, masters
+    arguments = kinds, scalars, storage_dtype != dtype, masters
     name = "-".join(type(part).__name__ for part in formulas(rule))
     dtypes, on_host = (dtype, storage_dtype), scalars is None
     if not rule.elementwise:
-        text, passes, sums = whole_source(*arguments)
+        whole = whole_source(rule.update, slots, forms_of(rule, dtype), *arguments)
         return _compiled(
-            lambda: _Compiled(whole_kernel(name, text, sums, *dtypes), on_host, passes, sums)
+            lambda: _Compiled(whole_kernel(name, whole.text, whole.sums, *dtypes), on_host, whole)
         )
-    text = update_source(*arguments)
+    text = update_source(rule.update, slots, *arguments)
     compiled = None
     if asked == "compiled":
         compiled = _compiled(lambda: _Compiled(update_kernel(name, text, *dtypes), on_host))
@@ -174,11 +172,9 @@ def _engine(
 def _is_compiled_whole(rule: Rule, asked: str) -> bool:
     """Whether a rule that treats a parameter as a whole may run in a kernel.
 
-    Its slots must have the shape of the parameter. A user's own rule of this sort runs as it
-    stands: it is promised arrays in row-major order.
+    A user's own rule of this sort runs as it stands: it is promised arrays in row-major order.
     """
-    has_its_shape = type(rule).slot_shapes is Rule.slot_shapes
-    return asked == "compiled" and has_its_shape and _is_ours(rule)
+    return asked == "compiled" and _is_ours(rule)
 
 
 def _is_ours(rule: Rule) -> bool:

@@ -28,7 +28,7 @@ The slots of these two parameters lie in chunk 0, one after the other:
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -92,7 +92,7 @@ class HostGroup(ChunkedGroup):
     """A group whose slots are in the host's memory, and which lends copies of odd arrays."""
 
     #: Whether the engine takes arrays in any memory order, if it is that of the slots too.
-    follows: ClassVar = False
+    follows: bool = False
 
     #: Whether the engine takes parameters and gradients with any strides, in their own dtype.
     walks = False

@@ -28,8 +28,8 @@ __all__ = [
 
 COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
 LOGICAL = ("logical_and", "logical_or", "logical_not")
-#: Sums over all elements of an array.
-SUMS = ("norm",)
+#: Sums over all elements of an array, over each of its rows, and over each of its columns.
+SUMS = ("norm", "root_mean_square", "row_means", "column_means")
 ARITHMETIC = ("add", "subtract", "multiply", "divide", "sqrt", "negative", "abs")
 
 #: NumPy's functions whose results IEEE 754 fixes, with their names in the Array API. They give an
@@ -71,7 +71,8 @@ class Kind(Enum):
 CONVERSIONS = {
     "wide": (Kind.FLOAT, Kind.WIDE),
     "narrow": (Kind.WIDE, Kind.FLOAT),
-    **dict.fromkeys(SUMS, (Kind.FLOAT, Kind.WIDE)),
+    **dict.fromkeys(("norm", "root_mean_square"), (Kind.FLOAT, Kind.WIDE)),
+    **dict.fromkeys(("row_means", "column_means"), (Kind.WIDE, Kind.WIDE)),
 }
 
 

@@ -25,15 +25,17 @@ the coefficients.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from multiopt.rules.arithmetic import by_squaring
+from multiopt.rules.means import means
 from multiopt.rules.rule import Coefficients, named, namespace
-from multiopt.rules.sums import norm
+from multiopt.rules.sums import norm, root_mean_square
+from multiopt_kernels.extents import Form
 from multiopt_kernels.operations import (
     EXACT,
     Kind,
@@ -49,6 +51,9 @@ _T = TypeVar("_T")
 
 __all__ = ["attempt", "trace_function", "trace_scalars", "trace_update"]
 
+#: The names of the axes of an array, as in ``Form``; None for an axis of length 1.
+Axes = tuple[str | None, ...]
+
 #: The dtype of a stand-in for an array: the compute dtype, whichever it is.
 COMPUTE = object()
 
@@ -60,7 +65,7 @@ def trace_update(
     update: Callable[..., Any],
     slots: int,
     coefficients: Mapping[str, bool | Kind],
-    is_whole: bool = False,
+    form: Form | None = None,
 ) -> Trace:
     """Trace the update of a rule.
 
@@ -69,8 +74,8 @@ def trace_update(
         slots: The number of slots.
         coefficients: What each coefficient is, by name: True or False for a switch that is the same
             at every step, ``Kind.BOOL`` for a switch that may change, ``Kind.NUMBER`` for a number.
-        is_whole: Whether the update treats a parameter as a whole, so that it may take norms and
-            convert arrays.
+        form: The form of the parameter if the update treats it as a whole, so that it may take
+            norms and means and convert arrays. Of an elementwise update there is none.
 
     Returns:
         The trace. Its inputs are the parameter, the gradient, the slots and all coefficients; its
@@ -79,20 +84,23 @@ def trace_update(
     Raises:
         NotTraceable: The update has no trace.
     """
-    recorder = _Recorder(is_host=False, is_whole=is_whole)
+    recorder = _Recorder(is_host=False, form=form)
     kept_names = [f"slot{k}" for k in range(slots)]
-    arrays = [recorder.input(name, Kind.FLOAT) for name in ("param", "grad", *kept_names)]
-    param, grad, *kept = arrays
+    axes: list[Axes] = [()] * (2 + slots)
+    if form is not None:
+        axes = [form.axes_of(extent) for extent in form.extents]
+    names = ["param", "grad", *kept_names]
+    param, grad, *kept = map(recorder.input, names, [Kind.FLOAT] * len(names), axes)
     c = {
         name: recorder.input(name, Kind.BOOL if isinstance(kind, bool) else kind)
         for name, kind in coefficients.items()
     }
 
-    xp: Any = _Whole() if is_whole else np
+    xp: Any = np if form is None else _Whole(form.dtype)
 
     def outcome(switches: Mapping[str, bool]) -> list[_StandIn]:
         now = Coefficients(**{**c, **switches})
-        return _checked(update(xp, param, grad, tuple(kept), now), slots)
+        return _checked(update(xp, param, grad, tuple(kept), now), [param, *kept])
 
     fixed = {name: kind for name, kind in coefficients.items() if isinstance(kind, bool)}
     free = [name for name, kind in coefficients.items() if kind is Kind.BOOL]
@@ -117,20 +125,28 @@ def trace_update(
     return recorder.trace(results, ["param", *kept_names])
 
 
-def _checked(new: Any, slots: int) -> "list[_StandIn]":
+def _checked(new: Any, old: "Sequence[_StandIn]") -> "list[_StandIn]":
     """Check what an update returned, and return the new parameter and slots as one list.
 
+    Args:
+        new: What it returned.
+        old: The old parameter and slots.
+
     Raises:
-        NotTraceable: It is not a parameter and a tuple of that many slots, all arrays of the dtype.
+        NotTraceable: It is not a parameter and a tuple of as many slots, all arrays of the dtype
+            and of the shapes of the old ones.
     """
+    slots = len(old) - 1
     if not (isinstance(new, tuple) and len(new) == 2):
         raise NotTraceable(f"returns {new!r}, which is not (param, slots)")
     param, kept = new
     if not isinstance(kept, tuple) or len(kept) != slots:
         raise NotTraceable(f"returns {kept!r} as {slots} slots")
-    for value in (param, *kept):
+    for value, before in zip((param, *kept), old, strict=True):
         if not (isinstance(value, _StandIn) and value.kind is Kind.FLOAT):
             raise NotTraceable(f"returns {value!r}, which is not an array of its dtype")
+        if value.axes != before.axes:
+            raise NotTraceable(f"returns {value!r}, which has not its shape")
     return [param, *kept]
 
 
@@ -215,9 +231,10 @@ class _StandIn(NDArrayOperatorsMixin):
     It records the operations on it. It has no value, so a branch on it is refused.
     """
 
-    def __init__(self, recorder: "_Recorder", number: int) -> None:
+    def __init__(self, recorder: "_Recorder", number: int, axes: Axes = ()) -> None:
         self.recorder = recorder
         self.number = number
+        self.axes = axes
 
     @property
     def kind(self) -> Kind:
@@ -225,9 +242,17 @@ class _StandIn(NDArrayOperatorsMixin):
 
     @property
     def dtype(self) -> Any:
-        if self.kind is Kind.FLOAT and self.recorder.is_whole:
+        if self.kind is Kind.FLOAT and self.recorder.form is not None:
             return COMPUTE
         raise AttributeError(f"{self!r} has no attribute 'dtype'")
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes; that of a stack of matrices is that of a matrix."""
+        form = self.recorder.form
+        if form is not None and form.axes != ("elements",):
+            return len(self.axes)
+        raise AttributeError(f"{self!r} has no attribute 'ndim'")
 
     def __repr__(self) -> str:
         return f"a stand-in for a {self.kind.value}"
@@ -246,8 +271,18 @@ class _StandIn(NDArrayOperatorsMixin):
     def __array_function__(self, function: Any, types: Any, inputs: Any, options: Any) -> Any:
         if function is np.where and len(inputs) == 3 and not options:
             return self.recorder.record("where", inputs)
-        if function is norm:
-            return self.recorder.record("norm", inputs[1:])
+        if function in (norm, root_mean_square):
+            return self.recorder.record(function.__name__, inputs[1:], ())
+        if function is means and self.axes[-1:] in (("columns",), ("rows",)):
+            name = "row_means" if self.axes[-1] == "columns" else "column_means"
+            return self.recorder.record(name, inputs[1:], self.axes[:-1])
+        if function is np.matrix_transpose and len(self.axes) > 1:
+            *rest, rows, columns = self.axes
+            return _StandIn(self.recorder, self.number, (*rest, columns, rows))
+        if function is np.expand_dims and options.get("axis") in (-1, -2):
+            after = len(self.axes) + 1 + options["axis"]
+            axes = *self.axes[:after], None, *self.axes[after:]
+            return _StandIn(self.recorder, self.number, axes)
         if function is by_squaring:
             exponent, result, square, combined, squared = inputs
             return self.recorder.loop(exponent, result, square, combined, squared)
@@ -256,6 +291,15 @@ class _StandIn(NDArrayOperatorsMixin):
 
 class _Whole:
     """NumPy, with conversions, which it does not dispatch to stand-ins by itself."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+
+    def finfo(self, dtype: Any) -> Any:
+        """The limits of the compute dtype."""
+        if dtype is not COMPUTE:
+            raise NotTraceable(f"asks for the limits of {dtype!r}")
+        return np.finfo(self._dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
@@ -267,7 +311,20 @@ class _Whole:
         is_wide = dtype is not COMPUTE
         if x.kind is (Kind.WIDE if is_wide else Kind.FLOAT):
             return x
-        return x.recorder.record("wide" if is_wide else "narrow", [x])
+        return x.recorder.record("wide" if is_wide else "narrow", [x], x.axes)
+
+
+def _together(inputs: Iterable[Any]) -> Axes:
+    """The axes of the result of an elementwise operation.
+
+    Raises:
+        NotTraceable: Some inputs have different axes in the same place.
+    """
+    given = [x.axes[::-1] for x in inputs if isinstance(x, _StandIn)]
+    places = [set(names) - {None} for names in zip_longest(*given)]
+    if any(len(names) > 1 for names in places):
+        raise NotTraceable(f"combines arrays with the axes {[axes[::-1] for axes in given]}")
+    return tuple(next(iter(names), None) for names in reversed(places))
 
 
 class _Value(NamedTuple):
@@ -285,26 +342,34 @@ class _Recorder:
     Args:
         is_host: Whether the values are coefficients, computed in float64 on the host. Otherwise
             they are elements of arrays, combined with host numbers.
-        is_whole: Whether the update treats a parameter as a whole.
+        form: The form of the parameter if the update treats it as a whole.
     """
 
-    def __init__(self, is_host: bool, is_whole: bool = False) -> None:
-        self.is_host, self.is_whole = is_host, is_whole
+    def __init__(self, is_host: bool, form: Form | None = None) -> None:
+        self.is_host, self.form = is_host, form
         self.names: list[str] = []
         self.values: list[_Value] = []
         # The number of each value by how it is made, so that nothing is computed twice.
         self._known: dict[Any, int] = {}
 
-    def input(self, name: str, kind: Kind) -> _StandIn:
+    def input(self, name: str, kind: Kind, axes: Axes = ()) -> _StandIn:
         self.names.append(name)
         self.values.append(_Value(kind))
-        return _StandIn(self, len(self.values) - 1)
+        return _StandIn(self, len(self.values) - 1, axes)
 
-    def record(self, function: str, inputs: Iterable[Any]) -> _StandIn:
-        """Record an operation and return a stand-in for its result."""
+    def record(self, function: str, inputs: Sequence[Any], axes: Axes | None = None) -> _StandIn:
+        """Record an operation and return a stand-in for its result.
+
+        Args:
+            function: The name of the operation.
+            inputs: Its inputs.
+            axes: The axes of the result; None for those of the inputs together.
+        """
         numbers = tuple(self._number(value) for value in inputs)
         kind = kind_of(function, [self.values[n].kind for n in numbers], self.is_host)
-        return self._made(_Value(kind, function, numbers))
+        made = self._made(_Value(kind, function, numbers))
+        made.axes = _together(inputs) if axes is None else axes
+        return made
 
     def loop(
         self,
@@ -349,7 +414,7 @@ class _Recorder:
                 known[x, y] = self._made(made).number
             return known[x, y]
 
-        return _StandIn(self, chosen(on.number, off.number))
+        return _StandIn(self, chosen(on.number, off.number), on.axes)
 
     def trace(self, results: Iterable[Any], outputs: Sequence[str]) -> Trace:
         """Return the trace of some results, without the operations that none of them needs."""

@@ -8,6 +8,7 @@ a few numbers for each row, whose exact sum is rounded once.
 from math import frexp, prod
 from typing import Any
 
+import numpy as np
 from array_api_compat import device
 
 from multiopt.rules.pieces import LARGEST, bits, on_grid
@@ -23,10 +24,14 @@ def means(xp: Any, x: Any) -> Any:
         xp: The namespace of ``x``.
         x: A float64 array of numbers that are not negative.
 
+    A trace of an update records the means as one operation (NEP 18), as it does a norm.
+
     >>> import numpy as np
     >>> means(np, np.asarray([[1.0, 2.0, 6.0], [1e16, 1.0, 1.0]])).tolist()
     [3.0, 3333333333333334.0]
     """
+    if not isinstance(x, np.ndarray) and hasattr(x, "__array_function__"):
+        return x.__array_function__(means, (type(x),), (xp, x), {})
     return (1.0 / max(x.shape[-1], 1)) * _row_sums(xp, x)
 
 

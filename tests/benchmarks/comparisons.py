@@ -11,7 +11,7 @@ from tests.benchmarks.memory import stream
 from tests.benchmarks.norms import accumulated, dot
 from tests.benchmarks.orders import every_second, fortran, last_channels, lying, reverse, rows
 from tests.benchmarks.ours import distinct, drop_in, on_numpy, on_torch
-from tests.benchmarks.peers import in_pyro, in_sklearn, in_torch
+from tests.benchmarks.peers import in_pyro, in_sklearn, in_torch, in_torch_adafactor
 
 __all__ = [
     "AT_LEAST",
@@ -150,6 +150,24 @@ COMPARISONS = (
             threaded=True,
         )
         for work, target in (("forty", 0.8), ("large", 1.1))
+    ),
+    Comparison(
+        *("whole", "forty", on_numpy("NumPy, LAMB", rule=mo.LAMB()), NUMPY),
+        unit=TIME,
+        threaded=True,
+        alike=False,
+    ),
+    Comparison(
+        *("whole", "many small", on_torch("torch, LAMB", rule=mo.LAMB()), FUSED), alike=False
+    ),
+    *(
+        Comparison(
+            *("whole", work, on_torch("torch, Adafactor", rule=mo.Adafactor())),
+            in_torch_adafactor(),
+            *(target, target),
+            threaded=work == "forty",
+        )
+        for work, target in (("forty", 1.4), ("many small", 25))
     ),
     *(
         Comparison(

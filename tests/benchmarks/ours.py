@@ -11,28 +11,29 @@ from tests.benchmarks.peers import pyro_run, tensors
 __all__ = ["distinct", "drop_in", "on_numpy", "on_torch"]
 
 
-def on_numpy(name: str = "NumPy", clip: mo.Clip | None = None) -> Side:
+def on_numpy(name: str = "NumPy", clip: mo.Clip | None = None, rule: mo.Rule = ADAM) -> Side:
     """``Optimizer.step`` on NumPy arrays.
 
     Args:
         name: What the table calls it.
         clip: A clip for all names.
+        rule: The rule.
     """
 
     def begin(work: Work, threads: int) -> Run:
         params, grads = work.arrays()
-        opt = mo.Optimizer(ADAM, clip, threads=threads)
+        opt = mo.Optimizer(rule, clip, threads=threads)
         return Run(lambda: opt.step(params, grads), lambda: params)
 
     return Side(name, begin)
 
 
-def on_torch(name: str = "torch", clip: mo.Clip | None = None) -> Side:
+def on_torch(name: str = "torch", clip: mo.Clip | None = None, rule: mo.Rule = ADAM) -> Side:
     """``Optimizer.step`` on torch tensors, the gradients read from ``.grad``."""
 
     def begin(work: Work, threads: int) -> Run:
         params = tensors(work)
-        opt = mo.Optimizer(ADAM, clip, threads=threads)
+        opt = mo.Optimizer(rule, clip, threads=threads)
         return Run(lambda: opt.step(params), lambda: torch_values(params))
 
     return Side(name, begin, ("torch",))

@@ -1,4 +1,4 @@
-"""The other sides: Adam with torch's default settings, by whoever is installed."""
+"""The other sides: Adam with torch's default settings, by whoever is installed, and Adafactor."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ __all__ = [
     "in_pyro",
     "in_sklearn",
     "in_torch",
+    "in_torch_adafactor",
     "pyro_leaves",
     "pyro_run",
     "shared_tensors",
@@ -61,6 +62,19 @@ def in_torch(how: str, global_norm: float | None = None) -> Side:
         return Run(step, lambda: torch_values(params))
 
     return Side(f"torch {how}{'' if global_norm is None else ', clipped'}", begin, ("torch",))
+
+
+def in_torch_adafactor() -> Side:
+    """``torch.optim.Adafactor``, whose fastest way is ``foreach``."""
+
+    def begin(work: Work, threads: int) -> Run:
+        import torch
+
+        params = tensors(work)
+        optimizer = torch.optim.Adafactor(params.values(), foreach=True)
+        return Run(optimizer.step, lambda: torch_values(params))
+
+    return Side("torch Adafactor, foreach", begin, ("torch",))
 
 
 def in_pyro(clip_args: dict[str, Any] | None = None) -> Side:

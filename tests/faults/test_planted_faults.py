@@ -110,9 +110,30 @@ FAULTS = [
     Fault(
         "a slot that is read after it has changed",
         "backends/multiopt_kernels/passes.py",
-        "held = {value: k for value, k in held.items() if k not in writes}",
-        "pass",
+        "held = {value: k for value, k in self._held.items() if k not in writes}",
+        "held = dict(self._held)",
         "engines/test_whole_kernels.py::test_what_cannot_be_cut_is_not_traceable",
+    ),
+    Fault(
+        "pieces of a tall column that are not added",
+        "backends/multiopt_kernels/cpu/numbers.py",
+        "deposit(limbs, lower, exponent - LOWEST)",
+        "pass",
+        "engines/test_whole_kernels.py::test_adafactor_is_the_rule_as_it_stands[None-1-float64]",
+    ),
+    Fault(
+        "bits that two pieces do not hold",
+        "backends/multiopt_kernels/cpu/numbers.py",
+        "<= 2 * BITS - FRACTION - 1",
+        "<= 2 * BITS",
+        "engines/test_whole_kernels.py::test_a_tie_that_the_smallest_number_breaks",
+    ),
+    Fault(
+        "means of columns that count the columns",
+        "backends/multiopt_kernels/cpu/matrices.py",
+        "inverse(rows) * sum_of_column(room, j, is_tall)",
+        "inverse(columns) * sum_of_column(room, j, is_tall)",
+        "engines/test_whole_kernels.py::test_hyperparameters_of_adafactor",
     ),
     Fault(
         "lanes that overflow",

@@ -69,7 +69,7 @@ class CompiledGroup(HostGroup):
     FRESH: ClassVar = {**HostGroup.FRESH, "clipped": (bool, 0), "bad": (np.uint8, 0)}
 
     fills_spans: ClassVar = True
-    follows: ClassVar = True
+    follows: bool = True
 
     clipped: np.ndarray
     bad: np.ndarray
@@ -422,14 +422,21 @@ class CompiledGroup(HostGroup):
     @np.errstate(all="ignore")
     def _give(self, rows: np.ndarray) -> None:
         """Compute the coefficients of some rows for this step, and write them into the table."""
-        numbers, steps = self.numbers[rows], self.steps[rows] + 1
-        coefficients = self._table.view(np.float64)[:, self._first_number :]
-        known: dict[bytes, Any] = {}
+        numbers, steps = self.numbers.take(rows, axis=0), self.steps[rows] + 1
+        table = self._table.view(np.float64)[:, self._first_number :]
+        if len(rows) and all(x.tobytes() == x[:1].tobytes() * len(rows) for x in (steps, numbers)):
+            # Most steps; the way below takes 1 us a row.
+            table[rows] = self._coefficients_at(int(rows[0]), int(steps[0]))
+            return
+        known: dict[bytes, list[float]] = {}
         for row, values, step in zip(rows.tolist(), numbers, steps.tolist(), strict=True):
             key = values.tobytes() + step.to_bytes(8, "little")
             if key not in known:
-                known[key] = list(self.rule_now(row).coefficients(step, self.layout.compute_dtype))
-            coefficients[row] = known[key]
+                known[key] = self._coefficients_at(row, step)
+            table[row] = known[key]
+
+    def _coefficients_at(self, row: int, step: int) -> list[float]:
+        return list(self.rule_now(row).coefficients(step, self.layout.compute_dtype))
 
     def _run(self, part: Part) -> None:
         if self._shares is None:

@@ -16,8 +16,10 @@ from multiopt.rules.sums import LIMB, RANGES
 from multiopt_kernels.cpu import (
     boxes,
     look,
+    matrices,
     narrow,
     norms,
+    numbers,
     rows,
     shares,
     sums,
@@ -71,7 +73,7 @@ def whole_kernel(label: str, text: str, count: int, dtype: str, storage_dtype: s
         storage_dtype: The dtype of parameters and gradients.
     """
     make = partial(whole.compile_whole, text, count, dtype, storage_dtype)
-    identity = [*_made_of_sums(), inspect.getsource(update), text, str(count), dtype, storage_dtype]
+    identity = [*_made_of_passes(), text, str(count), dtype, storage_dtype]
     return _loaded(f"{label}-{storage_dtype}", identity, make, whole)["update"]
 
 
@@ -105,6 +107,11 @@ def walk_kernel(itemsize: int, slot_itemsize: int) -> Kernel:
 def _made_of_sums() -> list[str]:
     """What kernels with exact sums are made of besides."""
     return [inspect.getsource(sums), str((LIMB, RANGES))]
+
+
+def _made_of_passes() -> list[str]:
+    """What kernels with passes are made of besides."""
+    return [*_made_of_sums(), *map(inspect.getsource, (matrices, numbers, update))]
 
 
 def _loaded(

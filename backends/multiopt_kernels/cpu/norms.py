@@ -58,8 +58,8 @@ def compile_norms(text: str, dtype: str, storage_dtype: str) -> ObjectCode:
     def few(scratch, row):  # type: ignore[no-untyped-def]
         """The norm of a row with up to ``FEW`` elements; -1 if only ``add`` can sum them."""
         if has_narrow and row[WIDE] == 0:
-            return few_narrow(scratch, row[GRAD], row[SIZE], number(1.0))
-        return few_wide(scratch, row[GRAD], row[SIZE], number(1.0))
+            return few_narrow(scratch, row[GRAD], row[SIZE], number(1.0), True)
+        return few_wide(scratch, row[GRAD], row[SIZE], number(1.0), True)
 
     @njit
     def is_bad(row, low, high):  # type: ignore[no-untyped-def]

@@ -48,7 +48,8 @@ def sum_tools() -> SimpleNamespace:
 
     ``unit(t)`` is ``2**t``. ``deposit(limbs, m, place)`` adds ``m * 2**place``, a whole number.
     ``carry(limbs, count)`` makes all limbs numbers of 40 bits again. ``norm(limbs, count, lowest)``
-    is the root of a carried sum in units of ``2**lowest``, rounded before and after.
+    is the root of a carried sum in units of ``2**lowest``, rounded before and after, and ``total``
+    is the rounded sum.
     """
     njit: Any = toolbox().njit
     i64: Any = np.int64
@@ -98,16 +99,13 @@ def sum_tools() -> SimpleNamespace:
         return root * smallest
 
     @njit
-    def norm(limbs, count, lowest):  # type: ignore[no-untyped-def]
-        if limbs[count + 1] != 0:
-            return np.nan
-        if limbs[count] != 0:
-            return np.inf
+    def leading(limbs, count):  # type: ignore[no-untyped-def]
+        """A carried sum in units, rounded: a number of up to 64 bits, and its exponent."""
         k = count - 1
         while k >= 0 and limbs[k] == 0:
             k -= 1
         if k < 0:
-            return 0.0
+            return 0.0, 0
         # The highest 64 bits of the sum, with a last one that is set if lower ones are: float64
         # rounds them as it would round the sum.
         size = (f64(limbs[k]).view(i64) >> 52) - 1022
@@ -122,7 +120,30 @@ def sum_tools() -> SimpleNamespace:
                 high |= limb >> u64(LIMB - room)
                 more |= limb & u64((u64(1) << u64(LIMB - room)) - u64(1)) != u64(0)
                 room = 0
-        rounded, exponent = f64(high | u64(more)), LIMB * k + size - 64 + lowest
+        return f64(high | u64(more)), LIMB * k + size - 64
+
+    @njit
+    def total(limbs, count, lowest):  # type: ignore[no-untyped-def]
+        if limbs[count + 1] != 0:
+            return np.nan
+        if limbs[count] != 0:
+            return np.inf
+        rounded, exponent = leading(limbs, count)
+        # In two factors: only the second product leaves the normal range, and infinity and zero
+        # are reached well before these bounds.
+        exponent = min(max(exponent + lowest, -1300), 1100)
+        return rounded * unit(exponent // 2) * unit(exponent - exponent // 2)
+
+    @njit
+    def norm(limbs, count, lowest):  # type: ignore[no-untyped-def]
+        if limbs[count + 1] != 0:
+            return np.nan
+        if limbs[count] != 0:
+            return np.inf
+        rounded, exponent = leading(limbs, count)
+        if rounded == 0.0:
+            return 0.0
+        exponent += lowest
         if exponent % 2:
             rounded *= 2.0
             exponent -= 1
@@ -130,7 +151,7 @@ def sum_tools() -> SimpleNamespace:
         root = np.sqrt(rounded) * unit(half // 2) * unit(half - half // 2)
         return root if root > tiny else subnormal_root(rounded * unit(exponent - least))
 
-    return SimpleNamespace(unit=unit, deposit=deposit, carry=carry, norm=norm)
+    return SimpleNamespace(unit=unit, deposit=deposit, carry=carry, total=total, norm=norm)
 
 
 def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
@@ -143,14 +164,16 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
     Returns:
         ``add(limbs, address, n, own)`` adds to a sum and does not always carry: it adds to a limb
         at most five times for every ``FEW`` elements, and 2^23 additions are too many.
-        ``few(scratch, address, n, own)`` returns the norm of up to ``FEW`` elements, or -1 if they
-        are too far apart or not finite, and only ``add`` can sum them.
+        ``few(scratch, address, n, own, is_norm)`` returns the norm of up to ``FEW`` elements, or
+        their rounded sum, or -1 if they are too far apart or not finite, and only ``add`` can sum
+        them.
     """
     tools, known = toolbox(), sum_tools()
     njit: Any = tools.njit
     i64: Any = np.int64
     f64: Any = np.float64
-    unit, deposit, carry, norm = known.unit, known.deposit, known.carry, known.norm
+    unit, deposit, carry = known.unit, known.deposit, known.carry
+    total, norm = known.total, known.norm
     at, load, itemsize = reader(dtype, storage_dtype)
     number, bits_type = getattr(np, dtype), np.uint32 if dtype == "float32" else np.uint64
     mantissa, special, smallest, apart = FORMATS[dtype]
@@ -276,7 +299,7 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
     if dtype == "float32":
 
         @njit
-        def few(scratch, address, n, own):  # type: ignore[no-untyped-def]
+        def few(scratch, address, n, own, is_norm):  # type: ignore[no-untyped-def]
             top, low = ends(address, n, own, none)
             if top == none:
                 return 0.0
@@ -285,12 +308,13 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
                 return -1.0
             a, b = pieces(address, n, own, coarse, fine, none, none)
             # Both have at most 53 bits, so their sum is rounded once.
-            return np.sqrt(f64(a) * unit(coarse) + f64(b) * unit(fine))
+            square = f64(a) * unit(coarse) + f64(b) * unit(fine)
+            return np.sqrt(square) if is_norm else square
 
     else:
 
         @njit
-        def few(scratch, address, n, own):  # type: ignore[no-untyped-def]
+        def few(scratch, address, n, own, is_norm):  # type: ignore[no-untyped-def]
             top, low = ends(address, n, own, none)
             if top == none:
                 return 0.0
@@ -302,7 +326,8 @@ def adder(dtype: str, storage_dtype: str) -> tuple[Any, Any]:
                 scratch[k] = 0
             deposits(scratch, pieces(address, n, own, reach, none, none), 0)
             carry(scratch, 6)
-            return norm(scratch, 6, 2 * reach - 156)
+            lowest = 2 * reach - 156
+            return norm(scratch, 6, lowest) if is_norm else total(scratch, 6, lowest)
 
     @njit
     def in_bands(limbs, address, n, own):  # type: ignore[no-untyped-def]

@@ -210,7 +210,7 @@ class Access(NamedTuple):
         reads: For the parameter, the gradient and each slot the lines that read it; those of the
             gradient are up to the loop.
         writes: For each the lines that write ``{}``.
-        grad: The gradient.
+        grad: The gradient in memory.
         left: The number to which a gradient is set where it is left clipped.
     """
 
@@ -220,9 +220,34 @@ class Access(NamedTuple):
     grad: str
     left: str
 
+    @staticmethod
+    def name(array: int) -> str:
+        """The name of an element of the parameter, the gradient or a slot."""
+        return ("param", "grad", f"slot{array - 2}")[min(array, 2)]
 
-def access(form: str, slots: int, masters: bool) -> Access:
-    """How text of a form reads and writes; the arguments are those of ``_loops``."""
+    def read(self, array: int) -> list[str]:
+        """The lines that read it; a gradient is clipped, and ``passed`` if the bound changed it."""
+        if array != 1:
+            return self.reads[array]
+        return [
+            f"grad = {self.grad}",
+            "if clips:",
+            "    grad = own * grad * shared",
+            "    passed |= (grad > bound) | (grad < -bound)",
+            "    grad = clamp(grad, bound)",
+        ]
+
+
+def access(form: str, slots: int, masters: bool, places: Mapping[int, str] | None = None) -> Access:
+    """How text of a form reads and writes.
+
+    Args:
+        form: As for ``_loops``.
+        slots: The number of slots.
+        masters: As for ``_loops``.
+        places: Where the slots are that have another place than ``i``.
+    """
+    places = places or {}
     at, load, store = "at", "{}", "{}"
     if form == "narrow":
         at, load, store = "shorts", "load({})", "store({})"
@@ -242,8 +267,8 @@ def access(form: str, slots: int, masters: bool) -> Access:
         write += ["masters[i] = {}"]
     return Access(
         before,
-        [read, [], *([f"{name} = {name}s[i]"] for name in names)],
-        [write, [], *([f"{name}s[i] = {{}}"] for name in names)],
+        [read, [], *([f"{name} = {name}s[{places.get(k, 'i')}]"] for k, name in enumerate(names))],
+        [write, [], *([f"{name}s[{places.get(k, 'i')}] = {{}}"] for k, name in enumerate(names))],
         load.format("grads[i]"),
         store.format("grad"),
     )

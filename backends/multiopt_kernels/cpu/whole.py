@@ -6,17 +6,23 @@ through a small buffer, since it is seldom an array in memory.
 
 One thread takes all passes over a row at once, while the row is in its cache. Several threads take
 one pass after the other over all rows, and their sums are added in between.
+
+If a rule has slots of other shapes than the parameter, ``matrices`` prints the passes over
+parameters of two and more dimensions, and those here are for the others.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from textwrap import indent
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from multiopt.rules.sums import RANGES
+from multiopt_kernels.cpu.matrices import matrix_tools, printed_matrices
+from multiopt_kernels.cpu.numbers import ROOM
 from multiopt_kernels.cpu.object_cache import ObjectCode
-from multiopt_kernels.cpu.rows import SIZE, WIDE
+from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, needed, roots
+from multiopt_kernels.cpu.rows import NDIM, SIZE, WIDE
 from multiopt_kernels.cpu.source import Source
 from multiopt_kernels.cpu.sums import FEW, adder, length, sum_tools
 from multiopt_kernels.cpu.toolbox import compiled, object_code, toolbox
@@ -28,27 +34,22 @@ from multiopt_kernels.cpu.update import (
     update_head,
     update_kernel,
 )
+from multiopt_kernels.extents import Form
 from multiopt_kernels.operations import Kind, Operation, Trace
 from multiopt_kernels.passes import Pass, cut
 from multiopt_kernels.trace import trace_update
 
-__all__ = ["compile_whole", "whole_source"]
+__all__ = ["Whole", "compile_whole", "whole_source"]
 
-#: A pass over some elements of a row, and the function that computes what it needs of the sums.
+#: A pass over some elements of a row.
 PASS = """
 @njit
 def {form}{number}(row, low, high, c, s, own, shared, bound, buffers):
 {before}
-    passed = 0
+    passed, clips = 0, (bound != inf) | (own != 1) | (shared != 1)
     for i in range(low, high):
 {element}
     return passed
-"""
-
-SCALARS = """
-@njit
-def scalars{number}(c, norms):
-{lines}
 """
 
 #: The function that takes all passes over a row, or one of them over a part of it. ``sums`` has
@@ -75,7 +76,7 @@ if which < 0 or which == {number}:
         end = min(begin + {few}, high)
         passed |= {passed}
         add_buffers(adding, {first}, {end}, buffers, end - begin, which, row[{size}])
-    end_sums(adding, {first}, {end}, buffers, which, row[{size}])
+    end_sums(adding, {first}, {end}, buffers, which, row[{size}], {roots})
 """
 
 LEAVE = """
@@ -88,147 +89,125 @@ def {form}_leave(row, low, high, own, shared, bound):
 """
 
 
+class Whole(NamedTuple):
+    """The text of a kernel, and what the groups that run it must know.
+
+    Attributes:
+        text: The text.
+        passes: The number of passes.
+        sums: The number of sums.
+        words: The words of the buffers of a thread.
+        divisible: Whether several threads may share a row.
+    """
+
+    text: str
+    passes: int
+    sums: int
+    words: int
+    divisible: bool
+
+
 def whole_source(
     update: Callable[..., Any],
     slots: int,
+    forms: list[Form],
     kinds: Mapping[str, bool | Kind],
     scalars: Trace | None,
     narrow: bool = False,
     masters: bool = False,
-) -> tuple[str, int, int]:
+) -> Whole:
     """Print the text that the update of a rule is compiled from.
 
-    The arguments are those of ``update_source``.
-
-    Returns:
-        The text, the number of passes and the number of sums.
+    Args:
+        update: The update.
+        slots: The number of slots of all forms.
+        forms: The forms of the parameters.
+        kinds: As for ``update_source``, like all others.
+        scalars: The trace of the coefficients, or None.
+        narrow: Whether parameters and gradients have 16 bits.
+        masters: Whether there is one more slot, the master copy.
 
     Raises:
         NotTraceable: The update has no trace, or cannot be cut into passes.
     """
-    trace = trace_update(update, slots, kinds, is_whole=True)
-    arrays = 2 + slots
-    passes = cut(trace, arrays)
     source = Source()
-    parts, calls, norms = [], [], list[int]()
+    flat, *others = forms
+    trace = trace_update(update, len(flat.slots), kinds, flat)
+    passes = cut(trace, flat.extents)
+    parts, calls, sums = [], [], list[Operation]()
     for number, one in enumerate(passes):
-        printed = _Printed(trace, arrays, kinds, norms)
-        parts.append(printed.scalars(source, number, one))
-        forms = ["wide", *(["narrow"] if narrow else [])]
+        text = PassText(trace, flat, kinds, sums)
+        parts.append(text.scalars(source, f"scalars{number}", one))
         parts += [
-            printed.elements(source, number, one, form, access(form, slots, masters and narrow))
-            for form in forms
+            _elements(
+                *(text, source, number, one, form),
+                access(form, len(flat.slots), masters and form == "narrow"),
+            )
+            for form in _forms(narrow)
         ]
-        call = "{form}{number}(row, begin, end, c, s, own, shared, bound, buffers)"
-        first, end = len(norms), len(norms) + len(one.sums)
+        call = f"{{form}}{number}(row, begin, end, c, s, own, shared, bound, buffers)"
         calls.append(
             ONE.format(
                 number=number,
-                norms="".join(
-                    f"norm_of({k}, known, adding, buffers, which), " for k in range(first)
-                ),
-                first=first,
-                end=end,
+                norms=known_sums(sums),
+                first=len(sums),
+                end=len(sums) + len(one.sums),
                 few=FEW,
                 size=SIZE,
-                passed=_by_form(call, narrow, number=number),
+                passed=by_form(call, narrow, f"row[{WIDE}]"),
+                roots=roots(one.sums),
             )
         )
-        norms += [operation.output for operation in one.sums]
-    leaving = _by_form("{form}_leave(row, low, high, own, shared, bound)", narrow)
-    for form in ("wide", "narrow") if narrow else ("wide",):
+        sums += one.sums
+    count, words, choice = len(sums), len(sums) * FEW, "".join(calls)
+    if others:
+        (matrix,) = others
+        trace = trace_update(update, len(matrix.slots), kinds, matrix)
+        printed = printed_matrices(source, trace, matrix, kinds, narrow, masters)
+        parts.append(printed.text)
+        count = max(count, printed.sums)
+        words = max(words, printed.buffers) + ROOM
+        choice = f"if row[{NDIM}] < 2:\n{indent(choice, '    ')}\nelse:\n"
+        choice += f"    room = buffers + {8 * (words - ROOM)}\n"
+        choice += indent(printed.calls, "    ")
+    leaving = by_form("{form}_leave(row, low, high, own, shared, bound)", narrow, f"row[{WIDE}]")
+    for form in _forms(narrow):
         arrays_of = access(form, 0, masters=False)
         before = indented(arrays_of.before, 1)
         parts.append(
             LEAVE.format(form=form, before=before, grad=arrays_of.grad, left=arrays_of.left)
         )
     head = update_head(source, slots + (masters and narrow), kinds, scalars)
-    body = UPDATE.format(
-        passes=indent("".join(calls), "    "), last=len(passes) - 1, leaving=leaving
+    body = UPDATE.format(passes=indent(choice, "    "), last=len(passes) - 1, leaving=leaving)
+    return Whole(head + "".join(parts) + body, len(passes), count, words, not others)
+
+
+def _forms(narrow: bool) -> tuple[str, ...]:
+    return ("wide", "narrow") if narrow else ("wide",)
+
+
+def _elements(
+    text: PassText, source: Source, number: int, one: Pass, form: str, arrays: Access
+) -> str:
+    """Print the function that goes over elements of a row."""
+    names, before = text.known()
+    before = [*arrays.before, *before]
+    before += [f"buffer{k} = at(buffers + {k * FEW} * ITEMSIZE)" for k in range(len(one.sums))]
+    element: list[str] = []
+    for value, array in one.reads.items():
+        names[value] = arrays.name(array)
+        element += arrays.read(array)
+    element += text.lines(source, one.operations, names)
+    for k, operation in enumerate(one.sums):
+        element.append(f"buffer{k}[i - low] = {names[operation.inputs[0]]}")
+    for array, value in one.writes.items():
+        element += [line.format(names[value]) for line in arrays.writes[array]]
+    return PASS.format(
+        form=form,
+        number=number,
+        before=indented(needed(before, element), 1),
+        element=indented(element, 2),
     )
-    return head + "".join(parts) + body, len(passes), len(norms)
-
-
-def _by_form(call: str, narrow: bool, **others: Any) -> str:
-    """A call of the function for the form of a row."""
-    wide = call.format(form="wide", **others)
-    return (
-        f"{call.format(form='narrow', **others)} if row[{WIDE}] == 0 else {wide}"
-        if narrow
-        else wide
-    )
-
-
-class _Printed:
-    """How the values of a trace are written in one pass.
-
-    Args:
-        trace: The trace.
-        arrays: The number of inputs that are arrays.
-        kinds: What each coefficient is.
-        norms: The values that earlier passes have summed.
-    """
-
-    def __init__(
-        self,
-        trace: Trace,
-        arrays: int,
-        kinds: Mapping[str, bool | Kind],
-        norms: Sequence[int],
-    ) -> None:
-        self.coefficients = {arrays + k: f"c{k}" for k in range(len(kinds))}
-        self.numbers = [arrays + k for k, x in enumerate(kinds.values()) if x is Kind.NUMBER]
-        self.wide = {x.output for x in trace.operations if x.kind is Kind.WIDE}
-        self.literals = dict(trace.literals)
-        self.before = [f"{name} = c[{k}]" for k, name in enumerate(self.coefficients.values())]
-        self.norms = norms
-
-    def line(self, source: Source, operation: Operation, names: dict[int, str]) -> str:
-        """Print an operation; numbers take the precision of what they are combined with."""
-        is_wide = not self.wide.isdisjoint((*operation.inputs, operation.output))
-        to = "double" if is_wide else "dtype"
-        given = {k: f"{to}({x!r})" for k, x in self.literals.items()} | self.coefficients
-        if is_wide:
-            given |= {k: f"double({self.coefficients[k]})" for k in self.numbers}
-        given |= names
-        line = source.line(operation, given)
-        names[operation.output] = given[operation.output]
-        return line
-
-    def scalars(self, source: Source, number: int, one: Pass) -> str:
-        """Print the function that computes the single numbers of a pass from the norms."""
-        names = {value: f"n{k}" for k, value in enumerate(self.norms)}
-        lines = [*self.before, *(f"n{k} = norms[{k}]" for k in range(len(self.norms)))]
-        lines += [self.line(source, operation, names) for operation in one.scalars]
-        self.singles = list(names)
-        results = "".join(f"{name}, " for name in names.values())
-        lines.append(f"return ({results or '0.0, '})")
-        return SCALARS.format(number=number, lines=indented(lines, 1))
-
-    def elements(self, source: Source, number: int, one: Pass, form: str, arrays: Access) -> str:
-        """Print the function that goes over elements of a row."""
-        names = {value: f"s{k}" for k, value in enumerate(self.singles)}
-        before = [*arrays.before, *self.before]
-        before += [f"s{k} = s[{k}]" for k in range(len(self.singles))]
-        before += [f"buffer{k} = at(buffers + {k * FEW} * ITEMSIZE)" for k in range(len(one.sums))]
-        element: list[str] = []
-        for value, array in one.reads.items():
-            names[value] = ("param", "grad", *(f"slot{k}" for k in range(array - 1)))[array]
-            element += arrays.reads[array]
-            if array == 1:
-                element += [
-                    f"grad = own * {arrays.grad} * shared",
-                    "passed |= (grad > bound) | (grad < -bound)",
-                    "grad = clamp(grad, bound)",
-                ]
-        element += [self.line(source, operation, names) for operation in one.operations]
-        for k, operation in enumerate(one.sums):
-            element.append(f"buffer{k}[i - low] = {names[operation.inputs[0]]}")
-        for array, value in one.writes.items():
-            element += [line.format(names[value]) for line in arrays.writes[array]]
-        return PASS.format(
-            form=form, number=number, before=indented(before, 1), element=indented(element, 2)
-        )
 
 
 def compile_whole(text: str, sums: int, dtype: str, storage_dtype: str) -> ObjectCode:
@@ -244,7 +223,7 @@ def compile_whole(text: str, sums: int, dtype: str, storage_dtype: str) -> Objec
     tools, known, (add, few) = toolbox(), sum_tools(), adder(dtype, dtype)
     njit, words, doubles = tools.njit, tools.words, tools.doubles
     (lowest, limb_count), count = RANGES[dtype], length(dtype)
-    carry, norm, one = known.carry, known.norm, getattr(np, dtype)(1)
+    carry, norm, total, one = known.carry, known.norm, known.total, getattr(np, dtype)(1)
     itemsize = np.dtype(dtype).itemsize
 
     @njit
@@ -265,23 +244,28 @@ def compile_whole(text: str, sums: int, dtype: str, storage_dtype: str) -> Objec
                 add(words(adding + r * count * 8), buffers + (r - first) * FEW * itemsize, n, one)
 
     @njit
-    def end_sums(adding, first, end, buffers, which, size):  # type: ignore[no-untyped-def]
-        """Carry the sums; one thread computes the norms right away."""
+    def finished(limbs, is_norm):  # type: ignore[no-untyped-def]
+        return norm(limbs, limb_count, lowest) if is_norm else total(limbs, limb_count, lowest)
+
+    @njit
+    def end_sums(adding, first, end, buffers, which, size, roots):  # type: ignore[no-untyped-def]
+        """Carry the sums; one thread rounds them right away, or takes norms (``roots``)."""
         norms = doubles(adding + sums * count * 8)
         for r in range(first, end):
+            is_norm = (roots >> (r - first)) & 1 != 0
             limbs, buffer = words(adding + r * count * 8), buffers + (r - first) * FEW * itemsize
             if which < 0 and size <= FEW:
-                norms[r] = few(limbs, buffer, size, one)
+                norms[r] = few(limbs, buffer, size, one, is_norm)
                 if norms[r] >= 0.0:
                     continue
                 clear(limbs)
                 add(limbs, buffer, size, one)
             carry(limbs, limb_count)
             if which < 0:
-                norms[r] = norm(limbs, limb_count, lowest)
+                norms[r] = finished(limbs, is_norm)
 
     @njit
-    def norm_of(r, known, adding, buffers, which):  # type: ignore[no-untyped-def]
+    def sum_of(r, known, adding, buffers, which, is_norm):  # type: ignore[no-untyped-def]
         if which < 0:
             return doubles(adding + sums * count * 8)[r]
         # Other threads read the sum, so it is carried in a copy.
@@ -289,15 +273,20 @@ def compile_whole(text: str, sums: int, dtype: str, storage_dtype: str) -> Objec
         for i in range(count):
             limbs[i] = total[i]
         carry(limbs, limb_count)
-        return norm(limbs, limb_count, lowest)
+        return finished(limbs, is_norm)
+
+    @njit
+    def root_mean(total, size):  # type: ignore[no-untyped-def]
+        return np.sqrt((1.0 / max(size, 1)) * total)
 
     functions = {
         "begin_sums": begin_sums,
         "add_buffers": add_buffers,
         "end_sums": end_sums,
-        "norm_of": norm_of,
+        "sum_of": sum_of,
+        "root_mean": root_mean,
         "double": tools.types.float64,
         "ITEMSIZE": itemsize,
     }
-    names = memory(dtype, storage_dtype) | functions
+    names = memory(dtype, storage_dtype) | functions | matrix_tools()
     return object_code(update=update_kernel(dtype, compiled(text, **names)))

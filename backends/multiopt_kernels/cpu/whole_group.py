@@ -8,8 +8,9 @@ import numpy as np
 from multiopt.layout import address
 from multiopt_kernels.cpu.group import CompiledGroup
 from multiopt_kernels.cpu.shares import SHARED, places_of_sums
-from multiopt_kernels.cpu.sums import FEW, length
+from multiopt_kernels.cpu.sums import length
 from multiopt_kernels.cpu.team import Runnable, Shares
+from multiopt_kernels.cpu.whole import Whole
 
 __all__ = ["WholeGroup"]
 
@@ -19,27 +20,30 @@ class WholeGroup(CompiledGroup):
 
     Args:
         arguments: Those of ``CompiledGroup``.
-        passes: The number of passes.
-        sums: The number of sums that they take.
+        whole: What is known about the text of the kernel.
     """
 
-    def __init__(self, *arguments: Any, passes: int, sums: int) -> None:
+    def __init__(self, *arguments: Any, whole: Whole) -> None:
         """Create a group without rows."""
+        self.side_by_side = self.follows = whole.divisible
         super().__init__(*arguments)
-        self._passes, self.walks = passes, False
+        self._passes, self.walks = whole.passes, False
+        self._shared_from = SHARED if whole.divisible else np.inf
         # The words of a row's sums and norms, and of a thread's buffers.
-        self._words = sums * (length(self.layout.compute_dtype) + 1), sums * FEW
+        self._words = whole.sums * (length(self.layout.compute_dtype) + 1), whole.words
         self._scratch = np.zeros(sum(self._words), np.int64)
         sums_at = address(self._scratch)
         self._update.array[14:] = [-1, sums_at, sums_at, sums_at + 8 * self._words[0], 0]
 
     def _divided(self, rows: np.ndarray, threads: int, leave_clipped: bool) -> Runnable:
         """Divide large rows, which take one pass after the other; small ones take all at once."""
-        is_large = self.size[rows] >= SHARED
+        is_large = self.size[rows] >= self._shared_from
         large, small = rows[is_large], rows[~is_large]
         tail = self._update.array[7:]
         divided = self._split(large, threads, tail, 0)
         whole = self._split(small, threads, tail, 0, whole=True)
+        # A share without rows needs no room.
+        whole = whole[whole[:, 1] < whole[:, 3]]
         words, buffer = self._words
         shares = len(divided)
         rooms = np.zeros((shares + len(whole), words + buffer), np.int64)
