@@ -128,9 +128,8 @@ class Rule(Declared, ABC):
     #: Fields that are rules themselves, and whose hyperparameters count as hyperparameters of this
     #: rule. Only ``multiopt.rules.average.Averaged`` has any.
     nested: ClassVar[tuple[str, ...]] = ()
-    #: Whether ``update`` treats each element by itself. If it does not, and is not one of this
-    #: package that can be compiled in passes, it runs as written, for one parameter at a time, on
-    #: arrays in row-major order.
+    #: Whether ``update`` treats each element by itself. If it does not, it runs as written, for one
+    #: parameter at a time, in row-major order; some of this package are compiled in passes.
     elementwise: ClassVar[bool] = True
 
     @property

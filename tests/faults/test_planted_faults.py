@@ -171,7 +171,7 @@ FAULTS = [
         "registry/test_staleness.py::test_an_array_may_become_another",
     ),
     Fault(
-        "a stride taken for another",
+        "a memory order taken for another",
         "backends/multiopt_kernels/cpu/look.py",
         "strides[d] != expected[d] * itemsize",
         "strides[d] != strides[d]",
@@ -319,9 +319,9 @@ FAULTS = [
     ),
     Fault(
         "a row that is still taken for a copy in float32",
-        "backends/multiopt_kernels/cpu/group.py",
-        "self._table[row, WIDE] = 0\n",
-        "pass\n",
+        "backends/multiopt_kernels/cpu/table.py",
+        "self._table[row, WIDE] = self._table[row, WALK] = 0\n",
+        "self._table[row, WALK] = 0\n",
         "engines/test_low_precision.py::test_copies_are_lent_of_what_is_not_side_by_side",
     ),
     Fault(
