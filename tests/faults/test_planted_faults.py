@@ -322,7 +322,7 @@ FAULTS = [
         "backends/multiopt_kernels/cpu/table.py",
         "self._table[row, WIDE] = self._table[row, WALK] = 0\n",
         "self._table[row, WALK] = 0\n",
-        "engines/test_low_precision.py::test_copies_are_lent_of_what_is_not_side_by_side",
+        "engines/test_low_precision.py::test_copies_are_lent_of_what_is_not_aligned",
     ),
     Fault(
         "a master copy of what somebody else has changed",
