@@ -23,9 +23,9 @@ known, this is done:
 def row0(row, m, r, rows, columns, c, s, t, mean):
     slot0s = at(row[7])
     slot0 = slot0s[m * rows + r]
-    v4 = dtype(0.5) * slot0
+    v6 = dtype(0.5) * slot0
     v7 = dtype(mean)
-    v8 = v4 + v7
+    v8 = v6 + v7
     slot0s[m * rows + r] = v8
 """
 
