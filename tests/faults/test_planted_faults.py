@@ -193,7 +193,7 @@ FAULTS = [
     ),
     Fault(
         "a switch that chooses what it should not",
-        "backends/multiopt_kernels/trace.py",
+        "backends/multiopt_kernels/recorder.py",
         '"where", (switch.number, x, y)',
         '"where", (switch.number, y, x)',
         "engines/test_trace.py::test_switches_that_numbers_turn",
