@@ -94,7 +94,7 @@ OF_ALL_SORTS = [(), (1,), (10,), (1025,), (9000,), *MATRICES, *EMPTY, *STACKS]
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("clip", [None, mo.Clip(norm=3.0, value=0.02), mo.Clip(global_norm=1.0)])
 def test_adafactor_is_the_rule_as_it_stands(dtype: str, threads: int, clip: mo.Clip | None) -> None:
-    shapes = [*OF_ALL_SORTS, *([(600, 500)] if threads > 1 else [])]
+    shapes = [*OF_ALL_SORTS, *([(600, 500), (SHARED,), (300_001,)] if threads > 1 else [])]
     start, grads = drawn(0, shapes, dtype), [drawn(k, shapes, dtype) for k in range(3)]
     for decay in (0.0, 0.1):
         rule = mo.Adafactor(lr=0.1, weight_decay=decay, maximize=decay > 0)

@@ -47,8 +47,8 @@ FAULTS = [
     Fault(
         "value clipping switched off",
         "backends/multiopt_kernels/cpu/update.py",
-        "grad = clamp(grad, bound)",
-        "pass",
+        "grad = clamp(grad, bound)\n{element}",
+        "pass\n{element}",
         "registry/test_clipping.py::test_value_clipping_is_exact",
     ),
     Fault(

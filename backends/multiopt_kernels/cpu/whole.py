@@ -97,7 +97,7 @@ class Whole(NamedTuple):
         passes: The number of passes.
         sums: The number of sums.
         words: The words of the buffers of a thread.
-        divisible: Whether several threads may share a row.
+        divisible: Whether several threads may share any row; otherwise one without matrices.
     """
 
     text: str

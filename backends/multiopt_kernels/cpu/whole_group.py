@@ -7,6 +7,7 @@ import numpy as np
 
 from multiopt.layout import address
 from multiopt_kernels.cpu.group import CompiledGroup
+from multiopt_kernels.cpu.rows import NDIM
 from multiopt_kernels.cpu.shares import SHARED, places_of_sums
 from multiopt_kernels.cpu.sums import length
 from multiopt_kernels.cpu.team import Runnable, Shares
@@ -27,8 +28,7 @@ class WholeGroup(CompiledGroup):
         """Create a group without rows."""
         self.side_by_side = self.follows = whole.divisible
         super().__init__(*arguments)
-        self._passes, self.walks = whole.passes, False
-        self._shared_from = SHARED if whole.divisible else np.inf
+        self._passes, self._divisible, self.walks = whole.passes, whole.divisible, False
         # The words of a row's sums and norms, and of a thread's buffers.
         self._words = whole.sums * (length(self.layout.compute_dtype) + 1), whole.words
         self._scratch = np.zeros(sum(self._words), np.int64)
@@ -37,7 +37,9 @@ class WholeGroup(CompiledGroup):
 
     def _divided(self, rows: np.ndarray, threads: int, leave_clipped: bool) -> Runnable:
         """Divide large rows, which take one pass after the other; small ones take all at once."""
-        is_large = self.size[rows] >= self._shared_from
+        is_large = self.size[rows] >= SHARED
+        if not self._divisible:
+            is_large &= self._table[rows, NDIM] < 2
         large, small = rows[is_large], rows[~is_large]
         tail = self._update.array[7:]
         divided = self._split(large, threads, tail, 0)
