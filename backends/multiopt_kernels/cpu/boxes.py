@@ -56,8 +56,8 @@ LENGTH, EXTENT, COUNT, PARAM_STEP, GRAD_STEP, SLOT_STEP, AXIS_WORDS = range(7)
 #: Stands for the axis along which an array is read, if it lies as the slots do.
 IN_PLACE = -1
 
-#: The bytes of a box whose elements lie side by side in the slots. With four times as many, every
-#: second element took 1.15 times as long.
+#: The bytes of a box whose elements lie side by side in the slots. With half of them, every second
+#: element took 1.15 times as long.
 SMALL = 2**14
 
 #: The bytes of a line of the cache, and the number of such lines in a box of a gradient that lies
@@ -70,10 +70,6 @@ ROOM = LINE * LINES
 #: How many elements of the smallest size the loop of an update may take at once. The rest of a box
 #: is taken one by one, which takes 5 ns an element.
 AT_ONCE = 64
-
-#: If axes lie between the fast axes of slots and gradient, boxes across have no adjacent lines, and
-#: shorter ones than these elements are not worth their calls.
-SHORT = 64
 
 
 @lru_cache(maxsize=1024)
@@ -138,17 +134,17 @@ def _fast(grads: Sequence[int]) -> int:
 
 def _extents(lengths: Sequence[int], grads: Sequence[int], itemsize: int) -> list[int]:
     """How many elements a box has along each axis."""
-    last, fast, line = len(lengths) - 1, _fast(grads), LINE // itemsize
+    fast, line = _fast(grads), LINE // itemsize
     extents = [1] * len(lengths)
-    if fast == last - 1 or (fast != last and lengths[last] >= SHORT):
-        extents[last] = _part(lengths[last], LINES)
-        room = ROOM // itemsize // extents[last]
-        extents[fast] = max(min(room - room % line, lengths[fast]), 1)
-        return extents
-    room = SMALL // itemsize
-    for k in range(last, -1, -1):
+    first = 0 if fast == len(lengths) - 1 else fast + 1
+    room = LINES if first else SMALL // itemsize
+    for k in range(len(lengths) - 1, first - 1, -1):
         extents[k] = _part(lengths[k], room)
         room //= extents[k]
+    if first:
+        # The axes behind it are side by side in the slots; this one is so in the gradient.
+        room = ROOM // itemsize // prod(extents)
+        extents[fast] = max(min(room - room % line, lengths[fast]), 1)
     return extents
 
 
