@@ -152,13 +152,14 @@ COMPARISONS = (
         for work, target in (("forty", 0.8), ("large", 1.1))
     ),
     Comparison(
-        *("whole", "forty", on_numpy("NumPy, LAMB", rule=mo.LAMB()), NUMPY),
+        *("whole", "forty", on_numpy("NumPy, LAMB", rule=mo.LAMB()), NUMPY, 2.8, 2.8),
         unit=TIME,
         threaded=True,
         alike=False,
     ),
     Comparison(
-        *("whole", "many small", on_torch("torch, LAMB", rule=mo.LAMB()), FUSED), alike=False
+        *("whole", "many small", on_torch("torch, LAMB", rule=mo.LAMB()), FUSED, 6, 6),
+        alike=False,
     ),
     *(
         Comparison(
