@@ -57,7 +57,7 @@ def compile_walk(itemsize: int, slot_itemsize: int) -> ObjectCode:
     prefetch = tools.prefetch
     reserve = tools.reserve(2 * ROOM)
 
-    @tools.inlined
+    @njit
     def gather(source, step, target, n):  # type: ignore[no-untyped-def]
         """Put the elements of a line side by side."""
         x, y, first = elements(source), elements(target), 0
@@ -82,7 +82,7 @@ def compile_walk(itemsize: int, slot_itemsize: int) -> ObjectCode:
         for i in range(first, n):
             y[i] = x[i * step]
 
-    @tools.inlined
+    @njit
     def scatter(source, target, step, n):  # type: ignore[no-untyped-def]
         """Put elements that lie side by side back into a line."""
         x, y = elements(source), elements(target)
@@ -93,7 +93,7 @@ def compile_walk(itemsize: int, slot_itemsize: int) -> ObjectCode:
             for i in range(n):
                 y[i * step] = x[i]
 
-    @tools.inlined
+    @njit
     def move(source, step, target, pitch, n):  # type: ignore[no-untyped-def]
         if pitch == 1:
             gather(source, step, target, n)
