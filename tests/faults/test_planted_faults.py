@@ -130,7 +130,7 @@ FAULTS = [
     ),
     Fault(
         "means of columns that count the columns",
-        "backends/multiopt_kernels/cpu/matrices.py",
+        "backends/multiopt_kernels/cpu/matrix_text.py",
         "inverse(rows) * sum_of_column(room, j, is_tall)",
         "inverse(columns) * sum_of_column(room, j, is_tall)",
         "engines/test_whole_kernels.py::test_hyperparameters_of_adafactor",

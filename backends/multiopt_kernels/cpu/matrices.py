@@ -21,7 +21,7 @@ known, this is done:
 >>> text = printed_matrices(Source(), trace, form, {}, narrow=False, masters=False).text
 >>> print(next(part.strip() for part in text.split("@njit") if "def row0" in part))
 def row0(row, m, r, rows, columns, c, s, t, mean):
-    slot0s = at(row[7])
+    slot0s = at(row[8])
     slot0 = slot0s[m * rows + r]
     v6 = dtype(0.5) * slot0
     v7 = dtype(mean)
