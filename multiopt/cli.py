@@ -147,7 +147,8 @@ def _add_verify(commands: "Commands") -> None:
         help="check that this machine and its libraries keep what multiopt promises",
         description="Performs the operations that equal results rest on with every library that is "
         "installed, and holds them to IEEE 754; runs every rule on every engine, and compares the "
-        "results to the last bit; writes files and reads them. Takes about a minute. Exit status: "
+        "results to the last bit; writes files and reads them. Takes a minute or two, and a few "
+        "seconds once all kernels are on disk. Exit status: "
         "0; 1 if a promise is not kept here, and then the report says what to do.",
     )
     command.add_argument(

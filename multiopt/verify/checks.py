@@ -134,19 +134,24 @@ def _rules(
     place: Place, engine_name: str, expected: dict[tuple[str, str], dict[str, np.ndarray]]
 ) -> Iterator[Check]:
     """Hold rules on an engine to the rules as they stand on NumPy, which are run when needed."""
-    dtypes = [dtype for dtype in ("float16", "float32", "float64") if place.has(dtype)]
     off: dict[str, int] = {}
-    for name in EQUAL:
-        for dtype in dtypes:
-            key = name, dtype
-            if key not in expected:
-                with engine("plain"):
-                    expected[key] = _run(NUMPY, name, dtype)
-            with engine(engine_name):
-                found = _run(place, name, dtype)
-            pairs = zip(found.values(), expected[key].values(), strict=True)
-            if not all(_same(a, b) for a, b in pairs):
-                off[name] = off.get(name, 0) + 1
+    # Conversions from 16 bits are the same for all rules: one shows them, and the others would
+    # double the time in which kernels are compiled.
+    kinds = [
+        (name, dtype)
+        for name in EQUAL
+        for dtype in ("float16", "float32", "float64")
+        if place.has(dtype) and (dtype != "float16" or name == "Adam")
+    ]
+    for name, dtype in kinds:
+        if (name, dtype) not in expected:
+            with engine("plain"):
+                expected[name, dtype] = _run(NUMPY, name, dtype)
+        with engine(engine_name):
+            found = _run(place, name, dtype)
+        pairs = zip(found.values(), expected[name, dtype].values(), strict=True)
+        if not all(_same(a, b) for a, b in pairs):
+            off[name] = off.get(name, 0) + 1
     remedy = (
         f"The engine {engine_name!r} gives other bits than the rules as they stand: set "
         f"{ENGINE}={'blocks' if engine_name == 'compiled' else 'plain'}, and please report it."
@@ -154,7 +159,7 @@ def _rules(
     if engine_name == "plain":
         remedy = f"Rules give other bits on {place.name} than on NumPy: see its operations."
     where = f"{place.name}, {engine_name}" if engine_name != "plain" else place.name
-    yield Check("rules", where, len(EQUAL) * len(dtypes), off, remedy=remedy)
+    yield Check("rules", where, len(kinds), off, remedy=remedy)
 
 
 def _run(place: Place, name: str, dtype: str) -> dict[str, np.ndarray]:
