@@ -11,6 +11,7 @@ import numpy as np
 from multiopt.errors import brief
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
+from multiopt.step.clip import Clip
 from multiopt.testing.same import same
 from multiopt.testing.vectors import departure_from
 from multiopt.verify.places import NUMPY, Place, engine, engines, places
@@ -19,6 +20,9 @@ __all__ = ["check_rule"]
 
 #: From small to large, so that the first example that fails is a small one.
 SHAPES = ((), (1,), (2,), (2, 2), (3, 2), (5,), (1030,))
+
+#: So large that several threads share an array.
+LARGE = ((300_001,), (600, 520))
 
 #: The standard deviations of gradients, from plain to hard; NaN for one with special values in it.
 SCALES = (1.0, 1e3, 1e-30, np.nan)
@@ -42,7 +46,8 @@ def check_rule(
       in the dtype that it was given.
     - An elementwise rule treats each element as if it were alone, and its rounding errors stay
       small: some units in the last place of the largest number that there was.
-    - Results are equal, to the last bit, on all libraries that are installed and on all engines.
+    - Results are equal, to the last bit, on all libraries that are installed and on all engines,
+      whether gradients are clipped or not, and on however many threads.
     - A name that appears late is updated as if it were alone.
     - A run that is saved and resumed goes on as if it had not been.
 
@@ -220,28 +225,42 @@ class _RuleCheck:
                     )
 
     def is_equal_everywhere(self) -> None:
-        """All libraries and engines give the same bits."""
+        """All libraries and engines give the same bits, clipped or not, on several threads too."""
         others = [(place, name) for place in places() for name in (*engines(place), "plain")]
-        for param, grad in self._examples():
-            expected = self._run(NUMPY, "plain", param, grad)
+        for clip, param, grad in self._clipped_examples():
+            expected = self._run(NUMPY, "plain", clip, param, grad)
             for place, name in others:
                 if not place.has(param.dtype.name):
                     continue
-                found = self._run(place, name, param, grad)
+                found = self._run(place, name, clip, param, grad)
                 for key, array in expected.items():
                     if not self._near(found[key], array):
                         raise self._broken(
-                            f"{key} differs on {place.name} with the engine {name!r}: see the "
-                            "rules of spec/arithmetic.md, or pass rtol= if it cannot be equal",
+                            f"{key} differs on {place.name} with the engine {name!r}"
+                            f"{'' if clip is None else ', clipped'}: see the rules of "
+                            "spec/arithmetic.md, or pass rtol= if it cannot be equal",
                             *(param, grad, found[key], array),
                         )
 
+    def _clipped_examples(self) -> Iterator[tuple[Clip | None, np.ndarray, np.ndarray]]:
+        """The examples, then clipped, then some that threads share."""
+        clips = None, Clip(norm=0.9, value=0.6)
+        for clip in clips:
+            for param, grad in self._examples():
+                yield clip, param, grad
+        for shape in LARGE:
+            if self._takes(shape):
+                rng = np.random.default_rng(1)
+                param, grad = (rng.standard_normal(shape, np.float32) for _ in range(2))
+                for clip in clips:
+                    yield clip, param, grad
+
     def _run(
-        self, place: Place, name: str, param: np.ndarray, grad: np.ndarray
+        self, place: Place, name: str, clip: Clip | None, param: np.ndarray, grad: np.ndarray
     ) -> dict[str, np.ndarray]:
         """The parameter and slots after some steps."""
         with engine(name):
-            opt, params = Optimizer(self._rule), {"w": place.make(param.copy())}
+            opt, params = Optimizer(self._rule, clip), {"w": place.make(param.copy())}
             for _ in range(STEPS):
                 params = opt.step(params, {"w": place.make(grad.copy())})
             slots = opt.state("w").slots
