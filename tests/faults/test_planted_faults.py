@@ -1,5 +1,6 @@
 """The suite fails when the code is wrong: faults are planted in a copy, which is then tested."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -378,6 +379,40 @@ def test_a_planted_fault_is_noticed(project: Path, fault: Fault) -> None:
     assert source.count(fault.old) == 1, "the fault no longer fits the code"
     path.write_text(source.replace(fault.old, fault.new))
     assert run_in_copy(project, fault.test) == 1
+
+
+#: Faults that ``check_rule`` finds too, and a rule that shows them.
+RULES = {
+    "eps inside the root": "mo.Adam(), vectors='spec/vectors/adam.json'",
+    "one clock for all names": "mo.Adam()",
+    "value clipping switched off": "mo.SGD()",
+    "products and sums contracted into one operation": "mo.SGD(momentum=0.9, weight_decay=0.1)",
+    "sums of a pass that are not added": "mo.LAMB()",
+    "none": "mo.SGD()",
+}
+
+
+@pytest.mark.parametrize("what", RULES)
+def test_check_rule_finds_faults(project: Path, what: str) -> None:
+    for fault in FAULTS:
+        if fault.what == what:
+            path = project / fault.file
+            path.write_text(path.read_text().replace(fault.old, fault.new))
+    program = f"""
+import multiopt as mo
+from multiopt.testing import check_rule
+assert mo.__file__.startswith({str(project)!r})
+try:
+    check_rule({RULES[what]})
+except AssertionError as error:
+    print("found:", error)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (project, project / "backends")))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=project, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("found:") == (what != "none"), done.stdout
 
 
 def test_the_copy_passes_without_a_fault(project: Path) -> None:
