@@ -17,7 +17,7 @@ from multiopt.errors import CheckpointError
 from multiopt.state.show import show
 from multiopt.verify.show import verify
 
-__all__ = ["main", "run", "unwritable"]
+__all__ = ["add_json", "main", "run", "unwritable"]
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -120,7 +120,7 @@ def _add_bench(commands: "Commands") -> None:
         "status: 0; 1 if two libraries compute different numbers, whose times say nothing.",
     )
     command.add_argument("--quick", action="store_true", help="little work, to see that it runs")
-    command.add_argument("--json", metavar="FILE", help="also as JSON; - for JSON alone, printed")
+    add_json(command)
 
     def run(arguments: argparse.Namespace) -> int:
         if problem := unwritable(arguments.json):
@@ -128,6 +128,11 @@ def _add_bench(commands: "Commands") -> None:
         return 0 if bench(arguments.quick, arguments.json) else 1
 
     command.set_defaults(run=run)
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """Give a command the option ``--json``."""
+    command.add_argument("--json", metavar="FILE", help="also as JSON; - for JSON alone, printed")
 
 
 def unwritable(path: str | None) -> str | None:
@@ -158,7 +163,7 @@ def _add_verify(commands: "Commands") -> None:
         default=[],
         help="also check the arrays of another Array API library; may be repeated",
     )
-    command.add_argument("--json", metavar="FILE", help="also as JSON; - for JSON alone, printed")
+    add_json(command)
 
     def run(arguments: argparse.Namespace) -> int:
         if problem := unwritable(arguments.json):

@@ -9,7 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LIBRARIES", "cores", "described", "engine", "load", "threads"]
+__all__ = ["ENGINE", "LIBRARIES", "cores", "described", "engine", "load", "threads"]
+
+#: The environment variable that chooses the engine.
+ENGINE = "MULTIOPT_ENGINE"
 
 LIBRARIES = ("multiopt", "numpy", "numba", "torch", "pyro-ppl", "jax", "optax")
 
@@ -35,7 +38,7 @@ def load() -> float:
 
 def engine() -> str:
     """What runs the rules on a CPU: ``"compiled"`` kernels, ``"blocks"`` in NumPy, or else."""
-    wanted = os.environ.get("MULTIOPT_ENGINE", "compiled")
+    wanted = os.environ.get(ENGINE, "compiled")
     return "blocks" if wanted == "compiled" and not find_spec("numba") else wanted
 
 

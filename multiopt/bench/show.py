@@ -19,11 +19,11 @@ from multiopt.bench.paired import Side, measured
 from multiopt.bench.sides import NUMPY, comparisons
 from multiopt.bench.work import Arrays, Work
 
-__all__ = ["Result", "bench", "digits", "missing", "publish", "report"]
+__all__ = ["Result", "bench", "digits", "missing", "progress", "publish", "report"]
 
 HEADINGS = ("a step of Adam", "ours on", "us", "peer", "us", "times as fast")
 NUMBERS = {2, 4, 5}
-BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} rows, {elapsed}{postfix}"
+BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {unit}, {elapsed}{postfix}"
 
 #: The extras of multiopt that bring what is compared, by module.
 EXTRAS = {"numba": "fast", "torch": "torch", "pyro": "pyro", "jax": "jax"}
@@ -70,9 +70,7 @@ def bench(quick: bool, path: str | None) -> bool:
     """
     at_the_start = load()
     rows = [row for row in comparisons(quick) if all(map(find_spec, row[1].needs + row[2].needs))]
-    columns = min(terminal.width(), 80) - 1
-    # None: only on a terminal.
-    with tqdm(total=len(rows), disable=None, ncols=columns, bar_format=BAR) as bar:
+    with progress(len(rows), "rows") as bar:
         results = list(_results(rows, quick, bar))
     document = {
         "engine": engine(),
@@ -85,6 +83,12 @@ def bench(quick: bool, path: str | None) -> bool:
     }
     publish(document, path, lambda: report(document))
     return all(result.times_as_fast is not None for result in results)
+
+
+def progress(total: int, what: str) -> "tqdm[NoReturn]":
+    """A bar for so many of something, on a terminal only."""
+    columns = min(terminal.width(), 80) - 1
+    return tqdm(total=total, unit=what, disable=None, ncols=columns, bar_format=BAR)
 
 
 def publish(document: dict[str, Any], path: str | None, report: Callable[[], str]) -> None:

@@ -12,7 +12,7 @@ from multiopt.errors import brief
 from multiopt.optimizer import Optimizer
 from multiopt.rules import LAMB, SGD, Adam, Rule
 from multiopt.step.clip import Clip
-from multiopt.testing.same import same
+from multiopt.verify.equality import same, unequal
 from multiopt.verify.places import engine
 
 __all__ = ["check_backend"]
@@ -240,7 +240,7 @@ class _BackendCheck:
             kinds = (f"{a.dtype.name} of shape {a.shape}" for a in (found, expected))
             raise self._broken("{}: {}; expected {}".format(promise, *kinds), x)
         if not same(found, expected):
-            where = ~((found == expected) | ((found != found) & (expected != expected)))
+            where = unequal(found, expected)
             index = tuple(map(int, np.argwhere(where)[0]))
             raise self._broken(
                 f"{promise}: {found[index]!r} at {list(index)}; expected {expected[index]!r}", x

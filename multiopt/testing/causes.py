@@ -178,11 +178,12 @@ def _probably_lower_precision(case: Case) -> Said:
 def _term(case: Case) -> Said:
     """What is missing or too much, as a multiple of something known."""
     a, b, x = case.everything()
-    difference = b - a
+    if not a.size:
+        return None
+    own = case.params[case.name].ravel()
     for d, p, what in (
-        (difference, x, "all parameters"),
-        *(((case.b - case.a).ravel(), case.params[case.name].ravel(), "the parameter"),)
-        * bool(a.size),
+        (b - a, x, "all parameters"),
+        ((case.b - case.a).ravel(), own, "the parameter"),
     ):
         if d.size < 2 or not d.any():
             continue

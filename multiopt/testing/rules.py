@@ -12,8 +12,8 @@ from multiopt.errors import brief
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
 from multiopt.step.clip import Clip
-from multiopt.testing.same import same
 from multiopt.testing.vectors import departure_from
+from multiopt.verify.equality import same, unequal
 from multiopt.verify.places import NUMPY, Place, engine, engines, places
 
 __all__ = ["check_rule"]
@@ -326,7 +326,7 @@ class _RuleCheck:
         lines = [f"{brief(self._rule)}: {promise}", f"parameter {_shown(param)}"]
         lines.append(f"gradient {_shown(grad)}")
         if found is not None and expected is not None:
-            where = ~((found == expected) | ((found != found) & (expected != expected)))
+            where = unequal(found, expected)
             index = tuple(map(int, np.argwhere(where)[0])) if found.shape == expected.shape else ()
             lines.append(f"at {list(index)}: {found[index]!r}; expected {expected[index]!r}")
         return AssertionError("\n".join(lines))

@@ -15,7 +15,7 @@ from multiopt.step.clip import Clip
 from multiopt.testing.case import Case
 from multiopt.testing.causes import cause_of
 from multiopt.testing.departure import Departure
-from multiopt.testing.same import same
+from multiopt.verify.equality import same
 
 __all__ = ["assert_same_training", "compare_training"]
 
@@ -130,7 +130,7 @@ class _Comparison:
             if departure is not None:
                 return departure
             grads = self._call(self._reference, "prototype", params, step)
-            self._unchanged(before, params, "the prototype")
+            self._unchanged(before, params)
             expected = {name: _on_host(g, f"gradient of {name!r}") for name, g in grads.items()}
             found = self._call(self._port, "port", dict(ported), step)
             departure = self._shared(step, before, params, expected, grads, found)
@@ -178,12 +178,12 @@ class _Comparison:
             if (g := given.get(name)) is not None
         }
 
-    def _unchanged(self, before: dict[str, np.ndarray], params: dict[str, Array], who: str) -> None:
+    def _unchanged(self, before: dict[str, np.ndarray], params: dict[str, Array]) -> None:
         for name, x in before.items():
             if not same(x, _on_host(params[name], f"parameter {name!r}")):
                 raise ValueError(
-                    f"{who} changed parameter {name!r}, which must stay as it is: have it work "
-                    "on a copy"
+                    f"the prototype changed parameter {name!r}, which must stay as it is: have it "
+                    "work on a copy"
                 )
 
     def _dtypes(
@@ -325,7 +325,7 @@ class _Comparison:
 
 def _on_host(x: Array, label: str) -> np.ndarray:
     """An array of any library as a new NumPy array."""
-    return backend_for(_detached(x), label).to_host(_detached(x))
+    return backend_for(x, label).to_host(x)
 
 
 def _copy(x: Array, name: str) -> Array:

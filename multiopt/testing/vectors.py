@@ -9,7 +9,7 @@ import numpy as np
 
 from multiopt.optimizer import Optimizer
 from multiopt.rules import Rule
-from multiopt.testing.same import same
+from multiopt.verify.equality import same
 
 __all__ = ["departure_from"]
 

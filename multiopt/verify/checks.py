@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from multiopt import rules as registered
+from multiopt.bench.machine import ENGINE
 from multiopt.optimizer import Optimizer
 from multiopt.step.clip import Clip
+from multiopt.verify.equality import same
 from multiopt.verify.operations import FORMATS, OPERATIONS, cases, differ, nearest_bits, wrong
-from multiopt.verify.places import ENGINE, NUMPY, Place, engine, engines
+from multiopt.verify.places import NUMPY, Place, engine, engines
 
 __all__ = ["Check", "checks"]
 
@@ -150,7 +152,7 @@ def _rules(
         with engine(engine_name):
             found = _run(place, name, dtype)
         pairs = zip(found.values(), expected[name, dtype].values(), strict=True)
-        if not all(_same(a, b) for a, b in pairs):
+        if not all(same(a, b) for a, b in pairs):
             off[name] = off.get(name, 0) + 1
     remedy = (
         f"The engine {engine_name!r} gives other bits than the rules as they stand: set "
@@ -184,10 +186,6 @@ def _run(place: Place, name: str, dtype: str) -> dict[str, np.ndarray]:
     return found
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
 def _files(place: Place) -> Iterator[Check]:
     """Save on a library, and load into NumPy."""
     off = {}
@@ -200,11 +198,11 @@ def _files(place: Place) -> Iterator[Check]:
         opt.save(path, params=params)
         loaded = Optimizer(registered.Adam())
         report = loaded.load(path, params={"w": np.zeros((20, 30), np.float32)})
-        if report.params is None or not _same(report.params["w"], place.on_host(params["w"])):
+        if report.params is None or not same(report.params["w"], place.on_host(params["w"])):
             off["parameters"] = 1
         slots = opt.state("w").slots
         for name, slot in loaded.state("w").slots.items():
-            if not _same(np.asarray(slot), place.on_host(slots[name])):
+            if not same(np.asarray(slot), place.on_host(slots[name])):
                 off[name] = 1
     remedy = "What is read is not what was written: check the disk of the temporary folder."
     yield Check("a file", place.name, 3, off, remedy=remedy)

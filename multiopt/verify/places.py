@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multiopt.backend import Backend, backend_for
+from multiopt.bench.machine import ENGINE
 from multiopt.layout import Layout
 
-__all__ = ["ENGINE", "NUMPY", "Place", "engine", "engines", "places"]
-
-#: The environment variable that chooses the engine.
-ENGINE = "MULTIOPT_ENGINE"
+__all__ = ["NUMPY", "Place", "engine", "engines", "places"]
 
 
 class Place(NamedTuple):
@@ -48,9 +46,7 @@ class Place(NamedTuple):
 
     def on_host(self, x: Any) -> np.ndarray:
         """An array of theirs, or one of NumPy, in NumPy."""
-        if isinstance(x, np.ndarray):
-            return x
-        return np.asarray(self.backend.to_host(x.detach() if hasattr(x, "detach") else x))
+        return x if isinstance(x, np.ndarray) else np.asarray(self.backend.to_host(x))
 
 
 def places(more: Sequence[str] = ()) -> list[Place]:

@@ -5,11 +5,9 @@ from dataclasses import asdict
 from textwrap import fill
 from typing import Any
 
-from tqdm import tqdm
-
 from multiopt import terminal
 from multiopt.bench.machine import described, engine
-from multiopt.bench.show import BAR, publish
+from multiopt.bench.show import progress, publish
 from multiopt.verify.checks import Check, checks
 from multiopt.verify.places import places
 
@@ -30,12 +28,8 @@ def verify(path: str | None, libraries: Sequence[str] = ()) -> bool:
         Whether every promise is kept.
     """
     todo = checks(places(libraries))
-    columns = min(terminal.width(), 80) - 1
     found: list[Check] = []
-    # None: only on a terminal.
-    with tqdm(
-        total=len(todo), disable=None, ncols=columns, bar_format=BAR.replace("rows", "checks")
-    ) as bar:
+    with progress(len(todo), "checks") as bar:
         for title, run in todo:
             bar.set_postfix_str(title)
             found += run()

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", nargs="+", type=int, metavar="N", help="default: 1, and as many as cores"
     )
-    parser.add_argument("--json", metavar="FILE", help="also as JSON; - for JSON alone, printed")
+    cli.add_json(parser)
 
     def run(arguments: argparse.Namespace) -> int:
         threads = arguments.threads or [1, cores()]

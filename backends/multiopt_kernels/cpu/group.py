@@ -195,23 +195,24 @@ class CompiledGroup(TableGroup):
         words = self._update.values
         words[0], words[3] = part.at[0], len(rows)
         words[12], words[13] = leave_clipped, self.backend.in_place
-        if self._plans or self._is_large(rows):
-            used = self._threads(rows, threads)
-            if self._plans or used > 1:
-                # A share cannot know if it is the last one of its row, so the host counts steps.
-                words[13] = 0
-                self._shares = self._divided_once(part, used, leave_clipped)
+        used = self._threads(rows, threads)
+        if self._plans or used > 1:
+            # A share cannot know if it is the last one of its row, so the host counts steps.
+            words[13] = 0
+            self._shares = self._divided_once(part, used, leave_clipped)
 
     def _divided_once(self, part: Part, threads: int, leave_clipped: bool) -> Runnable:
         """The update of the rows of a part, divided among threads, as the last time if it may be.
 
         Dividing takes 30 us, a fifth of a step of a VAE.
         """
+        if self._plans:  # of this step's arrays
+            return self._divided(part.rows, threads, leave_clipped)
         key = threads, self._update.array[5:].tobytes()
         at, before, shares = self._division
-        if self._plans or shares is None or part.at is not at or key != before:
+        if shares is None or part.at is not at or key != before:
             shares = self._divided(part.rows, threads, leave_clipped)
-            self._division = part.at, None if self._plans else key, shares
+            self._division = part.at, key, shares
         return shares
 
     def _divided(self, rows: np.ndarray, threads: int, leave_clipped: bool) -> Runnable:
