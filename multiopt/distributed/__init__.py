@@ -1,0 +1,5 @@
+"""Training on several machines, over ``torch.distributed``.
+
+Every result has the same bits on any number of ranks: sums that cross ranks travel as integers
+(``multiopt.exact``), or are added in the order of the ranks.
+"""
