@@ -116,6 +116,9 @@ class _Comparison:
         self._grads: list[dict[str, np.ndarray]] = []
         #: The largest element that the gradient of each parameter had.
         self._largest: dict[str, float] = {}
+        #: The dtypes of the gradients of this step, which NumPy need not have.
+        self._expected_dtypes: dict[str, str] = {}
+        self._found_dtypes: dict[str, str] = {}
 
     def run(
         self, params: dict[str, Array], optimizers: list[Optimizer], steps: int
@@ -132,6 +135,7 @@ class _Comparison:
             grads = self._call(self._reference, "prototype", params, step)
             self._unchanged(before, params)
             expected = {name: _on_host(g, f"gradient of {name!r}") for name, g in grads.items()}
+            self._expected_dtypes = {name: _dtype(g) for name, g in grads.items()}
             found = self._call(self._port, "port", dict(ported), step)
             departure = self._shared(step, before, params, expected, grads, found)
             departure = departure or self._compared(step, expected, found, ported)
@@ -236,6 +240,7 @@ class _Comparison:
     ) -> Departure | None:
         """Compare all gradients of a step."""
         its = {name: _on_host(g, f"gradient of {name!r}") for name, g in found.items()}
+        self._found_dtypes = {name: _dtype(g) for name, g in found.items()}
         for name, g in expected.items():
             finite = np.abs(_real(g)[np.isfinite(_real(g))])
             self._largest[name] = max(self._largest.get(name, 0.0), finite.max(initial=0.0))
@@ -261,8 +266,8 @@ class _Comparison:
             params={n: _real(_on_host(x, n)) for n, x in self._params[-1].items()},
             earlier=[{n: _real(g) for n, g in grads.items()} for grads in self._grads],
             again=self._again,
-            tolerance=self._tolerances(a, b)[0],
-            dtype=str(b.dtype),
+            tolerance=self._tolerances(name)[0],
+            dtype=self._found_dtypes[name],
         )
         cause, advice = cause_of(case)
         if a.shape != b.shape:
@@ -288,13 +293,14 @@ class _Comparison:
         x, y = _real(a), _real(b)
         is_same = (x == y) | (np.isnan(x) & np.isnan(y))
         with np.errstate(all="ignore"):
-            tolerance, noise = self._tolerances(a, b)
+            tolerance, noise = self._tolerances(name)
             bound = tolerance * self._largest[name] + noise * max(self._largest.values())
             return not (is_same | (np.abs(x - y) <= bound)).all()
 
-    def _tolerances(self, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    def _tolerances(self, name: str) -> tuple[float, float]:
         """Those of the coarser dtype."""
-        tolerance, noise = max(TOLERANCES[_real_dtype(x.dtype)] for x in (a, b))
+        dtypes = self._expected_dtypes[name], self._found_dtypes[name]
+        tolerance, noise = max(TOLERANCES[_real_dtype(dtype)] for dtype in dtypes)
         return tolerance if self._rtol is None else float(self._rtol), noise
 
     def _again(self, back: int, step: int) -> dict[str, np.ndarray] | None:
@@ -311,7 +317,7 @@ class _Comparison:
         """Compare the parameters that multiopt has updated on both sides: to the last bit."""
         for name, x in ours.items():
             a, b = _on_host(x, name), _on_host(its[name], name)
-            if a.dtype == b.dtype and not same(a, b):
+            if _dtype(x) == _dtype(its[name]) and not same(a, b):
                 advice = (
                     "both were given the same gradient, so the port's library does not compute as "
                     "IEEE 754 says, or to_port rounds"
@@ -324,8 +330,11 @@ class _Comparison:
 
 
 def _on_host(x: Array, label: str) -> np.ndarray:
-    """An array of any library as a new NumPy array."""
-    return backend_for(x, label).to_host(x)
+    """An array of any library as a new NumPy array; bfloat16, which NumPy lacks, as float32."""
+    backend = backend_for(x, label)
+    if _dtype(x) == "bfloat16":
+        x = backend.to_compute(x, backend.layout(x, label))
+    return np.array(backend.to_host(x))
 
 
 def _copy(x: Array, name: str) -> Array:
@@ -347,8 +356,8 @@ def _dtype(x: Array) -> str:
     return str(x.dtype).rpartition(".")[2]
 
 
-def _real_dtype(dtype: np.dtype) -> str:
-    return {"complex64": "float32", "complex128": "float64"}.get(str(dtype), str(dtype))
+def _real_dtype(dtype: str) -> str:
+    return {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
 
 
 def _real(x: np.ndarray) -> np.ndarray:

@@ -156,3 +156,20 @@ def test_an_error_says_on_which_side_it_was_raised() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         compare_training(FACTORS.prototype, port, FACTORS.start, to_port=np.copy, rule=mo.Adam())
     assert caught.value.__notes__ == ["raised by the port at step 3"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensors_of_16_bits(dtype: torch.dtype) -> None:
+    start = {"w": torch.linspace(-1.0, 1.0, 6).to(dtype)}
+
+    def doubled(params: dict[str, Any], step: int) -> dict[str, Any]:
+        return {"w": 2.0 * params["w"]}
+
+    def halved(params: dict[str, Any], step: int) -> dict[str, Any]:
+        return {"w": 0.5 * params["w"]}
+
+    port: dict[str, Any] = {"to_port": torch.clone, "rule": mo.Adam(lr=0.1)}
+    assert_same_training(doubled, doubled, start, **port)
+    departure = compare_training(doubled, halved, start, **port)
+    assert departure is not None
+    assert (departure.step, departure.what) == (1, "gradient")
