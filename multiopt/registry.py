@@ -224,6 +224,28 @@ class Registry(Table):
             if not committed:
                 self._take_back(fresh, undo)
 
+    def enter(self, names: list[str], params: np.ndarray) -> None:
+        """Begin the state of names before their first step: slots of zero, and a clock of zero.
+
+        Pending state is taken over.
+
+        Args:
+            names: Names not seen yet.
+            params: Their parameters, as an array of objects.
+        """
+        fresh: dict[int, int] = {}
+        undo: Undo = []
+        committed = False
+        try:
+            # Only whether there is a gradient matters here.
+            rows = begin(self, self.find(names), params, params, fresh, undo)
+            with self.guard:
+                self._register(rows, fresh, ())
+                committed = True
+        finally:
+            if not committed:
+                self._take_back(fresh, undo)
+
     def _look(self, step: Step, rows: Rows, fresh: dict[int, int]) -> Rows:
         """Look at the arrays of a step; return its rows, new ones where parameters have moved."""
         while moved := step.look():

@@ -38,6 +38,8 @@ from multiopt.state.plain_data import check_state_dict
 from multiopt.state.record import described_rule, entry_on_host, saved_of
 
 __all__ = [
+    "DERIVED",
+    "clock_of",
     "derived_numbers",
     "for_torch",
     "fresh_state",
@@ -219,7 +221,7 @@ def _from_torch(rule_class: type[Rule], state: Mapping[str, Any]) -> dict[str, A
             f"{list(states)}"
         )
     values = states.get(numbers[0], {})
-    step = _clock(rule_class, values)
+    step = clock_of(rule_class, values)
     tensors = {key: value for key, value in values.items() if value is not None and key != "step"}
     names = {f.name for f in fields(rule_class)} - lacking(rule_class)
     settings = {k: v for k, v in rule_settings(group, step).items() if k in names}
@@ -256,7 +258,7 @@ def _on_host(slot: torch.Tensor, is_complex: bool) -> np.ndarray:
     return backend_named("torch").to_host(slot.to(dtype))
 
 
-def _clock(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
+def clock_of(rule_class: type[Rule], values: Mapping[str, Any]) -> int:
     """The clock in torch's state of a parameter.
 
     torch's SGD and Muon do not count steps; for them the clock is 1 after the first step.

@@ -1,0 +1,258 @@
+"""``param_groups``, and the rows that follow them.
+
+What stands in a group counts, whoever wrote it: a scheduler, a checkpoint, the user. So each step
+compares the settings of all groups with what they were, one hyperparameter after the other, and
+writes what has changed into the columns of the registry, for all tensors at once.
+"""
+
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import chain
+from math import inf
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+
+from multiopt.adapters.torch.settings import number, plain_settings
+from multiopt.adapters.torch.shards import is_distributed
+from multiopt.hyperparameters import change
+from multiopt.kinds import kind_of
+from multiopt.registry import Registry
+from multiopt.rules import Rule
+from multiopt.rules.rule import Range
+
+__all__ = ["Followed"]
+
+#: A parameter group of torch.
+Group = Mapping[str, Any]
+
+_PARAMS: Callable[[Group], list[torch.Tensor]] = itemgetter("params")
+
+
+class Followed:
+    """The tensors and the settings of parameter groups, as they were when last looked at.
+
+    Args:
+        rule: The rule that the groups have the hyperparameters of.
+        settings: Those that they have; the others stay.
+
+    Attributes:
+        params: The tensors of all groups, in order.
+        keys: Their names in the registry.
+        are_distributed: Whether any of them is a ``DTensor``.
+    """
+
+    def __init__(self, rule: Rule, settings: Container[str]) -> None:
+        """Start without groups."""
+        self._rule = rule
+        self._fields = tuple(f.name for f in fields(rule) if f.name in settings)
+        self.params, self.keys = np.empty(0, object), list[str]()
+        self.are_distributed = False
+        self._ids, self._sizes = b"", list[int]()
+        self._key_of: dict[int, str] = {}
+        self._group_of: dict[str, int] = {}
+        #: By hyperparameter what each group had, as numbers; and the rules that are made of it.
+        self._values: dict[str, list[Any]] = {}
+        self._rules: dict[Hashable, Rule] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but identities: a copy has other tensors."""
+        return {**vars(self), "_ids": b"", "_key_of": {}}
+
+    # Tensors
+
+    def look(self, groups: Sequence[Group]) -> None:
+        """Look which tensors the groups have, and name new ones.
+
+        Raises:
+            ValueError: A tensor is there twice.
+        """
+        sizes = list(map(len, map(_PARAMS, groups)))
+        params = np.fromiter(chain.from_iterable(map(_PARAMS, groups)), object, sum(sizes))
+        # The memory of an array of objects holds their identities.
+        ids = params.tobytes()
+        if ids == self._ids and sizes == self._sizes:
+            return
+        listed = np.frombuffer(ids, np.uintp).tolist()
+        if len(set(listed)) < len(listed):
+            raise ValueError(
+                "a tensor is in param_groups twice, so a step would update it twice; expected each "
+                "tensor once"
+            )
+        known = dict(zip(map(id, self.params), self.keys, strict=True))
+        names = chain.from_iterable(
+            group.get("param_names") or [None] * size
+            for group, size in zip(groups, sizes, strict=True)
+        )
+        taken = {known[one] for one in listed if one in known}
+        self._key_of = {}
+        for place, (one, name) in enumerate(zip(listed, names, strict=True)):
+            key = known.get(one)
+            if key is None:
+                # A tensor in the place of another, as FSDP puts there, has its name and state.
+                key = _unused(name or str(place), taken)
+                taken.add(key)
+            self._key_of[one] = key
+        self.params, self.keys = params, list(self._key_of.values())
+        self.are_distributed = any(map(is_distributed, params))
+        owners = np.repeat(np.arange(len(sizes)), sizes).tolist()
+        self._group_of = dict(zip(self.keys, owners, strict=True))
+        self._ids, self._sizes = ids, sizes
+        # A row may have the numbers of another group now.
+        self.forget_settings()
+
+    def key_of(self, param: torch.Tensor) -> str:
+        """The name of a tensor in the registry.
+
+        Raises:
+            KeyError: It is in no group.
+        """
+        if id(param) not in self._key_of:
+            raise KeyError(
+                f"a tensor of shape {tuple(param.shape)} is in none of the param_groups; expected "
+                "one that is: add_param_group"
+            )
+        return self._key_of[id(param)]
+
+    # Settings
+
+    def rule_for(self, key: str) -> Rule:
+        """The rule of a tensor: that of its group.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        return self._rule_of(self._group_of[key])
+
+    def rules_in(self, groups: Sequence[Group]) -> dict[str, Rule]:
+        """The rules that tensors have if the groups are these, by name.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        values = {name: [number(group[name]) for group in groups] for name in self._fields}
+        return {key: self._rule_of(place, values) for key, place in self._group_of.items()}
+
+    def forget_settings(self) -> None:
+        """Have the next step write the settings of all rows anew."""
+        self._values, self._rules = {}, {}
+
+    def _rule_of(self, place: int, values: Mapping[str, list[Any]] | None = None) -> Rule:
+        """The rule with the settings of a group; groups with equal settings have one rule."""
+        values = self._values if values is None else values
+        settings = {name: values[name][place] for name in self._fields}
+        key = tuple(settings.values())
+        if key not in self._rules:
+            try:
+                self._rules[key] = replace(self._rule, **plain_settings(settings))
+            except ValueError as error:
+                raise ValueError(f"param_groups[{place}]: {error}") from error
+        return self._rules[key]
+
+    def follow(self, groups: Sequence[Group], registry: Registry) -> None:
+        """Bring the rows of the registry up to date.
+
+        Args:
+            groups: The parameter groups.
+            registry: The registry. Names that it has not seen have their rules from ``rule_for``.
+
+        Raises:
+            ValueError: A setting is out of range. Nothing has changed.
+        """
+        self.look(groups)
+        changed: dict[str, list[Any]] = {}
+        for name in self._fields:
+            values = [group[name] for group in groups]
+            if values != self._values.get(name):
+                # Tensors and arrays may change in place, so what is kept is numbers.
+                values = list(map(number, values))
+                if values != self._values.get(name):
+                    changed[name] = values
+        if changed:
+            self._change(changed, registry)
+
+    def _change(self, changed: dict[str, list[Any]], registry: Registry) -> None:
+        after = {**self._values, **changed}
+        numbers = self._columns(changed, after)
+        if numbers is not None:
+            self._write(numbers, registry)
+        else:
+            rules = {key: self._rule_of(place, after) for key, place in self._group_of.items()}
+            change(registry, {key: rule for key, rule in rules.items() if key in registry}, {})
+        self._values, self._rules = after, {}
+
+    def _columns(
+        self, changed: Mapping[str, list[Any]], after: Mapping[str, list[Any]]
+    ) -> dict[str, np.ndarray] | None:
+        """What is to be written into columns, by hyperparameter; None if more than that changes.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        numbers: dict[str, np.ndarray] = {}
+        for name, values in changed.items():
+            found = _as_numbers(values) if name in self._rule.ranges else None
+            if found is None or _as_numbers(self._values.get(name, [None])) is None:
+                return None
+            numbers[name] = found
+        kind = type(self._rule)
+        # Then no rule need be made: each of a thousand groups may have its own learning rate.
+        has_ranges_only = kind.__post_init__ is Rule.__post_init__ or numbers.keys() <= {"lr"}
+        ranges = self._rule.ranges
+        if has_ranges_only and all(_are_within(ranges[name], x) for name, x in numbers.items()):
+            return numbers
+        alike: set[Hashable] = set()
+        for place in range(len(self._sizes)):
+            pair = tuple((self._values[name][place], after[name][place]) for name in self._fields)
+            if pair not in alike:
+                rules = self._rule_of(place), self._rule_of(place, after)
+                if kind_of(rules[0]) != kind_of(rules[1]):
+                    return None
+                alike.add(pair)
+        return numbers
+
+    def _write(self, numbers: Mapping[str, np.ndarray], registry: Registry) -> None:
+        """Write hyperparameters into the columns of the rows that there are."""
+        last = registry.last
+        parts = (last if last.names == self.keys else registry.find(self.keys)).parts
+        one = len(self._sizes) == 1
+        with registry.guard:
+            for group, rows, places, _ in parts:
+                for column, (label, part) in enumerate(group.columns):
+                    found = numbers.get(label.removeprefix("rule."))
+                    if found is None:
+                        continue
+                    values = found if part is None else found[:, part]
+                    if one:
+                        group.numbers[group.all_or(rows), column] = values[0]
+                    else:
+                        group.numbers[rows, column] = np.repeat(values, self._sizes)[places]
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    """A name that no other tensor has."""
+    key, count = name, 1
+    while key in taken:
+        count += 1
+        key = f"{name} ({count})"
+    return key
+
+
+def _as_numbers(values: Sequence[Any]) -> np.ndarray | None:
+    """Settings of several groups as float64, tuples along a second axis; None if some are not."""
+    kinds = set(map(type, values))
+    if kinds == {tuple}:
+        parts = {type(part) for value in values for part in value}
+        alike = len(set(map(len, values))) == 1
+    else:
+        parts, alike = kinds, True
+    # A sum turns -0.0 into 0.0, as rules do.
+    return np.array(values, np.float64) + 0.0 if alike and parts <= {float, int} else None
+
+
+def _are_within(allowed: Range, numbers: np.ndarray) -> bool:
+    """Whether all numbers are in a range."""
+    inside = (allowed.low <= numbers) & (numbers < allowed.below)
+    return bool((inside | (allowed.infinite & (numbers == inf))).all())
