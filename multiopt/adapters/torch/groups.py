@@ -28,6 +28,10 @@ __all__ = ["Followed"]
 #: A parameter group of torch.
 Group = Mapping[str, Any]
 
+#: The types of numbers, and those of all settings that cannot change in place.
+NUMBERS = {float, int}
+AS_THEY_ARE = {*NUMBERS, bool, str, type(None)}
+
 _PARAMS: Callable[[Group], list[torch.Tensor]] = itemgetter("params")
 
 
@@ -53,9 +57,11 @@ class Followed:
         self._ids, self._sizes = b"", list[int]()
         self._key_of: dict[int, str] = {}
         self._group_of: dict[str, int] = {}
-        #: By hyperparameter what each group had, as numbers; and the rules that are made of it.
+        #: By hyperparameter what each group had, and the rules that are made of it; then those
+        #: that are numbers in all groups.
         self._values: dict[str, list[Any]] = {}
         self._rules: dict[Hashable, Rule] = {}
+        self._numeric: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but identities: a copy has other tensors."""
@@ -137,7 +143,7 @@ class Followed:
 
     def forget_settings(self) -> None:
         """Have the next step write the settings of all rows anew."""
-        self._values, self._rules = {}, {}
+        self._values, self._rules, self._numeric = {}, {}, set()
 
     def _rule_of(self, place: int, values: Mapping[str, list[Any]] | None = None) -> Rule:
         """The rule with the settings of a group; groups with equal settings have one rule."""
@@ -165,10 +171,12 @@ class Followed:
         changed: dict[str, list[Any]] = {}
         for name in self._fields:
             values = [group[name] for group in groups]
-            if values != self._values.get(name):
+            before = self._values.get(name)
+            if values != before:
                 # Tensors and arrays may change in place, so what is kept is numbers.
-                values = list(map(number, values))
-                if values != self._values.get(name):
+                if not set(map(type, values)) <= AS_THEY_ARE:
+                    values = list(map(number, values))
+                if values != before:
                     changed[name] = values
         if changed:
             self._change(changed, registry)
@@ -181,6 +189,7 @@ class Followed:
         else:
             rules = {key: self._rule_of(place, after) for key, place in self._group_of.items()}
             change(registry, {key: rule for key, rule in rules.items() if key in registry}, {})
+            self._numeric = {name for name, values in after.items() if _are_numbers(values)}
         self._values, self._rules = after, {}
 
     def _columns(
@@ -194,7 +203,8 @@ class Followed:
         numbers: dict[str, np.ndarray] = {}
         for name, values in changed.items():
             found = _as_numbers(values) if name in self._rule.ranges else None
-            if found is None or _as_numbers(self._values.get(name, [None])) is None:
+            # A number in the place of a schedule is more than a number.
+            if found is None or name not in self._numeric:
                 return None
             numbers[name] = found
         kind = type(self._rule)
@@ -217,7 +227,7 @@ class Followed:
         """Write hyperparameters into the columns of the rows that there are."""
         last = registry.last
         parts = (last if last.names == self.keys else registry.find(self.keys)).parts
-        one = len(self._sizes) == 1
+        one, each = len(self._sizes) == 1, set(self._sizes) == {1}
         with registry.guard:
             for group, rows, places, _ in parts:
                 for column, (label, part) in enumerate(group.columns):
@@ -228,7 +238,8 @@ class Followed:
                     if one:
                         group.numbers[group.all_or(rows), column] = values[0]
                     else:
-                        group.numbers[rows, column] = np.repeat(values, self._sizes)[places]
+                        values = values if each else np.repeat(values, self._sizes)
+                        group.numbers[rows, column] = values[places]
 
 
 def _unused(name: str, taken: Container[str]) -> str:
@@ -240,16 +251,19 @@ def _unused(name: str, taken: Container[str]) -> str:
     return key
 
 
-def _as_numbers(values: Sequence[Any]) -> np.ndarray | None:
-    """Settings of several groups as float64, tuples along a second axis; None if some are not."""
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Whether settings of several groups are numbers, or tuples of equally many numbers."""
     kinds = set(map(type, values))
     if kinds == {tuple}:
-        parts = {type(part) for value in values for part in value}
-        alike = len(set(map(len, values))) == 1
-    else:
-        parts, alike = kinds, True
+        kinds = {type(part) for value in values for part in value}
+        return kinds <= NUMBERS and len(set(map(len, values))) == 1
+    return kinds <= NUMBERS
+
+
+def _as_numbers(values: Sequence[Any]) -> np.ndarray | None:
+    """Such settings as float64, tuples along a second axis; None if they are no numbers."""
     # A sum turns -0.0 into 0.0, as rules do.
-    return np.array(values, np.float64) + 0.0 if alike and parts <= {float, int} else None
+    return np.array(values, np.float64) + 0.0 if _are_numbers(values) else None
 
 
 def _are_within(allowed: Range, numbers: np.ndarray) -> bool:
