@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from multiopt.adapters.torch.shards import local
-from multiopt.adapters.torch.state import DERIVED, clock_of, scalar, whole_number
+from multiopt.adapters.torch.state import DERIVED, clock_of, offset, scalar, whole_number
 from multiopt.backend import backend_named
 from multiopt.entry import Entry, chosen_clip
 from multiopt.errors import CheckpointError, brief
@@ -109,7 +109,7 @@ def loaded(
             saved = _saved(name, values, rule, param, average)
             if param is None:
                 waiting[name] = saved
-            elif name in registry or saved.step:
+            elif name in registry or values:
                 clip = registry.entry(name).clip if name in registry else None
                 if name not in registry:
                     clip = chosen_clip(registry.clip, name)
@@ -131,9 +131,11 @@ def _saved(
 ) -> Saved:
     """A record of a parameter's state as torch has it."""
     step = clock_of(type(rule), values)
-    slots = _slots(rule, values, param) if step else {}
+    slots = _slots(rule, values, param)
     mean, seen = slots.pop(SHOWN_AVERAGE, None), whole_number(values.get(AVERAGE_STEP, 0))
-    entry = {"rule": described_rule(rule, step), "step": step, "slots": slots}
+    described = described_rule(rule, step)
+    slots = slots if step else offset(slots, described, -1)
+    entry = {"rule": described, "step": step, "slots": slots}
     if average is None or mean is None or not seen:
         return saved_of(name, entry)
     kept = {"rule": described_rule(average, seen), "step": seen, "slots": {SHOWN_AVERAGE: mean}}
