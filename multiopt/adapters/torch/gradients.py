@@ -4,12 +4,15 @@ import numpy as np
 
 from multiopt.adapters.torch.groups import Followed
 from multiopt.adapters.torch.shards import local, local_gradient
-from multiopt.rules import SGD, Adagrad, Adam
+from multiopt.rules import SGD, Adafactor, Adagrad, Adam, Muon
 
 __all__ = ["held", "without_sparse"]
 
 #: The rules whose classes in torch take sparse gradients; as there, every element is updated.
 SPARSE = Adagrad, SGD
+
+#: The rules whose classes in torch take no complex parameters.
+REAL = Adafactor, Muon
 
 
 def held(params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -37,13 +40,18 @@ def without_sparse(followed: Followed, params: np.ndarray) -> np.ndarray | None:
         All gradients; None if none of them is sparse.
 
     Raises:
-        RuntimeError: torch takes none here, in its words.
+        RuntimeError: torch does not take a gradient or its parameter, in torch's words.
     """
     grads = np.fromiter((param.grad for param in params), object, len(params))
-    sparse = [place for place, grad in enumerate(grads) if grad is not None and grad.is_sparse]
-    for place in sparse:
+    given = [place for place, grad in enumerate(grads) if grad is not None]
+    sparse = [place for place in given if grads[place].is_sparse]
+    for place in given:
         rule = followed.rule_for(followed.key_of(params[place]))
         name = "Adam" if isinstance(rule, Adam) else type(rule).__name__
+        if isinstance(rule, REAL) and params[place].is_complex():
+            raise RuntimeError(f"{name} does not support complex parameters")
+        if not grads[place].is_sparse:
+            continue
         if not isinstance(rule, SPARSE):
             consider = ", please consider SparseAdam instead" if name == "Adam" else ""
             raise RuntimeError(f"{name} does not support sparse gradients{consider}")

@@ -234,7 +234,7 @@ class Optimizer(torch.optim.Optimizer):
             parts = held(params) if followed.are_distributed else (params, None)
             try:
                 registry.step(names, *parts)
-            except TypeError:
+            except (TypeError, ValueError):
                 dense = without_sparse(followed, params)
                 if dense is None:
                     raise
