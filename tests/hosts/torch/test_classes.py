@@ -11,7 +11,7 @@ import multiopt as mo
 import multiopt.adapters.torch as optim
 from multiopt.adapters.torch.optimizer import Settings
 from tests.hosts.optim_db import CLASSES, WITHOUT_RULE, Invalid, invalid, valid
-from tests.hosts.torch.training import Pair, default_dtype, give, parameters, same
+from tests.hosts.torch.training import Pair, give, parameters, same
 
 #: Traces a step of an optimizer by exchanging its state; a step here runs outside of torch.
 NOT_OFFERED = {"swap_in_optimizer_params_and_state"}
@@ -48,13 +48,12 @@ def test_instances_are_optimizers_of_torch_with_its_groups(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CLASSES)
 def test_steps_of_every_valid_configuration(name: str, dtype: torch.dtype) -> None:
-    with default_dtype(dtype):
-        for description, settings in valid(name, in_all_ways=True):
-            pair = Pair(name, settings, dtype=dtype)
-            start = [param.detach().clone() for param in pair.mine]
-            pair.step(6)
-            pair.check(f"{name}: {description}")
-            assert not any(map(torch.equal, pair.mine, start)), description
+    for description, settings in valid(name, in_all_ways=True):
+        pair = Pair(name, settings, dtype=dtype)
+        start = [param.detach().clone() for param in pair.mine]
+        pair.step(6)
+        pair.check(f"{name}: {description}")
+        assert not any(map(torch.equal, pair.mine, start)), description
 
 
 def the_error(make: Any, one: Invalid) -> Exception:

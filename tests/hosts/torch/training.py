@@ -73,7 +73,7 @@ def assert_close(
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Let torch keep the numbers of ASGD and NAdam in the dtype of the parameters."""
+    """Let torch keep numbers of ASGD and NAdam in the dtype of the parameters, as ours are."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -99,7 +99,7 @@ class Pair:
         grouped: Callable[[list[torch.nn.Parameter]], Any] = list,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.name = name
+        self.name, self.dtype = name, dtype
         self.mine, self.theirs = parameters(name, dtype), parameters(name, dtype)
         self.ours: optim.Optimizer = getattr(optim, name)(grouped(self.mine), **settings)
         self.peer: torch.optim.Optimizer = getattr(torch.optim, name)(
@@ -113,7 +113,8 @@ class Pair:
             give(self.mine, self.steps)
             give(self.theirs, self.steps)
             self.ours.step()
-            self.peer.step()
+            with default_dtype(self.dtype):
+                self.peer.step()
             self.steps += 1
 
     def check(self, message: str = "") -> None:
