@@ -75,7 +75,7 @@ def _names(groups: Iterable[Mapping[str, Any]]) -> list[str] | None:
     for group in groups:
         if len(group.get("param_names", ())) != len(group["params"]):
             return None
-        names += group["param_names"]
+        names += group.get("param_names", ())
     return names if len(set(names)) == len(names) else None
 
 
