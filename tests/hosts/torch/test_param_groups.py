@@ -32,7 +32,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "NAdam": {"lr": 0.3, "eps": 1e-4, "weight_decay": 0.2},
     "RAdam": {"lr": 0.3, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.2},
     "RMSprop": {"lr": 0.3, "alpha": 0.5, "eps": 1e-4, "weight_decay": 0.2, "momentum": 0.5},
-    "Rprop": {"etas": (0.4, 1.5), "step_sizes": (1e-3, 0.2)},
+    "Rprop": {"etas": (0.4, 1.5), "step_sizes": (0.05, 0.06)},
     "SGD": {"lr": 0.3, "momentum": 0.7, "weight_decay": 0.2, "dampening": 0.25},
 }
 CHANGES = [
@@ -111,7 +111,7 @@ def test_groups_differ_in_switches_from_the_beginning() -> None:
         return [
             {"params": params[:1], "amsgrad": True, "weight_decay": 0.1},
             {"params": params[1:2], "maximize": True, "betas": (0.5, 0.9)},
-            {"params": params[2:], "lr": torch.tensor(0.25), "weight_decay": 0.0},
+            {"params": params[2:], "lr": 0.2},
         ]
 
     pair = Pair("AdamW", {"lr": 0.1}, mixed)
