@@ -187,7 +187,7 @@ def test_gradients_are_cleared_as_in_torch() -> None:
     for set_to_none in (False, True):
         for optimizer, params in ((pair.ours, pair.mine), (pair.peer, pair.theirs)):
             optimizer.zero_grad(set_to_none=set_to_none)
-            grads = [param.grad for param in params]
+            grads: list[Any] = [param.grad for param in params]
             assert all(g is None if set_to_none else g.eq(0).all() for g in grads)
     pair.step()
     pair.check()

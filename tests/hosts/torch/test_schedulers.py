@@ -213,4 +213,4 @@ def test_a_thousand_groups_with_rates_of_their_own() -> None:
             give(some, step)
             optimizer.step()
             scheduler.step()
-    assert_close("Adam", *params)
+    assert_close("Adam", params[0], params[1])
