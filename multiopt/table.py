@@ -306,14 +306,16 @@ class Table:
             self.replace_rows(placed)
         self.sweep()
 
-    def names_by_group(self) -> Iterator[tuple[Group, list[str], np.ndarray, np.ndarray]]:
-        """All names by group.
+    def names_by_group(
+        self, names: Iterable[str] | None = None
+    ) -> Iterator[tuple[Group, list[str], np.ndarray, np.ndarray]]:
+        """Some names that have been seen, or all for None, by group.
 
         Yields:
-            A group, its names, their places among all names, and their rows.
+            A group, its names, their places among these names, and their rows.
         """
-        names = list(self._codes)
-        codes = np.fromiter(self._codes.values(), np.int64, len(names))
+        names = list(self._codes if names is None else names)
+        codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
         for group, rows, places in self._by_group(codes):
             has_all = len(places) == len(names)
             yield group, names if has_all else [names[k] for k in places.tolist()], places, rows

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import multiopt as mo
 import multiopt.adapters.torch as optim
 from tests.ranks.models import digest, model, train, train_averaged
 from tests.ranks.processes import on_ranks
@@ -128,13 +128,13 @@ def _checkpointed(jobs: list[tuple[str | None, int, str | None]]) -> list[Any]:
             # Nothing was stepped to have state that can be loaded.
             assert optimizer._core.steps == 0
             assert {optimizer._core.state(name).step for name in optimizer._core} == {0}
-            dcp.load({"model": weights, "optimizer": states}, checkpoint_id=source)
+            load_distributed({"model": weights, "optimizer": states}, checkpoint_id=source)
             set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=states)
         train(module, optimizer, 0, steps)
         digests.append(digest(module, optimizer))
         if target is not None:
             weights, states = get_state_dict(module, optimizer)
-            dcp.save({"model": weights, "optimizer": states}, checkpoint_id=target)
+            save_distributed({"model": weights, "optimizer": states}, checkpoint_id=target)
     return digests
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from multiopt.adapters.torch.shards import local, local_gradient
+from multiopt.adapters.torch.shards import local_gradient
+from multiopt.distributed.boxes import here
 
 __all__ = ["held", "without_sparse"]
 
@@ -22,7 +23,7 @@ def held(params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     count = len(params)
     grads = map(local_gradient, params)
-    return np.fromiter(map(local, params), object, count), np.fromiter(grads, object, count)
+    return np.fromiter(map(here, params), object, count), np.fromiter(grads, object, count)
 
 
 def without_sparse(optimizer: str, params: np.ndarray) -> np.ndarray | None:

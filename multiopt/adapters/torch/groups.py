@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from multiopt.adapters.torch.settings import number, plain_settings
-from multiopt.adapters.torch.shards import is_distributed
+from multiopt.distributed.boxes import is_distributed
 from multiopt.hyperparameters import change
 from multiopt.kinds import kind_of
 from multiopt.registry import Registry

@@ -19,8 +19,8 @@ from multiopt.adapters.torch.gradients import held, without_sparse
 from multiopt.adapters.torch.groups import Followed
 from multiopt.adapters.torch.loading import loaded, matched, waiting_state
 from multiopt.adapters.torch.settings import plain_settings
-from multiopt.adapters.torch.shards import local
 from multiopt.adapters.torch.views import State
+from multiopt.distributed.boxes import here
 from multiopt.errors import brief
 from multiopt.guard import exclusive, mending
 from multiopt.optimizer import Optimizer as Core
@@ -336,9 +336,8 @@ class Optimizer(torch.optim.Optimizer):
             groups: The new groups of the same parameters; None if they stay.
         """
         followed, registry = self._followed, self._registry
-        followed.look(self.param_groups)
+        params = self._named_params()
         rules = followed.rules_in(self.param_groups if groups is None else groups)
-        params = dict(zip(followed.keys, followed.params, strict=True))
         entries, waiting = loaded(registry, states, rules, params)
         placed = registry.placed(entries)
         with registry.guard:
@@ -352,22 +351,22 @@ class Optimizer(torch.optim.Optimizer):
             followed.forget_settings()
         registry.sweep()
 
+    def _named_params(self) -> dict[str, torch.Tensor]:
+        """The parameters by the names that they have in the registry."""
+        self._followed.look(self.param_groups)
+        return dict(zip(self._followed.keys, self._followed.params, strict=True))
+
     def _stateful(self) -> list[torch.Tensor]:
         """The parameters that can be updated, or were."""
-        followed = self._followed
-        followed.look(self.param_groups)
-        return [
-            param
-            for key, param in zip(followed.keys, followed.params, strict=True)
-            if param.requires_grad or key in self._registry
-        ]
+        named, known = self._named_params(), self._registry
+        return [param for key, param in named.items() if param.requires_grad or key in known]
 
     @exclusive
     def _enter(self, params: Iterable[torch.Tensor]) -> None:
         """Begin the state of parameters that have none: with slots of zero, at the clock 0."""
         followed, registry = self._followed, self._registry
         followed.follow(self.param_groups, registry)
-        keys = {followed.key_of(param): local(param) for param in params}
+        keys = {followed.key_of(param): here(param) for param in params}
         new = {key: param for key, param in keys.items() if key not in registry}
         if new:
             registry.enter(list(new), np.fromiter(new.values(), object, len(new)))

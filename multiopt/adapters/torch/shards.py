@@ -1,24 +1,10 @@
 """What a rank holds of a parameter: a ``DTensor`` is updated through the tensor that lies here."""
 
-import sys
-from typing import Any, TypeGuard
-
 import torch
 
-__all__ = ["is_distributed", "like", "local", "local_gradient"]
+from multiopt.distributed.boxes import is_distributed
 
-
-def is_distributed(tensor: Any) -> "TypeGuard[torch.distributed.tensor.DTensor]":
-    """Whether a tensor is a ``DTensor``."""
-    # Importing it takes half a second; where it was not imported, there are none.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank holds, not a copy."""
-    with torch.no_grad():
-        return tensor.to_local() if is_distributed(tensor) else tensor
+__all__ = ["like", "local_gradient"]
 
 
 def local_gradient(param: torch.Tensor) -> torch.Tensor | None:
