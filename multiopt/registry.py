@@ -73,7 +73,7 @@ class Registry(Table):
     __slots__ = (
         *("__weakref__", "_arrays", "_max_skips", "average", "clip", "in_place", "leave_clipped"),
         *("needs_gradients", "on_nonfinite", "outcome", "rule", "skips", "steps", "threads"),
-        *("endings", "settings"),
+        *("before_writing", "endings", "settings"),
     )
 
     def __init__(
@@ -98,13 +98,14 @@ class Registry(Table):
         self.leave_clipped = False
         #: Whether a step writes into the arrays it is given, where the library can.
         self.in_place = True
+        #: Called by a step that is checked and prepared. If it raises, nothing has changed.
+        self.before_writing: Callable[[], object] | None = None
         #: Whether reading ``.grad`` is an error if no parameter has a gradient or can get one.
         self.needs_gradients = False
         #: Pending names by their last part, to find renamed parameters. None until a step needs
         #: it; empty once it has warned.
         self.endings: dict[str, str] | None = None
-        self.on_nonfinite, self._max_skips = on_nonfinite, max_skips
-        self.threads = threads
+        self.on_nonfinite, self._max_skips, self.threads = on_nonfinite, max_skips, threads
         self._arrays = Arrays()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,8 +119,7 @@ class Registry(Table):
             entry = self.entry(name)
             to_host = backend_named(entry.layout.library).to_host
             entries[name] = entry.with_converted(to_host)
-        inherited = {"masters": self.masters, "pending": self.pending}
-        return {**state, **inherited, "entries": entries}
+        return {**state, "masters": self.masters, "pending": self.pending, "entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what ``__getstate__`` returned, in new rows."""
@@ -207,6 +207,8 @@ class Registry(Table):
                 step.clip(rows.global_clips)
             step.prepare()
             skips = self._counted(step) if step.skipped or self.skips else self.skips
+            if self.before_writing is not None:
+                self.before_writing()
             with self.guard:
                 # Nothing below can fail.
                 step.run()
@@ -253,11 +255,10 @@ class Registry(Table):
 
     def _own_gradients(self, rows: Rows, params: np.ndarray) -> np.ndarray:
         """The gradients that the parameters carry, as torch's ``.grad``."""
-        names = rows.names
-        if not names:
+        if not rows.names:
             return params
-        backend = backend_for(params[0], f"parameter {names[0]!r}")
-        return backend.gradients(params, names, rows.missing, self.needs_gradients)
+        backend = backend_for(params[0], f"parameter {rows.names[0]!r}")
+        return backend.gradients(params, rows.names, rows.missing, self.needs_gradients)
 
     # The end of a step
 
@@ -312,9 +313,8 @@ class Registry(Table):
             take_back()
         if self.guard.torn is not None:
             # Some of the new rows may be registered; those and only those stay.
-            used = set(self._codes.values())
             garbage = dict.fromkeys([*self._garbage, *fresh.values()])
-            self._garbage = [code for code in garbage if code not in used]
+            self._garbage = [*garbage.keys() - set(self._codes.values())]
             return
         self.free(fresh.values())
 
