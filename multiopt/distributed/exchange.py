@@ -229,7 +229,7 @@ def _batches(
     for name in names:
         source, layout = sources[name], layouts[name]
         size = prod(layout.storage_shape) * getattr(torch, layout.storage_dtype).itemsize
-        if room.get(source, 0) < size:
+        if source not in room or room[source] < size:
             batches.setdefault(source, []).append([])
             room[source] = BATCH
         batches[source][-1].append(name)

@@ -90,9 +90,9 @@ class Replicas:
             )
         self._optimizer, self._local = optimizer, Local(local)
         self._exchange = Exchange(group, reduction, self._check_new, self._state_of)
-        #: The arrays of the names that all ranks hold; those that the caller has passed.
+        #: The arrays of the names that all ranks hold, and those that the caller has passed.
         self._params: dict[str, Array] = {}
-        self._passed: set[str] = set()
+        self._passed: dict[str, Array] = {}
         #: What the global norms of names have been checked for.
         self._checked: tuple[Any, set[str]] = None, set()
 
@@ -165,38 +165,38 @@ class Replicas:
         grads: Mapping[str, Array | None],
     ) -> dict[str, Array]:
         """Step the parameters with a gradient on any rank, and the local ones."""
-        registry, names, before = self._registry, list(agreed.values), self._registry.outcome
-        values, arrays = dict(agreed.values), dict[str, Array]()
-        for name in agreed.grads:
-            held = self._params.get(name)
-            if name not in shared:
-                arrays[name] = copied(values.pop(name)) if held is None else held
-                continue
-            arrays[name] = shared[name]
-            if held is not None and held is not shared[name] and name not in self._passed:
-                values[name] = held
+        registry, before, passed = self._registry, self._registry.outcome, self._passed | shared
+        # The first array that is passed of a name that is held takes over its value.
+        values = {n: self._params[n] for n in shared if n in self._params and n not in self._passed}
+        values |= {name: value for name, value in agreed.values.items() if name in passed}
+        arrays = passed | self._params | shared
+        for name in agreed.values.keys() - passed.keys():
+            arrays[name] = copied(agreed.values[name])
+        stepped = {name: arrays[name] for name in agreed.grads}
         all_grads = {**agreed.grads, **{name: grads.get(name) for name in own}}
         with (
-            with_values(registry, arrays, values),
-            with_state(registry, names, agreed.states, agreed.steps),
+            with_values(registry, passed, values),
+            with_state(registry, list(agreed.values), agreed.states, agreed.steps),
         ):
             registry.before_writing = self._exchange.messages.send_last
             try:
-                return self._optimizer.step({**arrays, **own}, all_grads)
+                return self._optimizer.step({**stepped, **own}, all_grads)
             finally:
                 registry.before_writing = None
                 if registry.outcome is not before:
                     self._exchange.hold(agreed.layouts)
-                    self._params |= arrays
-                    self._passed |= shared.keys() & arrays.keys()
+                    self._passed = passed
+                    self._params = {name: arrays[name] for name in self._exchange.held}
 
     def _drop_forgotten(self) -> None:
         """Hold no names that the optimizer was told to forget, or that it has skipped so far."""
         known = self._registry
         if gone := [name for name in self._params if name not in known]:
             self._exchange.drop(gone)
-            self._passed.difference_update(gone)
-            self._params = {n: x for n, x in self._params.items() if n not in gone}
+            for name in gone:
+                del self._params[name]
+                if name not in known.skips:
+                    self._passed.pop(name, None)
 
     def _check_clips(self, names: Sequence[str] | Mapping[str, Array]) -> None:
         """Check the global norms of names that have not been checked."""
