@@ -68,14 +68,16 @@ class Local:
         Raises:
             ValueError: There is such a norm.
         """
+        clips = {local: dict(seen) for local, seen in self._clips.items()}
         for name in names if self._local is not None else ():
             clip = clip_of(name)
             if clip is not None and clip.global_norm is not None:
-                self._clips[self(name)].setdefault(clip, name)
-        for clip in self._clips[True].keys() & self._clips[False].keys():
-            own, shared = self._clips[True][clip], self._clips[False][clip]
+                clips[self(name)].setdefault(clip, name)
+        for clip in clips[True].keys() & clips[False].keys():
+            own, shared = clips[True][clip], clips[False][clip]
             raise ValueError(
                 f"parameter {own!r} is local, and {shared!r} is not, but both have {clip}, so that "
                 "ranks would scale the same gradient differently; expected another clip, or none, "
                 "for local names: give a callable name -> clip"
             )
+        self._clips = clips

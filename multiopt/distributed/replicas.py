@@ -200,14 +200,14 @@ class Replicas:
 
     def _check_clips(self, names: Sequence[str] | Mapping[str, Array]) -> None:
         """Check the global norms of names that have not been checked."""
-        clip, checked = self._checked
-        if clip is not self._registry.clip:
-            self._checked = clip, checked = self._registry.clip, set()
+        (clip, checked), now = self._checked, self._registry.clip
+        if clip is not now:
             self._local.forget_clips()
-            names = [*names, *self._params]
+            checked, names = set(), [*names, *self._params]
         if new := [name for name in names if name not in checked]:
             self._local.check_clips(new, self._clip_of)
             checked.update(new)
+        self._checked = now, checked
 
     def _clip_of(self, name: str) -> Clip | None:
         return chosen_clip(self._registry.clip, name)
