@@ -5,5 +5,6 @@ Every result has the same bits on any number of ranks: sums that cross ranks tra
 """
 
 from multiopt.distributed.checkpoints import load_sharded, save_sharded
+from multiopt.distributed.replicas import Replicas
 
-__all__ = ["load_sharded", "save_sharded"]
+__all__ = ["Replicas", "load_sharded", "save_sharded"]
