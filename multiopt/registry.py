@@ -199,10 +199,15 @@ class Registry(Table):
                 rows = self._ask(rows, arrays, fresh)
             step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
             rows = self._look(step, rows, fresh)
-            if self.on_nonfinite != "propagate":
-                step.check_finite(self.on_nonfinite)
-            if rows.clipping:
-                step.clip(rows.global_clips)
+            if self.across is not None:
+                self.across.measure(step, self.on_nonfinite, rows.global_clips)
+                self.across.clip(step, rows.global_clips)
+                self.across.settle(step)
+            else:
+                if self.on_nonfinite != "propagate":
+                    step.check_finite(self.on_nonfinite)
+                if rows.clipping:
+                    step.clip(rows.global_clips)
             step.prepare()
             skips = self._counted(step) if step.skipped or self.skips else self.skips
             if self.before_writing is not None:
@@ -266,7 +271,10 @@ class Registry(Table):
         step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
         try:
             rows = self._look(step, rows, fresh)
-            step.check_finite(self.on_nonfinite)
+            if self.across is not None:
+                self.across.measure(step, self.on_nonfinite, rows.global_clips)
+            else:
+                step.check_finite(self.on_nonfinite)
             parts = [(part.group, part.rows, part.places) for part in step.parts]
             ask_schedules(rows.names, parts, arrays.grads, count)
         finally:

@@ -27,6 +27,7 @@ from multiopt.entry import Entry, all_slots, chained, unchained
 from multiopt.guard import Guard
 from multiopt.kinds import Numbered, formulas, kind_of
 from multiopt.layout import Layout, address
+from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
 from multiopt.step.checks import check_name
 from multiopt.step.clip import Clip
@@ -34,6 +35,7 @@ from multiopt.step.run import Rows, RowsOfGroup
 
 if TYPE_CHECKING:
     from multiopt.state.record import Saved
+    from multiopt.step.across import Across
 
 __all__ = ["GROUP", "NOTHING", "Table"]
 
@@ -75,19 +77,21 @@ class Table:
         guard: The optimizer's guard; by default a new one.
 
     Attributes:
+        across: What steps know of other ranks; None if every parameter is whole here.
         last: The names of the last step with their rows, in case the same list comes again.
         pending: Loaded state of names not seen yet.
     """
 
     __slots__ = (
         *("_clips", "_codes", "_everything", "_everything_at", "_garbage", "_groups", "_kinds"),
-        *("guard", "last", "masters", "pending"),
+        *("across", "guard", "last", "masters", "pending"),
     )
 
     def __init__(self, masters: bool = False, guard: Guard | None = None) -> None:
         """Create an empty table."""
         self.masters = masters
         self.guard = Guard() if guard is None else guard
+        self.across: Across | None = None
         self.pending: dict[str, Saved] = {}
         self._codes = _Codes()
         self._groups: dict[int, Group] = {}
@@ -232,7 +236,11 @@ class Table:
         kind = kind_of(rule) or tuple(map(id, formulas(rule)))
         key = kind, layout.with_shape(()), has_masters
         if key not in self._kinds:
-            group = backend.group(rule, layout, has_masters)
+            if self.across is not None and not rule.elementwise:
+                # Engines measure what is here; this one can be told the norms of all of it.
+                group: Group = ReferenceGroup(backend, layout, rule, has_masters)
+            else:
+                group = backend.group(rule, layout, has_masters)
             group.number = max(self._groups, default=-1) + 1
             # In this order, so that a signal handler that raises in between leaves only a group
             # without names behind.

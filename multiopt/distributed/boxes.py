@@ -8,7 +8,7 @@ import torch
 from multiopt.backend import backend_for
 from multiopt.state.index import Box
 
-__all__ = ["box_of", "here", "is_distributed"]
+__all__ = ["box_of", "counts_here", "here", "is_distributed", "is_part"]
 
 
 def is_distributed(array: Any) -> "TypeGuard[torch.distributed.tensor.DTensor]":
@@ -48,3 +48,29 @@ def box_of(array: Any, name: str) -> tuple[tuple[int, ...], Box]:
             f"{shape}, which is no box; expected Shard and Replicate: redistribute it"
         )
     return shape, (tuple(offset), held)
+
+
+def is_part(array: Any) -> bool:
+    """Whether only a part of an array lies on this rank."""
+    return is_distributed(array) and any(
+        size > 1 and not placement.is_replicate()
+        for size, placement in zip(array.device_mesh.shape, array.placements, strict=True)
+    )
+
+
+def counts_here(array: "torch.distributed.tensor.DTensor", label: str) -> bool:
+    """Whether what lies here counts in a sum over all ranks: of replicas the first ones do.
+
+    Raises:
+        ValueError: The ranks hold parts of a sum that was not made.
+    """
+    if any(placement.is_partial() for placement in array.placements):
+        raise ValueError(
+            f"{label} is placed as {array.placements}, a sum that was not made; expected Shard and "
+            "Replicate: redistribute it"
+        )
+    coordinate = array.device_mesh.get_coordinate()
+    return coordinate is not None and all(
+        at == 0 or not placement.is_replicate()
+        for at, placement in zip(coordinate, array.placements, strict=True)
+    )

@@ -19,13 +19,16 @@ from multiopt.adapters.torch.gradients import held, without_sparse
 from multiopt.adapters.torch.groups import Followed
 from multiopt.adapters.torch.loading import loaded, matched, waiting_state
 from multiopt.adapters.torch.settings import plain_settings
+from multiopt.adapters.torch.shards import check_parts, needs_ranks
 from multiopt.adapters.torch.views import State
 from multiopt.distributed.boxes import here
+from multiopt.distributed.ranks import Ranks
 from multiopt.errors import brief
 from multiopt.guard import exclusive, mending
 from multiopt.optimizer import Optimizer as Core
 from multiopt.rules import Rule
 from multiopt.rules.average import Average
+from multiopt.step.across import Across
 from multiopt.step.clip import Clip
 from multiopt.step.report import Report, explain
 from multiopt.step.skips import Skips
@@ -110,20 +113,11 @@ class Optimizer(torch.optim.Optimizer):
                 "other hyperparameters go into a group of their own"
             )
         defaults = {f.name: getattr(rule, f.name) for f in fields(rule)}
-        self._begin(
-            rule,
-            defaults,
-            {
-                "clip": clip,
-                "names": names,
-                "process_group": process_group,
-                "on_nonfinite": on_nonfinite,
-                "threads": threads,
-                "master_weights": master_weights,
-                "average": average,
-                "max_consecutive_skips": max_consecutive_skips,
-            },
-        )
+        settings: Settings = {"clip": clip, "names": names, "process_group": process_group}
+        settings |= {"on_nonfinite": on_nonfinite, "threads": threads, "average": average}
+        settings |= {"master_weights": master_weights}
+        settings |= {"max_consecutive_skips": max_consecutive_skips}
+        self._begin(rule, defaults, settings)
         torch.optim.Optimizer.__init__(self, params, defaults)
 
     def _begin(self, rule: Rule, defaults: Mapping[str, Any], settings: Settings) -> None:
@@ -133,9 +127,21 @@ class Optimizer(torch.optim.Optimizer):
         self._process_group = core.pop("process_group", None)
         self._followed, self._graphs = Followed(rule, defaults), Graphs()
         self._core = Core(self._followed.rule_for, **core)
-        self._guard, self._registry = self._core._guard, self._core._registry
         # torch's optimizers leave alone what has no gradient, whatever it is.
-        self._registry.needs_gradients = False
+        self._core._registry.needs_gradients = False
+        self._connect()
+
+    def _connect(self) -> None:
+        """Find the parts of the core, and the other ranks if anything depends on them."""
+        self._guard, self._registry = self._core._guard, self._core._registry
+        self._ranks: Ranks | None = None
+        #: The tensors of which it was looked where they lie.
+        self._placed: np.ndarray | None = None
+        if self._process_group is not None and needs_ranks(self._registry, self._followed.rule):
+            group = None if self._process_group == "world" else self._process_group
+            self._ranks = Ranks(group)
+            self._registry.across = Across(self._ranks)
+            self._registry.before_writing = self._ranks.messages.send_last
 
     def _begin_as(
         self, peer: type[torch.optim.Optimizer], params: Params, settings: Settings, **given: Any
@@ -163,13 +169,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; as in torch, hooks are not copied."""
+        if self._process_group not in (None, "world"):
+            raise TypeError(
+                "an optimizer with a process group cannot be copied; expected one with "
+                "process_group='world' or without: make another one and load the state dict"
+            )
         kept = "defaults", "param_groups", "_core", "_followed", "_graphs", "_process_group"
         return {**{name: vars(self)[name] for name in kept}, "_names": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what ``__getstate__`` returned."""
         super().__setstate__(state)
-        self._guard, self._registry = self._core._guard, self._core._registry
+        self._connect()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch.
@@ -219,10 +230,23 @@ class Optimizer(torch.optim.Optimizer):
 
     @exclusive
     def _step(self) -> None:
+        if self._ranks is None:
+            self._step_here()
+        else:
+            # What is raised on one rank is raised on all.
+            with self._ranks.messages.step():
+                self._step_here()
+
+    def _step_here(self) -> None:
         followed, registry = self._followed, self._registry
         before = registry.outcome
         try:
             followed.follow(self.param_groups, registry)
+            if followed.params is not self._placed:
+                check_parts(registry, followed.rule, followed.parts)
+                if registry.across is not None:
+                    registry.across.counts, registry.across.parts = followed.counts, followed.parts
+                self._placed = followed.params
             names, params = followed.keys, followed.params
             if is_differentiable(self.param_groups):
                 names, params = self._graphs.step(self.param_groups, followed)
