@@ -1,13 +1,11 @@
 """Steps over parameters that lie on several ranks: what is decided of the whole has its bits."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import multiopt as mo
 import multiopt.adapters.torch as optim
@@ -41,7 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "norm": {"clip": mo.Clip(norm=0.9)},
     "global norm": {"clip": mo.Clip(global_norm=1.5)},
     "all": {"clip": mo.Clip(norm=2.0, global_norm=2.5, value=0.7), "on_nonfinite": "skip"},
-    "by name": {"clip": lambda name: None if name == "b" else mo.Clip(global_norm=ord(name[0]) % 3)},
+    "by name": {
+        "clip": lambda name: None if name == "b" else mo.Clip(global_norm=ord(name[0]) % 3)
+    },
     "skip": {"on_nonfinite": "skip"},
     "none": {},
 }
@@ -95,7 +95,9 @@ def _trained(every: list[Any]) -> list[str]:
     return [repr(_train(*one)) for one in every]
 
 
-@pytest.mark.parametrize(("ranks", "mesh", "layout"), [(2, (2,), LINE), (3, (3,), LINE), (4, (2, 2), SQUARE)])
+@pytest.mark.parametrize(
+    ("ranks", "mesh", "layout"), [(2, (2,), LINE), (3, (3,), LINE), (4, (2, 2), SQUARE)]
+)
 def test_the_bits_are_those_of_one_process(ranks: int, mesh: Any, layout: Any) -> None:
     runs = [("AdamW", settings, torch.float64) for settings in SETTINGS]
     runs += [("AdamW", "all", dtype) for dtype in (torch.float32, torch.bfloat16)]
