@@ -31,6 +31,7 @@ import numpy as np
 
 from multiopt.layout import Layout, Words, address
 from multiopt.rules.rule import Rule
+from multiopt.rules.sums import Sum
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
@@ -152,6 +153,8 @@ class Part:
         norms: After ``clip_by_norm``, the norm of each gradient; -1 where it has no bound.
         clipped: After ``run``, whether each gradient was clipped, as far as the host knows; None if
             no row has a clip.
+        sums: By position, the sums of squares that a rule asks for, in order, over a parameter of
+            which only a part is here; None if there are none.
         limited: By position, whether the bound on elements clipped a gradient, as a value that may
             still be on its device; None if there are no such values.
     """
@@ -167,6 +170,7 @@ class Part:
     grads: Any = ()
     norms: np.ndarray | None = None
     clipped: np.ndarray | None = None
+    sums: dict[int, list[Sum]] | None = None
     limited: Mapping[int, Any] | None = None
 
     def take(self, rows: np.ndarray, places: np.ndarray) -> None:

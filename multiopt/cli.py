@@ -183,12 +183,13 @@ def _add_show(commands: "Commands") -> None:
         "show",
         help="print what is in a checkpoint, and check it",
         description="Prints the names, rules, steps, shapes, dtypes and bytes in a file that "
-        "Optimizer.save wrote, and holds its arrays to their checksums. Pending names wait for a "
+        "Optimizer.save wrote, or in a directory of save_sharded, and holds its arrays to their "
+        "checksums. Pending names wait for a "
         "parameter. What is too wide for the terminal is cut; COLUMNS=200 in the environment makes "
         "room. Exit status: 0; 1 if an array is damaged; 2 if the file cannot be shown: it is "
         "missing, of another kind, or damaged as a whole.",
     )
-    command.add_argument("file", metavar="FILE")
+    command.add_argument("file", metavar="FILE", help="or the directory of several ranks")
 
     def run(arguments: argparse.Namespace) -> int:
         try:

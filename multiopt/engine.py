@@ -26,7 +26,6 @@ A new engine is a subclass; ``docs/backends.md`` shows one.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import numpy as np
@@ -204,18 +203,43 @@ class Group(Columns, ABC):
         places = range(len(which))
         return [self.squares(part, which[k : k + 1], threads).norm() for k in places]
 
-    @np.errstate(all="ignore")
     def clip_by_norm(self, part: Part, threads: int | None) -> None:
         """Fill the columns ``norm`` and ``own`` of the rows whose clip bounds their own norm."""
-        bounds, eps = self.norm_bound[part.rows].tolist(), self.eps[part.rows].tolist()
-        has = [bound == bound for bound in bounds]  # NaN stands for none
-        which = np.arange(len(has)) if all(has) else np.flatnonzero(has)
+        is_bounded = self.is_bounded(part.rows)
+        which = np.flatnonzero(is_bounded)
+        self.own[part.rows[which]] = 1.0
+        self.bound_norms(part, which, self.norms(part, which, threads))
+
+    def is_bounded(self, rows: np.ndarray) -> np.ndarray:
+        """Whether the clips of rows bound their own norm."""
+        return ~np.isnan(self.norm_bound[rows])
+
+    @np.errstate(all="ignore")
+    def bound_norms(self, part: Part, which: np.ndarray, norms: Sequence[float]) -> None:
+        """Fill ``norm`` and ``own`` of rows whose norms are known.
+
+        Args:
+            part: The part.
+            which: The positions of the rows whose clip bounds their own norm.
+            norms: Their norms.
+        """
         rows = part.rows[which]
-        self.own[rows] = 1.0
-        self.norm[rows] = norms = self.norms(part, which, threads)
-        limits = zip(compress(bounds, has), norms, compress(eps, has), strict=True)
+        self.norm[rows] = norms
+        limits = zip(self.norm_bound[rows].tolist(), norms, self.eps[rows].tolist(), strict=True)
         self.own[rows] = np.array([clip_coefficient(Host, *x) for x in limits], self.dtype)
         part.norms = self.norm[part.rows]
+
+    def missing_norm(self, part: Part, position: int) -> Sum | None:
+        """The sum of squares that a rule asks for next, over what is here of a parameter.
+
+        Args:
+            part: The part. Its ``sums`` have the sums over the whole parameter that are known.
+            position: A position in ``part.rows``.
+
+        Returns:
+            The sum; None if the rule asks for no more.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not update parts of parameters")
 
     @abstractmethod
     def prepare(

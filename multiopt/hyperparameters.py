@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multiopt.entry import Entry, changed, with_rule
+from multiopt.entry import Entry, changed, changed_for_all, chosen, chosen_clip, with_rule
 from multiopt.kinds import formulas
 from multiopt.rules import Rule
 from multiopt.rules.average import Averaged
 from multiopt.rules.rule import plain_numbers
 from multiopt.state.fit import check_slot_names
 from multiopt.state.record import Form, Saved
+from multiopt.state.settings import record
 from multiopt.step.clip import Clip
 from multiopt.table import NOTHING, Table
 
@@ -41,7 +42,14 @@ if TYPE_CHECKING:
     from multiopt.engine import Group
     from multiopt.registry import Registry
 
-__all__ = ["change", "changed_numbers", "changed_pending"]
+__all__ = [
+    "change",
+    "changed_numbers",
+    "changed_pending",
+    "set_clips",
+    "set_numbers",
+    "set_rules",
+]
 
 
 def changed_numbers(
@@ -163,3 +171,67 @@ def change(table: Table, rules: Mapping[str, Rule], clips: Mapping[str, Clip | N
             # ``last`` holds the clips that measure several gradients together.
             table.last = NOTHING
     table.sweep()
+
+
+def set_rules(registry: "Registry", rule: Rule | Callable[[str], Rule]) -> None:
+    """Set the rule of all names, new ones included.
+
+    Raises:
+        TypeError: The callable returned something that is not a rule; nothing has changed.
+        ValueError: A rule does not support the shape of a parameter; nothing has changed.
+    """
+    entries = {}
+    for name in registry.names:
+        entries[name] = with_rule(name, registry.entry(name), chosen(rule, name, Rule, "rule"))
+    placed = registry.placed(entries)
+    with registry.guard:
+        registry.replace_rows(placed)
+        registry.rule, registry.settings = rule, {}
+    registry.sweep()
+
+
+def set_clips(registry: "Registry", clip: Clip | Callable[[str], Clip | None] | None) -> None:
+    """Set the clip of all names, new ones included.
+
+    Raises:
+        TypeError: The callable returned something that is not a clip; nothing has changed.
+    """
+    clips = {name: chosen_clip(clip, name) for name in registry.names}
+    with registry.guard:
+        for name, chosen_for_name in clips.items():
+            group, row = registry.row_of(name)
+            registry.give_clips(group, np.array([row]), [chosen_for_name])
+        registry.last, registry.clip = NOTHING, clip
+
+
+def set_numbers(
+    registry: "Registry", names: Iterable[str] | None, values: Mapping[str, Any]
+) -> None:
+    """Set some hyperparameters of some names.
+
+    Args:
+        registry: The registry.
+        names: The names, seen or pending; None for all, new ones included.
+        values: The hyperparameters.
+
+    Raises:
+        TypeError: The rule of a name has no such hyperparameter; nothing has changed.
+        ValueError: A value is out of range, or pending state does not fit; nothing has changed.
+    """
+    rule = None if names is not None else changed_for_all(registry.rule, values)
+    usual = (registry.rule, rule) if isinstance(rule, Rule) else None
+    names = None if names is None else list(names)
+    waiting = changed_pending(registry, names, values)
+    seen = None if names is None else [name for name in names if name not in registry.pending]
+    writes, placed = changed_numbers(registry, seen, values, usual)
+    with registry.guard:
+        for write in writes:
+            write()
+        registry.replace_rows(placed)
+        if rule is not None:
+            registry.rule = rule
+        if values:
+            record(registry.settings, names, values)
+            registry.pending.update(waiting)
+    if placed:
+        registry.sweep()

@@ -23,6 +23,7 @@ from multiopt.arrays import Array
 from multiopt.entry import check_average, check_clip, check_rule
 from multiopt.errors import brief
 from multiopt.guard import Guard, exclusive
+from multiopt.hyperparameters import set_clips, set_numbers, set_rules
 from multiopt.registry import Registry
 from multiopt.rules import Rule
 from multiopt.rules.average import Average
@@ -173,7 +174,7 @@ class Optimizer(Stateful):
     @exclusive
     def rule(self, rule: Rule | Callable[[str], Rule]) -> None:
         check_rule(rule)
-        self._registry.set_rules(rule)
+        set_rules(self._registry, rule)
 
     @exclusive
     def set_hyperparameters(self, names: Iterable[str] | str | None = None, **values: Any) -> None:
@@ -204,7 +205,7 @@ class Optimizer(Stateful):
         for name in labels or ():
             if name not in known.pending:
                 known.row_of(name)
-        known.set_numbers(labels, values)
+        set_numbers(known, labels, values)
 
     @property
     def clip(self) -> Clip | Callable[[str], Clip | None] | None:
@@ -218,7 +219,7 @@ class Optimizer(Stateful):
     @exclusive
     def clip(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
         check_clip(clip)
-        self._registry.set_clips(clip)
+        set_clips(self._registry, clip)
 
     @exclusive
     def forget(self, name: str) -> None:

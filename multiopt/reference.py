@@ -26,14 +26,14 @@ from multiopt.arrays import Array, Arrays, Member, Part
 from multiopt.engine import Group, Slots
 from multiopt.errors import answer, brief
 from multiopt.rules.arithmetic import clamp
-from multiopt.rules.sums import Sum
+from multiopt.rules.sums import MissingSumError, Sum, known_sums
 
 if TYPE_CHECKING:
     from multiopt.backend import Backend
     from multiopt.layout import Layout
     from multiopt.rules import Rule
 
-__all__ = ["ReferenceGroup", "fetched", "is_finite", "resumed", "updated"]
+__all__ = ["ReferenceGroup", "fetched", "is_finite", "resumed", "updated", "updated_part"]
 
 
 class Updated(NamedTuple):
@@ -164,17 +164,12 @@ class ReferenceGroup(Group):
     ) -> dict[int, Array]:
         """Run the rule for each parameter; the results are new arrays."""
         members = self._members_of(part)
-        for member in members:
-            row = member.row
-            # The formula is that of the group's rule: a rule with the numbers of this step might
-            # select another, say if a schedule gives a momentum of zero.
-            member.rule = self.rule
-            numbers = self.rule_now(row)
-            member.scalars = numbers.coefficients(int(self.steps[row]) + 1, self.dtype.name)
-            member.scales = [float(self.own[row]), float(self.shared[row])]
-            bound = float(self.bound[row])
-            member.bound = None if bound == np.inf else bound
-        updates = list(map(updated, members))
+        self._set_numbers(members)
+        sums = part.sums or {}
+        updates = [
+            updated(member) if k not in sums else updated_part(member, sums[k])
+            for k, member in enumerate(members)
+        ]
         # All arrays in one call, for libraries that compute them together.
         flat = [array for update in updates for array in update.arrays]
         converted = iter(self.backend.to_slots(flat, self.layout))
@@ -199,6 +194,29 @@ class ReferenceGroup(Group):
             return {}
         to_user = self.backend.as_complex if self.layout.is_complex else lambda array: array
         return {computed.member.place: to_user(computed.param) for computed in self._computed}
+
+    def missing_norm(self, part: Part, position: int) -> Sum | None:
+        """Run the rule until it asks for a sum that is not known."""
+        member = self._members[int(part.rows[position])]
+        self._set_numbers([member])
+        try:
+            updated_part(member, (part.sums or {}).get(position, []))
+        except MissingSumError as missing:
+            return missing.part
+        return None
+
+    def _set_numbers(self, members: Iterable[Member]) -> None:
+        """Set what members need for an update."""
+        for member in members:
+            row = member.row
+            # The formula is that of the group's rule: a rule with the numbers of this step might
+            # select another, say if a schedule gives a momentum of zero.
+            member.rule = self.rule
+            numbers = self.rule_now(row)
+            member.scalars = numbers.coefficients(int(self.steps[row]) + 1, self.dtype.name)
+            member.scales = [float(self.own[row]), float(self.shared[row])]
+            bound = float(self.bound[row])
+            member.bound = None if bound == np.inf else bound
 
     @np.errstate(all="ignore")
     def run(self, part: Part) -> None:
@@ -286,6 +304,8 @@ def updated(member: Member) -> Updated:
     slots = tuple(backend.to_compute(slot, layout) for slot in member.slots)
     try:
         new_param, new_slots = rule.update(xp, param, grad, slots, member.scalars)
+    except MissingSumError:
+        raise
     except Exception as error:
         error.add_note(f"while the rule updated parameter {member.name!r}")
         raise
@@ -299,6 +319,21 @@ def updated(member: Member) -> Updated:
     # NumPy computes scalars, not arrays, from 0-d arrays.
     arrays = [np.asarray(x) if isinstance(x, np.generic) else x for x in (new_param, *arrays)]
     return Updated(arrays, grad, limited)
+
+
+@np.errstate(all="ignore")
+def updated_part(member: Member, sums: Iterable[Sum]) -> Updated:
+    """Update what is here of a parameter that lies on several ranks.
+
+    Args:
+        member: The parameter.
+        sums: The sums of squares over all of it that its rule asks for.
+
+    Raises:
+        MissingSumError: The rule asks for one more.
+    """
+    with known_sums(sums):
+        return updated(member)
 
 
 def _check_update(member: Member, param: Array, new_param: Array, new_slots: Any) -> None:

@@ -29,13 +29,11 @@ import numpy as np
 
 from multiopt.arrays import Array, Arrays
 from multiopt.backend import backend_for, backend_named, slot_of
-from multiopt.entry import changed, changed_for_all, chosen, chosen_average, chosen_clip, with_rule
+from multiopt.entry import changed, chosen, chosen_average
 from multiopt.first_sight import Undo, begin, move
 from multiopt.guard import Guard
-from multiopt.hyperparameters import changed_numbers, changed_pending
 from multiopt.rules import Rule
 from multiopt.rules.average import Average, Averaged
-from multiopt.state.settings import record
 from multiopt.step.clip import Clip
 from multiopt.step.numbers import ask_schedules
 from multiopt.step.report import Outcome
@@ -73,7 +71,7 @@ class Registry(Table):
     __slots__ = (
         *("__weakref__", "_arrays", "_max_skips", "average", "clip", "in_place", "leave_clipped"),
         *("needs_gradients", "on_nonfinite", "outcome", "rule", "skips", "steps", "threads"),
-        *("endings", "settings"),
+        *("before_writing", "endings", "settings"),
     )
 
     def __init__(
@@ -98,13 +96,14 @@ class Registry(Table):
         self.leave_clipped = False
         #: Whether a step writes into the arrays it is given, where the library can.
         self.in_place = True
+        #: Called by a step that is checked and prepared. If it raises, nothing has changed.
+        self.before_writing: Callable[[], object] | None = None
         #: Whether reading ``.grad`` is an error if no parameter has a gradient or can get one.
         self.needs_gradients = False
         #: Pending names by their last part, to find renamed parameters. None until a step needs
         #: it; empty once it has warned.
         self.endings: dict[str, str] | None = None
-        self.on_nonfinite, self._max_skips = on_nonfinite, max_skips
-        self.threads = threads
+        self.on_nonfinite, self._max_skips, self.threads = on_nonfinite, max_skips, threads
         self._arrays = Arrays()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,8 +117,7 @@ class Registry(Table):
             entry = self.entry(name)
             to_host = backend_named(entry.layout.library).to_host
             entries[name] = entry.with_converted(to_host)
-        inherited = {"masters": self.masters, "pending": self.pending}
-        return {**state, **inherited, "entries": entries}
+        return {**state, "masters": self.masters, "pending": self.pending, "entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what ``__getstate__`` returned, in new rows."""
@@ -201,12 +199,19 @@ class Registry(Table):
                 rows = self._ask(rows, arrays, fresh)
             step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
             rows = self._look(step, rows, fresh)
-            if self.on_nonfinite != "propagate":
-                step.check_finite(self.on_nonfinite)
-            if rows.clipping:
-                step.clip(rows.global_clips)
+            if self.across is not None:
+                self.across.measure(step, self.on_nonfinite, rows.global_clips)
+                self.across.clip(step, rows.global_clips)
+                self.across.settle(step)
+            else:
+                if self.on_nonfinite != "propagate":
+                    step.check_finite(self.on_nonfinite)
+                if rows.clipping:
+                    step.clip(rows.global_clips)
             step.prepare()
             skips = self._counted(step) if step.skipped or self.skips else self.skips
+            if self.before_writing is not None:
+                self.before_writing()
             with self.guard:
                 # Nothing below can fail.
                 step.run()
@@ -266,7 +271,10 @@ class Registry(Table):
         step = Step(rows, arrays, fresh, self.threads, self.leave_clipped)
         try:
             rows = self._look(step, rows, fresh)
-            step.check_finite(self.on_nonfinite)
+            if self.across is not None:
+                self.across.measure(step, self.on_nonfinite, rows.global_clips)
+            else:
+                step.check_finite(self.on_nonfinite)
             parts = [(part.group, part.rows, part.places) for part in step.parts]
             ask_schedules(rows.names, parts, arrays.grads, count)
         finally:
@@ -275,11 +283,10 @@ class Registry(Table):
 
     def _own_gradients(self, rows: Rows, params: np.ndarray) -> np.ndarray:
         """The gradients that the parameters carry, as torch's ``.grad``."""
-        names = rows.names
-        if not names:
+        if not rows.names:
             return params
-        backend = backend_for(params[0], f"parameter {names[0]!r}")
-        return backend.gradients(params, names, rows.missing, self.needs_gradients)
+        backend = backend_for(params[0], f"parameter {rows.names[0]!r}")
+        return backend.gradients(params, rows.names, rows.missing, self.needs_gradients)
 
     # The end of a step
 
@@ -334,9 +341,8 @@ class Registry(Table):
             take_back()
         if self.guard.torn is not None:
             # Some of the new rows may be registered; those and only those stay.
-            used = set(self._codes.values())
             garbage = dict.fromkeys([*self._garbage, *fresh.values()])
-            self._garbage = [code for code in garbage if code not in used]
+            self._garbage = [*garbage.keys() - set(self._codes.values())]
             return
         self.free(fresh.values())
 
@@ -362,61 +368,3 @@ class Registry(Table):
             self.settings = {
                 n if n is None else names.get(n, n): made for n, made in self.settings.items()
             }
-
-    def set_rules(self, rule: Rule | Callable[[str], Rule]) -> None:
-        """Set the rule of all names, new ones included.
-
-        Raises:
-            TypeError: The callable returned something that is not a rule; nothing has changed.
-            ValueError: A rule does not support the shape of a parameter; nothing has changed.
-        """
-        entries = {}
-        for name in self._codes:
-            entries[name] = with_rule(name, self.entry(name), chosen(rule, name, Rule, "rule"))
-        placed = self.placed(entries)
-        with self.guard:
-            self.replace_rows(placed)
-            self.rule, self.settings = rule, {}
-        self.sweep()
-
-    def set_clips(self, clip: Clip | Callable[[str], Clip | None] | None) -> None:
-        """Set the clip of all names, new ones included.
-
-        Raises:
-            TypeError: The callable returned something that is not a clip; nothing has changed.
-        """
-        clips = {name: chosen_clip(clip, name) for name in self._codes}
-        with self.guard:
-            for name, chosen_for_name in clips.items():
-                group, row = self.row_of(name)
-                self.give_clips(group, np.array([row]), [chosen_for_name])
-            self.last, self.clip = NOTHING, clip
-
-    def set_numbers(self, names: Iterable[str] | None, values: Mapping[str, Any]) -> None:
-        """Set some hyperparameters of some names.
-
-        Args:
-            names: The names, seen or pending; None for all, new ones included.
-            values: The hyperparameters.
-
-        Raises:
-            TypeError: The rule of a name has no such hyperparameter; nothing has changed.
-            ValueError: A value is out of range, or pending state does not fit; nothing has changed.
-        """
-        rule = None if names is not None else changed_for_all(self.rule, values)
-        usual = (self.rule, rule) if isinstance(rule, Rule) else None
-        names = None if names is None else list(names)
-        waiting = changed_pending(self, names, values)
-        seen = None if names is None else [name for name in names if name not in self.pending]
-        writes, placed = changed_numbers(self, seen, values, usual)
-        with self.guard:
-            for write in writes:
-                write()
-            self.replace_rows(placed)
-            if rule is not None:
-                self.rule = rule
-            if values:
-                record(self.settings, names, values)
-                self.pending.update(waiting)
-        if self._garbage:
-            self.sweep()

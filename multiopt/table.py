@@ -27,6 +27,7 @@ from multiopt.entry import Entry, all_slots, chained, unchained
 from multiopt.guard import Guard
 from multiopt.kinds import Numbered, formulas, kind_of
 from multiopt.layout import Layout, address
+from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
 from multiopt.step.checks import check_name
 from multiopt.step.clip import Clip
@@ -34,6 +35,7 @@ from multiopt.step.run import Rows, RowsOfGroup
 
 if TYPE_CHECKING:
     from multiopt.state.record import Saved
+    from multiopt.step.across import Across
 
 __all__ = ["GROUP", "NOTHING", "Table"]
 
@@ -75,19 +77,21 @@ class Table:
         guard: The optimizer's guard; by default a new one.
 
     Attributes:
+        across: What steps know of other ranks; None if every parameter is whole here.
         last: The names of the last step with their rows, in case the same list comes again.
         pending: Loaded state of names not seen yet.
     """
 
     __slots__ = (
         *("_clips", "_codes", "_everything", "_everything_at", "_garbage", "_groups", "_kinds"),
-        *("guard", "last", "masters", "pending"),
+        *("across", "guard", "last", "masters", "pending"),
     )
 
     def __init__(self, masters: bool = False, guard: Guard | None = None) -> None:
         """Create an empty table."""
         self.masters = masters
         self.guard = Guard() if guard is None else guard
+        self.across: Across | None = None
         self.pending: dict[str, Saved] = {}
         self._codes = _Codes()
         self._groups: dict[int, Group] = {}
@@ -232,7 +236,11 @@ class Table:
         kind = kind_of(rule) or tuple(map(id, formulas(rule)))
         key = kind, layout.with_shape(()), has_masters
         if key not in self._kinds:
-            group = backend.group(rule, layout, has_masters)
+            if self.across is not None and not rule.elementwise:
+                # Engines measure what is here; this one can be told the norms of all of it.
+                group: Group = ReferenceGroup(backend, layout, rule, has_masters)
+            else:
+                group = backend.group(rule, layout, has_masters)
             group.number = max(self._groups, default=-1) + 1
             # In this order, so that a signal handler that raises in between leaves only a group
             # without names behind.
@@ -306,14 +314,16 @@ class Table:
             self.replace_rows(placed)
         self.sweep()
 
-    def names_by_group(self) -> Iterator[tuple[Group, list[str], np.ndarray, np.ndarray]]:
-        """All names by group.
+    def names_by_group(
+        self, names: Iterable[str] | None = None
+    ) -> Iterator[tuple[Group, list[str], np.ndarray, np.ndarray]]:
+        """Some names that have been seen, or all for None, by group.
 
         Yields:
-            A group, its names, their places among all names, and their rows.
+            A group, its names, their places among these names, and their rows.
         """
-        names = list(self._codes)
-        codes = np.fromiter(self._codes.values(), np.int64, len(names))
+        names = list(self._codes if names is None else names)
+        codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
         for group, rows, places in self._by_group(codes):
             has_all = len(places) == len(names)
             yield group, names if has_all else [names[k] for k in places.tolist()], places, rows

@@ -73,6 +73,7 @@ class LAMB(Rule):
     maximize: bool = switch()
 
     elementwise: ClassVar[bool] = False
+    norms_only: ClassVar[bool] = True
     slots: ClassVar = ("exp_avg", "exp_avg_sq")
     update: ClassVar = staticmethod(lamb)
 

@@ -131,6 +131,9 @@ class Rule(Declared, ABC):
     #: Whether ``update`` treats each element by itself. If it does not, it runs as written, for one
     #: parameter at a time, in row-major order; some of this package are compiled in passes.
     elementwise: ClassVar[bool] = True
+    #: Whether all that an ``update`` which is not elementwise asks of whole arrays is ``norm``s of
+    #: them, so that ranks can update their parts of a parameter once these are known.
+    norms_only: ClassVar[bool] = False
 
     @property
     @abstractmethod

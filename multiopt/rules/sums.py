@@ -17,7 +17,9 @@ the grids. Compiled kernels compute the same integers. Small arrays of NumPy are
 ``math.fsum``, which rounds once too, and become part of the integer only if that is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import accumulate, chain
 from math import fsum, inf, isqrt, nan, prod, sqrt
 from typing import Any, Self
@@ -34,7 +36,16 @@ from multiopt.rules.pieces import (
     sum_of_squares,
 )
 
-__all__ = ["LIMB", "RANGES", "Sum", "few_norms", "norm", "root_mean_square"]
+__all__ = [
+    "LIMB",
+    "RANGES",
+    "MissingSumError",
+    "Sum",
+    "few_norms",
+    "known_sums",
+    "norm",
+    "root_mean_square",
+]
 
 #: The bits of a limb in the integers that travel. A limb has 23 more, so that 2^23 sums can be
 #: added as arrays of int64 before a limb overflows.
@@ -309,9 +320,51 @@ def root_mean_square(xp: Any, x: Any) -> Any:
     return xp.sqrt((1.0 / max(prod(x.shape), 1)) * _scalar(xp, _squares(xp, x).rounded(), x))
 
 
+class MissingSumError(Exception):
+    """A rule asks for a sum over a whole parameter that is not known yet.
+
+    Attributes:
+        part: The sum over the part that is here.
+    """
+
+    def __init__(self, part: Sum) -> None:
+        """Note the sum."""
+        super().__init__("the sum over the whole parameter is not known")
+        self.part = part
+
+
+#: The sums of squares over whole parameters that an update gets in the place of its own.
+_known: ContextVar[Iterator[Sum] | None] = ContextVar("known sums", default=None)
+
+
+@contextmanager
+def known_sums(sums: Iterable[Sum]) -> Iterator[None]:
+    """Give an update of a part of a parameter the sums of squares over all of it, in order.
+
+    Raises:
+        MissingSumError: The update asks for one more.
+
+    >>> whole = Sum("float64")
+    >>> whole.add_values(np, np.asarray([3.0, 4.0]))
+    >>> with known_sums([whole]):
+    ...     float(norm(np, np.asarray([3.0])))
+    5.0
+    """
+    token = _known.set(iter(sums))
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
 def _squares(xp: Any, x: Any) -> Sum:
+    known = _known.get()
+    if known is not None and (given := next(known, None)) is not None:
+        return given
     total = Sum("float64" if x.dtype == xp.float64 else "float32")
     total.add_values(xp, x)
+    if known is not None:
+        raise MissingSumError(total)
     return total
 
 

@@ -87,6 +87,7 @@ def load(
     cast: bool,
     settings: bool = True,
     params: Mapping[str, Array] | None = None,
+    ready: Callable[[], object] | None = None,
 ) -> LoadReport:
     """Load saved state into a registry, and parameters into arrays, all of it or nothing.
 
@@ -98,6 +99,7 @@ def load(
         cast: Whether slots and parameters are converted to the dtype that is needed.
         settings: Whether to restore the settings that were made while the saved run went on.
         params: The arrays to load parameters into; None to load none.
+        ready: Called once everything is checked, before anything changes; it may raise.
 
     Raises:
         TypeError: Something in ``params`` is not a usable array.
@@ -109,7 +111,7 @@ def load(
     warn_of_lost(loaded.lost, "loaded")
     resuming = Resuming(registry, loaded, strict)
     try:
-        return _load(registry, contents, wanted, new, strict, cast, resuming, matches)
+        return _load(registry, contents, wanted, new, strict, cast, resuming, matches, ready)
     finally:
         resuming.free()
 
@@ -123,6 +125,7 @@ def _load(
     cast: bool,
     resuming: Resuming,
     matches: Matched | None,
+    ready: Callable[[], object] | None,
 ) -> LoadReport:
     states = contents.saved
     if any(map(ne, new, new.values())):
@@ -157,6 +160,12 @@ def _load(
     observed = _observed(resuming, admitted.batches)
     codes = _placed(registry, admitted.batches)
     waiting = {**registry.pending, **accepted}
+    if ready is not None:
+        try:
+            ready()
+        except BaseException:
+            registry.free(codes.values())
+            raise
     with registry.guard:
         if gone:
             registry.forget(gone)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from math import prod
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from multiopt.layout import Layout
 from multiopt.rules.average import AVERAGE
 from multiopt.state.file import listed
 from multiopt.state.fit import SHOWN_AVERAGE
+from multiopt.state.index import Index, listed_together
 from multiopt.state.record import Form, Saved
 from multiopt.state.settings import Settings
 from multiopt.state.tables import host_dtype
@@ -27,10 +29,10 @@ NUMBERS = {HEADINGS.index("step"), HEADINGS.index("bytes")}
 
 
 def show(path: str | os.PathLike[str]) -> bool:
-    """Print what is in a checkpoint file, and check its slots against their checksums.
+    """Print what is in a checkpoint, and check its slots against their checksums.
 
     Args:
-        path: The file.
+        path: The file, or the directory of a checkpoint of several ranks.
 
     Returns:
         False if a slot is damaged, else True, also for an old file without checksums.
@@ -39,12 +41,14 @@ def show(path: str | os.PathLike[str]) -> bool:
         CheckpointError: The whole file is unusable, or it is not a checkpoint of multiopt.
         OSError: The file cannot be read.
     """
-    file = listed(path)
+    is_directory = Path(path).is_dir()
+    file = listed_together(path) if is_directory else listed(path)
     seen, pending = len(file.saved["entries"]), len(file.saved["pending"])
     condition = "damaged" if file.damaged else "checked" if file.checked else "without checksums"
     steps = "unknown" if file.steps is None else file.steps
+    files = f" in {len(Index.read(Path(path)).files)} files" if is_directory else ""
     print(
-        f"{_shown(os.fspath(path))}: multiopt checkpoint, version {file.version}, "
+        f"{_shown(os.fspath(path))}: multiopt checkpoint{files}, version {file.version}, "
         f"{file.size} bytes, {steps} steps, {seen} names seen, {pending} pending, {condition}"
     )
     for name, slot, why in file.damaged:

@@ -11,7 +11,7 @@ large pieces, whatever the number of names:
 [(['a', 'b', 'c'], [1, 1, 1])]
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -99,9 +99,14 @@ def host_dtype(dtype: str) -> np.dtype:
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
-def held(registry: "Registry") -> Iterator[SavedTable]:
-    """The tables of the names in a registry; they read the memory of the slots, without a copy."""
-    for group, names, order, rows in registry.names_by_group():
+def held(registry: "Registry", wanted: Iterable[str] | None = None) -> Iterator[SavedTable]:
+    """The tables of names in a registry; they read the memory of the slots, without a copy.
+
+    Args:
+        registry: The registry.
+        wanted: The names; by default all.
+    """
+    for group, names, order, rows in registry.names_by_group(wanted):
         descriptions: dict[bytes, tuple[Description, Description | None]] = {}
         clocks, seen = group.steps[rows], group.counts(rows)
         for (key, shape), places in _alike(group, rows).items():

@@ -11,7 +11,7 @@ Traceback (most recent call last):
 ValueError: gradient of 'w' has shape (3,); expected (2,), that of its parameter: reshape it
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
@@ -29,6 +29,7 @@ __all__ = [
     "check_no_shared_memory",
     "checked_gradient",
     "gradients_of",
+    "refuse_nonfinite",
     "refuse_shared",
 ]
 
@@ -188,6 +189,18 @@ def check_no_shared_memory(members: Sequence[Member]) -> None:
             if np.shares_memory(earlier.memory, span.memory):
                 refuse_shared(earlier.name, span.name)
         reaching.append(span)
+
+
+def refuse_nonfinite(names: Iterable[str]) -> NoReturn:
+    """Refuse gradients that are not finite.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"the gradient of {', '.join(map(repr, names))} has infinities or NaNs; expected finite "
+        "numbers, as on_nonfinite='raise' asks: nothing was changed"
+    )
 
 
 def refuse_shared(first: str, second: str) -> NoReturn:

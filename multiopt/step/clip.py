@@ -4,7 +4,7 @@ Norms are measured before a step writes anything. The factors that follow from t
 of the groups, and engines apply them while they update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from multiopt.arrays import Part
 from multiopt.rules.arithmetic import Host, clip_coefficient
 from multiopt.rules.declared import BOUND, Declared, Range, number
 
-__all__ = ["Clip", "clip_by_global_norm"]
+__all__ = ["Clip", "carriers", "clip_by_global_norm", "share_norm"]
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,33 @@ def clip_by_global_norm(
     """
     found: dict[Clip, float] = {}
     for code, clip in clips.items():
-        assert clip.global_norm is not None
-        pairs: list[tuple[Part, np.ndarray | slice]] = []
-        for part in parts:
-            which = _carriers(part, code)
-            if isinstance(which, slice) or which.size:
-                pairs.append((part, which))
-        if not pairs:
-            continue
-        total, *others = (part.group.squares(part, which, threads) for part, which in pairs)
-        found[clip] = norm = sum(others, total).norm()
-        coefficient = clip_coefficient(Host, clip.global_norm, norm, clip.eps)
-        for part, which in pairs:
-            group = part.group
-            group.shared[group.all_or(part.rows[which])] = group.dtype.type(coefficient)
+        pairs = carriers(parts, code)
+        if pairs:
+            total, *others = (part.group.squares(part, which, threads) for part, which in pairs)
+            found[clip] = norm = sum(others, total).norm()
+            share_norm(pairs, clip, norm)
     return found
 
 
-def _carriers(part: Part, code: int) -> np.ndarray | slice:
-    """The positions of the rows that have a clip; a slice if all have it."""
-    column = part.group.clip
-    clips = column[part.group.all_or(part.rows)]
-    if clips.tobytes() == column.dtype.type(code).tobytes() * len(clips):
-        return slice(len(clips))
-    return np.flatnonzero(column[part.rows] == code)
+def carriers(parts: Sequence[Part], code: int) -> list[tuple[Part, np.ndarray | slice]]:
+    """The parts with rows that have a clip, and the positions of those; a slice if all have it."""
+    pairs: list[tuple[Part, np.ndarray | slice]] = []
+    for part in parts:
+        column = part.group.clip
+        clips = column[part.group.all_or(part.rows)]
+        if clips.tobytes() == column.dtype.type(code).tobytes() * len(clips):
+            which: np.ndarray | slice = slice(len(clips))
+        else:
+            which = np.flatnonzero(column[part.rows] == code)
+        if isinstance(which, slice) or which.size:
+            pairs.append((part, which))
+    return pairs
+
+
+def share_norm(pairs: Iterable[tuple[Part, np.ndarray | slice]], clip: Clip, norm: float) -> None:
+    """Write the factor that follows from a global norm into the column ``shared`` of rows."""
+    assert clip.global_norm is not None
+    coefficient = clip_coefficient(Host, clip.global_norm, norm, clip.eps)
+    for part, which in pairs:
+        group = part.group
+        group.shared[group.all_or(part.rows[which])] = group.dtype.type(coefficient)

@@ -20,6 +20,7 @@ from multiopt.step.checks import (
     check_layout,
     check_no_shared_memory,
     checked_gradient,
+    refuse_nonfinite,
     refuse_shared,
 )
 from multiopt.step.clip import Clip, clip_by_global_norm
@@ -75,13 +76,13 @@ class Step:
         "_arrays",
         "_leave_clipped",
         "_members",
-        "_threads",
         "_writes_grads",
         "global_norms",
         "names",
         "parts",
         "replaced",
         "skipped",
+        "threads",
     )
 
     def __init__(
@@ -94,7 +95,7 @@ class Step:
     ) -> None:
         """Begin a step; no array is looked at yet."""
         self._arrays = arrays
-        self._threads, self._leave_clipped = threads, leave_clipped
+        self.threads, self._leave_clipped = threads, leave_clipped
         # Clipped gradients then overwrite gradients, so gradients that share memory are copied.
         self._writes_grads = leave_clipped and rows.clipping
         self.skipped: list[int] = []
@@ -267,16 +268,12 @@ class Step:
         """
         skipped: list[int] = []
         for part in self.parts:
-            finite = part.group.finite(part, self._threads)
+            finite = part.group.finite(part, self.threads)
             if not finite.all():
                 skipped += part.places[~finite].tolist()
                 part.keep(finite)
         if skipped and policy == "raise":
-            names = ", ".join(repr(self.names[place]) for place in sorted(skipped))
-            raise ValueError(
-                f"the gradient of {names} has infinities or NaNs; expected finite numbers, as "
-                "on_nonfinite='raise' asks: nothing was changed"
-            )
+            refuse_nonfinite(self.names[place] for place in sorted(skipped))
         self.skipped = sorted(skipped)
 
     # Clipping and updating
@@ -290,14 +287,14 @@ class Step:
         clipping = [part for part in self.parts if part.group.clipping and len(part.rows)]
         for part in clipping:
             if part.group.bounded:
-                part.group.clip_by_norm(part, self._threads)
+                part.group.clip_by_norm(part, self.threads)
         if clips:
-            self.global_norms = clip_by_global_norm(clipping, clips, self._threads)
+            self.global_norms = clip_by_global_norm(clipping, clips, self.threads)
 
     def prepare(self) -> None:
         """Do everything that is left that can fail."""
         for part in self.parts:
-            new = part.group.prepare(part, self._arrays, self._leave_clipped, self._threads)
+            new = part.group.prepare(part, self._arrays, self._leave_clipped, self.threads)
             if new:
                 self.replaced |= new
 

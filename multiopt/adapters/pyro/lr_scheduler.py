@@ -19,6 +19,7 @@ from multiopt.adapters.pyro.optim import PyroOptim
 from multiopt.adapters.pyro.settings import differing, has_schedule
 from multiopt.adapters.pyro.tensor import TensorOptimizer
 from multiopt.errors import CheckpointError
+from multiopt.hyperparameters import set_numbers
 from multiopt.rules.average import Average
 from multiopt.state.file_objects import Target
 
@@ -128,7 +129,7 @@ class JointLRScheduler(PyroLRScheduler, JointOptim):  # type: ignore[misc]  # of
             before, extra = leader.rule, dict(leader.extra)
             leader.scheduler.step(*args, **kwargs)
             if values := differing(leader.rule, before):
-                self._registry.set_numbers([tracked.key for tracked in flight], values)
+                set_numbers(self._registry, [tracked.key for tracked in flight], values)
             if leader.extra != extra:
                 for tracked in flight:
                     tracked.extra = dict(leader.extra)

@@ -32,6 +32,7 @@ from multiopt.adapters.torch.state import (
     whole_number,
 )
 from multiopt.backend import backend_named
+from multiopt.hyperparameters import set_numbers
 from multiopt.rules import Rule
 from multiopt.state.record import described_rule, description, plain_entry
 
@@ -210,7 +211,7 @@ class TensorOptimizer(torch.optim.Optimizer):
         if type(rule) is not type(before) or clips_itself(rule):
             owner._change_rules({self: rule})
         elif rule != before:
-            owner._registry.set_numbers([self.key], differing(rule, before))
+            set_numbers(owner._registry, [self.key], differing(rule, before))
 
     # Clock and slots
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from multiopt.adapters.torch.groups import Followed
-from multiopt.adapters.torch.shards import local, local_gradient
+from multiopt.adapters.torch.shards import local_gradient
+from multiopt.distributed.boxes import here
 from multiopt.rules import SGD, Adafactor, Adagrad, Adam, Muon
 
 __all__ = ["held", "without_sparse"]
@@ -26,7 +27,7 @@ def held(params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     count = len(params)
     grads = map(local_gradient, params)
-    return np.fromiter(map(local, params), object, count), np.fromiter(grads, object, count)
+    return np.fromiter(map(here, params), object, count), np.fromiter(grads, object, count)
 
 
 def without_sparse(followed: Followed, params: np.ndarray) -> np.ndarray | None:

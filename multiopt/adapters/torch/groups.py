@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from multiopt.adapters.torch.settings import number, plain_settings
-from multiopt.adapters.torch.shards import is_distributed
+from multiopt.distributed.boxes import counts_here, is_distributed, is_part
 from multiopt.hyperparameters import change
 from multiopt.kinds import kind_of
 from multiopt.registry import Registry
@@ -43,17 +43,22 @@ class Followed:
         settings: Those that they have; the others stay.
 
     Attributes:
+        rule: The rule.
         params: The tensors of all groups, in order.
         keys: Their names in the registry.
         are_distributed: Whether any of them is a ``DTensor``.
+        counts: Of those that are, whether what lies here counts in sums over all ranks, by name.
+        parts: The names of those of which only a part lies here.
     """
 
     def __init__(self, rule: Rule, settings: Container[str]) -> None:
         """Start without groups."""
-        self._rule = rule
+        self.rule = rule
         self._fields = tuple(f.name for f in fields(rule) if f.name in settings)
         self.params, self.keys = np.empty(0, object), list[str]()
         self.are_distributed = False
+        self.counts: dict[str, bool] = {}
+        self.parts: set[str] = set()
         self._ids, self._sizes = b"", list[int]()
         self._key_of: dict[int, str] = {}
         self._group_of: dict[str, int] = {}
@@ -102,7 +107,10 @@ class Followed:
                 taken.add(key)
             self._key_of[one] = key
         self.params, self.keys = params, list(self._key_of.values())
-        self.are_distributed = any(map(is_distributed, params))
+        named = list(zip(self.keys, params.tolist(), strict=True))
+        self.counts = {n: counts_here(x, f"parameter {n!r}") for n, x in named if is_distributed(x)}
+        self.are_distributed = bool(self.counts)
+        self.parts = {name for name, param in named if is_part(param)}
         owners = np.repeat(np.arange(len(sizes)), sizes).tolist()
         self._group_of = dict(zip(self.keys, owners, strict=True))
         self._ids, self._sizes = ids, sizes
@@ -157,7 +165,7 @@ class Followed:
         key = tuple(settings.values())
         if key not in self._rules:
             try:
-                self._rules[key] = replace(self._rule, **plain_settings(settings))
+                self._rules[key] = replace(self.rule, **plain_settings(settings))
             except ValueError as error:
                 raise ValueError(f"param_groups[{place}]: {error}") from error
         return self._rules[key]
@@ -207,15 +215,15 @@ class Followed:
         """
         numbers: dict[str, np.ndarray] = {}
         for name, values in changed.items():
-            found = _as_numbers(values) if name in self._rule.ranges else None
+            found = _as_numbers(values) if name in self.rule.ranges else None
             # A number in the place of a schedule is more than a number.
             if found is None or name not in self._numeric:
                 return None
             numbers[name] = found
-        kind = type(self._rule)
+        kind = type(self.rule)
         # Then no rule need be made: each of a thousand groups may have its own learning rate.
         has_ranges_only = kind.__post_init__ is Rule.__post_init__ or numbers.keys() <= {"lr"}
-        ranges = self._rule.ranges
+        ranges = self.rule.ranges
         if has_ranges_only and all(_are_within(ranges[name], x) for name, x in numbers.items()):
             return numbers
         alike: set[Hashable] = set()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from multiopt.adapters.torch.shards import local
 from multiopt.adapters.torch.state import DERIVED, clock_of, offset, scalar, whole_number
 from multiopt.backend import backend_named
+from multiopt.distributed.boxes import here
 from multiopt.entry import Entry, chosen_clip
 from multiopt.errors import CheckpointError, brief
 from multiopt.registry import Registry
@@ -113,7 +113,7 @@ def loaded(
                 clip = registry.entry(name).clip if name in registry else None
                 if name not in registry:
                     clip = chosen_clip(registry.clip, name)
-                layout = backend_named("torch").layout(local(param), f"parameter {name!r}")
+                layout = backend_named("torch").layout(here(param), f"parameter {name!r}")
                 entries[name] = entry_of(
                     *(name, saved, rule, clip, layout, registry.masters, average)
                 )
@@ -155,7 +155,7 @@ def _slots(
             raise ValueError(f"expected a tensor under {name!r}; got a {type(value).__name__}")
         dtype = (value if param is None else param).dtype
         working = torch.float64 if dtype in DOUBLE else torch.float32
-        slot = local(value).detach()
+        slot = here(value).detach()
         slots[name] = slot.to(working.to_complex() if slot.is_complex() else working)
     return slots
 

@@ -8,49 +8,32 @@ shows the slots that there are (``views``).
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import fields
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from multiopt import rules
 from multiopt.adapters.torch import differentiable
+from multiopt.adapters.torch.arguments import Clips, Named, Params, Settings
 from multiopt.adapters.torch.gradients import held, without_sparse
 from multiopt.adapters.torch.groups import Followed
 from multiopt.adapters.torch.loading import loaded, matched, waiting_state
 from multiopt.adapters.torch.settings import plain_settings
-from multiopt.adapters.torch.shards import local
+from multiopt.adapters.torch.shards import check_parts, needs_ranks
 from multiopt.adapters.torch.views import Slots, State
+from multiopt.distributed.boxes import here
+from multiopt.distributed.ranks import Ranks
 from multiopt.errors import brief
 from multiopt.guard import exclusive, mending
 from multiopt.optimizer import Optimizer as Core
 from multiopt.rules import Rule
 from multiopt.rules.average import Average
-from multiopt.step.clip import Clip
+from multiopt.step.across import Across
 from multiopt.step.report import Report, explain
 from multiopt.step.skips import Skips
 
-__all__ = ["Clips", "Named", "Optimizer", "Params", "Settings"]
-
-#: Parameters as ``torch.optim`` takes them: tensors, pairs of names and tensors, or groups.
-Params: TypeAlias = (
-    Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
-)
-Named: TypeAlias = Iterable[tuple[str, torch.Tensor]]
-Clips: TypeAlias = Clip | Callable[[str], Clip | None] | None
-
-
-class Settings(TypedDict, total=False):
-    """Settings of ``multiopt.Optimizer`` that every optimizer here takes by keyword."""
-
-    clip: Clips
-    names: Named | None
-    process_group: Any
-    on_nonfinite: Literal["propagate", "raise", "skip"]
-    threads: int | None
-    master_weights: bool
-    average: Average | Callable[[str], Average | None] | None
-    max_consecutive_skips: int | None
+__all__ = ["Optimizer"]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -110,20 +93,11 @@ class Optimizer(torch.optim.Optimizer):
                 "other hyperparameters go into a group of their own"
             )
         defaults = {f.name: getattr(rule, f.name) for f in fields(rule)}
-        self._begin(
-            rule,
-            defaults,
-            {
-                "clip": clip,
-                "names": names,
-                "process_group": process_group,
-                "on_nonfinite": on_nonfinite,
-                "threads": threads,
-                "master_weights": master_weights,
-                "average": average,
-                "max_consecutive_skips": max_consecutive_skips,
-            },
-        )
+        settings: Settings = {"clip": clip, "names": names, "process_group": process_group}
+        settings |= {"on_nonfinite": on_nonfinite, "threads": threads, "average": average}
+        settings |= {"master_weights": master_weights}
+        settings |= {"max_consecutive_skips": max_consecutive_skips}
+        self._begin(rule, defaults, settings)
         torch.optim.Optimizer.__init__(self, params, defaults)
 
     def _begin(self, rule: Rule, defaults: Mapping[str, Any], settings: Settings) -> None:
@@ -133,9 +107,21 @@ class Optimizer(torch.optim.Optimizer):
         self._process_group = core.pop("process_group", None)
         self._followed = Followed(rule, defaults)
         self._core = Core(self._followed.rule_for, **core)
-        self._guard, self._registry = self._core._guard, self._core._registry
         # torch's optimizers leave alone what has no gradient, whatever it is.
-        self._registry.needs_gradients = False
+        self._core._registry.needs_gradients = False
+        self._connect()
+
+    def _connect(self) -> None:
+        """Find the parts of the core, and the other ranks if anything depends on them."""
+        self._guard, self._registry = self._core._guard, self._core._registry
+        self._ranks: Ranks | None = None
+        #: The tensors of which it was looked where they lie.
+        self._placed: np.ndarray | None = None
+        if self._process_group is not None and needs_ranks(self._registry, self._followed.rule):
+            group = None if self._process_group == "world" else self._process_group
+            self._ranks = Ranks(group)
+            self._registry.across = Across(self._ranks)
+            self._registry.before_writing = self._ranks.messages.send_last
 
     def _begin_as(
         self, peer: type[torch.optim.Optimizer], params: Params, settings: Settings, **given: Any
@@ -165,6 +151,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; as in torch, hooks are not copied."""
+        if self._process_group not in (None, "world"):
+            raise TypeError(
+                "an optimizer with a process group cannot be copied; expected one with "
+                "process_group='world' or without: make another one and load the state dict"
+            )
         kept = "defaults", "param_groups", "_core", "_followed", "_process_group"
         found = {name: vars(self)[name] for name in kept}
         return {**found, "_names": {}, **({"state": self.state} if self._is_differentiable else {})}
@@ -172,7 +163,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what ``__getstate__`` returned."""
         super().__setstate__(state)
-        self._guard, self._registry = self._core._guard, self._core._registry
+        self._connect()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch.
@@ -223,6 +214,14 @@ class Optimizer(torch.optim.Optimizer):
 
     @exclusive
     def _step(self) -> None:
+        if self._ranks is None:
+            self._step_here()
+        else:
+            # What is raised on one rank is raised on all.
+            with self._ranks.messages.step():
+                self._step_here()
+
+    def _step_here(self) -> None:
         followed, registry = self._followed, self._registry
         before = registry.outcome
         try:
@@ -230,6 +229,11 @@ class Optimizer(torch.optim.Optimizer):
             if self._is_differentiable:
                 differentiable.step(followed, self.state)
                 return
+            if followed.params is not self._placed:
+                check_parts(registry, followed.rule, followed.parts)
+                if registry.across is not None:
+                    registry.across.counts, registry.across.parts = followed.counts, followed.parts
+                self._placed = followed.params
             names, params = followed.keys, followed.params
             parts = held(params) if followed.are_distributed else (params, None)
             try:
@@ -353,9 +357,8 @@ class Optimizer(torch.optim.Optimizer):
             groups: The new groups of the same parameters; None if they stay.
         """
         followed, registry = self._followed, self._registry
-        followed.look(self.param_groups)
+        params = self._named_params()
         rules = followed.rules_in(self.param_groups if groups is None else groups)
-        params = dict(zip(followed.keys, followed.params, strict=True))
         entries, waiting = loaded(registry, states, rules, params)
         placed = registry.placed(entries)
         with registry.guard:
@@ -369,22 +372,22 @@ class Optimizer(torch.optim.Optimizer):
             followed.forget_settings()
         registry.sweep()
 
+    def _named_params(self) -> dict[str, torch.Tensor]:
+        """The parameters by the names that they have in the registry."""
+        self._followed.look(self.param_groups)
+        return dict(zip(self._followed.keys, self._followed.params, strict=True))
+
     def _stateful(self) -> list[torch.Tensor]:
         """The parameters that can be updated, or were."""
-        followed = self._followed
-        followed.look(self.param_groups)
-        return [
-            param
-            for key, param in zip(followed.keys, followed.params, strict=True)
-            if param.requires_grad or key in self._registry
-        ]
+        named, known = self._named_params(), self._registry
+        return [param for key, param in named.items() if param.requires_grad or key in known]
 
     @exclusive
     def _enter(self, params: Iterable[torch.Tensor]) -> None:
         """Begin the state of parameters that have none: with slots of zero, at the clock 0."""
         followed, registry = self._followed, self._registry
         followed.follow(self.param_groups, registry)
-        keys = {followed.key_of(param): local(param) for param in params}
+        keys = {followed.key_of(param): here(param) for param in params}
         new = {key: param for key, param in keys.items() if key not in registry}
         if new:
             registry.enter(list(new), np.fromiter(new.values(), object, len(new)))

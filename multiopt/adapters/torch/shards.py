@@ -1,24 +1,15 @@
 """What a rank holds of a parameter: a ``DTensor`` is updated through the tensor that lies here."""
 
-import sys
-from typing import Any, TypeGuard
+from collections.abc import Collection
 
 import torch
 
-__all__ = ["is_distributed", "like", "local", "local_gradient"]
+from multiopt.distributed.boxes import is_distributed
+from multiopt.entry import chosen_clip
+from multiopt.registry import Registry
+from multiopt.rules import Rule
 
-
-def is_distributed(tensor: Any) -> "TypeGuard[torch.distributed.tensor.DTensor]":
-    """Whether a tensor is a ``DTensor``."""
-    # Importing it takes half a second; where it was not imported, there are none.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank holds, not a copy."""
-    with torch.no_grad():
-        return tensor.to_local() if is_distributed(tensor) else tensor
+__all__ = ["check_parts", "like", "local_gradient", "needs_ranks"]
 
 
 def local_gradient(param: torch.Tensor) -> torch.Tensor | None:
@@ -45,3 +36,39 @@ def like(param: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         shape=param.shape,
         stride=param.stride(),
     )
+
+
+def needs_ranks(registry: Registry, rule: Rule) -> bool:
+    """Whether a step depends on more of a parameter than may lie on this rank."""
+    depends = registry.clip is not None or registry.on_nonfinite != "propagate"
+    return depends or not rule.elementwise
+
+
+def check_parts(registry: Registry, rule: Rule, parts: Collection[str]) -> None:
+    """Refuse parameters of which only a part is here, if a step could not be right.
+
+    Raises:
+        ValueError: The rule or the clip needs whole parameters.
+    """
+    for name in parts:
+        if not (rule.elementwise or rule.norms_only):
+            raise ValueError(
+                f"parameter {name!r} lies on several ranks, and {type(rule).__name__} needs all of "
+                "it; expected it whole on each: leave it out of the sharding, or give it to "
+                "another optimizer"
+            )
+        clip = chosen_clip(registry.clip, name)
+        if registry.across is not None:
+            continue
+        if clip is not None and (clip.norm is not None or clip.global_norm is not None):
+            why = repr(clip)
+        elif registry.on_nonfinite != "propagate":
+            why = f"on_nonfinite={registry.on_nonfinite!r}"
+        elif not rule.elementwise:
+            why = type(rule).__name__
+        else:
+            continue
+        raise ValueError(
+            f"parameter {name!r} lies on several ranks, and {why} needs all of it; expected "
+            "process_group='world', or the group of these ranks"
+        )

@@ -21,8 +21,9 @@ from torch.distributions import constraints
 import multiopt as mo
 import multiopt.adapters.pyro as optim
 from multiopt.adapters.pyro import lr_scheduler
+from multiopt.adapters.pyro import tensor as tensor_module
 from multiopt.adapters.pyro.joint import JointOptim
-from multiopt.registry import Registry
+from multiopt.hyperparameters import set_numbers
 from tests.hosts.pyro.tensors import BOTH, give, leaf, param
 
 
@@ -459,12 +460,12 @@ def test_tensors_that_stand_alike_get_their_numbers_at_once(
 ) -> None:
     scheduler, changes = made(optim, "OneCycleLR", "AdamW"), []
     scheduler([give(param(name)) for name in "abc"])
-    set_numbers = Registry.set_numbers
-    monkeypatch.setattr(
-        Registry,
-        "set_numbers",
-        lambda known, *given: changes.append(given) or set_numbers(known, *given),
-    )
+    for module in (lr_scheduler, tensor_module):
+        monkeypatch.setattr(
+            module,
+            "set_numbers",
+            lambda known, *given: changes.append(given) or set_numbers(known, *given),
+        )
     scheduler.step()
     *leaders, (names, values) = changes
     assert (names, set(values)) == (["a", "b", "c"], {"lr", "betas"})

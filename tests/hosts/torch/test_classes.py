@@ -9,7 +9,7 @@ import torch
 
 import multiopt as mo
 import multiopt.adapters.torch as optim
-from multiopt.adapters.torch.optimizer import Settings
+from multiopt.adapters.torch.arguments import Settings
 from tests.hosts.optim_db import CLASSES, WITHOUT_RULE, Invalid, invalid, valid
 from tests.hosts.torch.training import Pair, give, parameters, same
 
