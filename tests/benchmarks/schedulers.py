@@ -31,7 +31,7 @@ def ours(each: bool = False, gamma: float = GAMMA) -> Side:
 
         return _run(work, lambda groups: optim.Adam(groups, lr=LR, threads=threads), each, gamma)
 
-    return Side(f"torch.optim, rates {_moves(gamma)}{_groups(each)}", begin, ("torch",))
+    return Side(f"Adam, rates {_moves(gamma)}{_groups(each)}", begin, ("torch",))
 
 
 def fused(each: bool = False) -> Side:
@@ -63,4 +63,4 @@ def _moves(gamma: float) -> str:
 
 
 def _groups(each: bool) -> str:
-    return ", a group each" if each else ""
+    return ", own groups" if each else ""
