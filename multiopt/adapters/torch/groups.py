@@ -94,7 +94,8 @@ class Followed:
             )
         known = dict(zip(map(id, self.params), self.keys, strict=True))
         names = chain.from_iterable(
-            group.get("param_names") or [None] * size
+            # There may be fewer, where tensors were added by hand.
+            [*group.get("param_names", ()), *[None] * size][:size]
             for group, size in zip(groups, sizes, strict=True)
         )
         taken = {known[one] for one in listed if one in known}

@@ -323,3 +323,17 @@ def test_settings_of_a_clip_and_of_an_average_are_by_name() -> None:
     assert torch.equal(sgd.average("bias"), model.bias)
     with pytest.raises(KeyError, match="weight"):
         sgd.average("weight")
+
+
+def test_a_tensor_that_is_added_by_hand_to_a_group_with_names() -> None:
+    pair = Pair("Adam", {"lr": 0.1}, lambda params: list(zip("ab", params, strict=False)))
+    pair.step(2)
+    for optimizer, params in ((pair.ours, pair.mine), (pair.peer, pair.theirs)):
+        optimizer.param_groups[0]["params"].append(params[2])
+    pair.step(2)
+    pair.check()
+    assert pair.ours.last.updated == ("a", "b", "2")
+    # Not every tensor has a name, so they are found by position.
+    other = optim.Adam(parameters("Adam"))
+    other.load_state_dict(pair.ours.state_dict())
+    assert [int(values["step"]) for values in other.state.values()] == [4, 4, 2]

@@ -481,3 +481,21 @@ def test_a_long_clock_is_not_rounded() -> None:
     adam.state[weight]["step"] = torch.tensor(2.0**24)
     adam.step()
     assert adam.state_dict()["state"][0]["step"].item() == 2**24 + 1
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [mo.Lion(), mo.LAMB(), mo.ClippedAdam(lrd=0.9), mo.DCTAdam(), mo.AdagradRMSProp()],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_any_rule_goes_on_at_the_same_bits(rule: mo.Rule) -> None:
+    whole = parameters("Adam")
+    ours = optim.Optimizer(whole, rule, mo.Clip(norm=0.5))
+    steps(whole, ours, 0, 3)
+    resumed = copied(whole)
+    other = optim.Optimizer(resumed, type(rule)(), mo.Clip(norm=0.5))
+    other.load_state_dict(saved(ours.state_dict()))
+    assert ours.param_groups[0] == {**other.param_groups[0], "params": whole}
+    for params, optimizer in ((whole, ours), (resumed, other)):
+        steps(params, optimizer, 3, 3)
+    assert same(whole, resumed)
