@@ -141,7 +141,7 @@ def _excluding(method: Method, check: Callable[[Guard, str], None]) -> Method:
     @wraps(method)
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
         guard = self._guard
-        check(guard, method.__name__)
+        check(guard, method.__name__.lstrip("_"))
         # No ``finally``: Ctrl-C may come before its first operation. This way it comes either
         # within the ``try``, or after everything is done.
         try:

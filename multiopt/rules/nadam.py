@@ -38,9 +38,9 @@ def share(momentum_decay: Any, step: Any) -> Any:
 
 @vectorized
 def product_of_shares(momentum_decay: Any, step: Any) -> Any:
-    """The product of the shares of steps 1 to ``step``."""
+    """The product of the shares of steps 1 to ``step``; 1 before the first."""
     products = _products(momentum_decay)
-    return products[min(int(step), len(products)) - 1]
+    return products[min(int(step), len(products) - 1)]
 
 
 @lru_cache(maxsize=256)
@@ -54,7 +54,7 @@ def _products(momentum_decay: float) -> tuple[float, ...]:
     while factor < 1.0 and products[-1] > 2.0**-54:
         factor = share(momentum_decay, len(products))
         products.append(products[-1] * factor)
-    return tuple(products[1:])
+    return tuple(products)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import multiopt as mo
 from multiopt.bench.paired import Side
 from multiopt.bench.sides import JAX, OPTAX, TEXTBOOK
-from tests.benchmarks import files, low_precision, svi, varies
+from tests.benchmarks import files, low_precision, schedulers, svi, varies
 from tests.benchmarks.memory import stream
 from tests.benchmarks.norms import accumulated, dot
 from tests.benchmarks.orders import every_second, fortran, last_channels, lying, reverse, rows
@@ -274,6 +274,31 @@ COMPARISONS = (
             ("thousands", varies.drawn_by, 35),
             ("two thousand", varies.one_of_all, 2.5),
             ("many small", varies.moved_by, 20),
+        )
+    ),
+    *(
+        Comparison(
+            *("scheduler", work, schedulers.ours(each), schedulers.ours(each, 1.0), 1.1),
+            unit=TIME,
+            turns=("hot",),
+            alike=False,
+        )
+        for work, each in (
+            ("few small", False),
+            ("hundred small", False),
+            ("many small", False),
+            ("many small", True),
+        )
+    ),
+    *(
+        Comparison(
+            *("scheduler", work, schedulers.ours(each), schedulers.fused(each), target, target)
+        )
+        for work, each, target in (
+            ("few small", False, None),
+            ("hundred small", False, None),
+            ("many small", False, 8),
+            ("many small", True, 8),
         )
     ),
     Comparison(

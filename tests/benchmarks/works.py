@@ -65,6 +65,7 @@ def works(quick: bool) -> dict[str, Work]:
         "beyond": Work(f"one array of {beyond / 1e6:.0f} million", ((beyond,),)),
         "many small": Work(f"{many} of 10", ((10,),) * many),
         "most small": Work(f"{most} of 10", ((10,),) * most),
+        "hundred small": Work("100 of 10", ((10,),) * 100),
         "few small": Work("10 of 10", ((10,),) * 10),
         "thousands": Work(f"{10 * many} of 10", ((10,),) * 10 * many),
         "two thousand": Work(f"{2 * many} of 10", ((10,),) * 2 * many),

@@ -1,9 +1,6 @@
 """Every configuration that PyTorch's own database of optimizers lists, against the torch class."""
 
-import json
-import subprocess
-import sys
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,45 +9,7 @@ import torch
 
 import multiopt as mo
 from tests.cases import TOLERANCE
-
-#: Prints the valid and the invalid hyperparameters of each class. In a process of its own, for
-#: ``torch.testing._internal`` changes settings of torch when it is imported.
-READ = """
-import json, torch
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
-
-def plain(x):
-    if isinstance(x, torch.Tensor):
-        return x.tolist()
-    return [plain(y) for y in x] if isinstance(x, tuple) else x
-
-def inputs(given):
-    return [{name: plain(value) for name, value in one.kwargs.items()} for one in given]
-
-print(json.dumps({
-    info.optim_cls.__name__: {
-        "valid": inputs(info.optim_inputs_func(device="cpu")),
-        "invalid": inputs(
-            error.optimizer_error_input
-            for error in info.optim_error_inputs_func(device="cpu", dtype=torch.float32)
-            if error.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
-            and error.error_type is ValueError
-        ),
-    }
-    for info in optim_db
-}))
-"""
-
-#: Classes that multiopt has no rule for.
-WITHOUT_RULE = {
-    "LBFGS": "evaluates the loss again within a step, which no rule can",
-    "SparseAdam": "is for sparse gradients, which multiopt refuses",
-}
-
-CLASSES = (
-    *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam"),
-    *("RAdam", "RMSprop", "Rprop", "SGD"),
-)
+from tests.hosts.optim_db import CLASSES, WITHOUT_RULE, Invalid, database, invalid, valid
 
 #: Where multiopt differs on purpose: what the looser tolerance is for.
 DIFFERENT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,20 +23,15 @@ DIFFERENT: dict[str, tuple[str, dict[str, Any]]] = {
 NOT_OURS = ("foreach", "fused", "capturable", "differentiable")
 
 
-@cache
-def database() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    run = [sys.executable, "-W", "ignore", "-c", READ]
-    output = subprocess.run(run, stdout=subprocess.PIPE, check=True, text=True).stdout
-    found: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(output)
-    return found
-
-
 def test_the_lists_are_those_of_the_database() -> None:
     assert sorted(database()) == sorted([*CLASSES, *WITHOUT_RULE])
 
 
-def arguments(given: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+def plain(value: Any) -> Any:
+    """A setting as multiopt's rules take it, numbers in the place of tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -90,9 +44,8 @@ def test_fifty_steps_of_every_valid_configuration(
     torch.set_default_dtype(getattr(torch, dtype))
     shapes = {"matrix": (6, 4)} if name == "Muon" else {"matrix": (6, 4), "w": (5,), "c": ()}
     tolerance = DIFFERENT[name][1] if name in DIFFERENT else TOLERANCE[dtype]
-    configurations = database()[name]["valid"]
-    assert len(configurations) > 3
-    for settings in map(arguments, configurations):
+    for _, given in valid(name):
+        settings = {key: plain(value) for key, value in given.items()}
         rng = np.random.default_rng(7)
         ours = {key: np.asarray(rng.standard_normal(shape), dtype) for key, shape in shapes.items()}
         theirs = {k: torch.from_numpy(x.copy()).requires_grad_() for k, x in ours.items()}
@@ -115,16 +68,20 @@ def test_fifty_steps_of_every_valid_configuration(
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_invalid_configurations_are_refused(name: str) -> None:
-    invalid = [x for x in database()[name]["invalid"] if x and not set(NOT_OURS) & set(x)]
-    # A tensor of one element in place of a number is one here; torch wants both betas alike.
-    invalid = [x for x in invalid if not is_tensors_quarrel(name, x)]
-    assert invalid
-    for settings in map(arguments, invalid):
+    refused = [one for one in invalid(name) if is_about_numbers(name, one)]
+    assert refused
+    for one in refused:
+        settings = {key: plain(value) for key, value in one.settings.items()}
         with pytest.raises(ValueError, match=name):
             getattr(mo, name)(**settings)
 
 
-def is_tensors_quarrel(name: str, settings: dict[str, Any]) -> bool:
-    """Whether torch refuses tensors for betas, whose values are in range."""
-    betas = settings.get("betas", [1.0])
-    return name in ("Adam", "AdamW") and all(0 <= beta < 1 for beta in betas)
+def is_about_numbers(name: str, one: Invalid) -> bool:
+    """Whether hyperparameters are what torch refuses, and their values are why."""
+    if one.in_step or one.error != "ValueError" or not one.settings:
+        return False
+    if set(NOT_OURS) & set(one.settings):
+        return False
+    # A tensor of one element in place of a number is one here; torch wants both betas alike.
+    betas = plain(one.settings.get("betas", (1.0,)))
+    return not (name in ("Adam", "AdamW") and all(0 <= beta < 1 for beta in betas))

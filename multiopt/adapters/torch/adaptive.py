@@ -19,7 +19,8 @@ from typing import Unpack
 
 import torch
 
-from multiopt.adapters.torch.optimizer import Optimizer, Params, Settings
+from multiopt.adapters.torch.arguments import Params, Settings
+from multiopt.adapters.torch.optimizer import Optimizer
 
 __all__ = [
     "Adadelta",

@@ -16,7 +16,8 @@ from typing import Unpack
 
 import torch
 
-from multiopt.adapters.torch.optimizer import Optimizer, Params, Settings
+from multiopt.adapters.torch.arguments import Params, Settings
+from multiopt.adapters.torch.optimizer import Optimizer
 
 __all__ = [
     "ASGD",
@@ -125,6 +126,13 @@ class Muon(Optimizer):
             ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,
         )
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim != 2:
+                    raise ValueError(
+                        "Muon only supports 2D parameters whereas we found a parameter with size: "
+                        f"{param.size()}"
+                    )
 
 
 class Rprop(Optimizer):

@@ -1,75 +1,98 @@
-"""Steps that are part of an autograd graph, for groups with ``differentiable=True``.
+"""Steps that are part of an autograd graph, of optimizers with ``differentiable=True``.
 
-They call the rule as it stands on torch's tensors, and keep slots with their history, as torch
-does. Nothing of this is fast, nor saved with a history.
+They call the rule as it stands on torch's tensors, and the state is a dict of tensors with their
+history, as in torch. Nothing of this is fast.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch
 import numpy as np
 import torch
 
-from multiopt.adapters.torch.state import derived_numbers, scalar
+from multiopt.adapters.torch.gradients import without_sparse
+from multiopt.adapters.torch.state import clock_of, derived_numbers, offset, scalar
 from multiopt.rules import Rule
 from multiopt.state.record import described_rule
 
 if TYPE_CHECKING:
     from multiopt.adapters.torch.groups import Followed
 
-__all__ = ["Graphs", "is_differentiable"]
+__all__ = ["check_settings", "step"]
+
+#: The settings of the core that a step within a graph has no part for, where they are off.
+OFF = {
+    "average": None,
+    "clip": None,
+    "master_weights": False,
+    "max_consecutive_skips": None,
+    "on_nonfinite": "propagate",
+    "process_group": None,
+}
 
 
-def is_differentiable(groups: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether any group is to be differentiated through."""
-    return any(group.get("differentiable") for group in groups)
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check that no other setting of an optimizer asks for what its steps cannot do.
+
+    Raises:
+        ValueError: One does.
+    """
+    for name, off in OFF.items():
+        value = settings.get(name, off)
+        if value != off:
+            raise ValueError(
+                f"differentiable=True cannot be combined with {name}={value!r}: the step is part "
+                f"of an autograd graph; expected no {name}"
+            )
 
 
-class Graphs:
-    """The state of parameters that are differentiated through, each a dict as torch has it."""
+def step(followed: "Followed", states: MutableMapping[torch.Tensor, dict[str, Any]]) -> None:
+    """Update all parameters that have a gradient, with history.
 
-    def __init__(self) -> None:
-        """Start without state."""
-        self.states: dict[str, dict[str, Any]] = {}
+    Args:
+        followed: The parameters with their rules.
+        states: The state of each, as torch has it, with history; it changes.
 
-    def step(
-        self, groups: Iterable[Mapping[str, Any]], followed: "Followed"
-    ) -> tuple[list[str], np.ndarray]:
-        """Step the parameters of the groups that are differentiable.
+    Raises:
+        RuntimeError: A parameter is a leaf that requires a gradient, or a gradient is sparse, in
+            torch's words. Nothing has changed.
+        ValueError: The clock in a state is not one. Nothing has changed.
+    """
+    params = np.fromiter((p for p in followed.params if p.grad is not None), object)
+    dense = without_sparse(followed, params)
+    grads = [param.grad for param in params] if dense is None else dense
+    with torch.enable_grad():
+        if any(param.is_leaf and param.requires_grad for param in params):
+            raise RuntimeError(
+                "a leaf Variable that requires grad is being used in an in-place operation."
+            )
+        results = [
+            _result(followed.rule_for(followed.key_of(param)), param, grad, states.get(param, {}))
+            for param, grad in zip(params, grads, strict=True)
+        ]
+        for param, (new, state) in zip(params, results, strict=True):
+            param.copy_(new)
+            states.setdefault(param, {}).update(state)
 
-        Returns:
-            The names and tensors of the others.
-        """
-        others: list[tuple[str, torch.Tensor]] = []
-        for group in groups:
-            for param in group["params"]:
-                key = followed.key_of(param)
-                if not group.get("differentiable"):
-                    others.append((key, param))
-                elif param.grad is not None:
-                    state = self.states.setdefault(key, {})
-                    with torch.enable_grad():
-                        _step(followed.rule_for(key), param, param.grad, state)
-        params = np.fromiter((param for _, param in others), object, len(others))
-        return [key for key, _ in others], params
 
-
-def _step(rule: Rule, param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any]) -> None:
-    """Update one parameter and its state."""
-    x, g = (_working(tensor) for tensor in (param, grad))
-    step = int(state.get("step", 0)) + 1
-    shapes = rule.slot_shapes(tuple(x.shape))
-    slots = tuple(
-        _working(state[name]) if step > 1 else x.new_zeros(shape) for name, shape in shapes.items()
-    )
-    c = rule.coefficients(step, str(x.dtype).removeprefix("torch."))
-    new, slots = rule.update(array_api_compat.torch, x, g, slots, c)
+def _result(
+    rule: Rule, param: torch.Tensor, grad: torch.Tensor, state: Mapping[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A parameter and its state after a step."""
+    x, g = _working(param), _working(grad)
+    clock = clock_of(type(rule), state)
+    count, shapes = clock + 1, rule.slot_shapes(tuple(x.shape))
+    given = {name: _working(state[name]) for name in shapes if state.get(name) is not None}
+    if not clock:
+        given = offset(given, described_rule(rule, 0), -1)
+    slots = [given.get(name, x.new_zeros(shape)) for name, shape in shapes.items()]
+    c = rule.coefficients(count, str(x.dtype).removeprefix("torch."))
+    new, after = rule.update(array_api_compat.torch, x, g, tuple(slots), c)
     as_complex = torch.view_as_complex if param.is_complex() else _same
-    param.copy_(as_complex(new))
-    state["step"] = scalar(step)
-    state.update(derived_numbers(described_rule(rule, step), step))
-    state.update(zip(shapes, map(as_complex, slots), strict=True))
+    numbers = derived_numbers(described_rule(rule, count), count)
+    shown = dict(zip(shapes, map(as_complex, after), strict=True))
+    return as_complex(new), {"step": scalar(count), **numbers, **shown}
 
 
 def _working(tensor: torch.Tensor) -> torch.Tensor:

@@ -117,18 +117,23 @@ class Followed:
         # A row may have the numbers of another group now.
         self.forget_settings()
 
+    def known(self, param: object) -> str | None:
+        """The name in the registry of a tensor that was in a group at the last look, or None."""
+        return self._key_of.get(id(param))
+
     def key_of(self, param: torch.Tensor) -> str:
         """The name of a tensor in the registry.
 
         Raises:
             KeyError: It is in no group.
         """
-        if id(param) not in self._key_of:
+        key = self.known(param)
+        if key is None:
             raise KeyError(
                 f"a tensor of shape {tuple(param.shape)} is in none of the param_groups; expected "
                 "one that is: add_param_group"
             )
-        return self._key_of[id(param)]
+        return key
 
     # Settings
 

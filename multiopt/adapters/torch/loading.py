@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from multiopt.adapters.torch.state import DERIVED, clock_of, scalar, whole_number
+from multiopt.adapters.torch.state import DERIVED, clock_of, offset, scalar, whole_number
 from multiopt.backend import backend_named
 from multiopt.distributed.boxes import here
 from multiopt.entry import Entry, chosen_clip
@@ -75,7 +75,7 @@ def _names(groups: Iterable[Mapping[str, Any]]) -> list[str] | None:
     for group in groups:
         if len(group.get("param_names", ())) != len(group["params"]):
             return None
-        names += group["param_names"]
+        names += group.get("param_names", ())
     return names if len(set(names)) == len(names) else None
 
 
@@ -109,7 +109,7 @@ def loaded(
             saved = _saved(name, values, rule, param, average)
             if param is None:
                 waiting[name] = saved
-            elif name in registry or saved.step:
+            elif name in registry or values:
                 clip = registry.entry(name).clip if name in registry else None
                 if name not in registry:
                     clip = chosen_clip(registry.clip, name)
@@ -131,9 +131,11 @@ def _saved(
 ) -> Saved:
     """A record of a parameter's state as torch has it."""
     step = clock_of(type(rule), values)
-    slots = _slots(rule, values, param) if step else {}
+    slots = _slots(rule, values, param)
     mean, seen = slots.pop(SHOWN_AVERAGE, None), whole_number(values.get(AVERAGE_STEP, 0))
-    entry = {"rule": described_rule(rule, step), "step": step, "slots": slots}
+    described = described_rule(rule, step)
+    slots = slots if step else offset(slots, described, -1)
+    entry = {"rule": described, "step": step, "slots": slots}
     if average is None or mean is None or not seen:
         return saved_of(name, entry)
     kept = {"rule": described_rule(average, seen), "step": seen, "slots": {SHOWN_AVERAGE: mean}}

@@ -5,22 +5,23 @@ what torch makes of them: what a group says is what the next step uses (``groups
 shows the slots that there are (``views``).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import fields
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from multiopt import rules
-from multiopt.adapters.torch.differentiable import Graphs, is_differentiable
+from multiopt.adapters.torch import differentiable
+from multiopt.adapters.torch.arguments import Clips, Named, Params, Settings
 from multiopt.adapters.torch.gradients import held, without_sparse
 from multiopt.adapters.torch.groups import Followed
 from multiopt.adapters.torch.loading import loaded, matched, waiting_state
 from multiopt.adapters.torch.settings import plain_settings
 from multiopt.adapters.torch.shards import check_parts, needs_ranks
-from multiopt.adapters.torch.views import State
+from multiopt.adapters.torch.views import Slots, State
 from multiopt.distributed.boxes import here
 from multiopt.distributed.ranks import Ranks
 from multiopt.errors import brief
@@ -29,31 +30,10 @@ from multiopt.optimizer import Optimizer as Core
 from multiopt.rules import Rule
 from multiopt.rules.average import Average
 from multiopt.step.across import Across
-from multiopt.step.clip import Clip
 from multiopt.step.report import Report, explain
 from multiopt.step.skips import Skips
 
-__all__ = ["Clips", "Named", "Optimizer", "Params", "Settings"]
-
-#: Parameters as ``torch.optim`` takes them: tensors, pairs of names and tensors, or groups.
-Params: TypeAlias = (
-    Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
-)
-Named: TypeAlias = Iterable[tuple[str, torch.Tensor]]
-Clips: TypeAlias = Clip | Callable[[str], Clip | None] | None
-
-
-class Settings(TypedDict, total=False):
-    """Settings of ``multiopt.Optimizer`` that every optimizer here takes by keyword."""
-
-    clip: Clips
-    names: Named | None
-    process_group: Any
-    on_nonfinite: Literal["propagate", "raise", "skip"]
-    threads: int | None
-    master_weights: bool
-    average: Average | Callable[[str], Average | None] | None
-    max_consecutive_skips: int | None
+__all__ = ["Optimizer"]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -125,7 +105,7 @@ class Optimizer(torch.optim.Optimizer):
         core: dict[str, Any] = {**settings}
         self._names = {id(param): (name, param) for name, param in core.pop("names", None) or ()}
         self._process_group = core.pop("process_group", None)
-        self._followed, self._graphs = Followed(rule, defaults), Graphs()
+        self._followed = Followed(rule, defaults)
         self._core = Core(self._followed.rule_for, **core)
         # torch's optimizers leave alone what has no gradient, whatever it is.
         self._core._registry.needs_gradients = False
@@ -163,6 +143,8 @@ class Optimizer(torch.optim.Optimizer):
         # torch's constructor knows what it refuses.
         defaults = peer([torch.empty(0, 0)], **given).defaults
         kind = getattr(rules, peer.__name__)
+        if given.get("differentiable"):
+            differentiable.check_settings(settings)
         own = plain_settings({f.name: defaults[f.name] for f in fields(kind) if f.name in defaults})
         self._begin(kind(**own), defaults, settings)
         torch.optim.Optimizer.__init__(self, params, defaults)
@@ -174,8 +156,9 @@ class Optimizer(torch.optim.Optimizer):
                 "an optimizer with a process group cannot be copied; expected one with "
                 "process_group='world' or without: make another one and load the state dict"
             )
-        kept = "defaults", "param_groups", "_core", "_followed", "_graphs", "_process_group"
-        return {**{name: vars(self)[name] for name in kept}, "_names": {}}
+        kept = "defaults", "param_groups", "_core", "_followed", "_process_group"
+        found = {name: vars(self)[name] for name in kept}
+        return {**found, "_names": {}, **({"state": self.state} if self._is_differentiable else {})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what ``__getstate__`` returned."""
@@ -200,6 +183,7 @@ class Optimizer(torch.optim.Optimizer):
                         "name for each: names=model.named_parameters()"
                     )
                 listed = [self._names[id(param)] for param in listed]
+            # What was listed may have been an iterator.
             param_group = {**param_group, "params": listed}
         super().add_param_group(param_group)
 
@@ -242,19 +226,20 @@ class Optimizer(torch.optim.Optimizer):
         before = registry.outcome
         try:
             followed.follow(self.param_groups, registry)
+            if self._is_differentiable:
+                differentiable.step(followed, self.state)
+                return
             if followed.params is not self._placed:
                 check_parts(registry, followed.rule, followed.parts)
                 if registry.across is not None:
                     registry.across.counts, registry.across.parts = followed.counts, followed.parts
                 self._placed = followed.params
             names, params = followed.keys, followed.params
-            if is_differentiable(self.param_groups):
-                names, params = self._graphs.step(self.param_groups, followed)
             parts = held(params) if followed.are_distributed else (params, None)
             try:
                 registry.step(names, *parts)
-            except TypeError:
-                dense = without_sparse(type(self).__name__, params)
+            except (TypeError, ValueError):
+                dense = without_sparse(followed, params)
                 if dense is None:
                     raise
                 registry.step(names, params, dense)
@@ -281,15 +266,22 @@ class Optimizer(torch.optim.Optimizer):
 
     # State
 
+    @property
+    def _is_differentiable(self) -> bool:
+        """Whether steps are part of a graph, and the state a dict as in torch."""
+        return bool(self.defaults.get("differentiable"))
+
     @property  # type: ignore[override]  # a defaultdict in torch
-    def state(self) -> State:
+    def state(self) -> MutableMapping[torch.Tensor, Any]:
         """The clocks and the slots, by parameter: live, and what is assigned counts."""
-        return State(self)
+        return vars(self)["state"] if self._is_differentiable else State(self)
 
     @state.setter
     def state(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
+        if self._is_differentiable:
+            vars(self)["state"] = state
         # The constructor of torch's assigns an empty one before there are parameters.
-        if vars(self).get("param_groups"):
+        elif vars(self).get("param_groups"):
             params = self._stateful()
             self._load({self._followed.key_of(param): state.get(param, {}) for param in params})
 
@@ -299,6 +291,8 @@ class Optimizer(torch.optim.Optimizer):
         Slots are not copies. They are float32 for parameters of 16 bits. State that waits for a
         name which no group has yet is under ``"pending"``.
         """
+        if self._is_differentiable:
+            return super().state_dict()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         params = self._stateful()
@@ -308,7 +302,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             numbers = [number_of[id(param)] for param in group["params"]]
             groups.append({**group, "params": numbers})
-        states = {number_of[id(param)]: dict(self.state[param]) for param in params}
+        states = {number_of[id(param)]: Slots(self, param).now() for param in params}
         found: dict[str, Any] = {"state": states, "param_groups": groups}
         if waiting := self._registry.pending:
             found["pending"] = {name: waiting_state(saved) for name, saved in waiting.items()}
@@ -332,6 +326,9 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: The groups differ, in torch's words; or state does not fit its parameter.
                 Nothing has changed.
         """
+        if self._is_differentiable:
+            super().load_state_dict(state_dict)
+            return
         state_dict = state_dict.copy()
         for changing in self._optimizer_load_state_dict_pre_hooks.values():
             changed = changing(self, state_dict)

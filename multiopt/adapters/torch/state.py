@@ -44,6 +44,7 @@ __all__ = [
     "for_torch",
     "fresh_state",
     "leave_out",
+    "offset",
     "parameter_from_torch",
     "parameter_to_torch",
     "parameters_from_torch",
@@ -69,6 +70,13 @@ DERIVED: dict[str, dict[str, Callable[[Mapping[str, Any], int], Any]]] = {
         ),
         "mu": lambda rule, step: 1 / max(1.0, step - rule["t0"]),
     },
+}
+
+#: Slots that torch does not start at zero, and the setting that they begin with. Ours are zero, and
+#: the first step adds it.
+BEGINNINGS = {
+    "Adagrad": ("sum", "initial_accumulator_value"),
+    "Rprop": ("step_size", "lr"),
 }
 
 
@@ -150,6 +158,25 @@ def derived_numbers(rule: Mapping[str, Any], step: int) -> dict[str, torch.Tenso
     """
     derived = DERIVED.get(rule["name"], {})
     return {name: scalar(float(value(rule, step))) for name, value in derived.items()}
+
+
+def offset(
+    slots: Mapping[str, torch.Tensor], rule: Mapping[str, Any], sign: int
+) -> dict[str, torch.Tensor]:
+    """Convert slots at the clock 0 to those of torch, with the sign 1, or from them, with -1.
+
+    Args:
+        slots: The slots by name.
+        rule: The description of the rule in a state dict.
+        sign: Which way.
+    """
+    slots = dict(slots)
+    slot, setting = BEGINNINGS.get(rule["name"], ("", ""))
+    if slot in slots:
+        begins = sign * rule[setting]
+        number = complex(begins, begins) if slots[slot].is_complex() else begins
+        slots[slot] = slots[slot] + number
+    return slots
 
 
 def parameters_from_torch(

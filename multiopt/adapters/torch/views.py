@@ -12,7 +12,7 @@ import torch
 
 from multiopt.adapters.torch.loading import AVERAGE_STEP
 from multiopt.adapters.torch.shards import like
-from multiopt.adapters.torch.state import derived_numbers, scalar
+from multiopt.adapters.torch.state import derived_numbers, offset, scalar
 from multiopt.backend import backend_named
 from multiopt.state.record import described_rule
 
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from multiopt.adapters.torch.optimizer import Optimizer
 
 __all__ = ["Slots", "State"]
-
-#: Slots that torch does not start at zero: what they begin with. Ours do, and rules begin likewise.
-BEGINNINGS = {
-    "Adagrad": ("sum", "initial_accumulator_value"),
-    "Rprop": ("step_size", "lr"),
-}
 
 
 class State(MutableMapping[torch.Tensor, Any]):
@@ -37,12 +31,17 @@ class State(MutableMapping[torch.Tensor, Any]):
 
     def __getitem__(self, param: torch.Tensor) -> "Slots":
         """The clock and the slots of a parameter."""
-        return Slots(self._owner, param)
+        owner = self._owner
+        key = owner._followed.known(param)
+        if key is None or key not in owner._registry:
+            owner._enter([param])
+        return Slots(owner, param)
 
     def __setitem__(self, param: torch.Tensor, values: Mapping[str, Any]) -> None:
         """Replace the clock and the slots of a parameter; without any it starts over."""
-        self._owner._enter([param])
-        self._owner._load({self._owner._followed.key_of(param): values})
+        followed = self._owner._followed
+        followed.look(self._owner.param_groups)
+        self._owner._load({followed.key_of(param): values})
 
     def __delitem__(self, param: torch.Tensor) -> None:
         """Make a parameter start over."""
@@ -50,7 +49,10 @@ class State(MutableMapping[torch.Tensor, Any]):
 
     def __contains__(self, param: object) -> bool:
         """Whether a tensor has state: it is in a group, and it can be or was updated."""
-        return any(param is one for one in self)
+        followed, registry = self._owner._followed, self._owner._registry
+        followed.look(self._owner.param_groups)
+        key = followed.known(param)
+        return key is not None and (key in registry or getattr(param, "requires_grad", False))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The parameters that can be updated, or were, in the order of the groups."""
@@ -62,19 +64,19 @@ class State(MutableMapping[torch.Tensor, Any]):
 
     def __repr__(self) -> str:
         """The text of a dict with the current values."""
-        return repr({param: dict(slots) for param, slots in self.items()})
+        return repr({param: slots.now() for param, slots in self.items()})
 
 
 class Slots(MutableMapping[str, Any]):
     """The clock and the slots of a parameter under torch's names; the slots are not copies."""
 
     def __init__(self, owner: "Optimizer", param: torch.Tensor) -> None:
-        """Make a view; the parameter begins its state if it has none."""
+        """Make a view of the state of a parameter that has some."""
         self._owner, self._param = owner, param
-        owner._enter([param])
         self._key = owner._followed.key_of(param)
 
-    def _now(self) -> dict[str, Any]:
+    def now(self) -> dict[str, Any]:
+        """All of it as a dict, of which a step later only the slots are live."""
         registry = self._owner._registry
         entry = registry.entry(self._key)
         slots, step = dict(entry.slots), entry.step
@@ -84,9 +86,8 @@ class Slots(MutableMapping[str, Any]):
             as_complex = backend_named("torch").as_complex
             slots = {name: as_complex(slot) for name, slot in slots.items()}
         rule = described_rule(entry.rule, step, registry.steps)
-        if not step and rule["name"] in BEGINNINGS:
-            slot, setting = BEGINNINGS[rule["name"]]
-            slots[slot] = torch.full_like(slots[slot], rule[setting])
+        if not step:
+            slots = offset(slots, rule, 1)
         shown: dict[str, Any] = {"step": scalar(step), **derived_numbers(rule, step)}
         shown |= {name: like(self._param, slot) for name, slot in slots.items()}
         if entry.average is not None:
@@ -95,7 +96,7 @@ class Slots(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """A slot, the clock, or a number that follows from the clock and the settings."""
-        return self._now()[name]
+        return self.now()[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Write to a slot or the clock.
@@ -104,7 +105,7 @@ class Slots(MutableMapping[str, Any]):
             KeyError: There is no such slot.
             CheckpointError: The value does not fit.
         """
-        now = self._now()
+        now = self.now()
         if name not in now:
             raise KeyError(f"the state of {self._key!r} has no {name!r}; it has {', '.join(now)}")
         State(self._owner)[self._param] = {**now, name: value}
@@ -119,12 +120,12 @@ class Slots(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         """The names of the clock and the slots."""
-        return iter(self._now())
+        return iter(self.now())
 
     def __len__(self) -> int:
         """How many there are."""
-        return len(self._now())
+        return len(self.now())
 
     def __repr__(self) -> str:
         """The text of a dict with the current values."""
-        return repr(dict(self))
+        return repr(self.now())
