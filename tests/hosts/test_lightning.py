@@ -10,7 +10,7 @@ import torch
 
 import multiopt as mo
 import multiopt.adapters.torch as multiopt_optim
-from tests.hosts.training import assert_equal, assert_near, batches, mse_loss, network
+from tests.hosts.training import ALONE, assert_equal, assert_near, batches, mse_loss, network
 
 EPOCHS = 4
 
@@ -44,16 +44,7 @@ def fit(
     checkpoint: Path | None = None,
     **settings: Any,
 ) -> lightning.Trainer:
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **settings,
-    )
+    trainer = lightning.Trainer(max_epochs=epochs, default_root_dir=folder, **ALONE, **settings)
     trainer.fit(module, batches(), ckpt_path=checkpoint)
     return trainer
 

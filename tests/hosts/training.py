@@ -1,16 +1,29 @@
 """A small model and its data, which every host trains; and what training came to."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 __all__ = [
+    "ALONE",
     "assert_equal",
     "assert_near",
     "batches",
     "mse_loss",
     "network",
 ]
+
+
+#: Lightning's Trainer on the CPU, which writes and shows nothing.
+ALONE: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def network() -> torch.nn.Module:
