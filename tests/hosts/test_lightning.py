@@ -14,10 +14,6 @@ from tests.hosts.training import ALONE, assert_equal, assert_near, batches, mse_
 
 EPOCHS = 4
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning:lightning"
-)
-
 
 class Regression(lightning.LightningModule):
     def __init__(self, optim: ModuleType) -> None:

@@ -124,8 +124,8 @@ def sparse_regression(optim: ModuleType, folder: Path) -> list[float]:
     guide = AutoDelta(sparse_model, init_loc_fn=init_loc)
     with poutine.block(), poutine.trace(param_only=True) as captured:
         guide(*data)
-    params = [pyro.param(name).unconstrained() for name in captured.trace]
-    adam = optim.Adam(params, lr=0.3)
+    values: list[Any] = [pyro.param(name) for name in captured.trace.nodes]
+    adam = optim.Adam([value.unconstrained() for value in values], lr=0.3)
     losses = []
     for step in range(20):
         loss = loss_fn(sparse_model, guide, *data) / len(y)
@@ -174,9 +174,6 @@ def coupled_gps(optim: ModuleType, folder: Path) -> list[float]:
         (independent_gps, 1e-12),
         (coupled_gps, 1e-12),
     ],
-)
-@pytest.mark.filterwarnings(
-    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning:lightning"
 )
 def test_losses_follow_torch_where_only_the_import_changed(
     example: Any, tolerance: float, tmp_path: Path
