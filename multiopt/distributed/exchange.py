@@ -60,8 +60,9 @@ class Exchange:
     Args:
         group: The process group; None for the default one.
         reduction: ``"ordered"`` or ``"fast"``.
-        check_new: Raises an error if names that all ranks are about to hold cannot be held here.
-        state_of: Returns the state of some names as a file; empty if there is none.
+        check_new: Raises an error if names that all ranks are about to hold cannot be held here;
+            it gets the array of each, or None where another rank has it.
+        state_of: Returns the state of some parameters as a file; empty if there is none.
 
     Attributes:
         messages: The small messages between the ranks.
@@ -77,8 +78,8 @@ class Exchange:
         self,
         group: Any,
         reduction: str,
-        check_new: Callable[[Sequence[str]], object],
-        state_of: Callable[[Sequence[str]], bytes],
+        check_new: Callable[[Mapping[str, Array | None]], object],
+        state_of: Callable[[Mapping[str, Array]], bytes],
     ) -> None:
         """Start with no names; nothing is sent."""
         if reduction not in REDUCTIONS:
@@ -165,11 +166,12 @@ class Exchange:
         params: Mapping[str, Array],
     ) -> tuple[dict[str, Array], list[bytes]]:
         """Get the values and the states of new names from the lowest rank that has each."""
-        self._check_new(names)
+        self._check_new({name: params.get(name) for name in names})
         batches, rank = _batches(names, sources, layouts), self._transport.rank
         mine, states = batches.get(rank, []), list[bytes]()
         for k in range(max(map(len, batches.values()))):
-            state = self._state_of(mine[k]) if k < len(mine) else b""
+            batch = mine[k] if k < len(mine) else []
+            state = self._state_of({name: params[name] for name in batch}) if batch else b""
             lengths = enumerate(self.messages.send(len(state))[:, 0].tolist())
             found = self._transport.send_bytes(
                 state, {r: length for r, length in lengths if length}

@@ -24,7 +24,7 @@ from multiopt.state.settings import Made, described_settings
 from multiopt.state.tables import waiting
 from multiopt.state.writing import write
 
-__all__ = ["copied", "packed", "undoing", "with_state", "with_values"]
+__all__ = ["copied", "on_this_rank", "packed", "undoing", "with_state", "with_values"]
 
 
 def packed(registry: Registry, names: Sequence[str]) -> bytes:
@@ -80,7 +80,7 @@ def with_state(
     """
     contents = [read(BytesIO(state)) for state in states]
     before = registry.pending, registry.skips, registry.settings, registry.steps
-    rows = {name: _copy(registry, name) for name in names if name in registry}
+    rows = {name: on_this_rank(registry, name) for name in names if name in registry}
 
     def undo() -> None:
         registry.put(rows)
@@ -93,13 +93,16 @@ def with_state(
             kept = {name: _kept(registry, name, saved) for name, saved in found.saved.items()}
             registry.pending = registry.pending | kept
             registry.skips = registry.skips | found.skips
-            own: dict[str | None, dict[str, Any]] = {name: dict(values) for name, values in found.settings.by_name.items()}
+            own: dict[str | None, dict[str, Any]] = {
+                name: dict(values) for name, values in found.settings.by_name.items()
+            }
             registry.settings = {**registry.settings, **own}
         registry.steps = steps
         yield
 
 
-def _copy(registry: Registry, name: str) -> Entry:
+def on_this_rank(registry: Registry, name: str) -> Entry:
+    """A copy of the state of a name that has been seen, as it is on this rank."""
     entry = registry.entry(name)
     to_host = backend_named(entry.layout.library).to_host
     return entry.with_converted(lambda slot: slot_of(to_host(slot), entry.layout))

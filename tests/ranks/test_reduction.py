@@ -1,4 +1,4 @@
-"""The mean over ranks: in the order of the ranks, in the compute dtype, rounded once, by buckets."""
+"""The mean over ranks: added in the order of the ranks, rounded once, and taken by buckets."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def _means(reduction: str, bucket: int) -> dict[str, Any]:
             super().all_to_all(received, part)
 
     transport = Watched()
-    packing.BUCKET = bucket  # type: ignore[misc]
+    packing.BUCKET = bucket
     arrays: dict[str, Any] = {}
     for dtype in DTYPES:
         for name in SHAPES:
@@ -66,7 +66,7 @@ def _means(reduction: str, bucket: int) -> dict[str, Any]:
         found = mean(transport, layouts, grads, reduction)
         values = broadcast(transport, layouts, arrays if rank == 1 else {}, 1)
     finally:
-        packing.BUCKET = BUCKET  # type: ignore[misc]
+        packing.BUCKET = BUCKET
     assert {backend_for(x, name).layout(x, name) == layouts[name] for name, x in found.items()} == {
         True
     }
@@ -78,7 +78,13 @@ def _means(reduction: str, bucket: int) -> dict[str, Any]:
 def _bytes(arrays: dict[str, Any]) -> dict[str, bytes]:
     found = {}
     for name, x in arrays.items():
-        host = x if isinstance(x, np.ndarray) else x.contiguous().view(torch.uint8).numpy() if x.ndim else x.reshape(1).view(torch.uint8).numpy()
+        host = (
+            x
+            if isinstance(x, np.ndarray)
+            else x.contiguous().view(torch.uint8).numpy()
+            if x.ndim
+            else x.reshape(1).view(torch.uint8).numpy()
+        )
         found[name] = host.tobytes()
     return found
 
@@ -104,7 +110,9 @@ def test_gradients_are_added_in_the_order_of_the_ranks(ranks: int, bucket: int) 
 
 def test_another_order_would_give_other_numbers() -> None:
     every = [_gradient(rank, "many", "float32") for rank in range(3)]
-    orders = [rank_order_mean([every[k] for k in order]).tobytes() for order in ((0, 1, 2), (2, 1, 0))]
+    orders = [
+        rank_order_mean([every[k] for k in order]).tobytes() for order in ((0, 1, 2), (2, 1, 0))
+    ]
     assert orders[0] != orders[1]
 
 

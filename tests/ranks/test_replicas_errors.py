@@ -80,7 +80,10 @@ CASES: dict[str, tuple[Callable[[int], Call], type[Exception], str]] = {
         *(ValueError, r"parameter 'n' has shape \(3,\) on rank 1; expected \(2,\), as on rank 0"),
     ),
     "other dtypes": (
-        lambda rank: ({"n": np.zeros(2, f"f{4 + 4 * rank}")}, {"n": np.ones(2, f"f{4 + 4 * rank}")}),
+        lambda rank: (
+            {"n": np.zeros(2, f"f{4 + 4 * rank}")},
+            {"n": np.ones(2, f"f{4 + 4 * rank}")},
+        ),
         *(TypeError, "parameter 'n' has dtype float64 on rank 1; expected float32, as on rank 0"),
     ),
     "other libraries": (
@@ -127,7 +130,11 @@ def _fails(case: str) -> tuple[str, str, bool, Any]:
     )
     replicas.step({"old": np.full(2, float(rank))}, {"old": np.ones(2)})
     params, grads = CASES[case][0](rank)
-    kept = {n: x for n, x in params.items() if isinstance(x, np.ndarray)} if type(params) is dict else {}
+    kept = (
+        {n: x for n, x in params.items() if isinstance(x, np.ndarray)}
+        if type(params) is dict
+        else {}
+    )
     before = _state(replicas, kept)
     try:
         replicas.step(params, grads)
@@ -153,7 +160,9 @@ def test_an_error_on_one_rank_is_an_error_on_all(case: str) -> None:
 
 def _with_reductions() -> str:
     replicas = Replicas(mo.Optimizer(mo.SGD()), reduction="fast" if dist.get_rank() else "ordered")
-    with pytest.raises(ValueError, match="must be the same on all ranks; got 'ordered', 'fast'") as e:
+    with pytest.raises(
+        ValueError, match="must be the same on all ranks; got 'ordered', 'fast'"
+    ) as e:
         replicas.step(*_good(0))
     return str(e.value)
 
@@ -193,7 +202,9 @@ def _constructed() -> None:
     opt = mo.Optimizer(mo.SGD())
     with pytest.raises(ValueError, match="reduction must be 'ordered' or 'fast'; got 'order'"):
         Replicas(opt, reduction="order")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"must be a multiopt\.Optimizer; got .*for one of multiopt"):
+    with pytest.raises(
+        TypeError, match=r"must be a multiopt\.Optimizer; got .*for one of multiopt"
+    ):
         Replicas(torch.optim.SGD([torch.zeros(1)]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="optimizer has in_place=False; expected one that updates"):
         Replicas(mo.Optimizer(mo.SGD(), in_place=False))

@@ -237,5 +237,3 @@ def in_one_process(training: Training) -> tuple[list[list[float]], dict[str, Any
 def _with_gradient(grads: list[dict[str, Any]]) -> Iterator[str]:
     seen = {name for rank in grads for name, grad in rank.items() if grad is not None}
     yield from dict.fromkeys(name for rank in grads for name in rank if name in seen)
-
-
