@@ -21,6 +21,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 from multiopt.arrays import Array
 from multiopt.distributed.messages import Messages
 from multiopt.distributed.names import Names, Plan, Told, plan_of, read
+from multiopt.distributed.packing import Vector, vectors_of
 from multiopt.distributed.reduction import REDUCTIONS, broadcast, mean
 from multiopt.distributed.transport import Transport
 from multiopt.errors import brief
@@ -93,6 +94,7 @@ class Exchange:
         self._steps = self._hash = 0
         self._lists: dict[bytes, dict[str, Told]] = {}
         self._plans: dict[bytes, Plan] = {}
+        self._packed: tuple[dict[str, Layout], list[Vector]] = {}, []
 
     def agree(
         self, params: Mapping[str, Array], grads: Mapping[str, Array | None], steps: int
@@ -125,10 +127,10 @@ class Exchange:
         self._hear(text, digests, table[:, 5].tolist())
         with self.messages.alike():
             plan = self._plan(digests)
-        here = {name: self._layout(name, layouts, plan) for name in plan.layouts}
+        here, vectors = self._packing(plan, layouts)
         new = [name for name in here if name not in self.held]
         values, states = self._join(new, plan.sources, here, params) if new else ({}, [])
-        means = mean(self._transport, here, grads, self._reduction)
+        means = mean(self._transport, vectors, grads, self._reduction)
         return Agreed(means, values, states, int(table[:, 6].max()), here)
 
     def _hear(self, text: bytes, digests: Sequence[bytes], lengths: Sequence[int]) -> None:
@@ -150,6 +152,16 @@ class Exchange:
                 self._plans = {}
             self._plans[key] = plan_of([self._lists[digest] for digest in digests])
         return self._plans[key]
+
+    def _packing(
+        self, plan: Plan, layouts: Mapping[str, Layout]
+    ) -> tuple[dict[str, Layout], list[Vector]]:
+        """The layouts of a plan as they are on this rank, and where its gradients are packed."""
+        here = {name: self._layout(name, layouts, plan) for name in plan.layouts}
+        # Most steps have the names of the one before.
+        if here != self._packed[0]:
+            self._packed = here, vectors_of(here, self._transport.size)
+        return self._packed
 
     def _layout(self, name: str, layouts: Mapping[str, Layout], plan: Plan) -> Layout:
         """The layout that a parameter has on this rank."""

@@ -54,12 +54,10 @@ class Replicas:
         ValueError: The optimizer has ``in_place=False``, ``reduction`` is neither of the two, or
             the group does not have this process.
 
-    >>> import tempfile
     >>> import numpy as np, multiopt as mo
     >>> import torch.distributed as dist
     >>> from multiopt.distributed import Replicas
-    >>> file = tempfile.NamedTemporaryFile()
-    >>> dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> replicas = Replicas(mo.Optimizer(mo.SGD(lr=0.5)))
     >>> replicas.step({"loc": np.zeros(2)}, {"loc": np.ones(2)})
     {'loc': array([-0.5, -0.5])}

@@ -62,12 +62,10 @@ class Distributed(pyro.optim.PyroOptim):
         TypeError: ``optimizer`` is another one, or ``local`` neither a callable nor None.
         ValueError: ``reduction`` is neither of the two.
 
-    >>> import tempfile
     >>> import pyro, torch
     >>> import torch.distributed as dist
     >>> import multiopt.adapters.pyro as optim
-    >>> file = tempfile.NamedTemporaryFile()
-    >>> dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> pyro.clear_param_store()
     >>> adam = optim.Distributed(optim.Adam({"lr": 0.5}))
     >>> loc = pyro.param("loc", torch.zeros(2)).unconstrained()
