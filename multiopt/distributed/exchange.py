@@ -94,7 +94,9 @@ class Exchange:
         self._steps = self._hash = 0
         self._lists: dict[bytes, dict[str, Told]] = {}
         self._plans: dict[bytes, Plan] = {}
+        #: How the gradients of the last step were packed, and for which names, here and together.
         self._packed: tuple[dict[str, Layout], list[Vector]] = {}, []
+        self._known: tuple[Plan | None, Mapping[str, Layout] | None] = None, None
 
     def agree(
         self, params: Mapping[str, Array], grads: Mapping[str, Array | None], steps: int
@@ -114,8 +116,8 @@ class Exchange:
         """
         text = self._names.told(params, grads)
         layouts = self._names.layouts
-        for name in layouts.keys() & self.held.keys():
-            if layouts[name] is not self.held[name]:
+        if layouts is not self._known[1]:
+            for name in layouts.keys() & self.held.keys():
                 check_layout(name, layouts[name], self.held[name])
         digest = xxh3_128_digest(text)
         facts = REDUCTIONS.index(self._reduction), self._steps, self._hash
@@ -157,10 +159,12 @@ class Exchange:
         self, plan: Plan, layouts: Mapping[str, Layout]
     ) -> tuple[dict[str, Layout], list[Vector]]:
         """The layouts of a plan as they are on this rank, and where its gradients are packed."""
-        here = {name: self._layout(name, layouts, plan) for name in plan.layouts}
         # Most steps have the names of the one before.
-        if here != self._packed[0]:
-            self._packed = here, vectors_of(here, self._transport.size)
+        if plan is not self._known[0] or layouts is not self._known[1]:
+            here = {name: self._layout(name, layouts, plan) for name in plan.layouts}
+            if here != self._packed[0]:
+                self._packed = here, vectors_of(here, self._transport.size)
+            self._known = plan, layouts
         return self._packed
 
     def _layout(self, name: str, layouts: Mapping[str, Layout], plan: Plan) -> Layout:
@@ -201,12 +205,14 @@ class Exchange:
         for name, layout in layouts.items():
             if name not in self.held:
                 self._hash ^= _hash_of(name)
-            self.held[name] = layout
+            if self.held.get(name) != layout:
+                self.held[name], self._known = layout, (None, None)
 
     def drop(self, names: Iterable[str]) -> None:
         """Hold some names no longer. All ranks must do so before the same step."""
         for name in names:
             del self.held[name]
+            self._known = None, None
             self._hash ^= _hash_of(name)
 
 

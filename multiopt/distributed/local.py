@@ -7,6 +7,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from multiopt.arrays import Array
 from multiopt.errors import brief
 from multiopt.step.clip import Clip
 
@@ -40,6 +41,12 @@ class Local:
         if name not in self._known:
             self._known[name] = bool(self._local(name))
         return self._known[name]
+
+    def among(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        """Those parameters that are local."""
+        if self._local is None:
+            return {}
+        return {name: param for name, param in params.items() if self(name)}
 
     def check_new(self, names: Sequence[str]) -> None:
         """Refuse names that other ranks exchange and that are local here.

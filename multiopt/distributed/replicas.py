@@ -1,6 +1,6 @@
 """``Replicas``: data-parallel steps of named parameters that not every rank sees."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -154,8 +154,8 @@ class _Core:
         self.optimizer, self.registry = optimizer, optimizer._registry
         self.arrays: dict[str, Array] = {}
 
-    def knows(self, name: str, array: Array) -> bool:
-        return name in self.registry
+    def unknown(self) -> Collection[str]:
+        return self.arrays.keys() - self.registry.names
 
     def find(self, name: str) -> Array | None:
         return None

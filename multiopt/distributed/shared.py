@@ -4,7 +4,7 @@
 that is a ``Host``. Everything else is here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -29,8 +29,8 @@ class Host(Protocol):
     registry: Registry
     arrays: dict[str, Array]
 
-    def knows(self, name: str, array: Array) -> bool:
-        """Whether a name that is held has state, and still the same array."""
+    def unknown(self) -> Collection[str]:
+        """The names in ``arrays`` that have no state, or no longer that array."""
 
     def find(self, name: str) -> Array | None:
         """An array of a name that this rank has, although it was not passed."""
@@ -100,7 +100,7 @@ class Shared:
         """
         with self._exchange.messages.step():
             params, grads = begin()
-            own = {name: param for name, param in params.items() if self._local(name)}
+            own = self._local.among(params)
             shared = {n: x for n, x in params.items() if n not in own} if own else params
             self._drop_unknown()
             self._check_clips(params)
@@ -122,7 +122,7 @@ class Shared:
             if (array := self._host.find(name)) is not None:
                 passed[name] = array
         # The first array that is passed of a name that is held takes over its value.
-        first = [name for name in passed if name in held and name not in self._passed]
+        first = (held.keys() & passed.keys()) - self._passed.keys()
         values = {name: held[name] for name in first}
         values |= {name: value for name, value in agreed.values.items() if name in passed}
         arrays = passed | held | shared | {name: passed[name] for name in first}
@@ -149,7 +149,7 @@ class Shared:
     def _drop_unknown(self) -> None:
         """Hold no names that the optimizer was told to forget, or that it has skipped so far."""
         host, known = self._host, self._host.arrays
-        if gone := [name for name, array in known.items() if not host.knows(name, array)]:
+        if gone := host.unknown():
             self._exchange.drop(gone)
             host.arrays = {name: array for name, array in known.items() if name not in gone}
             for name in gone:

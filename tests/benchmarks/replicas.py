@@ -4,17 +4,22 @@ That is one ``all_reduce`` of all gradients in one vector, and a step. Ranks wai
 both take as many calls a turn.
 """
 
+from functools import partial
 from statistics import median
 from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from multiopt.bench.work import Work
 from tests.ranks.processes import on_ranks
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["REDUCTIONS", "measured"]
 
-REDUCTIONS = "ordered", "fast"
+REDUCTIONS: tuple[Literal["ordered", "fast"], ...] = ("ordered", "fast")
 
 #: The number of turns, and of both sides' calls in each.
 TURNS, CALLS = 15, 5
@@ -24,12 +29,12 @@ def measured(work: Work, quick: bool) -> dict[str, tuple[float, float, float]]:
     """Measure two ranks.
 
     Returns:
-        For each reduction, the seconds of a step with ``Replicas``, those of an ``all_reduce`` and a
-        step, and the median of the turns' ratios, all of the slower rank.
+        For each reduction, the seconds of a step with ``Replicas``, those of an ``all_reduce`` and
+        a step, and the median of the turns' ratios, all of the slower rank.
     """
     turns = 2 if quick else TURNS
     ranks = on_ranks(2, _turns, work, turns)
-    found = {}
+    found: dict[str, tuple[float, float, float]] = {}
     for k, reduction in enumerate(REDUCTIONS):
         theirs, ours = (
             [max(rank[i][turn] for rank in ranks) for turn in range(turns)] for i in (0, k + 1)
@@ -49,15 +54,15 @@ def _turns(work: Work, turns: int) -> list[list[float]]:
 
     params, grads = work.arrays()
     opt, flat = mo.Optimizer(mo.Adam()), torch.zeros(sum(x.size for x in grads.values()))
-    others = [
-        (Replicas(mo.Optimizer(mo.Adam()), reduction=x), work.arrays()[0]) for x in REDUCTIONS
-    ]  # type: ignore[arg-type]
 
     def bare() -> None:
         dist.all_reduce(flat)
         opt.step(params, grads)
 
-    sides = [bare, *(lambda r=r, p=p: r.step(p, grads) for r, p in others)]  # type: ignore[misc]
+    sides: list[Callable[[], Any]] = [bare]
+    for reduction in REDUCTIONS:
+        step = Replicas(mo.Optimizer(mo.Adam()), reduction=reduction).step
+        sides.append(partial(step, work.arrays()[0], grads))
     times: list[list[float]] = [[] for _ in sides]
     for turn in range(turns + 1):
         for side, seconds in zip(sides, times, strict=True):

@@ -196,7 +196,7 @@ def _errors() -> None:
     # A site that only rank 0 has does not fit the rule there, after everything was exchanged.
     pyro.clear_param_store()
     site = _site("site", torch.full((2,), 1.0 + rank))
-    site.grad = torch.ones(2)
+    site.grad = grad = torch.full((2,), 1.0 + rank)
     if rank == 0:
         adam.set_state(
             {"site": {**_STATE, "state": {0: {**_STATE["state"][0], "exp_avg": torch.zeros(3)}}}}
@@ -204,6 +204,7 @@ def _errors() -> None:
     with pytest.raises(ValueError, match="'site'"):
         adam([site])
     assert site.tolist() == [1.0 + rank] * 2
+    assert site.grad is grad
     # Names go on alike on both.
     pyro.clear_param_store()
     loc = _site("loc", torch.full((2,), 1.0 + rank))
@@ -292,3 +293,51 @@ def _with_scheduler_on_one() -> None:
 
 def test_the_state_of_a_scheduler_does_not_travel() -> None:
     on_ranks(2, _with_scheduler_on_one)
+
+
+def _born_without_a_step() -> None:
+    """A site in the store of rank 1 follows, although only rank 0 passes it."""
+    rank = torch.distributed.get_rank()
+    pyro.clear_param_store()
+    sgd = optim.Distributed(optim.SGD({"lr": 1.0}))
+    early = _site("early", torch.full((1,), 5.0 * rank))
+    if rank == 0:
+        late = _site("late", torch.zeros(1))
+        early.grad, late.grad = torch.ones(1), torch.ones(1)
+    sgd([early, late] if rank == 0 else [])
+    assert early.tolist() == [-0.5]
+    assert sgd.params["early"] is early
+    # Born there after its first step, and not passed either.
+    if rank == 1:
+        late = _site("late", torch.full((1,), 7.0))
+    late.grad = torch.ones(1)
+    sgd([late] if rank == 0 else [])
+    assert late.tolist() == [-1.0]
+    assert late.grad.tolist() == [0.5 if rank == 0 else 1.0]
+    assert sgd.params["late"] is late
+    assert len(sgd.optim_objs) == 2
+
+
+def test_a_site_in_the_store_follows_without_being_passed() -> None:
+    on_ranks(2, _born_without_a_step)
+
+
+def _replaced() -> list[Any]:
+    """A site that is replaced in the store of all ranks is new."""
+    rank = torch.distributed.get_rank()
+    pyro.clear_param_store()
+    adam = optim.Distributed(optim.Adam({"lr": 1.0}))
+    site = _site("site", torch.zeros(1))
+    for _ in range(2):
+        site.grad = torch.ones(1)
+        adam([site])
+    pyro.get_param_store()["site"] = torch.full((1,), 3.0 + rank)
+    site = dict(pyro.get_param_store().named_parameters())["site"]
+    site.grad = torch.ones(1)
+    adam([site] if rank == 0 else [])
+    state: dict[str, Any] = adam.get_state()
+    return [round(site.item(), 5), float(state["site"]["state"][0]["step"])]
+
+
+def test_a_site_that_is_replaced_is_new() -> None:
+    assert on_ranks(2, _replaced) == [[2.0, 1.0]] * 2

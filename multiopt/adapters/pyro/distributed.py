@@ -168,12 +168,14 @@ class _Drop:
         self._in_store.update(label for label in named if label in store)
         return named, {label: tensor.grad for label, tensor in named.items()}
 
-    def knows(self, name: str, array: torch.Tensor) -> bool:
-        if self.optimizer._tensors.get(array) is None:
-            return False
-        if name in self.optimizer._names.held or name not in self._in_store:
-            return True
-        return _store().get(name) is array
+    def unknown(self) -> list[str]:
+        tensors, store, held = self.optimizer._tensors, _store(), self.optimizer._names.held
+        return [
+            name
+            for name, tensor in self.arrays.items()
+            if tensors.get(tensor) is None
+            or (name in self._in_store and name not in held and store.get(name) is not tensor)
+        ]
 
     def find(self, name: str) -> torch.Tensor | None:
         found = _store().get(name)
