@@ -1,8 +1,13 @@
 """Examples in the documents run like tests, in a folder of their own."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Read when torch is imported. Where programs share cores, as the halves of the tests do, threads of
+# torch that spin while they wait have made tests of small models ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ Every result has the same bits on any number of ranks: sums that cross ranks tra
 """
 
 from multiopt.distributed.checkpoints import load_sharded, save_sharded
+from multiopt.distributed.norm import global_norm
 from multiopt.distributed.replicas import Replicas
 
-__all__ = ["Replicas", "load_sharded", "save_sharded"]
+__all__ = ["Replicas", "global_norm", "load_sharded", "save_sharded"]

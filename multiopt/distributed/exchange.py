@@ -21,6 +21,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 from multiopt.arrays import Array
 from multiopt.distributed.messages import Messages
 from multiopt.distributed.names import Names, Plan, Told, plan_of, read
+from multiopt.distributed.packing import Vector, vectors_of
 from multiopt.distributed.reduction import REDUCTIONS, broadcast, mean
 from multiopt.distributed.transport import Transport
 from multiopt.errors import brief
@@ -60,8 +61,9 @@ class Exchange:
     Args:
         group: The process group; None for the default one.
         reduction: ``"ordered"`` or ``"fast"``.
-        check_new: Raises an error if names that all ranks are about to hold cannot be held here.
-        state_of: Returns the state of some names as a file; empty if there is none.
+        check_new: Raises an error if names that all ranks are about to hold cannot be held here;
+            it gets the array of each, or None where another rank has it.
+        state_of: Returns the state of some parameters as a file; empty if there is none.
 
     Attributes:
         messages: The small messages between the ranks.
@@ -77,8 +79,8 @@ class Exchange:
         self,
         group: Any,
         reduction: str,
-        check_new: Callable[[Sequence[str]], object],
-        state_of: Callable[[Sequence[str]], bytes],
+        check_new: Callable[[Mapping[str, Array | None]], object],
+        state_of: Callable[[Mapping[str, Array]], bytes],
     ) -> None:
         """Start with no names; nothing is sent."""
         if reduction not in REDUCTIONS:
@@ -92,6 +94,9 @@ class Exchange:
         self._steps = self._hash = 0
         self._lists: dict[bytes, dict[str, Told]] = {}
         self._plans: dict[bytes, Plan] = {}
+        #: How the gradients of the last step were packed, and for which names, here and together.
+        self._packed: tuple[dict[str, Layout], list[Vector]] = {}, []
+        self._known: tuple[Plan | None, Mapping[str, Layout] | None] = None, None
 
     def agree(
         self, params: Mapping[str, Array], grads: Mapping[str, Array | None], steps: int
@@ -111,8 +116,8 @@ class Exchange:
         """
         text = self._names.told(params, grads)
         layouts = self._names.layouts
-        for name in layouts.keys() & self.held.keys():
-            if layouts[name] is not self.held[name]:
+        if layouts is not self._known[1]:
+            for name in layouts.keys() & self.held.keys():
                 check_layout(name, layouts[name], self.held[name])
         digest = xxh3_128_digest(text)
         facts = REDUCTIONS.index(self._reduction), self._steps, self._hash
@@ -124,10 +129,10 @@ class Exchange:
         self._hear(text, digests, table[:, 5].tolist())
         with self.messages.alike():
             plan = self._plan(digests)
-        here = {name: self._layout(name, layouts, plan) for name in plan.layouts}
+        here, vectors = self._packing(plan, layouts)
         new = [name for name in here if name not in self.held]
         values, states = self._join(new, plan.sources, here, params) if new else ({}, [])
-        means = mean(self._transport, here, grads, self._reduction)
+        means = mean(self._transport, vectors, grads, self._reduction)
         return Agreed(means, values, states, int(table[:, 6].max()), here)
 
     def _hear(self, text: bytes, digests: Sequence[bytes], lengths: Sequence[int]) -> None:
@@ -150,6 +155,18 @@ class Exchange:
             self._plans[key] = plan_of([self._lists[digest] for digest in digests])
         return self._plans[key]
 
+    def _packing(
+        self, plan: Plan, layouts: Mapping[str, Layout]
+    ) -> tuple[dict[str, Layout], list[Vector]]:
+        """The layouts of a plan as they are on this rank, and where its gradients are packed."""
+        # Most steps have the names of the one before.
+        if plan is not self._known[0] or layouts is not self._known[1]:
+            here = {name: self._layout(name, layouts, plan) for name in plan.layouts}
+            if here != self._packed[0]:
+                self._packed = here, vectors_of(here, self._transport.size)
+            self._known = plan, layouts
+        return self._packed
+
     def _layout(self, name: str, layouts: Mapping[str, Layout], plan: Plan) -> Layout:
         """The layout that a parameter has on this rank."""
         found = layouts.get(name) or self.held.get(name) or plan.layouts[name]
@@ -165,11 +182,12 @@ class Exchange:
         params: Mapping[str, Array],
     ) -> tuple[dict[str, Array], list[bytes]]:
         """Get the values and the states of new names from the lowest rank that has each."""
-        self._check_new(names)
+        self._check_new({name: params.get(name) for name in names})
         batches, rank = _batches(names, sources, layouts), self._transport.rank
         mine, states = batches.get(rank, []), list[bytes]()
         for k in range(max(map(len, batches.values()))):
-            state = self._state_of(mine[k]) if k < len(mine) else b""
+            batch = mine[k] if k < len(mine) else []
+            state = self._state_of({name: params[name] for name in batch}) if batch else b""
             lengths = enumerate(self.messages.send(len(state))[:, 0].tolist())
             found = self._transport.send_bytes(
                 state, {r: length for r, length in lengths if length}
@@ -187,12 +205,14 @@ class Exchange:
         for name, layout in layouts.items():
             if name not in self.held:
                 self._hash ^= _hash_of(name)
-            self.held[name] = layout
+            if self.held.get(name) != layout:
+                self.held[name], self._known = layout, (None, None)
 
     def drop(self, names: Iterable[str]) -> None:
         """Hold some names no longer. All ranks must do so before the same step."""
         for name in names:
             del self.held[name]
+            self._known = None, None
             self._hash ^= _hash_of(name)
 
 

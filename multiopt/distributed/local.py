@@ -5,8 +5,9 @@
 (True, False)
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from multiopt.arrays import Array
 from multiopt.errors import brief
 from multiopt.step.clip import Clip
 
@@ -41,6 +42,12 @@ class Local:
             self._known[name] = bool(self._local(name))
         return self._known[name]
 
+    def among(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        """Those parameters that are local."""
+        if self._local is None:
+            return {}
+        return {name: param for name, param in params.items() if self(name)}
+
     def check_new(self, names: Sequence[str]) -> None:
         """Refuse names that other ranks exchange and that are local here.
 
@@ -58,19 +65,17 @@ class Local:
         """Forget the clips of the names that were checked."""
         self._clips = {True: {}, False: {}}
 
-    def check_clips(self, names: Iterable[str], clip_of: Callable[[str], Clip | None]) -> None:
+    def check_clips(self, found: Mapping[str, Clip | None]) -> None:
         """Refuse a global norm over local names and others: it would differ between ranks.
 
         Args:
-            names: Names that have not been checked.
-            clip_of: Returns the clip of a name.
+            found: The clips of names that have not been checked.
 
         Raises:
             ValueError: There is such a norm.
         """
         clips = {local: dict(seen) for local, seen in self._clips.items()}
-        for name in names if self._local is not None else ():
-            clip = clip_of(name)
+        for name, clip in found.items() if self._local is not None else ():
             if clip is not None and clip.global_norm is not None:
                 clips[self(name)].setdefault(clip, name)
         for clip in clips[True].keys() & clips[False].keys():

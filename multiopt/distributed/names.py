@@ -11,6 +11,7 @@
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,9 +58,12 @@ class Names:
     def __init__(self) -> None:
         """Start with nothing."""
         self._layouts: dict[Hashable, Layout] = {}
-        self._last: tuple[list[str], list[Layout], list[bool]] = [], [], []
+        #: The last parameters, which have gradients, and what was told of them.
+        self._last: list[str] = []
+        self._arrays: list[Array] = []
+        self._has_grad: list[bool] = []
         self._text = b"[]"
-        #: The layouts of the arrays of the last list, by name.
+        #: The layouts of the last parameters, by name; the same object while they are equal.
         self.layouts: dict[str, Layout] = {}
 
     def told(self, params: Mapping[str, Array], grads: Mapping[str, Array | None]) -> bytes:
@@ -74,27 +78,34 @@ class Names:
                 another library, dtype or device than its parameter.
             ValueError: A gradient has another shape than its parameter.
         """
-        layouts, has_grad = [], []
-        for name, param in params.items():
-            layout, grad = self._layout_of(name, param, "parameter"), grads.get(name)
-            if isinstance(grad, np.generic):
-                grad = np.asarray(grad)
-            if grad is not None and self._layout_of(name, grad, "gradient") != layout:
-                checked_gradient(name, grad, layout)
-            layouts.append(layout)
+        names, arrays = list(params), list(params.values())
+        is_known = names == self._last and all(map(is_, arrays, self._arrays))
+        layouts = self.layouts if is_known else self._looked_at(params)
+        has_grad = []
+        for (name, layout), grad in zip(layouts.items(), map(grads.get, names), strict=True):
             has_grad.append(grad is not None)
-        last = list(params), layouts, has_grad
-        if last != self._last:
-            told = []
-            for name, layout, has in zip(*last, strict=True):
-                check_name("params", name)
-                kind = layout.library, layout.dtype, kind_of_device(layout), *layout.shape
-                told.append([name, has, *kind])
+            if grad is not None:
+                grad = np.asarray(grad) if isinstance(grad, np.generic) else grad
+                found = self._layout_of(name, grad, "gradient")
+                if found is not layout and found != layout:
+                    checked_gradient(name, grad, layout)
+        if names != self._last or layouts != self.layouts or has_grad != self._has_grad:
+            told = [
+                [name, has, x.library, x.dtype, kind_of_device(x), *x.shape]
+                for (name, x), has in zip(layouts.items(), has_grad, strict=True)
+            ]
             # Any string may be a name, also one that JSON would change by escaping it.
             text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
             self._text = text.encode("utf-8", "surrogatepass")
-            self._last, self.layouts = last, dict(zip(params, layouts, strict=True))
+        self._last, self._arrays, self.layouts, self._has_grad = names, arrays, layouts, has_grad
         return self._text
+
+    def _looked_at(self, params: Mapping[str, Array]) -> dict[str, Layout]:
+        """The layouts of parameters; the last ones if they are equal."""
+        for name in params:
+            check_name("params", name)
+        layouts = {name: self._layout_of(name, x, "parameter") for name, x in params.items()}
+        return self.layouts if list(layouts.items()) == list(self.layouts.items()) else layouts
 
     def _layout_of(self, name: str, array: Array, what: str) -> Layout:
         """The layout of an array; arrays that are alike share one."""

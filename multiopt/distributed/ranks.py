@@ -6,7 +6,7 @@ change, and only then; in every other step there is one message, a few numbers l
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import astuple
 from typing import Any
@@ -84,12 +84,21 @@ class Ranks:
         mine = self._transport.rank
         self.counted = {name for name, (rank, _) in merged.items() if rank == mine}
 
-    def add(self, numbers: np.ndarray) -> np.ndarray:
-        """Add up int64 numbers of all ranks, as many on each; waiting can be interrupted."""
-        tensor = torch.from_numpy(numbers).to(self._transport.carrier("cpu"))
+    def add(self, count: int, numbers: Callable[[], np.ndarray]) -> np.ndarray:
+        """Add up int64 numbers of all ranks; see ``multiopt.step.across.Ranks``."""
+        sent, problem = np.zeros(1 + count, np.int64), None
+        try:
+            sent[1:] = numbers()
+        except Exception as error:
+            sent[0], problem = 1, error
+        tensor = torch.from_numpy(sent).to(self._transport.carrier("cpu"))
         self._transport.all_reduce(tensor)
         total: np.ndarray = tensor.cpu().numpy()
-        return total
+        if problem is not None:
+            raise problem  # which the next message tells
+        if total[0]:
+            self.messages.send()
+        return total[1:]
 
     def alike(self) -> AbstractContextManager[None]:
         """What all ranks do with the same data, so that all raise the same error by themselves."""

@@ -6,12 +6,12 @@ part of each bucket, which it has received from all others, and sends the mean o
 traffic is that of an ``all_reduce``, and beside the gradients there is never more than a bucket.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from multiopt.arrays import Array
-from multiopt.distributed.packing import Packing
+from multiopt.distributed.packing import Vector, vectors_of
 from multiopt.distributed.transport import Transport
 from multiopt.layout import COMPUTE_DTYPE, Layout
 
@@ -22,7 +22,7 @@ REDUCTIONS = "ordered", "fast"
 
 def mean(
     transport: Transport,
-    layouts: Mapping[str, Layout],
+    vectors: Iterable[Vector],
     grads: Mapping[str, Array | None],
     reduction: str,
 ) -> dict[str, Array]:
@@ -30,7 +30,7 @@ def mean(
 
     Args:
         transport: The ranks.
-        layouts: The layouts of all gradients, in the same order on every rank.
+        vectors: Where the gradients are, of lengths that are multiples of the number of ranks.
         grads: The gradients of this rank; they are not changed.
         reduction: ``"ordered"`` or ``"fast"``.
 
@@ -38,14 +38,15 @@ def mean(
         New arrays by name.
     """
     means: dict[str, Array] = {}
-    for vector in Packing(layouts).vectors(multiple=transport.size):
+    for vector in vectors:
         compute = getattr(torch, COMPUTE_DTYPE[str(vector.dtype).removeprefix("torch.")])
         flat = vector.packed(grads, transport.carrier(vector.kind))
         # On a GPU, torch multiplies by the reciprocal of a number, but divides by a tensor.
         count = torch.full((1,), transport.size, dtype=compute, device=flat.device)
+        room = torch.empty_like(next(vector.buckets(flat), flat))
         for bucket in vector.buckets(flat) if transport.size > 1 else ():
             if reduction == "ordered":
-                received = torch.empty_like(bucket)
+                received = room[: len(bucket)]
                 transport.all_to_all(_bytes(received), _bytes(bucket))
                 first, *others = received.view(transport.size, -1)
                 total = first.to(compute)
@@ -76,10 +77,10 @@ def broadcast(
         New arrays by name; nothing on the rank that sends.
     """
     found: dict[str, Array] = {}
-    for vector in Packing(layouts).vectors(multiple=1):
+    for vector in vectors_of(layouts, multiple=1):
         device = transport.carrier(vector.kind)
         sends = transport.rank == source
-        flat = vector.packed(arrays, device) if sends else vector.empty(device)
+        flat = vector.packed(arrays if sends else {}, device)
         for bucket in vector.buckets(flat):
             transport.broadcast(_bytes(bucket), source)
         if not sends:

@@ -1,12 +1,12 @@
 """``Replicas``: data-parallel steps of named parameters that not every rank sees."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from multiopt.arrays import Array
-from multiopt.distributed.exchange import Agreed, Exchange
-from multiopt.distributed.local import Local
-from multiopt.distributed.state import copied, packed, with_state, with_values
+from multiopt.distributed.shared import Shared
+from multiopt.distributed.state import packed, with_state
 from multiopt.entry import chosen_clip
 from multiopt.errors import brief
 from multiopt.optimizer import Optimizer
@@ -54,12 +54,10 @@ class Replicas:
         ValueError: The optimizer has ``in_place=False``, ``reduction`` is neither of the two, or
             the group does not have this process.
 
-    >>> import tempfile
     >>> import numpy as np, multiopt as mo
     >>> import torch.distributed as dist
     >>> from multiopt.distributed import Replicas
-    >>> file = tempfile.NamedTemporaryFile()
-    >>> dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> replicas = Replicas(mo.Optimizer(mo.SGD(lr=0.5)))
     >>> replicas.step({"loc": np.zeros(2)}, {"loc": np.ones(2)})
     {'loc': array([-0.5, -0.5])}
@@ -82,24 +80,18 @@ class Replicas:
                 f"optimizer must be a multiopt.Optimizer; got {brief(optimizer)}: for one of "
                 "multiopt.adapters.pyro there is multiopt.adapters.pyro.Distributed"
             )
-        self._registry = optimizer._registry
-        if not self._registry.in_place:
+        if not optimizer._registry.in_place:
             raise ValueError(
                 "optimizer has in_place=False; expected one that updates arrays in place, for a "
                 "name may take a step while only another rank has it at hand"
             )
-        self._optimizer, self._local = optimizer, Local(local)
-        self._exchange = Exchange(group, reduction, self._check_new, self._state_of)
-        #: The arrays of the names that all ranks hold, and those that the caller has passed.
-        self._params: dict[str, Array] = {}
-        self._passed: dict[str, Array] = {}
-        #: What the global norms of names have been checked for.
-        self._checked: tuple[Any, set[str]] = None, set()
+        self._host = _Core(optimizer)
+        self._shared = Shared(self._host, group, local, reduction)
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer of this rank."""
-        return self._optimizer
+        return self._host.optimizer
 
     @property
     def params(self) -> dict[str, Array]:
@@ -109,11 +101,11 @@ class Replicas:
         PyTorch for names that only other ranks have. With them, ``optimizer.save(path,
         params=replicas.params)`` on one rank saves all.
         """
-        return dict(self._params)
+        return dict(self._host.arrays)
 
     def __repr__(self) -> str:
         """The optimizer, and how many names are held."""
-        return f"<Replicas({self._optimizer!r}): {len(self._params)} names>"
+        return f"<Replicas({self.optimizer!r}): {len(self._host.arrays)} names>"
 
     def step(
         self, params: Mapping[str, Array], grads: Mapping[str, Array | None]
@@ -145,78 +137,39 @@ class Replicas:
                 another shape there, ranks have other reductions, ``local`` differs between ranks,
                 or local names share a global norm with others.
         """
-        with self._exchange.messages.step():
-            self._optimizer._guard.check("step")
-            params, grads = as_dict("params", params), as_dict("grads", grads)
-            gradients_of(params, grads)
-            own = {name: param for name, param in params.items() if self._local(name)}
-            shared = {n: x for n, x in params.items() if n not in own} if own else params
-            self._drop_forgotten()
-            self._check_clips(params)
-            agreed = self._exchange.agree(shared, grads, self._registry.steps)
-            stepped = self._take(agreed, shared, own, grads)
-            return {**params, **{name: stepped[name] for name in own}}
 
-    def _take(
-        self,
-        agreed: Agreed,
-        shared: Mapping[str, Array],
-        own: Mapping[str, Array],
-        grads: Mapping[str, Array | None],
-    ) -> dict[str, Array]:
-        """Step the parameters with a gradient on any rank, and the local ones."""
-        registry, before, passed = self._registry, self._registry.outcome, self._passed | shared
-        # The first array that is passed of a name that is held takes over its value.
-        values = {n: self._params[n] for n in shared if n in self._params and n not in self._passed}
-        values |= {name: value for name, value in agreed.values.items() if name in passed}
-        arrays = passed | self._params | shared
-        for name in agreed.values.keys() - passed.keys():
-            arrays[name] = copied(agreed.values[name])
-        stepped = {name: arrays[name] for name in agreed.grads}
-        all_grads = {**agreed.grads, **{name: grads.get(name) for name in own}}
-        with (
-            with_values(registry, passed, values),
-            with_state(registry, list(agreed.values), agreed.states, agreed.steps),
-        ):
-            registry.before_writing = self._exchange.messages.send_last
-            try:
-                return self._optimizer.step({**stepped, **own}, all_grads)
-            finally:
-                registry.before_writing = None
-                if registry.outcome is not before:
-                    self._exchange.hold(agreed.layouts)
-                    self._passed = passed
-                    self._params = {name: arrays[name] for name in self._exchange.held}
+        def begin() -> tuple[dict[str, Array], dict[str, Array | None]]:
+            self.optimizer._guard.check("step")
+            arrays, gradients = as_dict("params", params), as_dict("grads", grads)
+            gradients_of(arrays, gradients)
+            return arrays, gradients
 
-    def _drop_forgotten(self) -> None:
-        """Hold no names that the optimizer was told to forget, or that it has skipped so far."""
-        known = self._registry
-        if gone := [name for name in self._params if name not in known]:
-            self._exchange.drop(gone)
-            for name in gone:
-                del self._params[name]
-                if name not in known.skips:
-                    self._passed.pop(name, None)
+        return self._shared.step(begin)
 
-    def _check_clips(self, names: Sequence[str] | Mapping[str, Array]) -> None:
-        """Check the global norms of names that have not been checked."""
-        (clip, checked), now = self._checked, self._registry.clip
-        if clip is not now:
-            self._local.forget_clips()
-            checked, names = set(), [*names, *self._params]
-        if new := [name for name in names if name not in checked]:
-            self._local.check_clips(new, self._clip_of)
-            checked.update(new)
-        self._checked = now, checked
 
-    def _clip_of(self, name: str) -> Clip | None:
-        return chosen_clip(self._registry.clip, name)
+class _Core:
+    """A ``multiopt.Optimizer`` as a host."""
 
-    # What the exchange asks
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.registry = optimizer, optimizer._registry
+        self.arrays: dict[str, Array] = {}
 
-    def _check_new(self, names: Sequence[str]) -> None:
-        self._local.check_new(names)
-        self._check_clips(names)
+    def unknown(self) -> Collection[str]:
+        return self.arrays.keys() - self.registry.names
 
-    def _state_of(self, names: Sequence[str]) -> bytes:
-        return packed(self._registry, names)
+    def find(self, name: str) -> Array | None:
+        return None
+
+    def clip_of(self, name: str, array: Array | None) -> Clip | None:
+        return chosen_clip(self.registry.clip, name)
+
+    def state_of(self, arrays: Mapping[str, Array]) -> bytes:
+        return packed(self.registry, list(arrays))
+
+    def with_state(
+        self, names: Sequence[str], arrays: Mapping[str, Array], states: Sequence[bytes], steps: int
+    ) -> AbstractContextManager[None]:
+        return with_state(self.registry, names, states, steps)
+
+    def step(self, params: dict[str, Array], grads: dict[str, Array]) -> dict[str, Array]:
+        return self.optimizer.step(params, grads)

@@ -24,7 +24,7 @@ from multiopt.state.settings import Made, described_settings
 from multiopt.state.tables import waiting
 from multiopt.state.writing import write
 
-__all__ = ["copied", "packed", "undoing", "with_state", "with_values"]
+__all__ = ["copied", "on_this_rank", "packed", "undoing", "with_state", "with_values"]
 
 
 def packed(registry: Registry, names: Sequence[str]) -> bytes:
@@ -80,7 +80,7 @@ def with_state(
     """
     contents = [read(BytesIO(state)) for state in states]
     before = registry.pending, registry.skips, registry.settings, registry.steps
-    rows = {name: _copy(registry, name) for name in names if name in registry}
+    rows = {name: on_this_rank(registry, name) for name in names if name in registry}
 
     def undo() -> None:
         registry.put(rows)
@@ -101,7 +101,8 @@ def with_state(
         yield
 
 
-def _copy(registry: Registry, name: str) -> Entry:
+def on_this_rank(registry: Registry, name: str) -> Entry:
+    """A copy of the state of a name that has been seen, as it is on this rank."""
     entry = registry.entry(name)
     to_host = backend_named(entry.layout.library).to_host
     return entry.with_converted(lambda slot: slot_of(to_host(slot), entry.layout))

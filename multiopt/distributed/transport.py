@@ -7,6 +7,7 @@ not run while a library waits.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from multiopt.errors import brief
 
 __all__ = ["Transport"]
 
-#: The first and the longest pause between two questions whether a collective is complete, in
-#: seconds. The small ones take 0.1 ms on one machine.
-FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3
+#: How long gloo waits before a signal handler may run. Other backends must not be given a limit,
+#: after which they break off, so they are asked whether they are done, with pauses in between.
+SLICE, FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.1), 1e-5, 1e-3
 
 #: torch 2.13 has renamed it, and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -138,8 +139,23 @@ class Transport:
     def _complete(self, collective: Callable[..., Any], *arguments: Any) -> None:
         self.waiting, pause = True, FIRST_PAUSE
         work = collective(*arguments, group=self._group, async_op=True)
-        while not work.is_completed():
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-        work.wait()
+        if self._backends.get(arguments[0].device.type) == "gloo":
+            while not _is_over(work):
+                pass
+        else:
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            work.wait()
         self.waiting = False
+
+
+def _is_over(work: Any) -> bool:
+    """Wait for gloo, for a while; a pause would make a small collective take twice as long."""
+    try:
+        work.wait(SLICE)
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+    return True

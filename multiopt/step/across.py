@@ -8,7 +8,7 @@ of one process. Everything is added up before anything is written.
 ``Ranks`` is what is asked of whoever carries the numbers; ``multiopt.distributed.ranks`` answers.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
@@ -64,8 +64,13 @@ class Ranks(Protocol):
     def tell(self, names: Names) -> None:
         """Tell the others of the names of a step, and learn of theirs, if anything is new."""
 
-    def add(self, numbers: np.ndarray) -> np.ndarray:
-        """Add up int64 numbers of all ranks, as many on each; waiting can be interrupted."""
+    def add(self, count: int, numbers: Callable[[], np.ndarray]) -> np.ndarray:
+        """Add up int64 numbers of all ranks, as many on each; waiting can be interrupted.
+
+        Args:
+            count: How many numbers.
+            numbers: Returns them. What it raises on one rank is raised on all.
+        """
 
     def alike(self) -> AbstractContextManager[None]:
         """What all ranks do with the same data, so that all raise the same error by themselves."""
@@ -176,18 +181,24 @@ class Across:
         starts = np.cumsum([0, *widths])
         if not starts[-1]:
             return
-        numbers, parts = np.zeros(starts[-1], np.int64), step.parts
-        for part, place in zip(parts, self._places, strict=True):
-            group = part.group
-            if checks and len(part.rows):
-                numbers[starts[place.where[~group.finite(part, step.threads)]]] += 1
-            group.own[part.rows] = 1.0
-            for position in np.flatnonzero(group.is_bounded(part.rows) & place.counts).tolist():
-                one = np.array([position])
-                integers = group.squares(part, one, step.threads).to_integers()
-                first = starts[place.where[position]] + checks
-                numbers[first : first + len(integers)] += integers
-        totals = self._ranks.add(numbers)
+        parts = step.parts
+
+        def measured() -> np.ndarray:
+            numbers = np.zeros(starts[-1], np.int64)
+            for part, place in zip(parts, self._places, strict=True):
+                group = part.group
+                if checks and len(part.rows):
+                    numbers[starts[place.where[~group.finite(part, step.threads)]]] += 1
+                group.own[part.rows] = 1.0
+                bounded = group.is_bounded(part.rows)
+                for position in np.flatnonzero(bounded & place.counts).tolist():
+                    one = np.array([position])
+                    integers = group.squares(part, one, step.threads).to_integers()
+                    first = starts[place.where[position]] + checks
+                    numbers[first : first + len(integers)] += integers
+            return numbers
+
+        totals = self._ranks.add(int(starts[-1]), measured)
         if checks:
             self._skip(step, policy, totals[starts[:-1]] > 0)
         for part, place in zip(parts, self._places, strict=True):
@@ -219,18 +230,22 @@ class Across:
                 dtypes[told.clip] = max(told.dtype, dtypes.get(told.clip, ""))
         if not dtypes:
             return
-        totals = {clip: Sum(dtype) for clip, dtype in dtypes.items()}
         codes = {clip: code for code, clip in clips.items()}
         held = {clip: carriers(step.parts, codes[clip]) for clip in dtypes if clip in codes}
-        for clip, pairs in held.items():
-            for part, which in pairs:
-                place = self._places[step.parts.index(part)]
-                counted = np.arange(len(part.rows))[which]
-                counted = counted[place.counts[counted]]
-                if counted.size:
-                    totals[clip] += part.group.squares(part, counted, step.threads)
-        sent = np.concatenate([total.to_integers() for total in totals.values()])
-        numbers = self._ranks.add(sent)
+
+        def measured() -> np.ndarray:
+            totals = {clip: Sum(dtype) for clip, dtype in dtypes.items()}
+            for clip, pairs in held.items():
+                for part, which in pairs:
+                    counts = self._places[step.parts.index(part)].counts
+                    counted = np.arange(len(part.rows))[which]
+                    counted = counted[counts[counted]]
+                    if counted.size:
+                        totals[clip] += part.group.squares(part, counted, step.threads)
+            return np.concatenate([total.to_integers() for total in totals.values()])
+
+        count = sum(RANGES[dtype][1] + 2 for dtype in dtypes.values())
+        numbers = self._ranks.add(count, measured)
         for clip, dtype in dtypes.items():
             step.global_norms[clip] = norm = _sum(numbers, dtype).norm()
             numbers = numbers[RANGES[dtype][1] + 2 :]
@@ -249,8 +264,11 @@ class Across:
             for told, asks in zip(self._names.values(), asking.tolist(), strict=True)
         ]
         starts = 1 + np.cumsum([0, *widths])
-        while True:
-            numbers, missing = np.zeros(starts[-1], np.int64), list[tuple[Part, int, int]]()
+        missing: list[tuple[Part, int, int]] = []
+
+        def measured() -> np.ndarray:
+            numbers = np.zeros(starts[-1], np.int64)
+            missing.clear()
             for part, place in zip(step.parts, self._places, strict=True):
                 for position in np.flatnonzero(place.asks).tolist():
                     found = part.group.missing_norm(part, position)
@@ -260,7 +278,10 @@ class Across:
                         integers = found.to_integers() * place.counts[position]
                         numbers[first : first + len(integers)] += integers
             numbers[0] = len(missing)
-            totals = self._ranks.add(numbers)
+            return numbers
+
+        while True:
+            totals = self._ranks.add(int(starts[-1]), measured)
             if not totals[0]:
                 return
             for part, position, first in missing:

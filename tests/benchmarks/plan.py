@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from multiopt.bench.machine import engine
 from multiopt.bench.paired import measured
-from tests.benchmarks import fresh
+from tests.benchmarks import fresh, replicas
 from tests.benchmarks.comparisons import (
     COMPARISONS,
     FASTER,
     MIB,
     SECONDS,
     SHARE,
+    TIME,
     WITHOUT_FAST,
 )
 from tests.benchmarks.memory import can_measure_peak
@@ -98,6 +99,9 @@ def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]
                 elif not quick:
                     run = partial(fresh.alone, run, env)
                 yield Job(f"{one.row}: {one.ours.name} and {one.against.name}", run)
+    if "replicas" in rows and find_spec("torch"):
+        for key in ("many small", "many middling", "large"):
+            yield Job(f"replicas: {key}", partial(_replicas, key, quick))
     if "memory" in rows and can_measure_peak():
         for library in ("NumPy", *(["torch"] if find_spec("torch") else [])):
             yield Job(f"memory: {library}", partial(_peak, library, threads[-1], quick))
@@ -142,6 +146,17 @@ def _compare(place: int, threads: int, quick: bool) -> list[Result]:
             )
         )
     return results
+
+
+def _replicas(key: str, quick: bool) -> list[Result]:
+    work = works(quick)[key]
+    return [
+        Result(
+            *("replicas", work.title, f"Replicas, {reduction}", "all_reduce and step", 1, "hot"),
+            *(*times, TIME, None),
+        )
+        for reduction, times in replicas.measured(work, quick).items()
+    ]
 
 
 def _peak(library: str, threads: int, quick: bool) -> list[Result]:

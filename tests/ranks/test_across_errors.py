@@ -20,7 +20,7 @@ from tests.ranks.models import data, digest, loss, model, train_averaged
 from tests.ranks.processes import on_ranks
 
 
-def _sharded(values: torch.Tensor, placement: Any = None) -> torch.nn.Parameter:
+def _sharded(values: torch.Tensor, placement: Any = None) -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     param = torch.nn.Parameter(distribute_tensor(values, mesh, [placement or Shard(0)]))
     param.grad = torch.ones_like(param)
@@ -214,7 +214,7 @@ def _zero() -> Any:
     optimizer = ZeroRedundancyOptimizer(
         module.parameters(),
         # It has an argument of this name of its own.
-        partial(optim.AdamW, process_group="world"),
+        partial(optim.AdamW, process_group="world"),  # type: ignore[arg-type]
         lr=1e-2,
         names=list(module.named_parameters()),
         **CLIPPED,

@@ -22,6 +22,7 @@ from pyro.optim import HorovodOptimizer, adagrad_rmsprop, clipped_adam, dct_adam
 
 from multiopt.adapters.pyro import lr_scheduler, multi
 from multiopt.adapters.pyro.constructors import CONSTRUCTORS, RULES
+from multiopt.adapters.pyro.distributed import Distributed
 from multiopt.adapters.pyro.lr_scheduler import PyroLRScheduler
 from multiopt.adapters.pyro.optim import PyroOptim
 
@@ -80,6 +81,7 @@ FACTORIES = {
 globals().update(FACTORIES)
 
 __all__ = [
+    "Distributed",
     "HorovodOptimizer",
     "PyroLRScheduler",
     "PyroOptim",

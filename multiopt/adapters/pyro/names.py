@@ -30,6 +30,8 @@ class ModuleNames:
     def __init__(self) -> None:
         """Start without modules."""
         self._modules: list[ref[torch.nn.Module]] = []
+        #: Parameters that only other ranks have in a store or a module, by their names there.
+        self.held: dict[str, torch.Tensor] = {}
 
     def add(self, *modules: Any) -> None:
         """Add modules to search; anything else, such as a function, is ignored."""
@@ -71,7 +73,7 @@ class ModuleNames:
 
     def current(self) -> dict[int, str]:
         """The names of the modules' parameters by identity; every name is unique."""
-        names: dict[int, str] = {}
+        names = {id(tensor): name for name, tensor in self.held.items()}
         taken: dict[str, int] = {}
         for module in filter(None, (module() for module in self._modules)):
             prefix = module._pyro_name if isinstance(module, PyroModule) else ""

@@ -52,6 +52,13 @@ class KnownTensors:
         del self._by_id[id(tracked.tensor)], self.keys[id(tracked.tensor)]
         tracked.tensor = tracked.scheduler = None
 
+    def move(self, tracked: "TensorOptimizer", tensor: torch.Tensor) -> None:
+        """Have another tensor in the place of one."""
+        self._by_id.pop(id(tracked.tensor), None)
+        self.keys.pop(id(tracked.tensor), None)
+        tracked.tensor = tensor
+        self.add(tracked)
+
     def __iter__(self) -> Iterator["TensorOptimizer"]:
         """The ``TensorOptimizer`` of each tensor."""
         return iter(list(self._by_id.values()))

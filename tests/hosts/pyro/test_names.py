@@ -175,7 +175,7 @@ def test_a_constructor_may_be_any_callable(module: Any) -> None:
 
 @BOTH
 def test_a_class_of_a_users(module: Any) -> None:
-    class Halved(module.PyroOptim):  # type: ignore[misc]
+    class Halved(module.PyroOptim):
         def __init__(self, lr: float) -> None:
             super().__init__(torch.optim.SGD, {"lr": lr})
 
