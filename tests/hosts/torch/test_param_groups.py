@@ -337,3 +337,18 @@ def test_a_tensor_that_is_added_by_hand_to_a_group_with_names() -> None:
     other = optim.Adam(parameters("Adam"))
     other.load_state_dict(pair.ours.state_dict())
     assert [int(values["step"]) for values in other.state.values()] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), -0.0, 0])
+def test_a_rate_of_the_only_group_is_checked_too(value: float) -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    sgd = optim.SGD([weight], lr=0.5)
+    weight.grad = torch.ones(1)
+    sgd.step()
+    sgd.param_groups[0]["lr"] = value
+    if value == 0:
+        sgd.step()
+    else:
+        with pytest.raises(ValueError, match=r"param_groups\[0\]: SGD: lr must be"):
+            sgd.step()
+    assert weight.item() == 0.5

@@ -177,7 +177,8 @@ def test_names_for_groups_that_do_not_name_their_parameters() -> None:
 
 def test_names_beside_parameters_that_have_names() -> None:
     model = torch.nn.Linear(2, 1)
-    sgd = optim.SGD(model.named_parameters(prefix="a"), names=model.named_parameters())
+    groups = [{"params": model.named_parameters(prefix="a")}]
+    sgd = optim.SGD(groups, names=model.named_parameters())
     assert sgd.param_groups[0]["param_names"] == ["a.weight", "a.bias"]
 
 
