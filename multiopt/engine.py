@@ -212,7 +212,8 @@ class Group(Columns, ABC):
 
     def is_bounded(self, rows: np.ndarray) -> np.ndarray:
         """Whether the clips of rows bound their own norm."""
-        return ~np.isnan(self.norm_bound[rows])
+        bounded: np.ndarray = ~np.isnan(self.norm_bound[rows])
+        return bounded
 
     @np.errstate(all="ignore")
     def bound_norms(self, part: Part, which: np.ndarray, norms: Sequence[float]) -> None:

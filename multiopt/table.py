@@ -17,17 +17,17 @@ step is then one dict look-up per name and a few operations on an array of codes
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from multiopt.backend import backend_named
+from multiopt.backend import Backend, backend_named
 from multiopt.engine import Group
 from multiopt.entry import Entry, all_slots, chained, unchained
 from multiopt.guard import Guard
 from multiopt.kinds import Numbered, formulas, kind_of
 from multiopt.layout import Layout, address
-from multiopt.reference import ReferenceGroup
 from multiopt.rules import Rule
 from multiopt.step.checks import check_name
 from multiopt.step.clip import Clip
@@ -62,11 +62,6 @@ class _Codes(dict[str, int]):
 
 #: The rows of an empty list of names.
 NOTHING = Rows([], np.empty(0, np.int64), [], False, False, {}, [])
-
-
-def _are_scheduled(parts: Iterable[RowsOfGroup]) -> bool:
-    """Whether any of the rows may have schedules."""
-    return any(part[0].scheduled for part in parts)
 
 
 class Table:
@@ -236,11 +231,10 @@ class Table:
         kind = kind_of(rule) or tuple(map(id, formulas(rule)))
         key = kind, layout.with_shape(()), has_masters
         if key not in self._kinds:
-            if self.across is not None and not rule.elementwise:
-                # Engines measure what is here; this one can be told the norms of all of it.
-                group: Group = ReferenceGroup(backend, layout, rule, has_masters)
-            else:
-                group = backend.group(rule, layout, has_masters)
+            # Only the reference engine can be told the norms of what lies on several ranks.
+            by_parts = self.across is not None and not rule.elementwise
+            make = partial(Backend.group, backend) if by_parts else backend.group
+            group = make(rule, layout, has_masters)
             group.number = max(self._groups, default=-1) + 1
             # In this order, so that a signal handler that raises in between leaves only a group
             # without names behind.
@@ -317,11 +311,7 @@ class Table:
     def names_by_group(
         self, names: Iterable[str] | None = None
     ) -> Iterator[tuple[Group, list[str], np.ndarray, np.ndarray]]:
-        """Some names that have been seen, or all for None, by group.
-
-        Yields:
-            A group, its names, their places among these names, and their rows.
-        """
+        """Yield each group with its names, of some or all; their places among these; their rows."""
         names = list(self._codes if names is None else names)
         codes = np.fromiter(map(self._codes.__getitem__, names), np.int64, len(names))
         for group, rows, places in self._by_group(codes):
@@ -387,7 +377,7 @@ class Table:
         """Give names other rows, and bring ``last`` up to date."""
         self._garbage += [self._codes[name] for name in placed if name in self._codes]
         self._codes.update(placed)
-        scheduled = _are_scheduled(self.last.parts)
+        scheduled = any(part[0].scheduled for part in self.last.parts)
         if placed:
             self.last = NOTHING
         elif scheduled != self.last.scheduled:

@@ -8,7 +8,7 @@ import torch
 from multiopt.backend import backend_for
 from multiopt.state.index import Box
 
-__all__ = ["box_of", "counts_here", "here", "is_distributed", "is_part"]
+__all__ = ["box_of", "counts_here", "here", "is_distributed", "is_part", "ranks_of"]
 
 
 def is_distributed(array: Any) -> "TypeGuard[torch.distributed.tensor.DTensor]":
@@ -56,6 +56,11 @@ def is_part(array: Any) -> bool:
         size > 1 and not placement.is_replicate()
         for size, placement in zip(array.device_mesh.shape, array.placements, strict=True)
     )
+
+
+def ranks_of(array: "torch.distributed.tensor.DTensor") -> set[int]:
+    """The ranks, among all, that an array lies on."""
+    return set(array.device_mesh.mesh.reshape(-1).tolist())
 
 
 def counts_here(array: "torch.distributed.tensor.DTensor", label: str) -> bool:

@@ -100,6 +100,11 @@ class Ranks:
             self.messages.send()
         return total[1:]
 
+    @property
+    def all_ranks(self) -> set[int]:
+        """The ranks of the group, among all."""
+        return self._transport.all_ranks
+
     def alike(self) -> AbstractContextManager[None]:
         """What all ranks do with the same data, so that all raise the same error by themselves."""
         return self.messages.alike()

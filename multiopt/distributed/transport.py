@@ -66,6 +66,11 @@ class Transport:
         self._device = self.own_device(first)
         self.waiting = False
 
+    @property
+    def all_ranks(self) -> set[int]:
+        """The ranks of the group, among all."""
+        return set(dist.get_process_group_ranks(self._group or dist.group.WORLD))
+
     @staticmethod
     def own_device(kind: str) -> torch.device:
         """This rank's device of a type."""

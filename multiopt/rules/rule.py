@@ -114,8 +114,7 @@ class Rule(Declared, ABC):
     * ``update`` is the mathematics, a plain function of arrays; ``slots`` names the arrays that it
       carries from step to step.
 
-    A rule holds no state and does not know the names it is used for. ``CONTRIBUTING.md`` explains
-    how to write one.
+    A rule holds no state and knows no names. ``CONTRIBUTING.md`` explains how to write one.
 
     >>> import numpy as np, multiopt as mo
     >>> rule = mo.SGD(lr=lambda step: 1.0 / step)
@@ -125,14 +124,12 @@ class Rule(Declared, ABC):
     """
 
     beside: ClassVar[str] = ", or a schedule step -> number"
-    #: Fields that are rules themselves, and whose hyperparameters count as hyperparameters of this
-    #: rule. Only ``multiopt.rules.average.Averaged`` has any.
+    #: Fields that are rules, whose hyperparameters are this one's too; only ``Averaged`` has any.
     nested: ClassVar[tuple[str, ...]] = ()
-    #: Whether ``update`` treats each element by itself. If it does not, it runs as written, for one
-    #: parameter at a time, in row-major order; some of this package are compiled in passes.
+    #: Whether ``update`` treats each element by itself. If not, it runs as written, a parameter at
+    #: a time, in row-major order; some of this package are compiled in passes.
     elementwise: ClassVar[bool] = True
-    #: Whether all that an ``update`` which is not elementwise asks of whole arrays is ``norm``s of
-    #: them, so that ranks can update their parts of a parameter once these are known.
+    #: Whether it needs no more of other elements than ``norm``s: parts are then updated with these.
     norms_only: ClassVar[bool] = False
 
     @property

@@ -65,11 +65,30 @@ def test_what_needs_the_whole_is_refused(what: str, expected: str) -> None:
     assert first == second
 
 
+def _outside() -> str:
+    """Each rank by itself is no group for a parameter that lies on both."""
+    param = _sharded(torch.ones(4, 2))
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    optimizer = optim.SGD(
+        [("w", param)], clip=mo.Clip(norm=1.0), process_group=groups[dist.get_rank()]
+    )
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_group_without_all_of_a_parameter_is_refused() -> None:
+    for rank, text in enumerate(on_ranks(2, _outside)):
+        assert f"parameter 'w' lies on the ranks [{1 - rank}] too, which are not in" in text
+
+
 def _allowed() -> Any:
     """A bound on elements needs no norm, and replicas are whole."""
     param, whole = _sharded(torch.ones(3, 2)), _sharded(torch.ones(2, 2), Replicate())
     optim.SGD([("w", param)], lr=1.0, clip=mo.Clip(value=0.5)).step()
-    optim.Adafactor([("whole", whole)], lr=0.5).step()
+    optim.Muon([("whole", whole)], lr=0.5).step()
     optim.SGD([("whole", whole)], lr=1.0, clip=mo.Clip(norm=1.0, eps=0.0)).step()
     return param.full_tensor().tolist(), whole.full_tensor().tolist()
 
@@ -77,7 +96,7 @@ def _allowed() -> Any:
 def test_what_needs_no_whole_is_not() -> None:
     whole = torch.nn.Parameter(torch.ones(2, 2))
     whole.grad = torch.ones(2, 2)
-    optim.Adafactor([whole], lr=0.5).step()
+    optim.Muon([whole], lr=0.5).step()
     optim.SGD([whole], lr=1.0, clip=mo.Clip(norm=1.0, eps=0.0)).step()
     assert on_ranks(2, _allowed) == [([[0.5] * 2] * 3, whole.tolist())] * 2
 

@@ -48,7 +48,7 @@ class Followed:
         keys: Their names in the registry.
         are_distributed: Whether any of them is a ``DTensor``.
         counts: Of those that are, whether what lies here counts in sums over all ranks, by name.
-        parts: The names of those of which only a part lies here.
+        parts: Those of which only a part lies here, by name.
     """
 
     def __init__(self, rule: Rule, settings: Container[str]) -> None:
@@ -58,7 +58,7 @@ class Followed:
         self.params, self.keys = np.empty(0, object), list[str]()
         self.are_distributed = False
         self.counts: dict[str, bool] = {}
-        self.parts: set[str] = set()
+        self.parts: dict[str, torch.Tensor] = {}
         self._ids, self._sizes = b"", list[int]()
         self._key_of: dict[int, str] = {}
         self._group_of: dict[str, int] = {}
@@ -111,7 +111,7 @@ class Followed:
         named = list(zip(self.keys, params.tolist(), strict=True))
         self.counts = {n: counts_here(x, f"parameter {n!r}") for n, x in named if is_distributed(x)}
         self.are_distributed = bool(self.counts)
-        self.parts = {name for name, param in named if is_part(param)}
+        self.parts = {name: param for name, param in named if is_part(param)}
         owners = np.repeat(np.arange(len(sizes)), sizes).tolist()
         self._group_of = dict(zip(self.keys, owners, strict=True))
         self._ids, self._sizes = ids, sizes

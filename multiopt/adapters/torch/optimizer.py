@@ -230,7 +230,7 @@ class Optimizer(torch.optim.Optimizer):
                 differentiable.step(followed, self.state)
                 return
             if followed.params is not self._placed:
-                check_parts(registry, followed.rule, followed.parts)
+                check_parts(registry, followed.rule, followed.parts, self._ranks)
                 if registry.across is not None:
                     registry.across.counts, registry.across.parts = followed.counts, followed.parts
                 self._placed = followed.params

@@ -1,10 +1,12 @@
 """What a rank holds of a parameter: a ``DTensor`` is updated through the tensor that lies here."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from multiopt.distributed.boxes import is_distributed
+from multiopt.distributed.boxes import is_distributed, ranks_of
+from multiopt.distributed.ranks import Ranks
 from multiopt.entry import chosen_clip
 from multiopt.registry import Registry
 from multiopt.rules import Rule
@@ -44,13 +46,21 @@ def needs_ranks(registry: Registry, rule: Rule) -> bool:
     return depends or not rule.elementwise
 
 
-def check_parts(registry: Registry, rule: Rule, parts: Collection[str]) -> None:
+def check_parts(
+    registry: Registry, rule: Rule, parts: Mapping[str, Any], ranks: Ranks | None
+) -> None:
     """Refuse parameters of which only a part is here, if a step could not be right.
 
+    Args:
+        registry: The registry.
+        rule: The rule.
+        parts: The parameters by name.
+        ranks: The ranks that are asked about the rest; None if none are.
+
     Raises:
-        ValueError: The rule or the clip needs whole parameters.
+        ValueError: The rule or the clip needs whole parameters, or more ranks than are asked.
     """
-    for name in parts:
+    for name, param in parts.items():
         if not (rule.elementwise or rule.norms_only):
             raise ValueError(
                 f"parameter {name!r} lies on several ranks, and {type(rule).__name__} needs all of "
@@ -58,7 +68,13 @@ def check_parts(registry: Registry, rule: Rule, parts: Collection[str]) -> None:
                 "another optimizer"
             )
         clip = chosen_clip(registry.clip, name)
-        if registry.across is not None:
+        if ranks is not None:
+            if outside := ranks_of(param) - ranks.all_ranks:
+                raise ValueError(
+                    f"parameter {name!r} lies on the ranks {sorted(outside)} too, which are not "
+                    "in process_group; expected one with all ranks that it lies on: pass "
+                    "process_group='world'"
+                )
             continue
         if clip is not None and (clip.norm is not None or clip.global_norm is not None):
             why = repr(clip)
