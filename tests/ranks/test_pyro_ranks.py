@@ -205,6 +205,8 @@ def _errors() -> None:
         adam([site])
     assert site.tolist() == [1.0 + rank] * 2
     assert site.grad is grad
+    assert len(adam.optim_objs) == 0
+    assert ("site" in adam.get_state()) == (rank == 0)
     # Names go on alike on both.
     pyro.clear_param_store()
     loc = _site("loc", torch.full((2,), 1.0 + rank))
