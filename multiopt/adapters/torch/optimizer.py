@@ -8,6 +8,7 @@ shows the slots that there are (``views``).
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import fields
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
@@ -140,8 +141,10 @@ class Optimizer(torch.optim.Optimizer):
         """
         for name in settings.keys() - Settings.__annotations__:
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
-        # torch's constructor knows what it refuses.
-        defaults = peer([torch.empty(0, 0)], **given).defaults
+        # torch's constructor knows what it refuses; older ones lack options, which are off here.
+        known = signature(peer).parameters
+        theirs = {name: value for name, value in given.items() if value or name in known}
+        defaults = peer([torch.empty(0, 0)], **theirs).defaults
         kind = getattr(rules, peer.__name__)
         if given.get("differentiable"):
             differentiable.check_settings(settings)
