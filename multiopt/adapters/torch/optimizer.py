@@ -143,7 +143,9 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
         # torch's constructor knows what it refuses; older ones lack options, which are off here.
         known = signature(peer).parameters
-        theirs = {name: value for name, value in given.items() if value or name in known}
+        theirs = {
+            name: value for name, value in given.items() if name in known or value is not False
+        }
         defaults = peer([torch.empty(0, 0)], **theirs).defaults
         kind = getattr(rules, peer.__name__)
         if given.get("differentiable"):
