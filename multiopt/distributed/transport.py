@@ -160,7 +160,8 @@ def _is_over(work: Any) -> bool:
     try:
         work.wait(SLICE)
     except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
+        if not work.is_completed():
+            return False
+        # It may have ended just after the time was over: this raises only what went wrong.
+        work.wait()
     return True
