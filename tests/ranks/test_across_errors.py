@@ -65,6 +65,16 @@ def test_what_needs_the_whole_is_refused(what: str, expected: str) -> None:
     assert first == second
 
 
+def test_a_process_group_is_checked() -> None:
+    param = torch.zeros(2, requires_grad=True)
+    with pytest.raises(ValueError, match="process_group must be a process group, 'world' or None"):
+        optim.SGD([param], process_group="wrold")
+    # Nothing depends on other ranks here, so there need be none.
+    assert optim.SGD([param], process_group="world").param_groups
+    with pytest.raises(RuntimeError, match="there is no process group; expected one"):
+        optim.SGD([param], clip=mo.Clip(norm=1.0), process_group="world")
+
+
 def _outside() -> str:
     """Each rank by itself is no group for a parameter that lies on both."""
     param = _sharded(torch.ones(4, 2))

@@ -21,10 +21,9 @@ from multiopt.adapters.torch.gradients import held, without_sparse
 from multiopt.adapters.torch.groups import Followed
 from multiopt.adapters.torch.loading import loaded, matched, waiting_state
 from multiopt.adapters.torch.settings import plain_settings
-from multiopt.adapters.torch.shards import check_parts, needs_ranks
+from multiopt.adapters.torch.shards import check_parts, ranks_for
 from multiopt.adapters.torch.views import Slots, State
 from multiopt.distributed.boxes import here
-from multiopt.distributed.ranks import Ranks
 from multiopt.errors import brief
 from multiopt.guard import exclusive, mending
 from multiopt.optimizer import Optimizer as Core
@@ -115,12 +114,10 @@ class Optimizer(torch.optim.Optimizer):
     def _connect(self) -> None:
         """Find the parts of the core, and the other ranks if anything depends on them."""
         self._guard, self._registry = self._core._guard, self._core._registry
-        self._ranks: Ranks | None = None
         #: The tensors of which it was looked where they lie.
         self._placed: np.ndarray | None = None
-        if self._process_group is not None and needs_ranks(self._registry, self._followed.rule):
-            group = None if self._process_group == "world" else self._process_group
-            self._ranks = Ranks(group)
+        self._ranks = ranks_for(self._process_group, self._registry, self._followed.rule)
+        if self._ranks is not None:
             self._registry.across = Across(self._ranks)
             self._registry.before_writing = self._ranks.messages.send_last
 

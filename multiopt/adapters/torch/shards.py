@@ -11,7 +11,7 @@ from multiopt.entry import chosen_clip
 from multiopt.registry import Registry
 from multiopt.rules import Rule
 
-__all__ = ["check_parts", "like", "local_gradient", "needs_ranks"]
+__all__ = ["check_parts", "like", "local_gradient", "ranks_for"]
 
 
 def local_gradient(param: torch.Tensor) -> torch.Tensor | None:
@@ -40,10 +40,22 @@ def like(param: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     )
 
 
-def needs_ranks(registry: Registry, rule: Rule) -> bool:
-    """Whether a step depends on more of a parameter than may lie on this rank."""
+def ranks_for(process_group: Any, registry: Registry, rule: Rule) -> Ranks | None:
+    """The ranks that a step must ask about what lies there; None if it does not depend on them.
+
+    Raises:
+        RuntimeError: There is no process group.
+        TypeError: ``process_group`` is none.
+        ValueError: It is a text, but not ``"world"``; or it does not have this process.
+    """
+    if isinstance(process_group, str) and process_group != "world":
+        raise ValueError(
+            f"process_group must be a process group, 'world' or None; got {process_group!r}"
+        )
     depends = registry.clip is not None or registry.on_nonfinite != "propagate"
-    return depends or not rule.elementwise
+    if process_group is None or not (depends or not rule.elementwise):
+        return None
+    return Ranks(None if process_group == "world" else process_group)
 
 
 def check_parts(
