@@ -1,22 +1,83 @@
 """The exact norm of gradients on any number of ranks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch.distributed as dist
 
-from multiopt.arrays import Array
+from multiopt.arrays import Array, Arrays, Part
 from multiopt.backend import backend_for
 from multiopt.distributed.boxes import counts_here, here, is_distributed
 from multiopt.distributed.ranks import Ranks
 from multiopt.exact import Accumulator
+from multiopt.registry import Registry
+from multiopt.rules import SGD
+from multiopt.rules.sums import RANGES
 from multiopt.step.across import Told
 
 __all__ = ["global_norm"]
 
+#: How many names of earlier calls are remembered, beside as many as a call has.
+MANY = 1000
+
+#: How many integers the sum is.
+INTEGERS = RANGES["float64"][1] + 2
+
+
+class _Measuring:
+    """Sums of squares by the engines that steps have, on arrays as they lie.
+
+    Args:
+        ranks: The ranks; None for one process.
+    """
+
+    def __init__(self, ranks: Ranks | None) -> None:
+        self.ranks = ranks
+        # It has a row for each name, and never takes a step.
+        self._registry, self._arrays = Registry(SGD()), Arrays()
+
+    def sum(self, grads: Mapping[str, Array]) -> Accumulator:
+        """The sum over arrays that lie here."""
+        total, known = Accumulator("float64"), self._registry
+        names = list(grads)
+        if len(known) > 2 * len(names) + MANY:
+            # Most of its names were those of earlier calls.
+            known = self._registry = Registry(SGD())
+        rows, arrays = known.find(names), np.fromiter(grads.values(), object, len(grads))
+        if rows.missing:
+            new = np.array(rows.missing)
+            known.enter([names[place] for place in rows.missing], arrays[new])
+            rows = known.find(names)
+        self._arrays.take(arrays, arrays, own=False)
+        try:
+            for part in starmap(Part, rows.parts):
+                total = total + self._of_part(names, part)
+        finally:
+            self._arrays.release()
+        return total
+
+    def _of_part(self, names: Sequence[str], part: Part) -> Accumulator:
+        group, total = part.group, Accumulator("float64")
+        try:
+            group.look(part, self._arrays, last=False)
+            # Those that compiled code cannot read as they are, or that have another shape now.
+            for position in part.odd:
+                array = self._arrays.grads[part.places[position]]
+                label = f"gradient of {names[part.places[position]]!r}"
+                one = Accumulator(backend_for(array, label).layout(array, label).compute_dtype)
+                one.add(array)
+                total = total + one
+            others = np.delete(np.arange(len(part.rows)), part.odd)
+            return total + group.squares(part, others, None) if others.size else total
+        finally:
+            group.forget(part)
+
+
 #: By process group.
-_ranks: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
+_measuring: WeakKeyDictionary[Any, _Measuring] = WeakKeyDictionary()
 
 
 def global_norm(
@@ -54,20 +115,22 @@ def global_norm(
     named = grads.items() if isinstance(grads, Mapping) else enumerate(grads)
     arrays = {str(name): grad for name, grad in named if grad is not None}
     if not (dist.is_available() and dist.is_initialized()):
-        return _sum(arrays).norm()
+        return _Measuring(None).sum({name: here(grad) for name, grad in arrays.items()}).norm()
     key = dist.group.WORLD if group is None else group
-    if key not in _ranks:
-        _ranks[key] = Ranks(group)
-    ranks = _ranks[key]
+    if key not in _measuring:
+        _measuring[key] = _Measuring(Ranks(group))
+    measuring = _measuring[key]
+    ranks = measuring.ranks
+    assert ranks is not None
     with ranks.messages.step():
-        ranks.tell({name: _told(name, grad) for name, grad in arrays.items()})
+        told = {name: _told(name, grad) for name, grad in arrays.items()}
+        ranks.tell(told)
         counted = {
-            name: grad
+            name: here(grad)
             for name, grad in arrays.items()
-            if (ranks.names[name].counts is None and name in ranks.counted)
-            or (is_distributed(grad) and counts_here(grad, name))
+            if (name in ranks.counted if told[name].counts is None else told[name].counts)
         }
-        integers = ranks.add(len(_sum({}).to_integers()), lambda: _sum(counted).to_integers())
+        integers = ranks.add(INTEGERS, lambda: measuring.sum(counted).to_integers())
     return Accumulator.from_integers(integers, "float64").norm()
 
 
@@ -77,12 +140,3 @@ def _told(name: str, grad: Array) -> Told:
     dtype = backend_for(part, label).layout(part, label).compute_dtype
     counts = counts_here(grad, label) if is_distributed(grad) else None
     return Told(counts, dtype, is_bounded=False, clip=None, asks=False)
-
-
-def _sum(arrays: Mapping[str, Array]) -> Accumulator:
-    """The sum of squares over arrays, as far as they lie here."""
-    total = {dtype: Accumulator(dtype) for dtype in ("float64", "float32")}
-    for name, array in arrays.items():
-        part = here(array)
-        total[backend_for(part, name).layout(part, name).compute_dtype].add(part)
-    return total["float64"] + total["float32"]

@@ -311,4 +311,7 @@ COMPARISONS = (
 )
 
 #: What ``--only`` can name. The last ones are measured in processes of their own.
-ROWS = (*dict.fromkeys(c.row for c in COMPARISONS), "replicas", "memory", "import", "first-step")
+ROWS = (
+    *dict.fromkeys(c.row for c in COMPARISONS),
+    *("replicas", "ranks", "memory", "import", "first-step"),
+)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from multiopt.bench.machine import engine
 from multiopt.bench.paired import measured
-from tests.benchmarks import fresh, replicas
+from tests.benchmarks import fresh, ranks
 from tests.benchmarks.comparisons import (
     COMPARISONS,
     FASTER,
@@ -102,6 +102,9 @@ def _jobs(rows: Sequence[str], threads: list[int], quick: bool) -> Iterator[Job]
     if "replicas" in rows and find_spec("torch"):
         for key in ("many small", "many middling", "large"):
             yield Job(f"replicas: {key}", partial(_replicas, key, quick))
+    if "ranks" in rows and find_spec("torch"):
+        for key in ("many small", "many middling", "large"):
+            yield Job(f"ranks: {key}", partial(_clipped, key, quick))
     if "memory" in rows and can_measure_peak():
         for library in ("NumPy", *(["torch"] if find_spec("torch") else [])):
             yield Job(f"memory: {library}", partial(_peak, library, threads[-1], quick))
@@ -155,7 +158,18 @@ def _replicas(key: str, quick: bool) -> list[Result]:
             *("replicas", work.title, f"Replicas, {reduction}", "all_reduce and step", 1, "hot"),
             *(*times, TIME, None),
         )
-        for reduction, times in replicas.measured(work, quick).items()
+        for reduction, times in ranks.measured(work, quick).items()
+    ]
+
+
+def _clipped(key: str, quick: bool) -> list[Result]:
+    work = works(quick)[key]
+    return [
+        Result(
+            *("ranks", work.title, ours, "clip_grad_norm_", 1, "hot"),
+            *(*times, TIME, None if quick else 1.1),
+        )
+        for ours, times in ranks.clipped(work, quick).items()
     ]
 
 
