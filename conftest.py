@@ -1,5 +1,6 @@
 """Examples in the documents run like tests, in a folder of their own."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,3 +17,13 @@ def _own_folder(
 ) -> None:
     if isinstance(request.node, pytest.DoctestItem):
         monkeypatch.chdir(tmp_path)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what importing everything has made out of collections.
+
+    With torch, JAX, Lightning and transformers there are a million objects, and looking through
+    them took most of the time of tests that call ``gc.collect`` often.
+    """
+    gc.collect()
+    gc.freeze()
