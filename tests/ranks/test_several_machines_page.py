@@ -41,8 +41,10 @@ def test_a_model_in_parts_resumes_on_each_rank(tmp_path: Path) -> None:
         assert found["norms"][0] == found["norms"][1] == first["norms"][0]
 
 
-def test_the_example_runs_under_torchrun() -> None:
+def test_the_example_runs_under_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # To a file for each rank: what both print to one pipe may be mixed within a line.
+    command += ["--redirects", "1", "--log-dir", str(tmp_path)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     done = subprocess.run(
         [*command, "--nproc-per-node", "2", str(EXAMPLE)],
@@ -53,10 +55,9 @@ def test_the_example_runs_under_torchrun() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    printed = "".join(file.read_text() for file in sorted(tmp_path.rglob("stdout.log")))
     ranks = [
-        sorted(
-            line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith(rank)
-        )
+        sorted(line.partition(": ")[2] for line in printed.splitlines() if line.startswith(rank))
         for rank in ("rank 0: ", "rank 1: ")
     ]
     assert len(ranks[0]) == 12
