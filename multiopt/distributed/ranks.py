@@ -58,14 +58,17 @@ class Ranks:
         is_new = names is not self._told and names != self._told
         text = _written(names) if is_new else b""
         lengths = self.messages.send(len(text) if is_new else 0)[:, 0]
-        self._told = names
         if not lengths.any():
+            self._told = names
             return
+        # If they disagree, all tell again in their next step.
+        self._told = None
         senders = {rank: int(lengths[rank]) for rank in np.flatnonzero(lengths).tolist()}
         for rank, told in self._transport.send_bytes(text, senders).items():
             self._all_told[rank] = _read(told)
         with self.messages.alike():
             self._merge()
+        self._told = names
 
     def _merge(self) -> None:
         merged: dict[str, tuple[int, Told]] = {}
