@@ -5,6 +5,7 @@ Every rank writes a file with its pieces, and then rank 0 the index, which makes
 have checked theirs before any changes anything.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from multiopt.arrays import Array
 from multiopt.distributed.assembly import Wanted, assembled
 from multiopt.distributed.boxes import box_of, here
+from multiopt.distributed.transport import Transport
 from multiopt.errors import CheckpointError, brief
 from multiopt.optimizer import Optimizer
 from multiopt.state.index import INDEX, Box, File, Index, Piece, checksum_of
@@ -74,13 +76,13 @@ def save_sharded(
     folder, ranks = Path(directory), _Ranks(group)
     params = _params_of(optimizer) if params is None else params
 
-    def claims() -> tuple[Optimizer, dict[str, tuple[tuple[int, ...], Box]], list[str], str]:
+    def claims() -> tuple[Optimizer, list[tuple[Any, ...]], list[str], str]:
         core = _core_of(optimizer)
         core._guard.check_whole("save_sharded")
         warn_of_left_behind(core._registry)
         known = [*core._registry.names, *core._registry.pending, *(params or ())]
         own = [name for name in dict.fromkeys(known) if local and local(name)]
-        boxes = {name: _box(params, name) for name in dict.fromkeys(known) if name not in own}
+        boxes = [(name, *_box(params, name)) for name in dict.fromkeys(known) if name not in own]
         folder.mkdir(parents=True, exist_ok=True)
         return core, boxes, own, os.urandom(8).hex()
 
@@ -101,7 +103,7 @@ def save_sharded(
             Index(files, shapes, pieces, locals_, groups, metadata or {}).write(folder)
 
     try:
-        _, files = ranks.agree("save", written)
+        files = [File(*one) for one in ranks.agree("save", written)[1]]
         ranks.agree("save", commit)
     except BaseException:
         if not (folder / INDEX).exists() or token not in (folder / INDEX).read_text():
@@ -203,11 +205,9 @@ class _Ranks:
     """The ranks of a process group; one if there is none."""
 
     def __init__(self, group: Any) -> None:
-        self._group = group
         is_ranked = dist.is_available() and dist.is_initialized()
-        self.rank, self.count = (
-            (dist.get_rank(group), dist.get_world_size(group)) if is_ranked else (0, 1)
-        )
+        self._transport = Transport(group) if is_ranked else None
+        self.rank = 0 if self._transport is None else self._transport.rank
 
     def agree(
         self,
@@ -220,7 +220,7 @@ class _Ranks:
         Args:
             verb: What this is about, for messages.
             work: What to do.
-            told: What the other ranks are told of the result.
+            told: What the other ranks are told of the result; JSON must hold it.
 
         Returns:
             The result here, and what each rank tells.
@@ -242,10 +242,12 @@ class _Ranks:
                 self._gathered(verb, f"{type(error).__name__}: {error}", None)
 
     def _gathered(self, verb: str, problem: str | None, told: Any) -> list[Any]:
-        if self.count == 1:
-            return [told]
-        answers: list[Any] = [None] * self.count
-        dist.all_gather_object(answers, (problem, told), group=self._group)
+        text = json.dumps([problem, told]).encode()
+        if self._transport is None:
+            return [json.loads(text)[1]]
+        lengths = self._transport.gather_numbers([len(text)])[:, 0].tolist()
+        every = self._transport.send_bytes(text, dict(enumerate(lengths)))
+        answers = [json.loads(answer) for answer in every.values()]
         failed = [(rank, why) for rank, (why, _) in enumerate(answers) if why is not None]
         if failed:
             rank, why = failed[0]
@@ -276,9 +278,12 @@ def _box(params: Mapping[str, Array] | None, name: str) -> tuple[tuple[int, ...]
 
 
 def _shared(
-    told: Sequence[Mapping[str, tuple[tuple[int, ...], Box]]],
+    told: Sequence[Sequence[Sequence[Any]]],
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Piece]]]:
     """Who saves what: each box is saved by the lowest rank that has it.
+
+    Args:
+        told: By rank the names it has, each with the shape of the whole and the box that is there.
 
     Raises:
         ValueError: Ranks disagree about the shape of a parameter.
@@ -287,7 +292,8 @@ def _shared(
     pieces: dict[str, list[Piece]] = {}
     taken: set[tuple[str, Box]] = set()
     for rank, boxes in enumerate(told):
-        for name, (shape, box) in boxes.items():
+        for name, whole, (offset, extent) in boxes:
+            shape, box = tuple(whole), (tuple(offset), tuple(extent))
             if shapes.setdefault(name, shape) != shape:
                 raise ValueError(
                     f"parameter {name!r} has the shape {shape} on rank {rank}, and {shapes[name]} "
