@@ -15,7 +15,7 @@ from multiopt.distributed.ranks import Ranks
 from multiopt.exact import Accumulator
 from multiopt.registry import Registry
 from multiopt.rules import SGD
-from multiopt.rules.sums import RANGES
+from multiopt.rules.sums import length
 from multiopt.step.across import Told
 
 __all__ = ["global_norm"]
@@ -23,19 +23,11 @@ __all__ = ["global_norm"]
 #: How many names of earlier calls are remembered, beside as many as a call has.
 MANY = 1000
 
-#: How many integers the sum is.
-INTEGERS = RANGES["float64"][1] + 2
-
 
 class _Measuring:
-    """Sums of squares by the engines that steps have, on arrays as they lie.
+    """Sums of squares by the engines that steps have, on arrays as they lie."""
 
-    Args:
-        ranks: The ranks; None for one process.
-    """
-
-    def __init__(self, ranks: Ranks | None) -> None:
-        self.ranks = ranks
+    def __init__(self) -> None:
         # It has a row for each name, and never takes a step.
         self._registry, self._arrays = Registry(SGD()), Arrays()
 
@@ -76,8 +68,10 @@ class _Measuring:
             group.forget(part)
 
 
+_measuring = _Measuring()
+
 #: By process group.
-_measuring: WeakKeyDictionary[Any, _Measuring] = WeakKeyDictionary()
+_ranks: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
 
 
 def global_norm(
@@ -115,13 +109,11 @@ def global_norm(
     named = grads.items() if isinstance(grads, Mapping) else enumerate(grads)
     arrays = {str(name): grad for name, grad in named if grad is not None}
     if not (dist.is_available() and dist.is_initialized()):
-        return _Measuring(None).sum({name: here(grad) for name, grad in arrays.items()}).norm()
+        return _measuring.sum({name: here(grad) for name, grad in arrays.items()}).norm()
     key = dist.group.WORLD if group is None else group
-    if key not in _measuring:
-        _measuring[key] = _Measuring(Ranks(group))
-    measuring = _measuring[key]
-    ranks = measuring.ranks
-    assert ranks is not None
+    if key not in _ranks:
+        _ranks[key] = Ranks(group)
+    ranks = _ranks[key]
     with ranks.messages.step():
         told = {name: _told(name, grad) for name, grad in arrays.items()}
         ranks.tell(told)
@@ -130,7 +122,7 @@ def global_norm(
             for name, grad in arrays.items()
             if (name in ranks.counted if told[name].counts is None else told[name].counts)
         }
-        integers = ranks.add(INTEGERS, lambda: measuring.sum(counted).to_integers())
+        integers = ranks.add(length("float64"), lambda: _measuring.sum(counted).to_integers())
     return Accumulator.from_integers(integers, "float64").norm()
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "Sum",
     "few_norms",
     "known_sums",
+    "length",
     "norm",
     "root_mean_square",
 ]
@@ -54,6 +55,12 @@ LIMB = 40
 #: By dtype: the exponent of the last bit of the smallest square, and the number of limbs from there
 #: to the largest sum of 2^63 squares.
 RANGES = {"float32": (-298, 16), "float64": (-2148, 108)}
+
+
+def length(dtype: str) -> int:
+    """How many int64 numbers a sum is: its limbs, and the counts of infinities and NaNs."""
+    return RANGES[dtype][1] + 2
+
 
 #: How many elements are split at once: in the host's memory few enough to stay in its cache, on
 #: other devices enough to keep them busy.
@@ -252,10 +259,9 @@ class Sum:
             ValueError: There are more or fewer numbers than a sum of the dtype has.
         """
         made = cls(dtype, squares)
-        _, count = RANGES[dtype]
-        numbers = np.asarray(integers).reshape(-1).tolist()
-        if len(numbers) != count + 2:
-            raise ValueError(f"expected {count + 2} integers for {dtype}; got {len(numbers)}")
+        count, numbers = length(dtype), np.asarray(integers).reshape(-1).tolist()
+        if len(numbers) != count:
+            raise ValueError(f"expected {count} integers for {dtype}; got {len(numbers)}")
         *limbs, made.infinities, made.nans = numbers
         for limb in reversed(limbs):
             made._total = (made._total << LIMB) + limb

@@ -193,8 +193,11 @@ def checksum_of(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def listed_together(directory: str | os.PathLike[str]) -> Listed:
+def listed_together(directory: str | os.PathLike[str]) -> tuple[Listed, int]:
     """List the contents of all files of a directory as one, and check them.
+
+    Returns:
+        The contents, and how many files there are.
 
     Raises:
         CheckpointError: The index is unusable, or a file is missing or not the one that was
@@ -215,13 +218,14 @@ def listed_together(directory: str | os.PathLike[str]) -> Listed:
                     merged[f"{name} (rank {number})"] = record
                 elif name not in merged:
                     merged[name] = _whole(record, index, name)
-    return first._replace(
+    together = first._replace(
         saved=saved,
         steps=max((part.steps or 0 for part in parts), default=0),
         size=sum(part.size for part in parts),
         metadata=dict(index.metadata),
         damaged=[damage for part in parts for damage in part.damaged],
     )
+    return together, len(parts)
 
 
 def _whole(record: Saved, index: Index, name: str) -> Saved:

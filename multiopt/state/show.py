@@ -12,7 +12,7 @@ from multiopt.layout import Layout
 from multiopt.rules.average import AVERAGE
 from multiopt.state.file import listed
 from multiopt.state.fit import SHOWN_AVERAGE
-from multiopt.state.index import Index, listed_together
+from multiopt.state.index import listed_together
 from multiopt.state.record import Form, Saved
 from multiopt.state.settings import Settings
 from multiopt.state.tables import host_dtype
@@ -41,12 +41,15 @@ def show(path: str | os.PathLike[str]) -> bool:
         CheckpointError: The whole file is unusable, or it is not a checkpoint of multiopt.
         OSError: The file cannot be read.
     """
-    is_directory = Path(path).is_dir()
-    file = listed_together(path) if is_directory else listed(path)
+    files = ""
+    if Path(path).is_dir():
+        file, count = listed_together(path)
+        files = f" in {count} files"
+    else:
+        file = listed(path)
     seen, pending = len(file.saved["entries"]), len(file.saved["pending"])
     condition = "damaged" if file.damaged else "checked" if file.checked else "without checksums"
     steps = "unknown" if file.steps is None else file.steps
-    files = f" in {len(Index.read(Path(path)).files)} files" if is_directory else ""
     print(
         f"{_shown(os.fspath(path))}: multiopt checkpoint{files}, version {file.version}, "
         f"{file.size} bytes, {steps} steps, {seen} names seen, {pending} pending, {condition}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from multiopt.arrays import Part
-from multiopt.rules.sums import RANGES, Sum
+from multiopt.rules.sums import Sum, length
 from multiopt.step.checks import refuse_nonfinite
 from multiopt.step.clip import Clip, carriers, share_norm
 
@@ -42,11 +42,6 @@ class Told(NamedTuple):
     is_bounded: bool
     clip: Clip | None
     asks: bool
-
-    @property
-    def width(self) -> int:
-        """How many integers an exact sum over its elements is."""
-        return RANGES[self.dtype][1] + 2
 
 
 #: What is told of each name.
@@ -177,7 +172,7 @@ class Across:
         """
         self._meet(step, clips)
         checks = policy != "propagate"
-        widths = [checks + told.width * told.is_bounded for told in self._names.values()]
+        widths = [checks + length(told.dtype) * told.is_bounded for told in self._names.values()]
         starts = np.cumsum([0, *widths])
         if not starts[-1]:
             return
@@ -244,11 +239,10 @@ class Across:
                         totals[clip] += part.group.squares(part, counted, step.threads)
             return np.concatenate([total.to_integers() for total in totals.values()])
 
-        count = sum(RANGES[dtype][1] + 2 for dtype in dtypes.values())
-        numbers = self._ranks.add(count, measured)
+        numbers = self._ranks.add(sum(map(length, dtypes.values())), measured)
         for clip, dtype in dtypes.items():
             step.global_norms[clip] = norm = _sum(numbers, dtype).norm()
-            numbers = numbers[RANGES[dtype][1] + 2 :]
+            numbers = numbers[length(dtype) :]
             share_norm(held.get(clip, ()), clip, norm)
 
     def settle(self, step: "Step") -> None:
@@ -260,7 +254,7 @@ class Across:
         if not asking.any():
             return
         widths = [
-            told.width * asks
+            length(told.dtype) * asks
             for told, asks in zip(self._names.values(), asking.tolist(), strict=True)
         ]
         starts = 1 + np.cumsum([0, *widths])
@@ -292,4 +286,4 @@ class Across:
 
 def _sum(numbers: np.ndarray, dtype: str) -> Sum:
     """The sum that the first of some integers are."""
-    return Sum.from_integers(numbers[: RANGES[dtype][1] + 2], dtype)
+    return Sum.from_integers(numbers[: length(dtype)], dtype)

@@ -11,14 +11,13 @@ import numpy as np
 
 from multiopt.arrays import Part
 from multiopt.layout import Words, address
-from multiopt.rules.sums import Sum
+from multiopt.rules.sums import Sum, length
 from multiopt_kernels.cpu.boxes import AXES
 from multiopt_kernels.cpu.kernels import norm_kernels, walk_kernel
 from multiopt_kernels.cpu.look import Look
 from multiopt_kernels.cpu.narrow import NARROW
 from multiopt_kernels.cpu.rows import FIRST_SLOT, WALK
 from multiopt_kernels.cpu.shares import SHARED, SHARES, borders, places_of_sums
-from multiopt_kernels.cpu.sums import length
 from multiopt_kernels.cpu.table import TableGroup
 from multiopt_kernels.cpu.team import Kernel, Runnable, thread_count
 from multiopt_kernels.cpu.walk import ARGUMENTS

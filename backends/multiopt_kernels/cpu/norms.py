@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from multiopt.rules.arithmetic import clip_coefficient
-from multiopt.rules.sums import RANGES
+from multiopt.rules.sums import RANGES, length
 from multiopt_kernels.cpu.narrow import reader
 from multiopt_kernels.cpu.object_cache import ObjectCode
 from multiopt_kernels.cpu.rows import GRAD, SIZE, WIDE
 from multiopt_kernels.cpu.shares import BLOCK
 from multiopt_kernels.cpu.source import Source
-from multiopt_kernels.cpu.sums import FEW, adder, length, sum_tools
+from multiopt_kernels.cpu.sums import FEW, adder, sum_tools
 from multiopt_kernels.cpu.toolbox import compiled, object_code, toolbox
 from multiopt_kernels.trace import trace_function
 

@@ -24,7 +24,7 @@ from multiopt.rules.sums import LIMB, RANGES
 from multiopt_kernels.cpu.narrow import reader
 from multiopt_kernels.cpu.toolbox import toolbox
 
-__all__ = ["FEW", "adder", "length", "sum_tools"]
+__all__ = ["FEW", "adder", "sum_tools"]
 
 #: How many elements are summed at once: so few that they stay in the fastest cache, and that sums
 #: of integers of 53 bits have 63. A float32 row of so few is mostly summed without limbs.
@@ -36,11 +36,6 @@ MASK = (1 << LIMB) - 1
 #: of a subnormal number, and the most powers of two between elements that are cut into pieces of
 #: the same units: two pieces of 51 bits of a square, or three of 26 bits of a float64 number.
 FORMATS = {"float32": (23, 255, -149, 27), "float64": (52, 2047, -1074, 25)}
-
-
-def length(dtype: str) -> int:
-    """How many int64 numbers a sum has: its limbs, and the counts of infinities and NaNs."""
-    return RANGES[dtype][1] + 2
 
 
 def sum_tools() -> SimpleNamespace:

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from multiopt.rules.sums import RANGES
+from multiopt.rules.sums import RANGES, length
 from multiopt_kernels.cpu.matrices import matrix_tools, printed_matrices
 from multiopt_kernels.cpu.numbers import ROOM
 from multiopt_kernels.cpu.object_cache import ObjectCode
 from multiopt_kernels.cpu.pass_text import PassText, by_form, known_sums, needed, roots
 from multiopt_kernels.cpu.rows import NDIM, SIZE, WIDE
 from multiopt_kernels.cpu.source import Source
-from multiopt_kernels.cpu.sums import FEW, adder, length, sum_tools
+from multiopt_kernels.cpu.sums import FEW, adder, sum_tools
 from multiopt_kernels.cpu.toolbox import compiled, object_code, toolbox
 from multiopt_kernels.cpu.update import (
     Access,

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from multiopt.layout import address
+from multiopt.rules.sums import length
 from multiopt_kernels.cpu.group import CompiledGroup
 from multiopt_kernels.cpu.rows import NDIM
 from multiopt_kernels.cpu.shares import SHARED, places_of_sums
-from multiopt_kernels.cpu.sums import length
 from multiopt_kernels.cpu.team import Runnable, Shares
 from multiopt_kernels.cpu.whole import Whole
 

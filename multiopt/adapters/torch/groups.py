@@ -46,8 +46,8 @@ class Followed:
         rule: The rule.
         params: The tensors of all groups, in order.
         keys: Their names in the registry.
-        are_distributed: Whether any of them is a ``DTensor``.
-        counts: Of those that are, whether what lies here counts in sums over all ranks, by name.
+        counts: Of those that are ``DTensor``s, by name, whether what lies here counts in sums over
+            all ranks.
         parts: Those of which only a part lies here, by name.
     """
 
@@ -56,7 +56,6 @@ class Followed:
         self.rule = rule
         self._fields = tuple(f.name for f in fields(rule) if f.name in settings)
         self.params, self.keys = np.empty(0, object), list[str]()
-        self.are_distributed = False
         self.counts: dict[str, bool] = {}
         self.parts: dict[str, torch.Tensor] = {}
         self._ids, self._sizes = b"", list[int]()
@@ -110,7 +109,6 @@ class Followed:
         self.params, self.keys = params, list(self._key_of.values())
         named = list(zip(self.keys, params.tolist(), strict=True))
         self.counts = {n: counts_here(x, f"parameter {n!r}") for n, x in named if is_distributed(x)}
-        self.are_distributed = bool(self.counts)
         self.parts = {name: param for name, param in named if is_part(param)}
         owners = np.repeat(np.arange(len(sizes)), sizes).tolist()
         self._group_of = dict(zip(self.keys, owners, strict=True))

@@ -237,7 +237,7 @@ class Optimizer(torch.optim.Optimizer):
                     registry.across.counts, registry.across.parts = followed.counts, followed.parts
                 self._placed = followed.params
             names, params = followed.keys, followed.params
-            parts = held(params) if followed.are_distributed else (params, None)
+            parts = held(params) if followed.counts else (params, None)
             try:
                 registry.step(names, *parts)
             except (TypeError, ValueError):
