@@ -34,17 +34,21 @@ from multiopt_kernels.cpu.team import Kernel
 __all__ = ["look_kernel", "norm_kernels", "update_kernel", "walk_kernel", "whole_kernel"]
 
 
-@cache
 def look_kernel(name: str) -> Kernel | None:
     """Return a kernel of ``look``: ``"look_numpy"``, ``"look_torch"`` or ``"overlap"``.
 
     None if this Python lays out its objects in another way than the kernels expect. Python then
     examines all arrays, with equal results.
     """
+    return _look_kernels().get(name)
+
+
+@cache
+def _look_kernels() -> dict[str, Kernel]:
     usual = sys.implementation.name == "cpython" and sys.maxsize == 2**63 - 1
     if not usual or sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return None
-    return _loaded("look", [], look.compile_look, look)[name]
+        return {}
+    return _loaded("look", [], look.compile_look, look)
 
 
 @cache
