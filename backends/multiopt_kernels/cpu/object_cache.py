@@ -27,9 +27,9 @@ FORM = b"multiopt object code 1"
 SUFFIX = ".multiopt"
 UNFINISHED = ".multiopt-unfinished"
 
-#: How many files are kept. A program needs one for each kind of rule and dtype that it uses, so
-#: these are enough for several programs, at some KiB per file.
-KEPT = 128
+#: How many files are kept. A program needs one for each kind of rule and dtype that it uses, at
+#: 20 to 170 KiB per file; the tests of multiopt, which use all of them, need 600.
+KEPT = 1024
 
 #: The age in seconds at which an unfinished file is deleted. Writing takes milliseconds, so the
 #: process that wrote it no longer exists.
