@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import multiopt as mo
+from multiopt.layout import address
 from multiopt_kernels.cpu.narrow import conversions
-from multiopt_kernels.cpu.toolbox import toolbox
+from multiopt_kernels.cpu.object_cache import linked
+from multiopt_kernels.cpu.team import Kernel
+from multiopt_kernels.cpu.toolbox import object_code, toolbox
 from tests.cases import CASES
 from tests.libraries import NUMPY, Library, assert_equal, engine
 
@@ -187,27 +190,39 @@ def near_roundings(dtype: str) -> np.ndarray:
     ("dtype", "by_instruction"), [("bfloat16", None), ("float16", True), ("float16", False)]
 )
 def test_conversions_are_those_of_numpy(dtype: str, by_instruction: bool | None) -> None:
-    njit = pytest.importorskip("numba").njit
     if by_instruction and not toolbox().has_half:
         pytest.skip("the processor does not convert float16")
-    load, store = conversions(dtype, by_instruction)
+    tools, (load, store) = toolbox(), conversions(dtype, by_instruction)
+    words, shorts, floats = tools.words, tools.shorts, tools.at["float32"]
 
-    def widen(bits: np.ndarray, out: np.ndarray) -> None:
-        for i in range(bits.size):
+    def widen(arguments_at):  # type: ignore[no-untyped-def]
+        a = words(arguments_at)
+        bits, out = shorts(a[0]), floats(a[1])
+        for i in range(a[2]):
             out[i] = load(bits[i])
+        return 0
 
-    def narrow(numbers: np.ndarray, out: np.ndarray) -> None:
-        for i in range(numbers.size):
+    def narrow(arguments_at):  # type: ignore[no-untyped-def]
+        a = words(arguments_at)
+        numbers, out = floats(a[0]), shorts(a[1])
+        for i in range(a[2]):
             out[i] = store(numbers[i])
+        return 0
+
+    addresses = linked(object_code(widen=tools.njit(widen), narrow=tools.njit(narrow)))
+
+    def run(name: str, given: np.ndarray, out: np.ndarray) -> None:
+        arguments = np.array([address(given), address(out), given.size])
+        Kernel(addresses[name]).alone(address(arguments))
 
     with np.errstate(all="ignore"):
         wide, expected = np.empty(2**16, np.float32), every(dtype).astype(np.float32)
-        njit(widen)(every(dtype).view(np.uint16), wide)
+        run("widen", every(dtype).view(np.uint16), wide)
         assert_equal(wide, expected)
         assert (np.signbit(wide) == np.signbit(expected)).all()
         numbers = near_roundings(dtype)
         rounded, expected = np.empty(numbers.size, np.uint16), numbers.astype(dtype)
-        njit(narrow)(numbers, rounded)
+        run("narrow", numbers, rounded)
         assert_equal(rounded.view(dtype), expected)
         is_number = ~np.isnan(numbers)
         assert (rounded == expected.view(np.uint16))[is_number].all()

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pkgutil import get_data
 from types import ModuleType
 
 from multiopt.rules.sums import LIMB, RANGES
@@ -123,5 +124,7 @@ def _loaded(
 ) -> dict[str, Kernel]:
     """Load kernels from the disk, or compile them with ``make``, which is defined in ``module``."""
     sources = [inspect.getsource(part).encode() for part in (toolbox, rows, narrow, shares, module)]
+    # Read without an import, which would be one of Numba too.
+    sources.append(get_data(__package__, "target.py") or b"")
     addresses = linked(cached(label, [*sources, *identity], make))
     return {name: Kernel(address) for name, address in addresses.items()}

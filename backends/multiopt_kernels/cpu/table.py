@@ -232,7 +232,7 @@ class TableGroup(HostGroup):
         if kernel is None:
             return super().overlap(arrays)
         # Some spans overlap, or they begin in another order than in the last step.
-        arrays.set_order(np.argsort(arrays.spans[0]))
+        arrays.sort()
         kernel.alone(arrays.words.address, self._answer.address)
         found: int = self._answer.values[0]
         return found

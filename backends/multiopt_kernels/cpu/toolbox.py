@@ -5,7 +5,7 @@ the first kernel is built, so a process that finds all its kernels in the cache 
 """
 
 import math
-from functools import cache, partial
+from functools import cache
 from platform import machine
 from types import ModuleType
 from typing import Any
@@ -34,23 +34,21 @@ def toolbox() -> Any:
     ``call`` and ``run`` call a C function and a kernel. ``turn`` has functions that transpose a
     square of ``TURNED`` elements, by the size of an element.
     """
-    import numba
     from llvmlite import ir
     from numba import types
-    from numba.core.registry import cpu_target
     from numba.extending import intrinsic
 
-    def njit(function: Any, inline: str = "never") -> Any:
-        # With this error model a division by zero gives infinity. Numba contracts operations, such
-        # as a product and a sum, only if it is asked to.
-        return numba.njit(  # type: ignore[call-overload]
-            function,
-            error_model="numpy",
-            no_cpython_wrapper=True,
-            no_cfunc_wrapper=True,
-            _nrt=False,
-            inline=inline,
-        )
+    from multiopt_kernels.cpu import target
+
+    # With this error model a division by zero gives infinity. Numba contracts operations, such as a
+    # product and a sum, only if it is asked to.
+    options = {
+        "error_model": "numpy",
+        "no_cpython_wrapper": True,
+        "no_cfunc_wrapper": True,
+        "_nrt": False,
+    }
+    njit, inlined = target.njit(**options), target.njit(**options, inline="always")
 
     def pointer(kind: Any) -> Any:
         @intrinsic
@@ -208,11 +206,11 @@ def toolbox() -> Any:
         return types.uint16(types.float32), generate
 
     # Those of the processor, unless a variable of Numba's says otherwise.
-    features = set(cpu_target.target_context.codegen()._get_host_cpu_features().split(","))
+    features = set(target.features().split(","))
     tools = ModuleType("tools")
     tools.__dict__.update(
         njit=njit,
-        inlined=partial(njit, inline="always"),
+        inlined=inlined,
         call=call,
         run=run,
         reserve=reserve,
@@ -256,10 +254,8 @@ def compiled(text: str, **known: Any) -> dict[str, Any]:
 def object_code(**kernels: Any) -> ObjectCode:
     """Compile functions that take the address of their arguments, by name."""
     symbols, objects = {}, []
-    int64 = toolbox().types.int64
     for name, kernel in kernels.items():
-        kernel.compile((int64,))
-        (compiled,) = kernel.overloads.values()
-        symbols[name] = compiled.fndesc.llvm_func_name
-        objects.append(compiled.library._get_compiled_object())
+        kernel.compile((toolbox().types.int64,))
+        symbols[name], code = kernel.object_code()
+        objects.append(code)
     return ObjectCode(symbols, tuple(objects))
