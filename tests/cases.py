@@ -1,12 +1,14 @@
 """The rules with their options, each beside the peer that does the same, and values to draw."""
 
 from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Any, NamedTuple
 
 import pyro.optim.adagrad_rmsprop
 import pyro.optim.clipped_adam
 import pyro.optim.dct_adam
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 import multiopt as mo
@@ -258,22 +260,40 @@ VALUES: dict[Any, Values] = {
 }
 
 
-def options(rule: type[mo.Rule], moderate: bool = False) -> st.SearchStrategy[dict[str, Any]]:
+def options(
+    rule: type[mo.Rule], moderate: bool = False, choices: bool = True
+) -> st.SearchStrategy[dict[str, Any]]:
     """All hyperparameters of a rule, as it declares them.
 
     Args:
         rule: The rule.
         moderate: Whether the numbers are moderate ones.
+        choices: Whether switches and choices are drawn too.
     """
 
     def drawn(name: str) -> Any:
-        if name in rule.choices:
-            return st.sampled_from(rule.choices[name])
         values = VALUES.get((rule, name)) or VALUES[name]
         return values.moderate if moderate else values.any
 
-    names = [f.name for f in fields(rule)]
-    return st.fixed_dictionaries({name: drawn(name) for name in names}).map(_accepted)
+    numbers = {f.name: drawn(f.name) for f in fields(rule) if f.name not in rule.choices}
+    return st.builds(
+        lambda numbers, chosen: _accepted({**numbers, **chosen}),
+        st.fixed_dictionaries(numbers),
+        st.sampled_from(chosen_together(rule)) if choices else st.just({}),
+    )
+
+
+def chosen_together(rule: type[mo.Rule]) -> list[dict[str, Any]]:
+    """The switches and choices that are drawn together: as in ``CASES``, or all if thorough.
+
+    There is a kernel for each, of each dtype, and to compile one takes a second.
+    """
+    names, usual = list(rule.choices), rule()
+    if settings.get_current_profile_name() == "thorough":
+        return [dict(zip(names, some, strict=True)) for some in product(*rule.choices.values())]
+    cases = [case.arguments for case in (*CASES, *WHOLE) if case.rule_class is rule]
+    some = [{name: case.get(name, getattr(usual, name)) for name in names} for case in cases]
+    return [one for k, one in enumerate(some) if one not in some[:k]]
 
 
 def _accepted(options: dict[str, Any]) -> dict[str, Any]:

@@ -125,20 +125,20 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
 EQUAL = [getattr(mo, name) for name in registered.__all__ if name not in ("Rule", "Muon")]
 
 
-def rules() -> st.SearchStrategy[mo.Rule]:
-    return elementwise_rules() | whole_rules()
+def rules(choices: bool = True) -> st.SearchStrategy[mo.Rule]:
+    return elementwise_rules(choices) | whole_rules(choices)
 
 
-def whole_rules() -> st.SearchStrategy[mo.Rule]:
-    return st.one_of(
-        [options(rule).map(partial(make, rule)) for rule in EQUAL if not per_element(rule)]
-    )
+def whole_rules(choices: bool = True) -> st.SearchStrategy[mo.Rule]:
+    return drawn([rule for rule in EQUAL if not per_element(rule)], choices)
 
 
-def elementwise_rules() -> st.SearchStrategy[mo.Rule]:
-    return st.one_of(
-        [options(rule).map(partial(make, rule)) for rule in EQUAL if per_element(rule)]
-    )
+def elementwise_rules(choices: bool = True) -> st.SearchStrategy[mo.Rule]:
+    return drawn([rule for rule in EQUAL if per_element(rule)], choices)
+
+
+def drawn(rules: list[type[mo.Rule]], choices: bool) -> st.SearchStrategy[mo.Rule]:
+    return st.one_of([options(rule, choices=choices).map(partial(make, rule)) for rule in rules])
 
 
 def make(rule: type[mo.Rule], options: dict[str, Any]) -> mo.Rule:
@@ -162,6 +162,7 @@ def histories(
     draw: st.DrawFn,
     dtypes: tuple[str, ...] = ("float32", "float64"),
     kinds: tuple[str, ...] = ("moderate", "wide", "special"),
+    choices: bool = True,
 ) -> History:
     """Parameters that come late, pause and leave; the large ones live short."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -186,5 +187,5 @@ def histories(
             else:
                 grads.append(laid_out(fill(rng, shape, dtype, kind), layout))
         clip = common if draw(st.booleans()) else draw(clips())
-        lives[name] = Life(draw(rules()), clip, start, grads)
+        lives[name] = Life(draw(rules(choices)), clip, start, grads)
     return History(lives)
