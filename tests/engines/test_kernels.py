@@ -165,6 +165,32 @@ def test_an_edited_rule_is_compiled_again_and_ten_runs_leave_one_file(tmp_path: 
     assert run("grad") == ["0.0", "False"]
 
 
+#: A function of a user's that needs Numba's runtime, and an overload that kernels need as well.
+THEIRS = """
+@numba.njit
+def theirs(n):
+    return np.arange(min(n, 10)).sum()
+assert theirs(20) == 45
+from numba.core.runtime.nrt import rtsys
+assert type(rtsys.library).__module__.startswith("numba.")
+"""
+OURS = """
+w = np.zeros(3)
+mo.Optimizer(mo.SGD(lr=0.5), mo.Clip(norm=10.0)).step({"w": w}, {"w": np.ones(3)})
+assert w.tolist() == [-0.5] * 3
+"""
+
+
+@pytest.mark.parametrize("first", [THEIRS, OURS], ids=["first theirs", "first ours"])
+def test_functions_of_users_are_compiled_as_ever(first: str, tmp_path: Path) -> None:
+    program = "import numba, numpy as np, multiopt as mo\n" + first + THEIRS + OURS + THEIRS
+    env = {**os.environ, "MULTIOPT_CACHE_DIR": str(tmp_path), "MULTIOPT_ENGINE": "compiled"}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "backends")))
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir())
+
+
 def test_a_step_needs_next_to_no_memory() -> None:
     size = 1_000_000
     for name in ("compiled", "blocks"):
