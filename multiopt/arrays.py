@@ -68,15 +68,15 @@ class Arrays:
         own: Whether the gradients were read from the parameters, as torch's ``.grad``.
         spans: Where the memory of each array begins and where it ends, of shape (2, 2 * names):
             parameters first, then gradients. Zero where there is none.
-        order: The order in which the spans began in the last step with as many names; None if there
-            was none. Sorting starts from it.
+        order: The order in which the spans began in the last step, if it had as many names; None
+            otherwise.
         overlap: Whether arrays overlap in memory, as far as it is known.
         words: What compiled code reads: the identities of ``params`` and ``grads``, the addresses
             of the two rows of ``spans``, the number of parameters, and the address of ``order`` or
             0.
     """
 
-    __slots__ = ("_room", "grads", "order", "overlap", "own", "params", "spans", "words")
+    __slots__ = ("_last", "_room", "grads", "order", "overlap", "own", "params", "spans", "words")
 
     def __init__(self) -> None:
         """Create an empty object."""
@@ -85,6 +85,8 @@ class Arrays:
         self.words = Words(6)
         self.own, self.overlap = False, UNKNOWN
         self.order: np.ndarray | None = None
+        #: The last order that was found, of however many spans.
+        self._last = np.arange(0)
 
     def take(self, params: np.ndarray, grads: np.ndarray, own: bool) -> None:
         """Begin a step with these arrays; nothing about them is known yet."""
@@ -112,17 +114,32 @@ class Arrays:
             both = self.params[places], self.grads[places]
         return both[0].tolist(), both[1].tolist()
 
-    def set_order(self, order: np.ndarray) -> None:
-        """Remember the order in which the spans begin."""
-        self.order, self.words.values[5] = order, address(order)
+    def sort(self) -> np.ndarray:
+        """Find the order in which the spans begin, once all are filled."""
+        low, order = self.spans[0], self._last
+        before, now = len(order) // 2, len(low) // 2
+        if before > now:
+            order = np.arange(2 * now)
+        elif before < now:
+            # Parameters come first, then gradients; new names are mostly the last ones.
+            order = order + (order >= before) * (now - before)
+            order = np.concatenate(
+                [order, np.arange(before, now), np.arange(now + before, 2 * now)]
+            )
+        begins = low[order]
+        # Where little has changed, sorting what the last order gives takes a fifth of the time.
+        if np.count_nonzero(begins[1:] < begins[:-1]) <= len(low) // 16:
+            order = order[np.argsort(begins, kind="stable")]
+        else:
+            order = np.argsort(low)
+        self.order = self._last = order
+        self.words.values[5] = address(order)
+        return order
 
     def find_overlap(self) -> int:
         """Find out from the spans, once all are filled, whether arrays overlap in memory."""
         low, high = self.spans
-        order = self.order
-        if order is None or (np.diff(low[order]) < 0).any():
-            order = np.argsort(low)
-            self.set_order(order)
+        order = self.sort()
         writes = order < len(low) // 2
         low, high = low[order], high[order]
         taken = low < high
