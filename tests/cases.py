@@ -288,9 +288,10 @@ def chosen_together(rule: type[mo.Rule]) -> list[dict[str, Any]]:
 
     There is a kernel for each, of each dtype, and to compile one takes a second.
     """
-    names, usual = list(rule.choices), rule()
+    usual, names = rule(), [f.name for f in fields(rule) if f.name in rule.choices]
     if settings.get_current_profile_name() == "thorough":
-        return [dict(zip(names, some, strict=True)) for some in product(*rule.choices.values())]
+        every = product(*(rule.choices[name] for name in names))
+        return [dict(zip(names, one, strict=True)) for one in every]
     cases = [case.arguments for case in (*CASES, *WHOLE) if case.rule_class is rule]
     some = [{name: case.get(name, getattr(usual, name)) for name in names} for case in cases]
     return [one for k, one in enumerate(some) if one not in some[:k]]

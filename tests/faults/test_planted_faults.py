@@ -147,8 +147,8 @@ FAULTS = [
     Fault(
         "products and sums contracted into one operation",
         "backends/multiopt_kernels/cpu/toolbox.py",
-        'error_model="numpy",',
-        'error_model="numpy", fastmath={"contract"},',
+        '"error_model": "numpy",',
+        '"error_model": "numpy", "fastmath": {"contract"},',
         "engines/test_backends.py::test_every_rule_over_fifty_steps[numpy-compiled-SGD()-float32]",
     ),
     Fault(
