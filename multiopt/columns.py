@@ -78,12 +78,10 @@ class Columns:
         self.rule, self.dtype = rule, dtype
         self.columns, self.kind = number_fields(rule), kind_of(rule)
         self._first = numbers_of(rule, self.columns)
-        #: The column of each hyperparameter that is a single number, by name.
-        self.column_of = {
-            name.removeprefix("rule."): column
-            for column, (name, place) in enumerate(self.columns)
-            if place is None
-        }
+        #: The columns of each hyperparameter, by name: one, or one for each number of a tuple.
+        self.columns_of: dict[str, list[int]] = {}
+        for column, (name, _) in enumerate(self.columns):
+            self.columns_of.setdefault(name.removeprefix("rule."), []).append(column)
         #: Whether averages are kept. The last column is then the clock before their first step.
         self.has_averages = isinstance(rule, Averaged)
         self.shapes: list[tuple[int, ...]] = []
@@ -195,10 +193,16 @@ class Columns:
         if schedules.columns or self.scheduled:
             self.set_schedules(rows, schedules)
 
-    def write_numbers(self, rows: np.ndarray, values: Mapping[str, float]) -> None:
-        """Set numbers of rows without schedules, by name, as ``plain_numbers`` returns them."""
+    def write_numbers(
+        self, rows: np.ndarray, values: Mapping[str, float | tuple[float, ...]]
+    ) -> None:
+        """Set hyperparameters of rows without schedules, by name."""
+        index = self.all_or(rows)
         for name, value in values.items():
-            self.numbers[self.all_or(rows), self.column_of[name]] = value
+            for column in self.columns_of[name]:
+                place = self.columns[column][1]
+                number = value if place is None else value[place]  # type: ignore[index]
+                self.numbers[index, column] = number
 
     def set_schedules(self, rows: np.ndarray, schedules: Schedules) -> None:
         """Replace the schedules of rows."""

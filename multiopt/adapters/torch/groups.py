@@ -195,63 +195,60 @@ class Followed:
 
     def _change(self, changed: dict[str, list[Any]], registry: Registry) -> None:
         after = {**self._values, **changed}
-        numbers = self._columns(changed, after)
-        if numbers is not None:
-            self._write(numbers, registry)
+        if self._are_plain(changed, after):
+            self._write(changed, registry)
         else:
             rules = {key: self._rule_of(place, after) for key, place in self._group_of.items()}
             change(registry, {key: rule for key, rule in rules.items() if key in registry}, {})
-            self._numeric = {name for name, values in after.items() if _are_numbers(values)}
+            ranges = self.rule.ranges.keys()
+            self._numeric = {name for name in ranges & after.keys() if _are_numbers(after[name])}
         self._values, self._rules = after, {}
 
-    def _columns(
-        self, changed: Mapping[str, list[Any]], after: Mapping[str, list[Any]]
-    ) -> dict[str, np.ndarray] | None:
-        """What is to be written into columns, by hyperparameter; None if more than that changes.
+    def _are_plain(self, changed: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> bool:
+        """Whether numbers take the place of numbers, and nothing else changes.
 
         Raises:
             ValueError: A setting is out of range.
         """
-        numbers: dict[str, np.ndarray] = {}
-        for name, values in changed.items():
-            found = _as_numbers(values) if name in self.rule.ranges else None
-            # A number in the place of a schedule is more than a number.
-            if found is None or name not in self._numeric:
-                return None
-            numbers[name] = found
+        if not (changed.keys() <= self._numeric and all(map(_are_numbers, changed.values()))):
+            return False
         kind = type(self.rule)
         # Then no rule need be made: each of a thousand groups may have its own learning rate.
-        has_ranges_only = kind.__post_init__ is Rule.__post_init__ or numbers.keys() <= {"lr"}
+        has_ranges_only = kind.__post_init__ is Rule.__post_init__ or changed.keys() <= {"lr"}
         ranges = self.rule.ranges
-        if has_ranges_only and all(_are_within(ranges[name], x) for name, x in numbers.items()):
-            return numbers
+        if has_ranges_only and all(_are_within(ranges[name], x) for name, x in changed.items()):
+            return True
         alike: set[Hashable] = set()
         for place in range(len(self._sizes)):
             pair = tuple((self._values[name][place], after[name][place]) for name in self._fields)
             if pair not in alike:
                 rules = self._rule_of(place), self._rule_of(place, after)
                 if kind_of(rules[0]) != kind_of(rules[1]):
-                    return None
+                    return False
                 alike.add(pair)
-        return numbers
+        return True
 
-    def _write(self, numbers: Mapping[str, np.ndarray], registry: Registry) -> None:
+    def _write(self, changed: Mapping[str, list[Any]], registry: Registry) -> None:
         """Write hyperparameters into the columns of the rows that there are."""
         last = registry.last
         parts = (last if last.names == self.keys else registry.find(self.keys)).parts
-        one, each = len(self._sizes) == 1, set(self._sizes) == {1}
+        sizes = self._sizes
+        if len(sizes) == 1:
+            one = {name: _as_rules_have_it(value) for name, (value,) in changed.items()}
+            with registry.guard:
+                for group, rows, *_ in parts:
+                    group.write_numbers(rows, one)
+            return
+        numbers = {name: _as_rules_have_it(np.array(x)) for name, x in changed.items()}
+        if set(sizes) != {1}:
+            numbers = {name: np.repeat(values, sizes, axis=0) for name, values in numbers.items()}
         with registry.guard:
             for group, rows, places, _ in parts:
-                for column, (label, part) in enumerate(group.columns):
-                    found = numbers.get(label.removeprefix("rule."))
-                    if found is None:
-                        continue
-                    values = found if part is None else found[:, part]
-                    if one:
-                        group.numbers[group.all_or(rows), column] = values[0]
-                    else:
-                        values = values if each else np.repeat(values, self._sizes)
-                        group.numbers[rows, column] = values[places]
+                for name, values in numbers.items():
+                    for column in group.columns_of[name]:
+                        place = group.columns[column][1]
+                        found = values if place is None else values[:, place]
+                        group.numbers[rows, column] = found[places]
 
 
 def _unused(name: str, taken: Container[str]) -> str:
@@ -272,17 +269,16 @@ def _are_numbers(values: Sequence[Any]) -> bool:
     return kinds <= NUMBERS
 
 
-def _as_numbers(values: Sequence[Any]) -> np.ndarray | None:
-    """Such settings as float64, tuples along a second axis; None if they are no numbers."""
-    # A sum turns -0.0 into 0.0, as rules do.
-    return np.array(values, np.float64) + 0.0 if _are_numbers(values) else None
+def _as_rules_have_it(value: Any) -> Any:
+    """A number, a tuple of numbers or an array of them, without negative zeros."""
+    return tuple(part + 0.0 for part in value) if isinstance(value, tuple) else value + 0.0
 
 
-def _are_within(allowed: Range, numbers: np.ndarray) -> bool:
-    """Whether all numbers are in a range."""
-    if numbers.size == 1:
-        # A scheduler over one group: 2 us instead of 10.
-        number = numbers.item()
-        return allowed.low <= number < allowed.below or (allowed.infinite and number == inf)
+def _are_within(allowed: Range, values: Sequence[Any]) -> bool:
+    """Whether numbers, or those of tuples, are in a range."""
+    if len(values) == 1 and not isinstance(values[0], tuple):
+        # A scheduler over one group: 0.2 us instead of 10.
+        return allowed.holds(values[0])
+    numbers = np.array(values)
     inside = (allowed.low <= numbers) & (numbers < allowed.below)
     return bool((inside | (allowed.infinite & (numbers == inf))).all())
