@@ -55,6 +55,9 @@ Array: TypeAlias = Any
 #: parameter with another array; not checked yet.
 APART, SHARED_GRADIENTS, OVERLAPPING, UNKNOWN = range(4)
 
+#: From how many names on the order of the last step is worth more than a look at it.
+MANY = 500
+
 #: The parameters and gradients between steps.
 NO_ARRAYS = np.empty(0, object)
 
@@ -116,25 +119,27 @@ class Arrays:
 
     def sort(self) -> np.ndarray:
         """Find the order in which the spans begin, once all are filled."""
-        low, order = self.spans[0], self._last
-        before, now = len(order) // 2, len(low) // 2
-        if before > now:
-            order = np.arange(2 * now)
-        elif before < now:
-            # Parameters come first, then gradients; new names are mostly the last ones.
-            order = order + (order >= before) * (now - before)
-            order = np.concatenate(
-                [order, np.arange(before, now), np.arange(now + before, 2 * now)]
-            )
-        begins = low[order]
-        # Where little has changed, sorting what the last order gives takes a fifth of the time.
-        if np.count_nonzero(begins[1:] < begins[:-1]) <= len(low) // 16:
+        low, order = self.spans[0], self._expected()
+        begins = low if order is None else low[order]
+        # Where little has changed, sorting what was expected takes a fifth of the time.
+        if order is not None and np.count_nonzero(begins[1:] < begins[:-1]) <= len(low) // 16:
             order = order[np.argsort(begins, kind="stable")]
         else:
             order = np.argsort(low)
         self.order = self._last = order
         self.words.values[5] = address(order)
         return order
+
+    def _expected(self) -> np.ndarray | None:
+        """The last order, with names that are new at its end; None if there are too few to gain."""
+        before, now = len(self._last) // 2, len(self.params)
+        if now < MANY or before > now:
+            return None
+        if before == now:
+            return self._last
+        # Parameters come first, then gradients.
+        moved = self._last + (self._last >= before) * (now - before)
+        return np.concatenate([moved, np.arange(before, now), np.arange(now + before, 2 * now)])
 
     def find_overlap(self) -> int:
         """Find out from the spans, once all are filled, whether arrays overlap in memory."""

@@ -175,14 +175,11 @@ class Table:
         Raises:
             TypeError: A name is not a string.
         """
-        lookup, last = self._codes, self.last
-        lookup.missed = False
-        # New names are mostly the last ones. Comparing a name takes a tenth of looking it up.
-        count = len(last.names)
-        known = last.codes if not last.missing and names[:count] == last.names else last.codes[:0]
-        rest = names[len(known) :]
-        found = np.fromiter(map(lookup.__getitem__, rest), np.int64, len(rest))
-        codes = np.concatenate([known, found])
+        lookup, known = self._codes, self.last.leading(names)
+        lookup.missed, rest = False, names[len(known) :] if len(known) else names
+        codes = np.fromiter(map(lookup.__getitem__, rest), np.int64, len(rest))
+        if len(known):
+            codes = np.concatenate([known, codes])
         missing = np.flatnonzero(codes < 0).tolist() if lookup.missed else []
         for place in missing:
             check_name("params", names[place])
