@@ -195,8 +195,9 @@ class Followed:
 
     def _change(self, changed: dict[str, list[Any]], registry: Registry) -> None:
         after = {**self._values, **changed}
-        if self._are_plain(changed, after):
-            self._write(changed, registry)
+        numbers = self._numbers(changed, after)
+        if numbers is not None:
+            self._write(numbers, registry)
         else:
             rules = {key: self._rule_of(place, after) for key, place in self._group_of.items()}
             change(registry, {key: rule for key, rule in rules.items() if key in registry}, {})
@@ -204,42 +205,48 @@ class Followed:
             self._numeric = {name for name in ranges & after.keys() if _are_numbers(after[name])}
         self._values, self._rules = after, {}
 
-    def _are_plain(self, changed: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> bool:
-        """Whether numbers take the place of numbers, and nothing else changes.
+    def _numbers(
+        self, changed: Mapping[str, list[Any]], after: Mapping[str, list[Any]]
+    ) -> dict[str, Any] | None:
+        """What is to be written, if numbers take the place of numbers and nothing else changes.
+
+        Returns:
+            By hyperparameter the number, or tuple of numbers, of the only group, or an array of
+            those of all groups; None if rules change.
 
         Raises:
             ValueError: A setting is out of range.
         """
         if not (changed.keys() <= self._numeric and all(map(_are_numbers, changed.values()))):
-            return False
+            return None
+        only = len(self._sizes) == 1
+        numbers = {n: _as_rules_have_it(x[0] if only else np.array(x)) for n, x in changed.items()}
         kind = type(self.rule)
         # Then no rule need be made: each of a thousand groups may have its own learning rate.
         has_ranges_only = kind.__post_init__ is Rule.__post_init__ or changed.keys() <= {"lr"}
         ranges = self.rule.ranges
-        if has_ranges_only and all(_are_within(ranges[name], x) for name, x in changed.items()):
-            return True
+        if has_ranges_only and all(_are_within(ranges[name], x) for name, x in numbers.items()):
+            return numbers
         alike: set[Hashable] = set()
         for place in range(len(self._sizes)):
             pair = tuple((self._values[name][place], after[name][place]) for name in self._fields)
             if pair not in alike:
                 rules = self._rule_of(place), self._rule_of(place, after)
                 if kind_of(rules[0]) != kind_of(rules[1]):
-                    return False
+                    return None
                 alike.add(pair)
-        return True
+        return numbers
 
-    def _write(self, changed: Mapping[str, list[Any]], registry: Registry) -> None:
+    def _write(self, numbers: Mapping[str, Any], registry: Registry) -> None:
         """Write hyperparameters into the columns of the rows that there are."""
         last = registry.last
         parts = (last if last.names == self.keys else registry.find(self.keys)).parts
         sizes = self._sizes
         if len(sizes) == 1:
-            one = {name: _as_rules_have_it(value) for name, (value,) in changed.items()}
             with registry.guard:
                 for group, rows, *_ in parts:
-                    group.write_numbers(rows, one)
+                    group.write_numbers(rows, numbers)
             return
-        numbers = {name: _as_rules_have_it(np.array(x)) for name, x in changed.items()}
         if set(sizes) != {1}:
             numbers = {name: np.repeat(values, sizes, axis=0) for name, values in numbers.items()}
         with registry.guard:
@@ -274,11 +281,9 @@ def _as_rules_have_it(value: Any) -> Any:
     return tuple(part + 0.0 for part in value) if isinstance(value, tuple) else value + 0.0
 
 
-def _are_within(allowed: Range, values: Sequence[Any]) -> bool:
-    """Whether numbers, or those of tuples, are in a range."""
-    if len(values) == 1 and not isinstance(values[0], tuple):
-        # A scheduler over one group: 0.2 us instead of 10.
-        return allowed.holds(values[0])
-    numbers = np.array(values)
-    inside = (allowed.low <= numbers) & (numbers < allowed.below)
-    return bool((inside | (allowed.infinite & (numbers == inf))).all())
+def _are_within(allowed: Range, value: Any) -> bool:
+    """Whether a number, those of a tuple, or those of an array are in a range."""
+    if isinstance(value, np.ndarray):
+        inside = (allowed.low <= value) & (value < allowed.below)
+        return bool((inside | (allowed.infinite & (value == inf))).all())
+    return all(map(allowed.holds, value)) if isinstance(value, tuple) else allowed.holds(value)
