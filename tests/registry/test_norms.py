@@ -194,6 +194,21 @@ def test_a_global_norm_does_not_depend_on_names_or_their_division(
     assert list(opt.last.global_norms.values()) == [expected]
 
 
+def test_a_global_norm_over_libraries_is_rounded_once() -> None:
+    libraries = [lib for lib in LIBRARIES if "float64" in lib.dtypes and not lib.needs_cuda]
+    for seed in range(20):
+        parts = [
+            numbers(np.random.default_rng([seed, k]), 50, "float64", "moderate")
+            for k in range(len(libraries))
+        ]
+        opt = mo.Optimizer(RULE, mo.Clip(global_norm=1.0))
+        opt.step(
+            {lib.id: lib.param(np.zeros(50)) for lib in libraries},
+            {lib.id: lib.grad(x) for lib, x in zip(libraries, parts, strict=True)},
+        )
+        assert list(opt.last.global_norms.values()) == [exact_norm(*parts)]
+
+
 def test_a_global_norm_spans_dtypes() -> None:
     rng = np.random.default_rng(3)
     for kind in KINDS:
