@@ -78,10 +78,10 @@ class Columns:
         self.rule, self.dtype = rule, dtype
         self.columns, self.kind = number_fields(rule), kind_of(rule)
         self._first = numbers_of(rule, self.columns)
-        #: The columns of each hyperparameter, by name: one, or one for each number of a tuple.
-        self.columns_of: dict[str, list[int]] = {}
-        for column, (name, _) in enumerate(self.columns):
-            self.columns_of.setdefault(name.removeprefix("rule."), []).append(column)
+        #: By hyperparameter its columns, and the index in it of each if it is a tuple.
+        self.columns_of: dict[str, list[tuple[int, int | None]]] = {}
+        for column, (name, place) in enumerate(self.columns):
+            self.columns_of.setdefault(name.removeprefix("rule."), []).append((column, place))
         #: Whether averages are kept. The last column is then the clock before their first step.
         self.has_averages = isinstance(rule, Averaged)
         self.shapes: list[tuple[int, ...]] = []
@@ -185,9 +185,9 @@ class Columns:
             rule: A rule of this kind that has the new values, and otherwise the old ones.
             names: The names of the hyperparameters; those of a chained rule without its prefix.
         """
-        values, names = numbers_of(rule, self.columns), set(names)
-        for column, (name, _) in enumerate(self.columns):
-            if name.removeprefix("rule.") in names:
+        values = numbers_of(rule, self.columns)
+        for name in self.columns_of.keys() & set(names):
+            for column, _ in self.columns_of[name]:
                 self.numbers[rows, column] = values[column]
         schedules = schedules_of(rule, self.columns)
         if schedules.columns or self.scheduled:
@@ -199,8 +199,7 @@ class Columns:
         """Set hyperparameters of rows without schedules, by name."""
         index = self.all_or(rows)
         for name, value in values.items():
-            for column in self.columns_of[name]:
-                place = self.columns[column][1]
+            for column, place in self.columns_of[name]:
                 number = value if place is None else value[place]  # type: ignore[index]
                 self.numbers[index, column] = number
 

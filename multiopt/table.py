@@ -135,8 +135,12 @@ class Table:
         """The rules of the names that have schedules."""
         if not any(group.scheduled for group in self._groups.values()):
             return {}
-        rows = {name: self.row_of(name) for name in self.names}
-        return {n: group.rule_at(row) for n, (group, row) in rows.items() if group.schedule[row]}
+        rules = {}
+        for name in self.names:
+            group, row = self.row_of(name)
+            if group.schedule[row]:
+                rules[name] = group.rule_at(row)
+        return rules
 
     def alike(self, names: Sequence[str]) -> list[Hashable]:
         """A key for each name; names with the same rule, schedules and clock have the same key."""

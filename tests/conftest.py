@@ -5,11 +5,9 @@ import os
 import array_api_strict
 import hypothesis
 import jax
-import numpy as np
 import pytest
 
 from multiopt.arrays import Arrays, Part
-from multiopt.layout import address
 from multiopt_kernels.cpu.group import CompiledGroup
 from tests.libraries import LIBRARIES, Library, missing
 
@@ -56,8 +54,8 @@ def library(request: pytest.FixtureRequest) -> Library:
 def steps_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every step take the same opcodes, wherever its arrays happen to be in memory.
 
-    A look takes more if the order of the addresses is not that of the look before it, and sorting
-    them takes another way if it is nearly that. Here each is sorted again, in one way.
+    A look takes more if the order of the addresses is not that of the look before it. Here none is:
+    each is sorted again.
     """
     look = CompiledGroup.look
 
@@ -65,10 +63,4 @@ def steps_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         arrays.order, arrays.words.values[5] = None, 0
         look(self, part, arrays, last)
 
-    def sort(self: Arrays) -> np.ndarray:
-        self.order = np.argsort(self.spans[0])
-        self.words.values[5] = address(self.order)
-        return self.order
-
     monkeypatch.setattr(CompiledGroup, "look", forgetful)
-    monkeypatch.setattr(Arrays, "sort", sort)

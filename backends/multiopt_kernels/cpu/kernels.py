@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from pkgutil import get_data
+from pathlib import Path
 from types import ModuleType
 
 from multiopt.rules.sums import LIMB, RANGES
@@ -125,6 +125,6 @@ def _loaded(
     """Load kernels from the disk, or compile them with ``make``, which is defined in ``module``."""
     sources = [inspect.getsource(part).encode() for part in (toolbox, rows, narrow, shares, module)]
     # Read without an import, which would be one of Numba too.
-    sources.append(get_data(__package__, "target.py") or b"")
+    sources.append(Path(__file__).with_name("target.py").read_bytes())
     addresses = linked(cached(label, [*sources, *identity], make))
     return {name: Kernel(address) for name, address in addresses.items()}

@@ -28,7 +28,7 @@ SUFFIX = ".multiopt"
 UNFINISHED = ".multiopt-unfinished"
 
 #: How many files are kept. A program needs one for each kind of rule and dtype that it uses, at
-#: 20 to 170 KiB per file; the tests of multiopt, which use all of them, need 600.
+#: 20 to 170 KiB per file; the tests of multiopt, which use nearly all, leave 360.
 KEPT = 1024
 
 #: The age in seconds at which an unfinished file is deleted. Writing takes milliseconds, so the

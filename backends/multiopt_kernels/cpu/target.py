@@ -30,7 +30,7 @@ from numba.core.target_extension import (
 )
 from numba.core.typing.context import Context
 
-__all__ = ["Function", "njit"]
+__all__ = ["Function", "features", "njit"]
 
 NAME = "multiopt kernels"
 

@@ -220,7 +220,10 @@ class Followed:
         if not (changed.keys() <= self._numeric and all(map(_are_numbers, changed.values()))):
             return None
         only = len(self._sizes) == 1
-        numbers = {n: _as_rules_have_it(x[0] if only else np.array(x)) for n, x in changed.items()}
+        numbers = {
+            name: _as_rules_have_it(values[0] if only else np.array(values, np.float64))
+            for name, values in changed.items()
+        }
         kind = type(self.rule)
         # Then no rule need be made: each of a thousand groups may have its own learning rate.
         has_ranges_only = kind.__post_init__ is Rule.__post_init__ or changed.keys() <= {"lr"}
@@ -252,8 +255,7 @@ class Followed:
         with registry.guard:
             for group, rows, places, _ in parts:
                 for name, values in numbers.items():
-                    for column in group.columns_of[name]:
-                        place = group.columns[column][1]
+                    for column, place in group.columns_of[name]:
                         found = values if place is None else values[:, place]
                         group.numbers[rows, column] = found[places]
 
